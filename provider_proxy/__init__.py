@@ -1,0 +1,60 @@
+"""Verify a shared TPM quote as a tenant: what `import provider_proxy` gives needs `cryptography` alone.
+
+    host = TrustedHost(ak=parse_ak(ak_tpm))
+    history = MemoryHistory()
+    challenge = new_challenge(mask=0xFF, now_s=time.monotonic(), history=history)
+    ...send challenge.request, receive `body`...
+    quote = Verifier(policy).verify(body, challenge, host, history, now_s=time.monotonic())
+    quote.pcrs[0]
+
+`provider_proxy.client` asks over HTTP (extra `client`); the daemon needs the extra `host`.
+"""
+
+from provider_proxy.attestation_key import insecure_ak_from_pem, parse_ak
+from provider_proxy.errors import (
+    ProviderProxyError,
+    ReplyError,
+    UsageError,
+    VerificationError,
+)
+from provider_proxy.model import (
+    AttestationKey,
+    ClockState,
+    Evidence,
+    HashAlg,
+    QuoteRequest,
+    TrustedHost,
+    VerifiedQuote,
+)
+from provider_proxy.policy import AllOf, PcrPolicy, Policy, UnsafeAcceptAny, parse_tpm_policy
+from provider_proxy.query import encode_quote_query
+from provider_proxy.verify import Challenge, HostHistory, MemoryHistory, Verifier, new_challenge
+from provider_proxy.wire import parse_evidence
+
+__all__ = [
+    "AllOf",
+    "AttestationKey",
+    "Challenge",
+    "ClockState",
+    "Evidence",
+    "HashAlg",
+    "HostHistory",
+    "MemoryHistory",
+    "PcrPolicy",
+    "Policy",
+    "ProviderProxyError",
+    "QuoteRequest",
+    "ReplyError",
+    "TrustedHost",
+    "UnsafeAcceptAny",
+    "UsageError",
+    "VerificationError",
+    "VerifiedQuote",
+    "Verifier",
+    "encode_quote_query",
+    "insecure_ak_from_pem",
+    "new_challenge",
+    "parse_ak",
+    "parse_evidence",
+    "parse_tpm_policy",
+]

@@ -1,0 +1,195 @@
+"""From an untrusted TPM2B_PUBLIC to an attestation key whose attributes were checked.
+
+A registrar stores whatever key it was sent; only these attributes, inside the name that credential
+activation bound, say that the private part never left a TPM and signs nothing but TPM structures.
+Source: TPM 2.0 Library Part 2, sections 8.3 (TPMA_OBJECT) and 12.2 (TPMT_PUBLIC).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from provider_proxy.errors import EvidenceFormatError, UntrustedAkError
+from provider_proxy.model import AkName, AttestationKey, HashAlg
+from provider_proxy.tpm_bytes import Reader
+
+TPM_ALG_RSA = 0x0001
+TPM_ALG_NULL = 0x0010
+TPM_ALG_RSASSA = 0x0014
+TPM_ALG_ECDSA = 0x0018
+TPM_ALG_ECDAA = 0x001A
+TPM_ALG_ECC = 0x0023
+
+FIXED_TPM = 1 << 1
+FIXED_PARENT = 1 << 4
+SENSITIVE_DATA_ORIGIN = 1 << 5
+RESTRICTED = 1 << 16
+DECRYPT = 1 << 17
+SIGN = 1 << 18
+AK_MUST_HAVE = {
+    "fixedTPM": FIXED_TPM,
+    "fixedParent": FIXED_PARENT,
+    "sensitiveDataOrigin": SENSITIVE_DATA_ORIGIN,
+    "restricted": RESTRICTED,
+    "sign": SIGN,
+}
+
+MAX_PUBLIC_BYTES = 1024  # RSA-4096 with a policy is 600
+MAX_KEY_PART_BYTES = 512  # an RSA-4096 modulus
+MIN_RSA_BITS = 2048
+DEFAULT_RSA_EXPONENT = 65537  # a TPM writes 0 for it
+SIGNING_HASHES = (HashAlg.SHA256, HashAlg.SHA384, HashAlg.SHA512)
+CURVES: dict[int, ec.EllipticCurve] = {3: ec.SECP256R1(), 4: ec.SECP384R1(), 5: ec.SECP521R1()}
+SIGN_ALGS = {TPM_ALG_RSASSA: "rsassa", TPM_ALG_ECDSA: "ecdsa"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TpmPublic:
+    """A parsed TPM2B_PUBLIC of an RSA or EC key (AK or EK).
+
+    Attributes:
+        attributes: TPMA_OBJECT bits.
+        has_symmetric: True for a storage key (an EK), which wraps others.
+        scheme: TPM_ALG_ID of the signing scheme; TPM_ALG_NULL where the key has none.
+        scheme_hash: TPM_ALG_ID of the scheme's hash; 0 where it has none.
+    """
+
+    name: AkName
+    attributes: int
+    has_symmetric: bool
+    scheme: int
+    scheme_hash: int
+    public_key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey
+
+
+def parse_public(data: bytes) -> TpmPublic:
+    """Read a TPM2B_PUBLIC (size included) of an RSA or EC key.
+
+    Does not check: attributes; `parse_ak` does for an AK.
+
+    Raises:
+        EvidenceFormatError: not such a structure, an unknown algorithm, a point off its curve.
+    """
+    if len(data) > MAX_PUBLIC_BYTES:
+        raise EvidenceFormatError("TPM2B_PUBLIC is too long")
+    outer = Reader(data, "TPM2B_PUBLIC")
+    area = outer.sized(MAX_PUBLIC_BYTES)
+    outer.end()
+    read = Reader(area, "TPMT_PUBLIC")
+    kind = read.uint(2)
+    try:
+        name_alg = HashAlg(read.uint(2))
+    except ValueError:
+        raise EvidenceFormatError("TPMT_PUBLIC has an unknown name algorithm") from None
+    attributes = read.uint(4)
+    read.sized(64)  # authPolicy: a digest
+    has_symmetric = read.uint(2) != TPM_ALG_NULL
+    if has_symmetric:
+        read.take(4)  # keyBits, mode
+    scheme = read.uint(2)
+    scheme_hash = 0 if scheme == TPM_ALG_NULL else read.uint(2)
+    if scheme == TPM_ALG_ECDAA:
+        read.take(2)  # count
+    key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey
+    if kind == TPM_ALG_RSA:
+        key = _read_rsa(read)
+    elif kind == TPM_ALG_ECC:
+        key = _read_ecc(read)
+    else:
+        raise EvidenceFormatError(f"TPMT_PUBLIC is of type {kind:#06x}, neither RSA nor ECC")
+    read.end()
+    return TpmPublic(
+        name=AkName(name_alg.to_bytes(2, "big") + name_alg.digest(area)),
+        attributes=attributes,
+        has_symmetric=has_symmetric,
+        scheme=scheme,
+        scheme_hash=scheme_hash,
+        public_key=key,
+    )
+
+
+def _read_rsa(read: Reader) -> rsa.RSAPublicKey:
+    bits = read.uint(2)
+    exponent = read.uint(4) or DEFAULT_RSA_EXPONENT
+    modulus = read.sized(MAX_KEY_PART_BYTES)
+    if bits % 8 or len(modulus) * 8 != bits:
+        raise EvidenceFormatError("the RSA modulus has not keyBits")
+    try:
+        return rsa.RSAPublicNumbers(exponent, int.from_bytes(modulus, "big")).public_key()
+    except (ValueError, UnsupportedAlgorithm) as exc:
+        raise EvidenceFormatError("not a usable RSA key") from exc
+
+
+def _read_ecc(read: Reader) -> ec.EllipticCurvePublicKey:
+    curve = CURVES.get(read.uint(2))
+    if curve is None:
+        raise EvidenceFormatError("an unknown elliptic curve")
+    if read.uint(2) != TPM_ALG_NULL:  # kdf
+        read.take(2)
+    x = int.from_bytes(read.sized(MAX_KEY_PART_BYTES), "big")
+    y = int.from_bytes(read.sized(MAX_KEY_PART_BYTES), "big")
+    try:
+        return ec.EllipticCurvePublicNumbers(x, y, curve).public_key()
+    except (ValueError, UnsupportedAlgorithm) as exc:
+        raise EvidenceFormatError("not a point of its curve") from exc
+
+
+def parse_ak(data: bytes) -> AttestationKey:
+    """Read a TPM2B_PUBLIC and accept it only as an attestation key.
+
+    Does not check: that a real TPM has it; that is what credential activation and pins are for.
+
+    Raises:
+        EvidenceFormatError: see `parse_public`.
+        UntrustedAkError: attributes, scheme, hash or size are not those of an AK.
+    """
+    public = parse_public(data)
+    missing = [name for name, bit in AK_MUST_HAVE.items() if not public.attributes & bit]
+    if missing:
+        raise UntrustedAkError("the key is not an attestation key: not " + ", ".join(missing))
+    if public.attributes & DECRYPT:
+        raise UntrustedAkError("the key is not an attestation key: it may decrypt")
+    is_ecc = isinstance(public.public_key, ec.EllipticCurvePublicKey)
+    if public.has_symmetric or public.scheme != (TPM_ALG_ECDSA if is_ecc else TPM_ALG_RSASSA):
+        raise UntrustedAkError("the AK's scheme is neither ECDSA nor RSASSA of its own kind")
+    if public.scheme_hash not in SIGNING_HASHES:
+        raise UntrustedAkError("the AK's scheme has no hash of SHA-256, SHA-384 or SHA-512")
+    if public.name[:2] == HashAlg.SHA1.to_bytes(2, "big"):
+        raise UntrustedAkError("the AK's name is a SHA-1 digest")
+    if public.public_key.key_size < (256 if is_ecc else MIN_RSA_BITS):
+        raise UntrustedAkError("the AK is too short")
+    return AttestationKey(
+        public_key=public.public_key,
+        name=public.name,
+        sign_alg=SIGN_ALGS[public.scheme],
+        signature_hash=HashAlg(public.scheme_hash),
+    )
+
+
+def insecure_ak_from_pem(pem: bytes) -> AttestationKey:
+    """Take a bare public key for an AK. Unsafe: a software key of anybody's passes.
+
+    A PEM carries no attributes, so nothing says that a TPM made what this key signed.
+
+    Raises:
+        UntrustedAkError: not a PEM of an RSA key of 2048 bits or a P-256/P-384/P-521 key.
+    """
+    try:
+        key = load_pem_public_key(pem)
+    except (ValueError, UnsupportedAlgorithm) as exc:
+        raise UntrustedAkError("not a PEM public key") from exc
+    if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in {
+        curve.name for curve in CURVES.values()
+    }:
+        sign_alg = "ecdsa"
+    elif isinstance(key, rsa.RSAPublicKey) and key.key_size >= MIN_RSA_BITS:
+        sign_alg = "rsassa"
+    else:
+        raise UntrustedAkError("the PEM's key is of no kind that an AK has")
+    return AttestationKey(
+        public_key=key, name=AkName(b""), sign_alg=sign_alg, signature_hash=HashAlg.SHA256
+    )

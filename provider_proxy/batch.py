@@ -1,0 +1,151 @@
+"""What a batch is made of: waiters, the sealed batch, its tree, its check, its answers.
+
+Synchronous and without a clock; `batcher` decides when. `plant_tree` and `check_batch` are the two
+long computations of a batch (5 microseconds a leaf each) and run in the batch's tree worker.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from provider_proxy import attestation, inclusion, merkle
+from provider_proxy.errors import ProviderProxyError
+from provider_proxy.model import (
+    SALT_BYTES,
+    AttestationKey,
+    HashAlg,
+    HostLogs,
+    InclusionProof,
+    Quote,
+    QuoteRequest,
+    RootHash,
+    Tenant,
+)
+from provider_proxy.verify import check_covered, check_request_in_quote
+from provider_proxy.wire import EvidenceEncoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A tenant's answer: its own proof, and the encoder that its batch shares."""
+
+    encoder: EvidenceEncoder
+    proof: InclusionProof
+    claims: bytes | None
+    logs: HostLogs | None
+    queued_s: float
+
+    def body(self) -> tuple[bytes, ...]:
+        """The HTTP body, in parts."""
+        return self.encoder.encode(
+            self.proof, claims=self.claims, logs=self.logs, queued_ms=self.queued_s * 1000
+        )
+
+
+BatchKey = tuple[HashAlg, int, int]
+"""Bank, the isolated part of the mask, allowed PCRs: what requests of one batch share."""
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """One request that waits. It gets an answer or an error, once, and `done` is set."""
+
+    request: QuoteRequest
+    tenant: Tenant
+    key: BatchKey
+    arrived: float
+    is_gone: Callable[[], bool] | None
+    claims: bytes | None = None
+    sealed: bool = False
+    done: trio.Event = field(default_factory=trio.Event)
+    answer: Answer | None = None
+    error: ProviderProxyError | None = None
+
+    def refuse(self, error: ProviderProxyError) -> None:
+        if not self.done.is_set():
+            self.error = error
+            self.done.set()
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """A sealed batch. `quote` and `proofs` come as the work goes on; times are the batcher's."""
+
+    number: int
+    bank: HashAlg
+    waiters: list[Waiter]
+    opened: float
+    sealed: float
+    quote: Quote | None = None
+    quote_s: float = 0.0
+    size: int = 0
+    proofs: tuple[InclusionProof, ...] = ()
+
+    @property
+    def mask(self) -> int:
+        mask = 0
+        for waiter in self.waiters:
+            mask |= waiter.request.mask
+        return mask
+
+    def refuse(self, error: ProviderProxyError) -> None:
+        for waiter in self.waiters:
+            waiter.refuse(error)
+
+
+def plant_tree(batch: Batch) -> RootHash:
+    """Build a batch's tree (in the tree worker); proofs in the order of the waiters.
+
+    Leaves and padding are shuffled together, so that an index tells nothing of who came when.
+    """
+    salts = secrets.token_bytes(SALT_BYTES * len(batch.waiters))
+    leaves: list[bytes] = []
+    for place, waiter in enumerate(batch.waiters):
+        request = waiter.request
+        leaves.append(
+            inclusion.leaf_input(
+                salt=salts[place * SALT_BYTES : (place + 1) * SALT_BYTES],
+                nonce=request.nonce,
+                mask=request.mask,
+                bank=request.bank,
+                claims=waiter.claims or b"",
+            )
+        )
+    padded = leaves + merkle.padding(len(leaves))
+    order = list(range(len(padded)))
+    secrets.SystemRandom().shuffle(order)
+    index_of = [0] * len(padded)
+    for index, place in enumerate(order):
+        index_of[place] = index
+    wanted = index_of[: len(leaves)]
+    tree = merkle.build_tree([padded[place] for place in order], wanted=wanted)
+    batch.size = tree.size
+    batch.proofs = tuple(
+        InclusionProof(
+            leaf_index=index,
+            tree_size=tree.size,
+            path=path,
+            salt=salts[place * SALT_BYTES : (place + 1) * SALT_BYTES],
+        )
+        for place, (index, path) in enumerate(zip(wanted, tree.paths, strict=True))
+    )
+    return tree.root
+
+
+def check_batch(batch: Batch, quote: Quote, ak: AttestationKey) -> None:
+    """The tenants' checks 1 to 5, over everything that is about to leave (in the tree worker).
+
+    Raises:
+        VerificationError: a tenant would refuse this.
+    """
+    attest = attestation.parse_attest(quote.attest)
+    signature = attestation.parse_signature(quote.signature)
+    attestation.check_signature(quote.attest, signature, ak)
+    attestation.check_pcrs(attest, quote.pcrs, ak.signature_hash)
+    for waiter, proof in zip(batch.waiters, batch.proofs, strict=True):
+        check_request_in_quote(waiter.request, proof, waiter.claims, attest)
+        check_covered(attest, waiter.request)

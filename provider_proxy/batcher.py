@@ -1,0 +1,354 @@
+"""Answers each request with one shared quote and its own proof.
+
+`submit` puts a request into the waiting room and waits. Two tasks, with room for one batch between
+them, do the rest:
+
+    fill   waits until a line is ripe and the chip is ready, seals a batch, builds its tree, quotes
+    flush  runs the tenants' own checks over the batch and answers every waiter
+
+A line is ripe when its oldest request has waited for the window, when it holds `max_leaves`, or at
+drain. While the chip is busy, or rests to keep its duty, lines go on collecting: under load the
+quote itself is the window.
+
+Invariants: every waiter is answered, with a result or an error, whatever happens; nothing leaves
+that `verify` would refuse. Knows no sockets, no files and no TPM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import trio
+
+from provider_proxy import inclusion
+from provider_proxy.batch import Answer, Batch, Waiter, check_batch, plant_tree
+from provider_proxy.errors import (
+    ClientGoneError,
+    DeadlineError,
+    DrainingError,
+    HostError,
+    NotFoundError,
+    ProviderProxyError,
+    QuoteError,
+    RequestError,
+    SelfCheckError,
+    ServiceError,
+    VerificationError,
+)
+from provider_proxy.metrics import Metrics
+from provider_proxy.model import AttestationKey, HashAlg, HostLogs, Quote, QuoteRequest, Tenant
+from provider_proxy.waiting_room import BatchSettings, WaitingRoom
+from provider_proxy.wire import EvidenceEncoder
+
+log = logging.getLogger(__name__)
+
+STOPPED = "the proxy stopped while it worked on this"
+
+
+class Quoter(Protocol):
+    """Something that signs quotes, one at a time: the host's TPM, or a Keylime agent."""
+
+    @property
+    def ak(self) -> AttestationKey:
+        """The key that signs."""
+        ...
+
+    @property
+    def enc_alg(self) -> str:
+        """Keylime's name of the key's kind: "ecc" or "rsa"."""
+        ...
+
+    @property
+    def expected_s(self) -> float:
+        """Learnt time of a quote, in seconds."""
+        ...
+
+    @property
+    def pause_s(self) -> float:
+        """Rest that follows a quote, so that the chip's duty is kept, in seconds."""
+        ...
+
+    async def ready(self) -> None:
+        """Return when a quote could begin at once."""
+        ...
+
+    async def quote(self, qualifying: bytes, bank: HashAlg, mask: int) -> Quote:
+        """Take one quote.
+
+        Raises:
+            HostError, ServiceError: it could not.
+        """
+        ...
+
+
+class LogSource(Protocol):
+    """Reads the host's logs after a quote."""
+
+    async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[HostLogs | None, ...]:
+        """For each request the logs that its mask asks for; None where it asks for none."""
+        ...
+
+
+ClaimsSource = Callable[[Tenant, QuoteRequest], bytes]
+"""Claims about the VM that a request names. Raises `NotFoundError` where the tenant has none."""
+
+
+class Batcher:
+    """Answers tenants' requests out of shared quotes. `run` must be running in a nursery.
+
+    Args:
+        claims: where claims about VMs come from; None where the host makes none.
+        logs: where the host's logs come from; None where it has none.
+        boottime: of the host, seconds since the epoch; None where unknown.
+    """
+
+    def __init__(
+        self,
+        quoter: Quoter,
+        settings: BatchSettings,
+        metrics: Metrics,
+        *,
+        claims: ClaimsSource | None = None,
+        logs: LogSource | None = None,
+        boottime: int | None = None,
+    ) -> None:
+        self._quoter = quoter
+        self._settings = settings
+        self._metrics = metrics
+        self._claims = claims
+        self._logs = logs
+        self._boottime = boottime
+        self._room = WaitingRoom(
+            settings,
+            turn_s=lambda: quoter.expected_s + quoter.pause_s,
+            quote_s=lambda: quoter.expected_s,
+        )
+        self._batches = 0
+        self._drain = trio.Event()
+        self._wake = trio.Event()
+        self._unanswered = 0
+        self._all_answered = trio.Event()
+
+    async def submit(
+        self,
+        request: QuoteRequest,
+        tenant: Tenant,
+        *,
+        timeout_s: float,
+        is_gone: Callable[[], bool] | None = None,
+    ) -> Answer:
+        """Wait for this request's quote and proof.
+
+        Args:
+            timeout_s: how long the tenant waits; the caller enforces it by cancelling, here it is
+                only compared with the estimate.
+            is_gone: True once the client hung up; asked when the batch is sealed.
+
+        Raises:
+            RequestError: the tenant may not have this, or is over a limit of its own.
+            ServiceError: overloaded, draining, or no quote could be had.
+        """
+        if self._drain.is_set():
+            raise DrainingError("the proxy is going down", retry_after_s=self._room.retry_after_s())
+        if request.vm is not None:
+            self._claims_of(tenant, request)  # refuses what it has no claims about
+        waiter, wakes = self._room.admit(
+            request, tenant, now=trio.current_time(), timeout_s=timeout_s, is_gone=is_gone
+        )
+        if wakes:
+            self._wake.set()
+        self._unanswered += 1
+        try:
+            await waiter.done.wait()
+        finally:
+            self._unanswered -= 1
+            if self._drain.is_set() and not self._unanswered:
+                self._all_answered.set()
+            if not waiter.sealed:
+                self._room.leave(waiter)
+        if waiter.error is not None:
+            raise _again(waiter.error)
+        assert waiter.answer is not None  # done is set with one of the two
+        return waiter.answer
+
+    def _claims_of(self, tenant: Tenant, request: QuoteRequest) -> bytes:
+        if self._claims is None:
+            raise NotFoundError("no such VM runs here for you")
+        return self._claims(tenant, request)
+
+    async def run(self) -> None:
+        """Batch until cancelled; then let go of everybody."""
+        send, receive = trio.open_memory_channel[Batch](1)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._fill, send)
+                nursery.start_soon(self._flush, receive)
+        finally:
+            self._refuse_all(receive)
+
+    async def drain(self) -> None:
+        """Take nothing new, seal what waits, and return when every waiter has its answer."""
+        self._drain.set()
+        self._wake.set()
+        if not self._unanswered:
+            self._all_answered.set()
+        await self._all_answered.wait()
+
+    def _refuse_all(self, receive: trio.MemoryReceiveChannel[Batch]) -> None:
+        """Nothing will be quoted any more."""
+        self._drain.set()
+        with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
+            while True:
+                receive.receive_nowait().refuse(DrainingError(STOPPED))
+        while keys := self._room.ripe(0, every=True):
+            for waiter in self._room.take(keys[0])[0]:
+                waiter.refuse(DrainingError(STOPPED))
+
+    async def _fill(self, send: trio.MemorySendChannel[Batch]) -> None:
+        while True:
+            await self._until_ripe()
+            await self._quoter.ready()
+            batch = self._seal()
+            if batch is not None:
+                with _answered(batch):
+                    await self._quote(batch)
+                    if batch.quote is not None:
+                        await send.send(batch)
+
+    async def _until_ripe(self) -> None:
+        while not self._room.ripe(trio.current_time(), every=self._drain.is_set()):
+            self._wake = trio.Event()
+            with trio.move_on_at(self._room.ripe_at()):
+                await self._wake.wait()
+
+    def _seal(self) -> Batch | None:
+        """Close the batch whose turn it is; None where its waiters have all gone."""
+        now = trio.current_time()
+        ripe = self._room.ripe(now, every=self._drain.is_set())
+        if not ripe:
+            return None
+        taken, opened = self._room.take(ripe[0])
+        self._metrics.queue.set(self._room.waiting)
+        waiters = [waiter for waiter in taken if self._stays(waiter)]
+        if not waiters:
+            return None
+        self._batches += 1
+        return Batch(self._batches, ripe[0][0], waiters, opened, now)
+
+    def _stays(self, waiter: Waiter) -> bool:
+        """Fix a waiter's claims; False where it hung up, or its VM has gone."""
+        if waiter.is_gone is not None and waiter.is_gone():
+            self._metrics.abandoned.inc()
+            waiter.refuse(ClientGoneError("the client went away"))
+            return False
+        if waiter.request.vm is not None:
+            try:
+                waiter.claims = self._claims_of(waiter.tenant, waiter.request)
+            except RequestError as exc:
+                waiter.refuse(exc)
+                return False
+        return True
+
+    async def _quote(self, batch: Batch) -> None:
+        """Build the tree and quote its root; on failure every waiter has the error."""
+        root = await trio.to_thread.run_sync(plant_tree, batch)
+        qualifying = inclusion.qualifying_data(root, batch.size)
+        begin = trio.current_time()
+        try:
+            with trio.fail_after(self._settings.quote_limit_s):
+                batch.quote = await self._quoter.quote(qualifying, batch.bank, batch.mask)
+        except trio.TooSlowError:
+            error: ServiceError = DeadlineError("the TPM did not answer in time")
+        except HostError as exc:
+            error = QuoteError("the TPM gave no quote", retry_after_s=self._room.retry_after_s())
+            error.__cause__ = exc
+        except ServiceError as exc:
+            error = exc
+        else:
+            batch.quote_s = trio.current_time() - begin
+            return
+        log.error("batch=%d no quote: %s", batch.number, error.__cause__ or error)
+        self._metrics.batches.labels(type(error).__name__).inc()
+        batch.refuse(error)
+
+    async def _flush(self, receive: trio.MemoryReceiveChannel[Batch]) -> None:
+        async for batch in receive:
+            with _answered(batch):
+                await self._finish(batch)
+
+    async def _finish(self, batch: Batch) -> None:
+        """Self-check, then answer."""
+        assert batch.quote is not None
+        quoter, quote = self._quoter, batch.quote
+        try:
+            await trio.to_thread.run_sync(check_batch, batch, quote, quoter.ak)
+        except VerificationError as exc:
+            log.critical("batch=%d failed our own check: %s", batch.number, exc)
+            self._metrics.selfcheck_failures.inc()
+            self._metrics.batches.labels("SelfCheckError").inc()
+            batch.refuse(SelfCheckError("the quote failed the proxy's own verification"))
+            return
+        requests = tuple(waiter.request for waiter in batch.waiters)
+        logs: tuple[HostLogs | None, ...] = (None,) * len(requests)
+        if self._logs is not None:
+            logs = await self._logs.read(requests)
+        encoder = EvidenceEncoder(
+            quote,
+            ak_name=quoter.ak.name,
+            hash_alg=quoter.ak.signature_hash,
+            enc_alg=quoter.enc_alg,
+            sign_alg=quoter.ak.sign_alg,
+            quote_ms=batch.quote_s * 1000,
+            boottime=self._boottime,
+        )
+        for waiter, proof, own_logs in zip(batch.waiters, batch.proofs, logs, strict=True):
+            waiter.answer = Answer(
+                encoder=encoder,
+                proof=proof,
+                claims=waiter.claims,
+                logs=own_logs,
+                queued_s=batch.sealed - waiter.arrived,
+            )
+            waiter.done.set()
+        self._observe(batch)
+
+    def _observe(self, batch: Batch) -> None:
+        wait_s = batch.sealed - batch.opened
+        self._metrics.batches.labels("ok").inc()
+        self._metrics.leaves.observe(len(batch.waiters))
+        self._metrics.quote_seconds.observe(batch.quote_s)
+        self._metrics.wait_seconds.observe(wait_s)
+        log.info(
+            "batch=%d leaves=%d size=%d bank=%s mask=%#x wait_ms=%.1f quote_ms=%.1f",
+            batch.number,
+            len(batch.waiters),
+            batch.size,
+            batch.bank.label,
+            batch.mask,
+            wait_s * 1000,
+            batch.quote_s * 1000,
+        )
+
+
+@contextlib.contextmanager
+def _answered(batch: Batch) -> Iterator[None]:
+    """Whatever ends the work on a batch, its waiters are let go."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            batch.refuse(DrainingError(STOPPED))
+
+
+def _again(error: ProviderProxyError) -> ProviderProxyError:
+    """A batch's error, anew for one waiter: a shared one would collect everybody's traceback."""
+    if not isinstance(error, ServiceError):
+        return error  # it is this waiter's own
+    fresh = type(error)(str(error), retry_after_s=error.retry_after_s)
+    fresh.__cause__ = error.__cause__
+    return fresh

@@ -1,0 +1,1 @@
+"""The command `provider-proxy`: a file a subcommand."""

@@ -1,0 +1,102 @@
+"""`provider-proxy fetch`: ask a proxy with a fresh nonce; save the question and the answer.
+
+The request file is written before the question is sent: it is the tenant's own word on nonce, mask
+and time, which `verify` relies on. Nothing is judged here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import time
+import uuid
+from hashlib import sha256
+from pathlib import Path
+
+from provider_proxy.cli import files, http
+from provider_proxy.client import ProxyClient
+from provider_proxy.errors import UsageError
+from provider_proxy.model import PCR_COUNT, mask_of, parse_bank, parse_mask
+from provider_proxy.request_file import RequestRecord, encode_request
+from provider_proxy.verify import MemoryHistory, new_challenge
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    files.add_tls_arguments(parser)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--mask", metavar="0x…", help="PCR mask; bit n stands for PCR n")
+    which.add_argument("--pcrs", metavar="0,1,7", help="the same as a list of PCR numbers")
+    parser.add_argument("--bank", default="sha256", help="PCR bank (default: sha256)")
+    parser.add_argument("--vm", metavar="UUID", help="ask for the link of this VM to the host")
+    parser.add_argument("--timeout-ms", type=int, metavar="N", help="how long the proxy may take")
+    parser.add_argument(
+        "--evidence",
+        type=Path,
+        default=Path("evidence.json"),
+        metavar="FILE",
+        help="where the answer goes (default: evidence.json)",
+    )
+    parser.add_argument(
+        "--request",
+        type=Path,
+        default=Path("request.json"),
+        metavar="FILE",
+        help="where the question goes (default: request.json)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+
+
+def parse_pcr_list(text: str) -> int:
+    """Read "0,1,7". Raises: UsageError."""
+    numbers = text.split(",")
+    if not all(n.isascii() and n.isdecimal() and int(n) < PCR_COUNT for n in numbers):
+        raise UsageError(f"--pcrs must be numbers from 0 to {PCR_COUNT - 1} joined by commas")
+    return mask_of(int(n) for n in numbers)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask once.
+
+    Raises:
+        ReplyError: the proxy gave no evidence.
+        HostError: a file cannot be written.
+        UsageError, ParameterError: an option is wrong.
+    """
+    return asyncio.run(_run(args))
+
+
+async def _run(args: argparse.Namespace) -> int:
+    mask = parse_mask(args.mask) if args.mask is not None else parse_pcr_list(args.pcrs)
+    try:
+        vm = uuid.UUID(args.vm) if args.vm is not None else None
+    except ValueError:
+        raise UsageError("--vm must be a UUID") from None
+    made_at_s = time.time()
+    begin = time.monotonic()
+    challenge = new_challenge(
+        mask=mask,
+        now_s=begin,
+        history=MemoryHistory(),
+        bank=parse_bank(args.bank),
+        vm=vm,
+        timeout_ms=args.timeout_ms,
+    )
+    record = RequestRecord(request=challenge.request, made_at_s=made_at_s, url=args.url)
+    async with http.make_client(args) as client:
+        files.write_file(args.request, encode_request(record))
+        body = await ProxyClient(client, args.url).fetch(challenge.request)
+    record = dataclasses.replace(
+        record,
+        answered_after_s=time.monotonic() - begin,
+        evidence_sha256=sha256(body).digest(),
+    )
+    files.write_file(args.evidence, body)
+    files.write_file(args.request, encode_request(record))
+    if args.json:
+        print(json.dumps({"evidence": str(args.evidence), "request": str(args.request)}))
+    else:
+        print(f"evidence in {args.evidence}, request in {args.request}; not verified yet")
+    return 0

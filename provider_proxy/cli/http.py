@@ -1,0 +1,35 @@
+"""The HTTP client of subcommands that ask a proxy."""
+
+from __future__ import annotations
+
+import argparse
+import ssl
+
+import httpx
+
+from provider_proxy.errors import HostError, UsageError
+
+CONNECT_LIMIT_S = 10.0
+READ_LIMIT_S = 120.0  # above the longest timeout_ms that a proxy serves by default
+
+
+def make_client(args: argparse.Namespace) -> httpx.AsyncClient:
+    """A client by the arguments of `files.add_tls_arguments`.
+
+    Raises:
+        UsageError: no http or https URL, or a certificate without its key.
+        HostError: a TLS file is missing or no PEM.
+    """
+    if not args.url.startswith(("https://", "http://")):
+        raise UsageError("URL must begin with https:// (or http:// for a proxy on loopback)")
+    if (args.cert is None) != (args.key is None):
+        raise UsageError("--cert and --key belong together")
+    try:
+        context = ssl.create_default_context(cafile=args.ca)
+        if args.cert is not None:
+            context.load_cert_chain(args.cert, args.key)
+    except (OSError, ssl.SSLError) as exc:
+        raise HostError(f"--ca, --cert, --key: {exc}") from exc
+    timeout = httpx.Timeout(READ_LIMIT_S, connect=CONNECT_LIMIT_S)
+    # trust_env: a proxy or netrc of the environment has no business between tenant and host.
+    return httpx.AsyncClient(verify=context, timeout=timeout, trust_env=False)

@@ -1,0 +1,118 @@
+"""`provider-proxy`: picks the subcommand and turns errors into exit codes.
+
+Exit codes of every subcommand: 0 good, 1 verification refused, 2 usage, 3 environment (an uncaught
+exception included). Results go to stdout, the log to stderr. A subcommand's module is imported only
+when it runs, so that a tenant with the base install can verify.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+import traceback
+from collections.abc import Sequence
+
+from provider_proxy.errors import (
+    ProviderProxyError,
+    UsageError,
+    VerificationError,
+)
+
+EXIT_GOOD = 0
+EXIT_REFUSED = 1
+EXIT_USAGE = 2
+EXIT_ENVIRONMENT = 3
+
+SUBCOMMANDS = {
+    "serve": "run the daemon",
+    "fetch": "ask a proxy for a quote; save the request and the evidence",
+    "verify": "verify saved evidence, offline",
+    "identity": "show what a proxy says of its host's keys",
+    "demo": "200 tenants, one TPM, on this machine",
+    "bench": "measure on this machine",
+}
+EXTRA_OF = {
+    "httpx": "client",
+    "trio": "host",
+    "h11": "host",
+    "merklelib": "host",
+    "tpm2_pytss": "host",
+    "prometheus_client": "host",
+    "rich": "host",
+    "matplotlib": "plot",
+}
+
+
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The parser of one subcommand, or of all; imports what it has to."""
+    parser = argparse.ArgumentParser(
+        prog="provider-proxy",
+        description="One TPM quote for many tenants; each verifies its own part.",
+        epilog="exit codes: 0 good, 1 verification refused, 2 usage, 3 environment",
+    )
+    parser.add_argument(
+        "--log-level",
+        default="info",
+        choices=["debug", "info", "warning", "error"],
+        help="what goes to stderr (default: info)",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, help_text in SUBCOMMANDS.items():
+        sub = commands.add_parser(name, help=help_text, description=help_text.capitalize() + ".")
+        if only in (None, name):
+            module = importlib.import_module(f"provider_proxy.cli.{name}")
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    return parser
+
+
+def _command_in(argv: Sequence[str]) -> str:
+    return next((word for word in argv if word in SUBCOMMANDS), "")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a subcommand; returns the exit code."""
+    try:
+        args = build_parser(_command_in(argv)).parse_args(argv)
+        logging.basicConfig(
+            level=args.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(message)s"
+        )
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        code: int = args.run(args)
+    except ModuleNotFoundError as exc:
+        extra = EXTRA_OF.get((exc.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        print(
+            f"provider-proxy: this needs the extra {extra!r}: "
+            f"pip install 'provider-proxy[{extra}]'",
+            file=sys.stderr,
+        )
+        return EXIT_ENVIRONMENT
+    except VerificationError as exc:
+        print(f"provider-proxy: refused: {type(exc).__name__}: {exc}", file=sys.stderr)
+        return EXIT_REFUSED
+    except UsageError as exc:
+        print(f"provider-proxy: {exc}", file=sys.stderr)
+        return EXIT_USAGE
+    except ProviderProxyError as exc:
+        print(f"provider-proxy: {exc}", file=sys.stderr)
+        return EXIT_ENVIRONMENT
+    return code
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = EXIT_ENVIRONMENT
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = EXIT_ENVIRONMENT
+    except Exception:  # noqa: BLE001  # Python's own exit code for it would be 1: refused
+        traceback.print_exc()
+        code = EXIT_ENVIRONMENT
+    sys.exit(code)

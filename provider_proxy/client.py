@@ -1,0 +1,149 @@
+"""Asks a proxy over HTTP. The `httpx.AsyncClient` is the caller's: its TLS, its pool, its event loop
+(asyncio or trio). Trusts nothing that comes back; `verify` judges it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import httpx
+
+from provider_proxy.errors import EvidenceFormatError, ReplyError
+from provider_proxy.model import HashAlg, QuoteRequest, TrustedHost, VerifiedQuote
+from provider_proxy.query import encode_quote_query
+from provider_proxy.verify import HostHistory, Verifier, new_challenge
+from provider_proxy.wire import (
+    MAX_EVIDENCE_BYTES,
+    MAX_EVIDENCE_WITH_LOGS_BYTES,
+    Fields,
+    parse_json_object,
+)
+
+LOG_PCRS = 0xFFFF  # PCR 10 brings the IMA log, boot PCRs the firmware's
+MAX_IDENTITY_BYTES = 64 * 1024
+MAX_RETRY_AFTER_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimedIdentity:
+    """What a proxy *says* of its host's keys. Unsigned: compare it with the registrar's record.
+
+    Attributes:
+        ak_public, ek_public: TPM2B_PUBLIC, unparsed.
+        ek_cert: DER; None where the TPM has none.
+    """
+
+    ak_public: bytes
+    ek_public: bytes
+    ek_cert: bytes | None
+    host_uuid: str
+    software: bool
+
+
+class ProxyClient:
+    """One proxy.
+
+    Args:
+        http: the caller's client; the caller closes it.
+        base_url: "https://host:8890".
+    """
+
+    def __init__(self, http: httpx.AsyncClient, base_url: str) -> None:
+        self._http = http
+        self._base_url = base_url.rstrip("/")
+
+    async def fetch(self, request: QuoteRequest) -> bytes:
+        """Ask for a quote; the body of the answer, unverified and of bounded size.
+
+        Raises:
+            ReplyError: no answer, an HTTP error, or too large an answer.
+        """
+        limit = MAX_EVIDENCE_BYTES
+        if request.mask & LOG_PCRS:
+            limit = MAX_EVIDENCE_WITH_LOGS_BYTES
+        return await self._get(f"/verifier/quote?{encode_quote_query(request)}", limit)
+
+    async def identity(self) -> ClaimedIdentity:
+        """Ask for the host's keys.
+
+        Raises:
+            ReplyError: as `fetch`.
+            EvidenceFormatError: not an identity.
+        """
+        body = await self._get("/verifier/identity", MAX_IDENTITY_BYTES)
+        values = parse_json_object(body, "identity")
+        results = Fields(values, "identity").fields("results")
+        raw = values["results"]
+        has_cert = isinstance(raw, dict) and raw.get("ek_cert") is not None
+        if not isinstance(raw, dict) or not isinstance(raw.get("software"), bool):
+            raise EvidenceFormatError("identity.results.software is not true or false")
+        return ClaimedIdentity(
+            ak_public=results.base64("ak_tpm", 1024),
+            ek_public=results.base64("ek_tpm", 1024),
+            ek_cert=results.base64("ek_cert", 16 * 1024) if has_cert else None,
+            host_uuid=results.text("host_uuid", 36),
+            software=bool(raw["software"]),
+        )
+
+    async def attest(
+        self,
+        verifier: Verifier,
+        host: TrustedHost,
+        history: HostHistory,
+        *,
+        mask: int,
+        bank: HashAlg = HashAlg.SHA256,
+        timeout_ms: int | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> VerifiedQuote:
+        """Make a nonce, ask, verify: the whole of a tenant's work in one call.
+
+        Raises:
+            ReplyError: no answer.
+            VerificationError: the answer was refused.
+        """
+        challenge = new_challenge(
+            mask=mask, now_s=now(), history=history, bank=bank, timeout_ms=timeout_ms
+        )
+        try:
+            body = await self.fetch(challenge.request)
+            return verifier.verify(body, challenge, host, history, now_s=now())
+        finally:
+            history.spend(challenge.request.nonce)  # unanswered or refused: never good again
+
+    async def _get(self, path: str, limit: int) -> bytes:
+        body = bytearray()
+        try:
+            async with self._http.stream("GET", self._base_url + path) as response:
+                async for chunk in response.aiter_bytes():
+                    body += chunk
+                    if len(body) > limit:
+                        raise ReplyError(f"the proxy's answer is larger than {limit} bytes")
+        except (httpx.HTTPError, httpx.InvalidURL) as exc:
+            raise ReplyError(f"the proxy gave no answer: {exc or type(exc).__name__}") from exc
+        if response.status_code != 200:
+            raise ReplyError(
+                f"the proxy answered {response.status_code}: {_status_text(bytes(body))}",
+                status=response.status_code,
+                retry_after_s=_retry_after(response),
+            )
+        return bytes(body)
+
+
+def _status_text(body: bytes) -> str:
+    """The envelope's status, fit to be shown: one short printable line."""
+    try:
+        text = json.loads(body)["status"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "no reason given"
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:200])
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    value = response.headers.get("retry-after", "")
+    if not value.isascii() or not value.isdecimal() or len(value) > 9:
+        return None
+    return min(float(value), MAX_RETRY_AFTER_S)

@@ -1,0 +1,228 @@
+"""The daemon: one nursery, in which everything that it is runs, and the way up and down.
+
+    run ─┬─ batcher.run         fill and flush
+         ├─ doors               a listener each; a task a connection
+         └─ signals             SIGTERM and SIGINT begin the drain
+
+Up: TPM and keys, then listeners, then READY. Down: STOPPING; new requests get 503 and a closed
+connection; what waits is sealed and answered, for `limits.drain_ms` at most; then the doors close.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import trio
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from provider_proxy import http1, listeners, server, sysd
+from provider_proxy.batcher import Batcher
+from provider_proxy.config import Config
+from provider_proxy.hostlogs import HostLogFiles
+from provider_proxy.metrics import Metrics
+from provider_proxy.model import Tenant
+from provider_proxy.quoters.esys import EsysQuoter, open_quoter
+from provider_proxy.waiting_room import BatchSettings
+
+log = logging.getLogger(__name__)
+
+CLOSE_LIMIT_S = 5.0  # for answers that are on their way when the drain is over
+
+OpenQuoter = Callable[[Config], AbstractAsyncContextManager[EsysQuoter]]
+
+
+def open_tpm(config: Config) -> AbstractAsyncContextManager[EsysQuoter]:
+    """The quoter that the configuration names."""
+    return open_quoter(config.tpm, config.state_dir, host_uuid=config.host_uuid)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """Where a running daemon listens; tests ask for port 0."""
+
+    addresses: list[str]
+    admin_addresses: list[str]
+
+
+async def run(
+    config: Config,
+    *,
+    open_quoter: OpenQuoter = open_tpm,
+    task_status: trio.TaskStatus[Started] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until SIGTERM or SIGINT, or until cancelled.
+
+    Args:
+        open_quoter: opens the TPM; benchmarks put one with a delay there.
+
+    Raises:
+        HostError: TPM, key, port or file is missing.
+        ConfigError: an inherited socket does not fit the configuration.
+    """
+    context = listeners.tls_context(config.listen)
+    metrics = Metrics()
+    async with open_quoter(config) as quoter:
+        batcher = _make_batcher(config, quoter, metrics)
+        draining = trio.Event()
+        tenants = http1.Door(
+            _tenant_door(config, quoter, batcher),
+            observe=lambda status, reason: metrics.requests.labels(status, reason).inc(),
+            max_connections=config.limits.max_connections,
+        )
+        admin = http1.Door(
+            server.AdminDoor(metrics, lambda: "draining" if draining.is_set() else None),
+            observe=lambda status, reason: None,
+        )
+        inherited = sysd.take_listen_sockets()
+        if inherited:
+            doors_open = listeners.adopt_listeners(inherited, context)
+        else:
+            doors_open = listeners.open_listeners("listen.address", config.listen.address, context)
+        async with (
+            _opened(doors_open, ours=not inherited) as open_doors,
+            _opened(
+                listeners.open_listeners("admin.address", config.admin.address, None), ours=True
+            ) as open_admin,
+        ):
+            started = Started(
+                addresses=listeners.describe(open_doors),
+                admin_addresses=listeners.describe(open_admin),
+            )
+            _announce(config, started)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(batcher.run)
+                for listener in open_admin:
+                    nursery.start_soon(_accept, admin, listener)
+                with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                    task_status.started(started)
+                    sysd.notify("READY=1")
+                    async with trio.open_nursery() as doors:
+                        for listener in open_doors:
+                            doors.start_soon(_accept, tenants, listener)
+                        doors.start_soon(
+                            _drain_at_signal,
+                            config,
+                            signals,
+                            draining,
+                            batcher,
+                            tenants,
+                            doors.cancel_scope,
+                        )
+                nursery.cancel_scope.cancel()
+    log.info("stopped")
+
+
+def _make_batcher(config: Config, quoter: EsysQuoter, metrics: Metrics) -> Batcher:
+    settings = BatchSettings(
+        window_s=config.batch.window_ms / 1000,
+        max_leaves=config.batch.max_leaves,
+        isolate_mask=config.batch.isolate_pcrs,
+        max_queue=config.limits.max_queue,
+        quote_limit_s=config.limits.max_timeout_ms / 1000,
+    )
+    return Batcher(
+        quoter,
+        settings,
+        metrics,
+        logs=HostLogFiles(config.logs.ima, config.logs.uefi),
+        boottime=_boottime(),
+    )
+
+
+def _boottime() -> int:
+    return int(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME))
+
+
+def _tenant_door(config: Config, quoter: EsysQuoter, batcher: Batcher) -> server.TenantDoor:
+    identity = quoter.identity
+    pcr_allow = config.tenant_defaults.pcr_allow
+
+    def by_connection(peer: http1.Peer) -> Tenant:
+        """Without certificates a connection is all that tells one tenant from another."""
+        return Tenant(name=peer.name, pcr_allow=pcr_allow)
+
+    return server.TenantDoor(
+        batcher.submit,
+        by_connection,
+        identity=server.identity_results(
+            ak_public=identity.ak_public,
+            ak_pem=quoter.ak.public_key.public_bytes(
+                Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
+            ),
+            ak_name=quoter.ak.name,
+            ek_public=identity.ek_public,
+            ek_cert=identity.ek_cert,
+            host_uuid=str(identity.host_uuid),
+            software=identity.software,
+        ),
+        version=program_version(),
+        banks=config.tpm.banks,
+        default_timeout_ms=config.limits.default_timeout_ms,
+        max_timeout_ms=config.limits.max_timeout_ms,
+    )
+
+
+def program_version() -> str:
+    """This program's version; "unknown" where it runs from sources that were never installed."""
+    try:
+        return version("provider-proxy")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _announce(config: Config, started: Started) -> None:
+    for address in started.addresses:
+        log.info("listening on %s", address)
+    for address in started.admin_addresses:
+        log.info("admin listens on %s", address)
+    if config.listen.insecure_plaintext:
+        log.warning("listen.insecure_plaintext: requests and answers travel in the clear")
+    elif config.listen.client_ca is None:
+        log.warning("listen.client_ca is not set: whoever reaches the port may ask for quotes")
+
+
+@asynccontextmanager
+async def _opened(
+    opened: Sequence[listeners.Listener], *, ours: bool
+) -> AsyncIterator[Sequence[listeners.Listener]]:
+    """Close listeners in the end; the unix sockets that are ours are removed, systemd's stay."""
+    names = listeners.describe(opened)
+    try:
+        yield opened
+    finally:
+        listeners.close_all(opened)
+        if ours:
+            listeners.remove_unix_sockets(names)
+
+
+async def _accept(door: http1.Door, listener: listeners.Listener) -> None:
+    await trio.serve_listeners(door.serve, [listener])
+
+
+async def _drain_at_signal(
+    config: Config,
+    signals: AsyncIterator[int],
+    draining: trio.Event,
+    batcher: Batcher,
+    tenants: http1.Door,
+    doors: trio.CancelScope,
+) -> None:
+    """Wait for a signal; then answer what waits and close the doors."""
+    async for number in signals:
+        log.info("%s: draining", signal.Signals(number).name)
+        break
+    sysd.notify("STOPPING=1")
+    draining.set()
+    with trio.move_on_after(config.limits.drain_ms / 1000) as scope:
+        await batcher.drain()
+    if scope.cancelled_caught:
+        log.warning("limits.drain_ms is over; whoever still waits is refused")
+    with trio.move_on_after(CLOSE_LIMIT_S):
+        await tenants.finish()
+    doors.cancel()

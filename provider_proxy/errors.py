@@ -1,0 +1,238 @@
+"""Every error that this package raises, split by who is at fault.
+
+    ProviderProxyError
+    ├── UsageError                 the caller: wrong arguments, a policy outside the mask   (exit 2)
+    │   └── ConfigError            the configuration file says something impossible
+    ├── HostError                  the host: no TPM, no AK, a port taken, a file missing    (exit 3)
+    │   └── TpmError               a TPM command failed; `code` is its response code
+    ├── RequestError               the tenant's request                                     (HTTP 4xx)
+    │   ├── ParameterError         400, names the parameter
+    │   ├── NotFoundError          404
+    │   ├── MethodError            405
+    │   └── TenantLimitError       429, the tenant's own limit, with Retry-After
+    ├── ServiceError               the provider cannot answer now                           (HTTP 5xx)
+    │   ├── OverloadedError        503, with Retry-After
+    │   ├── DrainingError          503, the connection closes
+    │   ├── ClientGoneError        nobody is there to be answered
+    │   ├── QuoteError             503, the TPM did not give a quote
+    │   ├── SelfCheckError         502, the quote failed our own verification
+    │   └── DeadlineError          504
+    ├── ReplyError                 the tenant's side got no evidence: network, HTTP status  (exit 3)
+    └── VerificationError          evidence refused; a class for each numbered check        (exit 1)
+
+`str(error)` is the public message: it may be shown to the other side. What only we may see hangs
+below it as `__cause__`. Errors of other libraries are translated where they are called, `from exc`.
+"""
+
+from __future__ import annotations
+
+
+class ProviderProxyError(Exception):
+    """Root of all errors of this package."""
+
+
+class UsageError(ProviderProxyError):
+    """The caller asked for something that can never work."""
+
+
+class ConfigError(UsageError):
+    """A configuration value is wrong; the message names its key."""
+
+
+class HostError(ProviderProxyError):
+    """Something that the program needs from its host is not there."""
+
+
+class TpmError(HostError):
+    """A TPM command failed.
+
+    Attributes:
+        code: TPM or TSS response code without handle, parameter or session number; 0 if none came.
+    """
+
+    def __init__(self, message: str, *, code: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class ReplyError(ProviderProxyError):
+    """A proxy gave no evidence: unreachable, an HTTP error, or too large a reply.
+
+    Attributes:
+        status: the HTTP status, where there was one.
+        retry_after_s: what the proxy asked us to wait, in seconds.
+    """
+
+    def __init__(
+        self, message: str, *, status: int | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+
+class RequestError(ProviderProxyError):
+    """The request cannot be answered as it stands; `status` is the HTTP status."""
+
+    status = 400
+    parameter: str | None = None
+
+
+class ParameterError(RequestError):
+    """A parameter is wrong, missing, repeated or unknown."""
+
+    def __init__(self, parameter: str, problem: str) -> None:
+        super().__init__(f"{parameter}: {problem}")
+        self.parameter = parameter
+
+
+class NotFoundError(RequestError):
+    """No such path, or no such VM for this tenant."""
+
+    status = 404
+
+
+class MethodError(RequestError):
+    """The path exists, but not with this method."""
+
+    status = 405
+
+
+class TenantLimitError(RequestError):
+    """The tenant is over a limit of its own; asking again makes sense after `retry_after_s`."""
+
+    status = 429
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ServiceError(ProviderProxyError):
+    """The provider's side cannot answer; `status` is the HTTP status.
+
+    Attributes:
+        retry_after_s: when asking again makes sense, in seconds; None where nothing is known.
+        closes: True where the connection must not be used again.
+    """
+
+    status = 503
+    closes = False
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class OverloadedError(ServiceError):
+    """The queue is full, or the wait would be longer than the request's deadline."""
+
+
+class DrainingError(ServiceError):
+    """The daemon is going down and takes nothing new."""
+
+    closes = True
+
+
+class ClientGoneError(ServiceError):
+    """The client hung up before its batch was sealed."""
+
+    closes = True
+
+
+class QuoteError(ServiceError):
+    """The TPM, or whatever quotes for us, gave no usable quote."""
+
+
+class SelfCheckError(ServiceError):
+    """A quote or proof of our own failed the tenants' checks: nothing of it is sent."""
+
+    status = 502
+
+
+class DeadlineError(ServiceError):
+    """The request's own deadline passed before its quote came."""
+
+    status = 504
+
+
+class VerificationError(ProviderProxyError):
+    """Evidence was refused. `check` is the number of the check in docs/evidence-format.md."""
+
+    check = 0
+
+
+class EvidenceFormatError(VerificationError):
+    """Check 0: not evidence of a format that we read, or over a size limit."""
+
+
+class StaleEvidenceError(VerificationError):
+    """Check 0: the answer came later than `max_age_s` after the nonce was made."""
+
+
+class NonceSpentError(VerificationError):
+    """Check 0: this nonce is not open: it has verified before, or it was never ours."""
+
+
+class UntrustedAkError(VerificationError):
+    """The key offered as AK is not one that a TPM restricts to its own quotes."""
+
+
+class NotAQuoteError(VerificationError):
+    """Check 1: the signed structure is not a TPM quote (magic or type)."""
+
+    check = 1
+
+
+class SignatureError(VerificationError):
+    """Check 2: the trusted AK did not make this signature."""
+
+    check = 2
+
+
+class ClaimsError(VerificationError):
+    """Check 3: claims unasked, missing, malformed, or about another VM."""
+
+    check = 3
+
+
+class InclusionError(VerificationError):
+    """Check 3: index, size and path do not lead to any root."""
+
+    check = 3
+
+
+class QualifyingDataError(VerificationError):
+    """Check 4: the quote was not taken over the root that the proof leads to."""
+
+    check = 4
+
+
+class PcrDigestError(VerificationError):
+    """Check 5: the PCR values are not the ones that the TPM signed."""
+
+    check = 5
+
+
+class PcrSelectionError(VerificationError):
+    """Check 5: the signed selection is not the one the values claim to be."""
+
+    check = 5
+
+
+class MaskNotCoveredError(VerificationError):
+    """Check 5: a requested PCR, or the requested bank, is not in the signed selection."""
+
+    check = 5
+
+
+class ClockError(VerificationError):
+    """Check 6: the TPM's clock or counters went back."""
+
+    check = 6
+
+
+class PolicyError(VerificationError):
+    """Check 7: the host's state is proven, and it is not what the policy wants."""
+
+    check = 7

@@ -1,0 +1,88 @@
+"""Leaves to a tree with its root and proofs; the one module that uses merklelib.
+
+merklelib 1.0 builds the tree; `inclusion` verifies, and the batch's self-check holds the two against
+each other for every leaf that leaves the house. Its `Hasher` is replaced by one over raw digests,
+which halves the time a leaf costs, and its tree equals RFC 9162's for every size.
+
+merklelib 1.0 uses `collections.Iterable`, which Python 3.10 removed. The repair puts a namespace
+that has it where merklelib looks, in merklelib's own module; the standard library stays as it is.
+"""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+import secrets
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import merklelib.merkle
+
+from provider_proxy import inclusion
+from provider_proxy.model import HASH_BYTES, RootHash
+
+if not hasattr(collections, "Iterable"):
+    merklelib.merkle.collections = types.SimpleNamespace(
+        Iterable=collections.abc.Iterable, OrderedDict=collections.OrderedDict
+    )
+
+
+class _DigestHasher(merklelib.merkle.Hasher):  # type: ignore[misc]  # merklelib has no types
+    """RFC 9162's hashes over raw digests; merklelib's own goes through hex text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def hash_leaf(self, data: bytes) -> bytes:
+        return inclusion.leaf_hash(data)
+
+    def hash_children(self, left: bytes, right: bytes) -> bytes:
+        return inclusion.node_hash(left, right)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tree:
+    """A batch's tree. `paths[i]` leads from leaf i to the root."""
+
+    root: RootHash
+    size: int
+    paths: tuple[tuple[bytes, ...], ...]
+
+
+def build_tree(leaf_inputs: Sequence[bytes], *, wanted: Sequence[int] | None = None) -> Tree:
+    """Build the tree over some leaf inputs, in their order.
+
+    Args:
+        leaf_inputs: at least one, all different (a salt in each makes them so).
+        wanted: indexes whose path is needed; all of them where None. `paths` follows its order.
+
+    Raises:
+        ValueError: no leaf, or two equal ones.
+    """
+    if not leaf_inputs:
+        raise ValueError("a tree has at least one leaf")
+    tree = merklelib.merkle.MerkleTree(list(leaf_inputs), _DigestHasher())
+    leaves = tree.leaves
+    if len(leaves) != len(leaf_inputs):  # merklelib's map collapses equal leaves
+        raise ValueError("two leaves are equal")
+    indexes = range(len(leaves)) if wanted is None else wanted
+    return Tree(
+        root=RootHash(bytes.fromhex(tree.merkle_root)),
+        size=len(leaves),
+        # AuditProof keeps its nodes private; its public hex_nodes would cost a round through text.
+        paths=tuple(
+            tuple(node.hash for node in tree.get_proof(leaves[index].hash)._nodes)
+            for index in indexes
+        ),
+    )
+
+
+def padding(count: int) -> list[bytes]:
+    """Random leaf inputs that fill `count` leaves up to a power of two of at least two.
+
+    The size of a batch then tells a tenant no more than its power of two, and a lone tenant's tree
+    looks like any other.
+    """
+    missing = (1 << max(1, (count - 1).bit_length())) - count
+    return [secrets.token_bytes(HASH_BYTES) for _ in range(missing)]

@@ -1,0 +1,64 @@
+"""What the daemon counts: one object, made by the daemon and handed to whoever counts.
+
+prometheus-client is behind it. Each object has a registry of its own, so that two daemons in one
+test process do not share numbers. One counter per reason, so that "refused" can be explained.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+LEAVES_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
+
+
+class Metrics:
+    """Counters, gauges and histograms; names begin with `provider_proxy_`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        prefix = "provider_proxy_"
+        self.requests = Counter(
+            prefix + "requests",
+            "Requests answered, by HTTP status and reason.",
+            ["status", "reason"],
+            registry=self.registry,
+        )
+        self.batches = Counter(
+            prefix + "batches", "Batches, by outcome.", ["outcome"], registry=self.registry
+        )
+        self.leaves = Histogram(
+            prefix + "batch_leaves",
+            "Tenants' requests in a batch.",
+            buckets=LEAVES_BUCKETS,
+            registry=self.registry,
+        )
+        self.quote_seconds = Histogram(
+            prefix + "quote_seconds",
+            "Time of a quote on the chip, PCR read included.",
+            buckets=SECONDS_BUCKETS,
+            registry=self.registry,
+        )
+        self.wait_seconds = Histogram(
+            prefix + "wait_seconds",
+            "Time from a batch's first nonce until it was sealed.",
+            buckets=SECONDS_BUCKETS,
+            registry=self.registry,
+        )
+        self.queue = Gauge(
+            prefix + "queue", "Requests waiting for a batch.", registry=self.registry
+        )
+        self.abandoned = Counter(
+            prefix + "abandoned",
+            "Requests dropped before the seal, because their client went away.",
+            registry=self.registry,
+        )
+        self.selfcheck_failures = Counter(
+            prefix + "selfcheck_failures",
+            "Batches that failed the tenants' own checks here. Must stay 0.",
+            registry=self.registry,
+        )
+
+    def text(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self.registry)

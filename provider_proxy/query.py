@@ -1,0 +1,106 @@
+"""The parameters of `GET /verifier/quote`, read and written: strict, in one place for both sides.
+
+A missing, repeated, unknown or ill-formed parameter is a `ParameterError` with its name; nothing is
+guessed, because the tenant hashes what it *meant* into its leaf and would find no proof.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import TypeVar
+from urllib.parse import parse_qsl, urlencode
+
+from provider_proxy.errors import ParameterError
+from provider_proxy.model import HashAlg, QuoteRequest, parse_bank, parse_mask, parse_nonce
+
+T = TypeVar("T")
+
+MAX_QUERY_CHARS = 512  # all parameters at their longest are 220
+MAX_IMA_ENTRY = 1 << 31
+MIN_TIMEOUT_MS = 1
+MAX_TIMEOUT_MS = 600_000  # the configuration's own limit is lower; this bounds the number
+
+
+def parse_quote_query(query: str) -> QuoteRequest:
+    """Read a query string.
+
+    Does not check: what the tenant may see, or whether the bank is offered; the door does.
+
+    Raises:
+        ParameterError: names the parameter ("query" where the string itself is ill-formed).
+    """
+    if len(query) > MAX_QUERY_CHARS:
+        raise ParameterError("query", f"is longer than {MAX_QUERY_CHARS} characters")
+    try:
+        pairs = parse_qsl(
+            query,
+            keep_blank_values=True,
+            strict_parsing=bool(query),
+            errors="strict",
+            max_num_fields=len(_PARSERS) + 1,
+        )
+    except (ValueError, UnicodeError):
+        raise ParameterError("query", "is not name=value pairs joined by &, or too many") from None
+    values: dict[str, object] = {}
+    for name, text in pairs:
+        parser = _PARSERS.get(name)
+        if parser is None:
+            raise ParameterError(_printable(name), "is unknown")
+        if name in values:
+            raise ParameterError(name, "is given more than once")
+        values[name] = parser(text)
+    for name in ("nonce", "mask"):
+        if name not in values:
+            raise ParameterError(name, "is missing")
+    return QuoteRequest(**values)  # type: ignore[arg-type]  # each parser gives its field's type
+
+
+def encode_quote_query(request: QuoteRequest) -> str:
+    """Write what `parse_quote_query` reads."""
+    pairs = {"nonce": request.nonce.decode("ascii"), "mask": hex(request.mask)}
+    if request.bank is not HashAlg.SHA256:
+        pairs["bank"] = request.bank.label
+    if request.ima_ml_entry:
+        pairs["ima_ml_entry"] = str(request.ima_ml_entry)
+    if request.vm is not None:
+        pairs["vm"] = str(request.vm)
+    if request.timeout_ms is not None:
+        pairs["timeout_ms"] = str(request.timeout_ms)
+    return urlencode(pairs)
+
+
+def _printable(name: str) -> str:
+    """A name from outside, fit to be shown: short, no control characters."""
+    return "".join(c if c.isprintable() else "?" for c in name[:40]) or "(empty name)"
+
+
+def _number(name: str, least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdecimal() or len(text) > 10:
+            raise ParameterError(name, "must be a decimal number")
+        if not least <= int(text) <= most:
+            raise ParameterError(name, f"must be in {least}..{most}")
+        return int(text)
+
+    return parse
+
+
+def _parse_vm(text: str) -> uuid.UUID:
+    try:
+        value = uuid.UUID(text)
+    except ValueError:
+        raise ParameterError("vm", "must be a UUID") from None
+    if str(value) != text:  # uuid.UUID takes braces, urn: and capitals too
+        raise ParameterError("vm", "must be a UUID in lower case with hyphens")
+    return value
+
+
+_PARSERS: dict[str, Callable[[str], object]] = {
+    "nonce": parse_nonce,
+    "mask": parse_mask,
+    "bank": parse_bank,
+    "ima_ml_entry": _number("ima_ml_entry", 0, MAX_IMA_ENTRY),
+    "vm": _parse_vm,
+    "timeout_ms": _number("timeout_ms", MIN_TIMEOUT_MS, MAX_TIMEOUT_MS),
+}

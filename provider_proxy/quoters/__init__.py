@@ -1,0 +1,1 @@
+"""What signs quotes for the batcher."""

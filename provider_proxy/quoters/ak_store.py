@@ -1,0 +1,105 @@
+"""The AK's authValue and name, kept 0600 in the state directory.
+
+The authValue is what keeps others who may open the TPM device from using the AK; the name is how a
+later start notices that the TPM has been cleared or replaced. Written before the AK is made, so that
+no crash leaves a key in the TPM whose authValue nobody has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+
+from provider_proxy.config import read_secret
+from provider_proxy.errors import EvidenceFormatError, HostError
+from provider_proxy.wire import Fields, parse_json_object
+
+AUTH_BYTES = 32  # as long as the AK's name algorithm: the most that a TPM keeps of an authValue
+
+
+class AkStore:
+    """`ak.json` in the state directory."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._path = state_dir / "ak.json"
+        self._auth = b""
+        self._name = b""
+        if self._path.exists():
+            self._load()
+
+    def _load(self) -> None:
+        try:
+            fields = Fields(parse_json_object(read_secret("ak", self._path), "ak.json"), "ak.json")
+            self._auth = fields.hex("auth", AUTH_BYTES)
+            self._name = fields.hex("name", 66) if "name" in fields else b""
+        except EvidenceFormatError as exc:
+            raise HostError(f"{self._path} is damaged: {exc}") from exc
+
+    def auth_for(self, is_new: bool) -> bytes:
+        """The authValue of the AK that is there, or that is about to be made.
+
+        Raises:
+            HostError: an AK is there that we have no authValue for, or ours has gone.
+        """
+        if is_new and self._name:
+            raise HostError(
+                f"the TPM no longer holds the AK {self._name.hex()}: it was cleared or replaced. "
+                f"Remove {self._path} to make a new AK; tenants must then pin the host anew"
+            )
+        if is_new and not self._auth:
+            self._auth = secrets.token_bytes(AUTH_BYTES)
+            self._save()
+        if not self._auth:
+            raise HostError(
+                f"tpm.ak_handle holds an AK, but {self._path} with its authValue is missing; "
+                "choose another tpm.ak_handle or evict that key"
+            )
+        return self._auth
+
+    def confirm(self, name: bytes) -> None:
+        """Remember the AK's name; the first time that it has quoted.
+
+        Raises:
+            HostError: it is not the AK that was there before.
+        """
+        if self._name and self._name != name:
+            raise HostError(
+                f"tpm.ak_handle holds the AK {name.hex()}, but it was {self._name.hex()} before; "
+                f"it was left as it is. If this is meant, remove {self._path}"
+            )
+        if not self._name:
+            self._name = name
+            self._save()
+
+    def _save(self) -> None:
+        values = {"auth": self._auth.hex()}
+        if self._name:
+            values["name"] = self._name.hex()
+        write_private(self._path, json.dumps(values).encode("ascii"))
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file that only its owner can read, whole or not at all.
+
+    Raises:
+        HostError: the directory cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as exc:
+        raise HostError(f"cannot write {path}: {exc.strerror}") from exc

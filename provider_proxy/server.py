@@ -1,0 +1,196 @@
+"""The tenants' door and the operator's: routes, and what each answers.
+
+Hands a checked request to `Submit` and gives its answer, or the error's status, to `http1`. Never
+decides when a quote is taken, and knows a tenant only by what `identify` says of the connection.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol, TypeVar
+
+import trio
+
+from provider_proxy import http1
+from provider_proxy.batch import Answer
+from provider_proxy.errors import (
+    DeadlineError,
+    MethodError,
+    NotFoundError,
+    ParameterError,
+)
+from provider_proxy.metrics import Metrics
+from provider_proxy.model import HashAlg, QuoteRequest, Tenant
+from provider_proxy.query import parse_quote_query
+from provider_proxy.wire import FORMAT, encode_envelope
+
+API_VERSION = "1.0"
+
+
+class Submit(Protocol):
+    """What answers a request: `Batcher.submit`."""
+
+    async def __call__(
+        self,
+        request: QuoteRequest,
+        tenant: Tenant,
+        *,
+        timeout_s: float,
+        is_gone: Callable[[], bool] | None = None,
+    ) -> Answer:
+        """Answer, or raise a `RequestError` or `ServiceError`."""
+        ...
+
+
+R = TypeVar("R")
+
+Identify = Callable[[http1.Peer], Tenant]
+"""Says who a connection's tenant is. Raises `RequestError` for one that may not come in."""
+
+
+class TenantDoor:
+    """The handler of the tenants' listeners.
+
+    Args:
+        identity: results of `GET /verifier/identity`.
+        version: of this program.
+    """
+
+    def __init__(
+        self,
+        submit: Submit,
+        identify: Identify,
+        *,
+        identity: Mapping[str, object],
+        version: str,
+        banks: tuple[HashAlg, ...],
+        default_timeout_ms: int,
+        max_timeout_ms: int,
+    ) -> None:
+        self._submit = submit
+        self._identify = identify
+        self._identity = encode_envelope(200, "Success", identity)
+        self._version = encode_envelope(
+            200,
+            "Success",
+            {
+                "supported_version": API_VERSION,
+                "supported_versions": [API_VERSION],
+                "evidence_formats": [FORMAT],
+                "provider_proxy": version,
+            },
+        )
+        self._banks = banks
+        self._default_timeout_ms = default_timeout_ms
+        self._max_timeout_ms = max_timeout_ms
+        self._routes: dict[str, Callable[[http1.Request, Tenant], Awaitable[http1.Response]]] = {
+            "/verifier/quote": self._quote,
+            "/verifier/identity": self._get_identity,
+            "/version": self._get_version,
+        }
+
+    async def __call__(self, request: http1.Request) -> http1.Response:
+        """Answer a request.
+
+        Raises:
+            RequestError, ServiceError: `http1` makes the response of them.
+        """
+        tenant = self._identify(request.peer)
+        return await _route(self._routes, request)(request, tenant)
+
+    async def _quote(self, request: http1.Request, tenant: Tenant) -> http1.Response:
+        asked = parse_quote_query(request.query)
+        if asked.bank not in self._banks:
+            offered = ", ".join(bank.label for bank in self._banks)
+            raise ParameterError("bank", f"is not offered here; offered: {offered}")
+        timeout_ms = asked.timeout_ms or self._default_timeout_ms
+        if timeout_ms > self._max_timeout_ms:
+            raise ParameterError("timeout_ms", f"must be at most {self._max_timeout_ms}")
+        with trio.move_on_after(timeout_ms / 1000):
+            answer = await self._submit(
+                asked, tenant, timeout_s=timeout_ms / 1000, is_gone=request.peer.is_gone
+            )
+            return http1.Response(body=answer.body())
+        raise DeadlineError("no quote within the request's timeout", retry_after_s=1.0)
+
+    async def _get_identity(self, request: http1.Request, _tenant: Tenant) -> http1.Response:
+        _no_query(request)
+        return http1.Response(body=(self._identity,))
+
+    async def _get_version(self, request: http1.Request, _tenant: Tenant) -> http1.Response:
+        _no_query(request)
+        return http1.Response(body=(self._version,))
+
+
+class AdminDoor:
+    """The handler of the operator's listeners.
+
+    Args:
+        not_ready: why the daemon cannot serve now; None while it can.
+    """
+
+    def __init__(self, metrics: Metrics, not_ready: Callable[[], str | None]) -> None:
+        self._metrics = metrics
+        self._not_ready = not_ready
+        self._routes = {
+            "/healthz": self._health,
+            "/readyz": self._ready,
+            "/metrics": self._get_metrics,
+        }
+
+    async def __call__(self, request: http1.Request) -> http1.Response:
+        """Answer a request. Raises: RequestError."""
+        return await _route(self._routes, request)(request)
+
+    async def _health(self, _request: http1.Request) -> http1.Response:
+        return http1.Response(body=(encode_envelope(200, "alive", {}),))
+
+    async def _ready(self, _request: http1.Request) -> http1.Response:
+        why = self._not_ready()
+        status = 200 if why is None else 503
+        return http1.Response(
+            status=status,
+            body=(encode_envelope(status, why or "ready", {}),),
+            reason="ok" if why is None else "not ready",
+        )
+
+    async def _get_metrics(self, _request: http1.Request) -> http1.Response:
+        return http1.Response(body=(self._metrics.text(),), content_type=http1.TEXT)
+
+
+def _route(routes: Mapping[str, R], request: http1.Request) -> R:
+    found = routes.get(request.path)
+    if found is None:
+        raise NotFoundError("no such path")
+    if request.method != "GET":
+        raise MethodError("only GET is answered here")
+    return found
+
+
+def _no_query(request: http1.Request) -> None:
+    if request.query:
+        raise ParameterError("query", "this path takes no parameters")
+
+
+def identity_results(
+    *,
+    ak_public: bytes,
+    ak_pem: bytes,
+    ak_name: bytes,
+    ek_public: bytes,
+    ek_cert: bytes | None,
+    host_uuid: str,
+    software: bool,
+) -> dict[str, object]:
+    """The results of `GET /verifier/identity`."""
+    return {
+        "ak_tpm": base64.b64encode(ak_public).decode("ascii"),
+        "ak_pem": ak_pem.decode("ascii"),
+        "ak_name": ak_name.hex(),
+        "ek_tpm": base64.b64encode(ek_public).decode("ascii"),
+        "ek_cert": base64.b64encode(ek_cert).decode("ascii") if ek_cert is not None else None,
+        "host_uuid": host_uuid,
+        "software": software,
+        "registrations": [],
+    }

@@ -1,0 +1,43 @@
+"""systemd's two protocols: readiness notification and socket activation.
+
+Source: sd_notify(3) and sd_listen_fds(3). Without systemd both are silent.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+LISTEN_FDS_START = 3
+MAX_LISTEN_FDS = 64
+
+
+def notify(state: str) -> None:
+    """Tell the service manager ("READY=1", "STOPPING=1"); nothing where there is none."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path or path[0] not in "/@":
+        return
+    address = "\0" + path[1:] if path[0] == "@" else path
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.connect(address)
+            sock.send(state.encode("utf-8"))
+        except OSError:
+            return  # a manager that went away must not take the service with it
+
+
+def take_listen_sockets() -> list[socket.socket]:
+    """The sockets that systemd opened for this process; empty where it opened none.
+
+    The variables are removed, so that a child does not take them for its own.
+    """
+    pid = os.environ.pop("LISTEN_PID", "")
+    count = os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not count.isascii() or not count.isdecimal():
+        return []
+    sockets = []
+    for fd in range(LISTEN_FDS_START, LISTEN_FDS_START + min(int(count), MAX_LISTEN_FDS)):
+        os.set_inheritable(fd, False)
+        sockets.append(socket.socket(fileno=fd))
+    return sockets

@@ -1,0 +1,138 @@
+"""One open TPM: reads PCRs and quotes. Synchronous; only the gate's thread may call it.
+
+Never creates a key (that is `keys`, before serving starts), opens no session, leaves no transient
+object: a quote needs the persistent AK and a plain password alone (TPM 2.0 Part 3, 18.4), so that
+others who hold every session of the chip cannot stop it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from tpm2_pytss import ESAPI, TSS2_Exception
+from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_PT
+from tpm2_pytss.types import TPML_PCR_SELECTION, TPMS_PCR_SELECTION, TPMT_SIG_SCHEME
+
+from provider_proxy import attestation
+from provider_proxy.errors import TpmError, VerificationError
+from provider_proxy.model import HashAlg, PcrValues, Quote, pcrs_of
+
+PCR_READS = 8  # rounds until a selection must be covered: 24 PCRs at 8 a call need 3
+QUOTE_TRIES = 5  # IMA extends PCR 10 between read and quote; Keylime's agent tries 5 times too
+
+
+@contextlib.contextmanager
+def tss_errors(doing: str) -> Iterator[None]:
+    """The boundary to tpm2_pytss: its errors become `TpmError`.
+
+    Raises:
+        TpmError: with the response code and what was being done.
+    """
+    try:
+        yield
+    except TSS2_Exception as exc:
+        code = int(exc.error)
+        raise TpmError(f"{doing}: {exc} ({code:#06x})", code=code) from exc
+
+
+def open_context(tcti: str) -> ESAPI:
+    """Open a tpm2-tss connection ("device:/dev/tpmrm0", "swtpm:path=…").
+
+    Raises:
+        TpmError: there is no such TCTI, or no TPM behind it.
+    """
+    with tss_errors(f"cannot open the TPM at {tcti!r}"):
+        try:
+            return ESAPI(tcti)
+        except (ValueError, RuntimeError, OSError) as exc:
+            if isinstance(exc, TSS2_Exception):
+                raise
+            raise TpmError(f"cannot open the TPM at {tcti!r}: {exc}") from exc
+
+
+class Chip:
+    """An open TPM whose AK is known.
+
+    Args:
+        context: an open ESAPI context; the chip closes it.
+        ak: ESYS_TR of the persistent AK, its authValue set.
+    """
+
+    def __init__(self, context: ESAPI, ak: ESYS_TR) -> None:
+        self._context = context
+        self._ak = ak
+
+    def close(self) -> None:
+        """Close the context; the persistent keys stay."""
+        with tss_errors("close"):
+            self._context.close()
+
+    def read_pcrs(self, bank: HashAlg, mask: int) -> tuple[PcrValues, int]:
+        """TPM2_PCR_Read, again until the mask is covered: a call returns at most 8 PCRs.
+
+        Returns:
+            The values, and the pcrUpdateCounter of the last call.
+
+        Raises:
+            TpmError: the chip failed, has not the bank, or its PCRs move without end.
+        """
+        counter = -1
+        values: dict[int, bytes] = {}
+        for _ in range(PCR_READS):
+            left = mask & ~sum(1 << pcr for pcr in values)
+            with tss_errors("TPM2_PCR_Read"):
+                seen, selection, digests = self._context.pcr_read(_selection(bank, left))
+            if seen != counter and values:
+                values = {}  # the PCRs moved between two calls: the parts belong to two states
+            elif len(selection) == 1 and int(selection[0].hash) == bank:
+                got = int.from_bytes(bytes(selection[0].pcrSelect)[:3], "little")
+                values.update(zip(pcrs_of(got), (bytes(d) for d in digests), strict=True))
+            counter = seen
+            if all(pcr in values for pcr in pcrs_of(mask)):
+                return PcrValues(bank=bank, values=tuple(sorted(values.items()))), counter
+            if not values and seen == counter and not len(digests):
+                raise TpmError(f"the TPM has no PCRs in its {bank.label} bank")
+        raise TpmError("the PCRs moved during every attempt to read them")
+
+    def quote(self, qualifying: bytes, bank: HashAlg, mask: int, signature_hash: HashAlg) -> Quote:
+        """Read the PCRs and quote them, so that the values are those of the quote.
+
+        A PCR may change between the two commands: then the values are read once more, and only if
+        neither reading fits is the quote taken again.
+
+        Raises:
+            TpmError: the chip failed, or the PCRs moved at every try.
+        """
+        selection = _selection(bank, mask)
+        before, _ = self.read_pcrs(bank, mask)
+        for _ in range(QUOTE_TRIES):
+            with tss_errors("TPM2_Quote"):
+                attest, signature = self._context.quote(
+                    self._ak, selection, qualifying, TPMT_SIG_SCHEME(scheme=TPM2_ALG.NULL)
+                )
+            quoted = bytes(attest)
+            try:
+                digest = attestation.parse_attest(quoted).pcr_digest
+            except VerificationError as exc:
+                raise TpmError(f"TPM2_Quote answered something that is no quote: {exc}") from exc
+            if signature_hash.digest(before.concatenated()) != digest:
+                before, _ = self.read_pcrs(bank, mask)
+                if signature_hash.digest(before.concatenated()) != digest:
+                    continue
+            return Quote(attest=quoted, signature=signature.marshal(), pcrs=before)
+        raise TpmError("the PCRs moved during every quote")
+
+    def manufacturer(self) -> str:
+        """The chip's vendor code, "IBM" for swtpm."""
+        with tss_errors("TPM2_GetCapability"):
+            _, data = self._context.get_capability(TPM2_CAP.TPM_PROPERTIES, TPM2_PT.MANUFACTURER, 1)
+        value: int = data.data.tpmProperties[0].value
+        return value.to_bytes(4, "big").decode("ascii", "replace").rstrip("\0 ")
+
+
+def _selection(bank: HashAlg, mask: int) -> TPML_PCR_SELECTION:
+    pcrs = TPMS_PCR_SELECTION(
+        hash=TPM2_ALG(bank), sizeofSelect=3, pcrSelect=mask.to_bytes(3, "little")
+    )
+    return TPML_PCR_SELECTION([pcrs])

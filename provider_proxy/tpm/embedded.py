@@ -1,0 +1,89 @@
+"""A swtpm that this process starts and owns: the embedded TPM of the demo and the tests.
+
+Not a hardware TPM: whoever is root on the host reads its keys. Its state survives under the state
+directory; its sockets lie in a short directory of their own, for a Unix socket's path has 107 bytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from provider_proxy.errors import HostError
+
+START_LIMIT_S = 10.0
+STOP_LIMIT_S = 5.0
+POLL_S = 0.01
+
+
+class EmbeddedTpm:
+    """A running swtpm. `start` blocks for some milliseconds; call it before serving.
+
+    Attributes:
+        tcti: what opens it, a tpm2-tss string.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self._state_dir = state_dir
+        self._sockets: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self.tcti = ""
+
+    @property
+    def pid(self) -> int | None:
+        """The swtpm's process id while it runs."""
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Start swtpm on the state directory and wait for its sockets.
+
+        Raises:
+            HostError: swtpm is not installed, or ended (its state is in use, for example).
+        """
+        swtpm = shutil.which("swtpm")
+        setpriv = shutil.which("setpriv")
+        if swtpm is None or setpriv is None:
+            raise HostError('tpm.tcti = "embedded" needs swtpm: apt install swtpm util-linux')
+        self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._sockets = Path(tempfile.mkdtemp(prefix="provider-proxy-"))
+        socket = self._sockets / "tpm"
+        log = self._sockets / "log"
+        # pdeathsig: should we be killed, the swtpm goes too and frees its state.
+        command = [setpriv, "--pdeathsig", "TERM", swtpm, "socket", "--tpm2"]
+        command += [
+            "--tpmstate",
+            f"dir={self._state_dir}",
+            "--flags",
+            "not-need-init,startup-clear",
+        ]
+        command += ["--server", f"type=unixio,path={socket}"]
+        command += ["--ctrl", f"type=unixio,path={socket}.ctrl", "--log", f"file={log},level=1"]
+        # A group of its own: a Ctrl-C at the terminal is for the daemon, which drains with its TPM.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0
+        )
+        deadline = time.monotonic() + START_LIMIT_S
+        while not (socket.exists() and socket.with_name("tpm.ctrl").exists()):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                text = log.read_text(errors="replace").strip() if log.exists() else ""
+                self.stop()
+                raise HostError(f"swtpm did not start on {self._state_dir}: {text or 'no reason'}")
+            time.sleep(POLL_S)
+        self.tcti = f"swtpm:path={socket}"
+
+    def stop(self) -> None:
+        """End swtpm and remove its sockets; its state stays."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        if self._sockets is not None:
+            shutil.rmtree(self._sockets, ignore_errors=True)
+            self._sockets = None

@@ -1,0 +1,246 @@
+"""The host's EK and AK: found at their persistent handles, or made there once.
+
+The AK is made under the EK, as Keylime's agent makes it: restricted, signing, not subject to the
+dictionary-attack lockout (three unclean power-offs would else lock it), with a random authValue, so
+that others who may open the TPM device cannot have a root of their own making signed. A handle that
+holds something else is refused, never overwritten. Runs once, before the daemon serves.
+Source: TCG EK Credential Profile 2.5, template L; TPM 2.0 Part 3, sections 12.1 and 28.5.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from tpm2_pytss import ESAPI, TSS2_Exception
+from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE, TPMA_OBJECT
+from tpm2_pytss.types import (
+    TPM2B_PUBLIC,
+    TPM2B_SENSITIVE_CREATE,
+    TPMS_SENSITIVE_CREATE,
+    TPMT_SYM_DEF,
+)
+from tpm2_pytss.utils import NoSuchIndex, NVReadEK, create_ek_template
+
+from provider_proxy import attestation_key
+from provider_proxy.errors import EvidenceFormatError, HostError, TpmError, UntrustedAkError
+from provider_proxy.model import AttestationKey
+from provider_proxy.tpm.chip import tss_errors
+
+TPM_RC_HANDLE = 0x8B  # format-one code: no object at that handle
+TPM_RC_BAD_AUTH = 0xA2
+EK_TYPES = ("EK-RSA2048", "EK-ECC256")
+EK_CERT_INDEX = {"EK-RSA2048": 0x01C00002, "EK-ECC256": 0x01C0000A}
+AK_ATTRIBUTES = (
+    TPMA_OBJECT.FIXEDTPM
+    | TPMA_OBJECT.FIXEDPARENT
+    | TPMA_OBJECT.SENSITIVEDATAORIGIN
+    | TPMA_OBJECT.USERWITHAUTH
+    | TPMA_OBJECT.NODA
+    | TPMA_OBJECT.RESTRICTED
+    | TPMA_OBJECT.SIGN_ENCRYPT
+)
+AK_TEMPLATES = {"ecc": "ecc:ecdsa-sha256:null", "rsa": "rsa2048:rsassa-sha256:null"}
+AK_SIGN_ALG = {"ecc": "ecdsa", "rsa": "rsassa"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Auths:
+    """Authorisation values of the hierarchies; empty where the owner set none."""
+
+    owner: bytes = b""
+    endorsement: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EkInfo:
+    """The endorsement key at its persistent handle.
+
+    Attributes:
+        public: TPM2B_PUBLIC.
+        cert: DER certificate from the TPM's NV storage; None where it has none.
+        made: True where this call made it.
+    """
+
+    handle: ESYS_TR
+    public: bytes
+    cert: bytes | None
+    made: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AkInfo:
+    """The attestation key at its persistent handle; `made` where this call made it."""
+
+    handle: ESYS_TR
+    public: bytes
+    key: AttestationKey
+    made: bool
+
+
+def _find(context: ESAPI, handle: int) -> ESYS_TR | None:
+    """The object at a persistent handle; None where there is none."""
+    try:
+        return context.tr_from_tpmpublic(handle)
+    except TSS2_Exception as exc:
+        if int(exc.error) == TPM_RC_HANDLE:
+            return None
+        raise
+
+
+def _read_public(context: ESAPI, handle: ESYS_TR) -> bytes:
+    public, _, _ = context.read_public(handle)
+    return bytes(public.marshal())
+
+
+@contextlib.contextmanager
+def _transient(context: ESAPI, handle: ESYS_TR) -> Iterator[ESYS_TR]:
+    try:
+        yield handle
+    finally:
+        context.flush_context(handle)
+
+
+@contextlib.contextmanager
+def endorsement_session(context: ESAPI) -> Iterator[ESYS_TR]:
+    """A policy session that may use a template-L EK: PolicySecret(endorsement).
+
+    The TPM ends it with its first use; where it was not used it is flushed.
+    """
+    session = context.start_auth_session(
+        ESYS_TR.NONE,
+        ESYS_TR.NONE,
+        TPM2_SE.POLICY,
+        TPMT_SYM_DEF(algorithm=TPM2_ALG.NULL),
+        TPM2_ALG.SHA256,
+    )
+    try:
+        context.policy_secret(ESYS_TR.ENDORSEMENT, session, b"", b"", b"", 0)
+        yield session
+    finally:
+        with contextlib.suppress(TSS2_Exception):  # its first use has ended it already
+            context.flush_context(session)
+
+
+def _template(context: ESAPI) -> tuple[bytes | None, TPM2B_PUBLIC]:
+    """The EK template that fits the certificate in NV; RSA-2048's default where there is none."""
+    read = NVReadEK(context)
+    for kind in EK_TYPES:
+        try:
+            read(EK_CERT_INDEX[kind])
+        except NoSuchIndex:
+            continue
+        cert, template = create_ek_template(kind, read)
+        return bytes(cert), template
+    _, template = create_ek_template(EK_TYPES[0], read)
+    return None, template
+
+
+def find_or_make_ek(context: ESAPI, handle: int, auths: Auths) -> EkInfo:
+    """The EK at `handle`; made from the certificate's template, or the TCG default, where none is.
+
+    Raises:
+        HostError: the handle holds something that is no EK, or not the certificate's.
+        TpmError: the TPM refused, because of a wrong authorisation for example.
+    """
+    with tss_errors("looking for the EK"):
+        cert, template = _template(context)
+        found = _find(context, handle)
+    made = found is None
+    if found is None:
+        with tss_errors("making the EK (check owner_auth_file and endorsement_auth_file)"):
+            context.tr_set_auth(ESYS_TR.ENDORSEMENT, auths.endorsement)
+            context.tr_set_auth(ESYS_TR.OWNER, auths.owner)
+            primary = context.create_primary(None, template, ESYS_TR.ENDORSEMENT)[0]
+            with _transient(context, primary):
+                found = context.evict_control(ESYS_TR.OWNER, primary, handle)
+    with tss_errors("reading the EK"):
+        public = _read_public(context, found)
+    _check_ek(public, cert, handle)
+    return EkInfo(handle=found, public=public, cert=cert, made=made)
+
+
+def _check_ek(public: bytes, cert: bytes | None, handle: int) -> None:
+    try:
+        key = attestation_key.parse_public(public)
+    except EvidenceFormatError as exc:
+        raise HostError(f"handle {handle:#x} holds no RSA or EC key: {exc}") from exc
+    wanted = attestation_key.FIXED_TPM | attestation_key.RESTRICTED | attestation_key.DECRYPT
+    if key.attributes & wanted != wanted or key.attributes & attestation_key.SIGN:
+        raise HostError(f"handle {handle:#x} holds a key that is no EK; it was left as it is")
+    if cert is None:
+        return
+    try:
+        certified = x509.load_der_x509_certificate(cert).public_key()
+    except ValueError:
+        return  # vendors pad or mis-encode them; the tenant's registrar judges the certificate
+    der = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    if certified.public_bytes(*der) != key.public_key.public_bytes(*der):
+        raise HostError(
+            f"handle {handle:#x} holds a key that is not the one in the TPM's EK certificate"
+        )
+
+
+def find_or_make_ak(
+    context: ESAPI,
+    handle: int,
+    algorithm: str,
+    ek: EkInfo,
+    auths: Auths,
+    ak_auth: Callable[[bool], bytes],
+) -> AkInfo:
+    """The AK at `handle`; made under the EK where none is.
+
+    Args:
+        algorithm: "ecc" (P-256, ECDSA) or "rsa" (2048, RSASSA), both with SHA-256.
+        ak_auth: gives the AK's authValue; called with True where the AK is about to be made.
+
+    Raises:
+        HostError: the handle holds another kind of key.
+        TpmError: the TPM refused.
+    """
+    with tss_errors("looking for the AK"):
+        found = _find(context, handle)
+    made = found is None
+    auth = ak_auth(made)
+    if found is None:
+        with tss_errors("making the AK (check owner_auth_file and endorsement_auth_file)"):
+            found = _make_ak(context, handle, algorithm, ek, auths, auth)
+    with tss_errors("reading the AK"):
+        public = _read_public(context, found)
+        context.tr_set_auth(found, auth)
+    try:
+        key = attestation_key.parse_ak(public)
+    except (EvidenceFormatError, UntrustedAkError) as exc:
+        raise HostError(
+            f"handle {handle:#x} holds a key that is no AK; it was left as it is ({exc})"
+        ) from exc
+    if key.sign_alg != AK_SIGN_ALG[algorithm]:
+        raise HostError(
+            f"handle {handle:#x} holds an AK for {key.sign_alg}, but tpm.ak_algorithm is "
+            f"{algorithm!r}; it was left as it is"
+        )
+    return AkInfo(handle=found, public=public, key=key, made=made)
+
+
+def _make_ak(
+    context: ESAPI, handle: int, algorithm: str, ek: EkInfo, auths: Auths, auth: bytes
+) -> ESYS_TR:
+    context.tr_set_auth(ESYS_TR.ENDORSEMENT, auths.endorsement)
+    context.tr_set_auth(ESYS_TR.OWNER, auths.owner)
+    template = TPM2B_PUBLIC.parse(AK_TEMPLATES[algorithm], objectAttributes=AK_ATTRIBUTES)
+    sensitive = TPM2B_SENSITIVE_CREATE(TPMS_SENSITIVE_CREATE(userAuth=auth))
+    with endorsement_session(context) as session:
+        private, public, *_ = context.create(ek.handle, sensitive, template, session1=session)
+    with endorsement_session(context) as session:
+        loaded = context.load(ek.handle, private, public, session1=session)
+    with _transient(context, loaded):
+        return context.evict_control(ESYS_TR.OWNER, loaded, handle)
+
+
+def check_auth_error(exc: TpmError) -> bool:
+    """True where the TPM says that an authValue is wrong."""
+    return exc.code == TPM_RC_BAD_AUTH
