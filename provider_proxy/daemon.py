@@ -10,6 +10,7 @@ connection; what waits is sealed and answered, for `limits.drain_ms` at most; th
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import time
@@ -32,6 +33,7 @@ from provider_proxy.waiting_room import BatchSettings
 
 log = logging.getLogger(__name__)
 
+GC_THRESHOLD = 100_000  # objects in the youngest generation; some 10 MB of garbage at most
 CLOSE_LIMIT_S = 5.0  # for answers that are on their way when the drain is over
 
 OpenQuoter = Callable[[Config], AbstractAsyncContextManager[EsysQuoter]]
@@ -72,7 +74,7 @@ async def run(
         draining = trio.Event()
         tenants = http1.Door(
             _tenant_door(config, quoter, batcher),
-            observe=lambda status, reason: metrics.requests.labels(status, reason).inc(),
+            observe=metrics.count_request,
             max_connections=config.limits.max_connections,
         )
         admin = http1.Door(
@@ -95,6 +97,7 @@ async def run(
                 admin_addresses=listeners.describe(open_admin),
             )
             _announce(config, started)
+            tune_gc()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(batcher.run)
                 for listener in open_admin:
@@ -116,6 +119,16 @@ async def run(
                         )
                 nursery.cancel_scope.cancel()
     log.info("stopped")
+
+
+def tune_gc() -> None:
+    """Make the cyclic garbage collector rare: reference counts free what requests leave behind.
+
+    A batch of a thousand keeps some ten thousand objects alive at once, and the default threshold of
+    700 has the collector walk them again and again: a fifth of the daemon's CPU (measured).
+    """
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD, 20, 100)
 
 
 def _make_batcher(config: Config, quoter: EsysQuoter, metrics: Metrics) -> Batcher:

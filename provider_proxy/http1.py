@@ -11,6 +11,7 @@ client has a deadline. `Door.finish` never cuts off a request that is being answ
 from __future__ import annotations
 
 import contextlib
+import enum
 import itertools
 import logging
 import select
@@ -23,7 +24,7 @@ from email.utils import formatdate
 import h11
 import trio
 
-from provider_proxy.errors import ProviderProxyError, RequestError, ServiceError
+from provider_proxy.errors import DeadlineError, ProviderProxyError, RequestError, ServiceError
 from provider_proxy.wire import encode_envelope
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ CLOSE_LIMIT_S = 1.0  # for TLS's close_notify
 LINGER_S = 1.0
 LINGER_READS = 16  # 256 kB of a refused body
 JOIN_BYTES = 64 * 1024  # one write for what is small; an IMA list is not copied once more
+TIMED_OUT = "no quote within the request's timeout"
 JSON = b"application/json"
 TEXT = b"text/plain; version=0.0.4; charset=utf-8"
 
@@ -66,10 +68,13 @@ class Peer:
     Attributes:
         name: address and port, or the unix socket's connection number; never a secret.
         is_gone: True once the client has hung up.
+        limit: sets how many seconds the present request may still take; after them it is
+            cancelled and answered with a `DeadlineError`.
     """
 
     name: str
     is_gone: Callable[[], bool]
+    limit: Callable[[float], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +140,8 @@ def refuse(status: int, text: str, reason: str) -> Response:
     )
 
 
+ClientStream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
+
 _unix_numbers = itertools.count(1)
 
 
@@ -148,116 +155,170 @@ class Door:
     """
 
     def __init__(self, handler: Handler, *, observe: Observer, max_connections: int = 4096) -> None:
-        self._handler = handler
-        self._observe = observe
+        self.handler = handler
+        self.observe = observe
+        self.closing = False
         self._slots = trio.CapacityLimiter(max_connections)
-        self._idle: set[trio.CancelScope] = set()
-        self._closing = False
-        self._open = 0
+        self._open: set[_Connection] = set()
         self._ended = trio.Event()
         self._date = (0, b"")
 
-    async def serve(self, stream: trio.SocketStream | trio.SSLStream[trio.SocketStream]) -> None:
+    async def serve(self, stream: ClientStream) -> None:
         """Serve one connection until it ends; closes it."""
         async with self._slots:
-            self._open += 1
+            connection = _Connection(self, stream)
+            self._open.add(connection)
             try:
-                if not self._closing:
-                    await self._serve(stream)
+                await connection.run()
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return  # the client went away
             except Exception:
                 # A bug that one connection meets must not end the service of all others.
                 log.exception("a connection ended with an unexpected error")
-                self._observe(500, "bug")
+                self.observe(500, "bug")
             finally:
                 with trio.move_on_after(CLOSE_LIMIT_S) as scope:
                     scope.shield = True
                     with contextlib.suppress(trio.BrokenResourceError):
                         await stream.aclose()
-                self._open -= 1
+                self._open.discard(connection)
                 self._ended.set()
 
-    async def _serve(self, stream: trio.SocketStream | trio.SSLStream[trio.SocketStream]) -> None:
-        raw = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
-        if isinstance(stream, trio.SSLStream):
-            with trio.move_on_after(HANDSHAKE_LIMIT_S) as scope:
-                await stream.do_handshake()
-            if scope.cancelled_caught:
-                return
-        peer = _peer_of(raw.socket)
-        conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+    async def finish(self) -> None:
+        """Close connections that wait for a request; return when the others had their answer."""
+        self.closing = True
+        for connection in self._open:
+            connection.close_if_idle()
+        while self._open:
+            self._ended = trio.Event()
+            await self._ended.wait()
+
+    def date(self) -> bytes:
+        """The Date header's value, made once a second."""
+        now = int(time.time())
+        if self._date[0] != now:
+            self._date = (now, formatdate(now, usegmt=True).encode("ascii"))
+        return self._date[1]
+
+
+class _Stage(enum.Enum):
+    """What a connection does, and so what its deadline means."""
+
+    IDLE = enum.auto()  # waits for a request's first byte
+    READING = enum.auto()
+    ANSWERING = enum.auto()
+    SENDING = enum.auto()
+
+
+class _Connection:
+    """One client. All its waits share one cancel scope, whose deadline moves from stage to stage;
+    a scope for each wait would cost a tenth of a request."""
+
+    def __init__(self, door: Door, stream: ClientStream) -> None:
+        self._door = door
+        self._stream = stream
+        self._raw = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+        self._conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._stage = _Stage.IDLE
+        self._scope = trio.CancelScope()
+
+    def close_if_idle(self) -> None:
+        if self._stage is _Stage.IDLE:
+            self._scope.cancel()
+
+    def _enter(self, stage: _Stage, seconds: float) -> None:
+        self._stage = stage
+        self._scope.deadline = trio.current_time() + seconds
+
+    async def run(self) -> None:
+        """Handshake, then requests, until either side ends."""
+        if self._door.closing:
+            return
+        peer = _peer_of(self._raw.socket, self._limit)
+        with self._scope:
+            if isinstance(self._stream, trio.SSLStream):
+                self._enter(_Stage.READING, HANDSHAKE_LIMIT_S)
+                await self._stream.do_handshake()
+            await self._converse(peer)
+        while self._scope.cancelled_caught and self._stage is _Stage.ANSWERING:
+            # The request's own deadline. Its connection goes on, under a new scope.
+            with trio.CancelScope() as self._scope:
+                await self._answer(error_response(DeadlineError(TIMED_OUT)), head_only=False)
+                if self._next_cycle():
+                    await self._converse(peer)
+
+    def _limit(self, seconds: float) -> None:
+        """The handler says how long it may take."""
+        self._scope.deadline = trio.current_time() + seconds
+
+    async def _converse(self, peer: Peer) -> None:
         while True:
-            incoming = await self._next_request(stream, conn, peer)
+            incoming = await self._next_request(peer)
             if incoming is None:
                 return
             if isinstance(incoming, Request):
+                # Its deadline is still the last one; a handler that waits sets its own.
+                self._stage = _Stage.ANSWERING
                 try:
-                    response = await self._handler(incoming)
+                    response = await self._door.handler(incoming)
                 except ProviderProxyError as exc:
                     response = error_response(exc)
+                await self._answer(response, head_only=incoming.method == "HEAD")
             else:
-                response = incoming
-            self._observe(response.status, response.reason)
-            head_only = isinstance(incoming, Request) and incoming.method == "HEAD"
-            await self._send(stream, conn, response, head_only=head_only)
-            if conn.our_state is not h11.DONE or conn.their_state is not h11.DONE or self._closing:
-                if conn.our_state is h11.MUST_CLOSE or response.closes:
-                    await _linger(stream, raw)
+                await self._answer(incoming, head_only=False)
+            if not self._next_cycle():
+                await self._linger()
                 return
+
+    def _next_cycle(self) -> bool:
+        """Make ready for another request; False where the connection ends."""
+        conn = self._conn
+        if conn.our_state is h11.DONE and conn.their_state is h11.DONE and not self._door.closing:
             conn.start_next_cycle()
+            return True
+        return False
 
-    async def _next_request(
-        self, stream: trio.abc.Stream, conn: h11.Connection, peer: Peer
-    ) -> Request | Response | None:
+    async def _next_request(self, peer: Peer) -> Request | Response | None:
         """The next request; a refusal of what is none; None where the client has ended."""
+        conn = self._conn
         head: h11.Request | None = None
-        with trio.CancelScope(deadline=trio.current_time() + IDLE_LIMIT_S) as scope:
-            self._idle.add(scope)
-            try:
-                while True:
-                    event = conn.next_event()
-                    if event is h11.NEED_DATA:
-                        data = await stream.receive_some(RECEIVE_BYTES)
-                        if scope in self._idle and data:  # the first byte: now it is a request
-                            self._idle.discard(scope)
-                            scope.deadline = trio.current_time() + HEAD_LIMIT_S
-                        conn.receive_data(bytes(data))
-                    elif isinstance(event, h11.Request):
-                        self._idle.discard(scope)
-                        if _has_body(event):
-                            return refuse(400, "body: a GET has none here", "body")
-                        head = event
-                    elif isinstance(event, h11.EndOfMessage) and head is not None:
+        started = bool(conn.trailing_data[0])  # a part of the next one, sent too early
+        self._enter(_Stage.IDLE, IDLE_LIMIT_S)
+        try:
+            while True:
+                event = conn.next_event()
+                if head is not None:
+                    if isinstance(event, h11.EndOfMessage):
                         return _to_request(head, peer)
-                    else:  # ConnectionClosed, or a state that only a confused peer reaches
-                        return None
-            except h11.RemoteProtocolError as exc:
-                if conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+                    return refuse(400, "body: a GET has none here", "body")
+                if event is h11.NEED_DATA:
+                    if self._stage is _Stage.IDLE and started:
+                        self._enter(_Stage.READING, HEAD_LIMIT_S)
+                    data = await self._stream.receive_some(RECEIVE_BYTES)
+                    conn.receive_data(bytes(data))
+                    started = True
+                elif isinstance(event, h11.Request):
+                    head = event
+                else:  # ConnectionClosed, or a state that only a confused peer reaches
                     return None
-                status = exc.error_status_hint or 400
-                return refuse(status, f"not a proper HTTP request: {exc}", "protocol")
-            finally:
-                self._idle.discard(scope)
-        return None  # too slow, or told to close while idle
+        except h11.RemoteProtocolError as exc:
+            if conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+                return None
+            status = exc.error_status_hint or 400
+            return refuse(status, f"not a proper HTTP request: {exc}", "protocol")
 
-    async def _send(
-        self,
-        stream: trio.abc.Stream,
-        conn: h11.Connection,
-        response: Response,
-        *,
-        head_only: bool,
-    ) -> None:
+    async def _answer(self, response: Response, *, head_only: bool) -> None:
+        conn = self._conn
+        self._door.observe(response.status, response.reason)
         length = sum(map(len, response.body))
         headers = [
-            (b"Date", self._now()),
+            (b"Date", self._door.date()),
             (b"Content-Type", response.content_type),
             (b"Content-Length", b"%d" % length),
             (b"Cache-Control", b"no-store"),
             *response.headers,
         ]
-        if response.closes or self._closing:
+        if response.closes or self._door.closing:
             headers.append((b"Connection", b"close"))
         head = conn.send(
             h11.Response(
@@ -270,30 +331,22 @@ class Door:
         for part in () if head_only else response.body:
             parts.append(conn.send(h11.Data(data=part)) or b"")
         parts.append(conn.send(h11.EndOfMessage()) or b"")
-        limit = SEND_LIMIT_S + length / SEND_BYTES_PER_S
-        with trio.move_on_after(limit) as scope:
-            for chunk in _joined(parts):
-                await stream.send_all(chunk)
-        if scope.cancelled_caught:
-            raise trio.BrokenResourceError
+        self._enter(_Stage.SENDING, SEND_LIMIT_S + length / SEND_BYTES_PER_S)
+        for chunk in _joined(parts):
+            await self._stream.send_all(chunk)
 
-    def _now(self) -> bytes:
-        now = int(time.time())
-        if self._date[0] != now:
-            self._date = (now, formatdate(now, usegmt=True).encode("ascii"))
-        return self._date[1]
-
-    async def finish(self) -> None:
-        """Close connections that wait for a request; return when the others had their answer."""
-        self._closing = True
-        for scope in list(self._idle):
-            scope.cancel()
-        while self._open:
-            self._ended = trio.Event()
-            await self._ended.wait()
+    async def _linger(self) -> None:
+        """Let the client read our last words: closing on unread bytes would reset the connection."""
+        self._enter(_Stage.SENDING, LINGER_S)
+        if self._stream is self._raw:
+            await self._raw.send_eof()
+        for _ in range(LINGER_READS):
+            if not await self._raw.receive_some(RECEIVE_BYTES):
+                return
 
 
 def _joined(parts: Iterable[bytes]) -> list[bytes]:
+    """Small parts in one write; large ones, an IMA list, uncopied."""
     chunks: list[bytes] = []
     small: list[bytes] = []
     for part in parts:
@@ -307,14 +360,6 @@ def _joined(parts: Iterable[bytes]) -> list[bytes]:
     return [chunk for chunk in chunks if chunk]
 
 
-def _has_body(head: h11.Request) -> bool:
-    """Known before it comes: who says `Expect: 100-continue` would wait for us."""
-    return any(
-        name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0"))
-        for name, value in head.headers
-    )
-
-
 def _to_request(head: h11.Request, peer: Peer) -> Request | Response:
     if len(head.target) > MAX_TARGET_CHARS:
         return refuse(414, f"the target is longer than {MAX_TARGET_CHARS} characters", "target")
@@ -323,17 +368,7 @@ def _to_request(head: h11.Request, peer: Peer) -> Request | Response:
     return Request(method=head.method.decode("ascii"), path=path, query=query, peer=peer)
 
 
-async def _linger(stream: trio.abc.Stream, raw: trio.SocketStream) -> None:
-    """Let the client read our last words: closing on unread bytes would reset the connection."""
-    with trio.move_on_after(LINGER_S), contextlib.suppress(trio.BrokenResourceError):
-        if stream is raw:
-            await raw.send_eof()
-        for _ in range(LINGER_READS):
-            if not await raw.receive_some(RECEIVE_BYTES):
-                return
-
-
-def _peer_of(sock: trio.socket.SocketType) -> Peer:
+def _peer_of(sock: trio.socket.SocketType, limit: Callable[[float], None]) -> Peer:
     try:
         name = sock.getpeername() if sock.family != socket.AF_UNIX else None
     except OSError as exc:
@@ -344,4 +379,5 @@ def _peer_of(sock: trio.socket.SocketType) -> Peer:
     return Peer(
         name=f"{name[0]}:{name[1]}" if name else f"unix:{next(_unix_numbers)}",
         is_gone=lambda: bool(poll.poll(0)),
+        limit=limit,
     )

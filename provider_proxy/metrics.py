@@ -17,6 +17,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._responses: dict[tuple[int, str], Counter] = {}
         prefix = "provider_proxy_"
         self.requests = Counter(
             prefix + "requests",
@@ -58,6 +59,13 @@ class Metrics:
             "Batches that failed the tenants' own checks here. Must stay 0.",
             registry=self.registry,
         )
+
+    def count_request(self, status: int, reason: str) -> None:
+        """Count a response; looking a labelled counter up costs more than counting."""
+        counter = self._responses.get((status, reason))
+        if counter is None:
+            counter = self._responses[status, reason] = self.requests.labels(status, reason)
+        counter.inc()
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -37,6 +37,7 @@ ALL_PCRS = (1 << PCR_COUNT) - 1
 MASK_RE = re.compile(r"0x[0-9a-fA-F]{1,8}", re.ASCII)
 SALT_BYTES = 16
 HASH_BYTES = 32
+_HASH_LENGTH = frozenset((HASH_BYTES,))
 MAX_TREE_SIZE = 1 << 20  # far above any batch (max_leaves is at most 65,536); bounds the path to 20
 MAX_CLAIMS_BYTES = 16 * 1024  # a VM has a handful of EKs; one claim is about 500 bytes
 
@@ -180,7 +181,7 @@ class InclusionProof:
             raise EvidenceFormatError("leaf_index is outside the tree")
         if len(self.salt) != SALT_BYTES:
             raise EvidenceFormatError(f"the salt is not {SALT_BYTES} bytes")
-        if any(len(node) != HASH_BYTES for node in self.path):
+        if not _HASH_LENGTH.issuperset(map(len, self.path)):
             raise EvidenceFormatError(f"a path entry is not {HASH_BYTES} bytes")
 
 

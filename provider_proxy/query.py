@@ -9,7 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from typing import TypeVar
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import unquote_plus, urlencode
 
 from provider_proxy.errors import ParameterError
 from provider_proxy.model import HashAlg, QuoteRequest, parse_bank, parse_mask, parse_nonce
@@ -32,18 +32,13 @@ def parse_quote_query(query: str) -> QuoteRequest:
     """
     if len(query) > MAX_QUERY_CHARS:
         raise ParameterError("query", f"is longer than {MAX_QUERY_CHARS} characters")
-    try:
-        pairs = parse_qsl(
-            query,
-            keep_blank_values=True,
-            strict_parsing=bool(query),
-            errors="strict",
-            max_num_fields=len(_PARSERS) + 1,
-        )
-    except (ValueError, UnicodeError):
-        raise ParameterError("query", "is not name=value pairs joined by &, or too many") from None
     values: dict[str, object] = {}
-    for name, text in pairs:
+    for pair in query.split("&", len(_PARSERS) + 1) if query else ():
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ParameterError("query", "is not name=value pairs joined by &")
+        if "%" in pair or "+" in pair:
+            name, text = unquote_plus(name), unquote_plus(text)
         parser = _PARSERS.get(name)
         if parser is None:
             raise ParameterError(_printable(name), "is unknown")

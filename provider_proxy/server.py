@@ -10,12 +10,9 @@ import base64
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol, TypeVar
 
-import trio
-
 from provider_proxy import http1
 from provider_proxy.batch import Answer
 from provider_proxy.errors import (
-    DeadlineError,
     MethodError,
     NotFoundError,
     ParameterError,
@@ -107,12 +104,11 @@ class TenantDoor:
         timeout_ms = asked.timeout_ms or self._default_timeout_ms
         if timeout_ms > self._max_timeout_ms:
             raise ParameterError("timeout_ms", f"must be at most {self._max_timeout_ms}")
-        with trio.move_on_after(timeout_ms / 1000):
-            answer = await self._submit(
-                asked, tenant, timeout_s=timeout_ms / 1000, is_gone=request.peer.is_gone
-            )
-            return http1.Response(body=answer.body())
-        raise DeadlineError("no quote within the request's timeout", retry_after_s=1.0)
+        request.peer.limit(timeout_ms / 1000)
+        answer = await self._submit(
+            asked, tenant, timeout_s=timeout_ms / 1000, is_gone=request.peer.is_gone
+        )
+        return http1.Response(body=answer.body())
 
     async def _get_identity(self, request: http1.Request, _tenant: Tenant) -> http1.Response:
         _no_query(request)

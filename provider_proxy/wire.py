@@ -337,7 +337,7 @@ class EvidenceEncoder:
 
         The part with the logs, which may be megabytes, is one object for all who get the same.
         """
-        path = '","'.join(node.hex() for node in proof.path)
+        path = b"".join(proof.path).hex(",", -HASH_BYTES).replace(",", '","')
         tail = (
             f',"merkle":{{"leaf_index":{proof.leaf_index},"tree_size":{proof.tree_size},'
             f'"path":["{path}"],"salt":"{proof.salt.hex()}"}},'

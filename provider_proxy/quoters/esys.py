@@ -15,6 +15,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tpm2_pytss import ESAPI
+
 from provider_proxy import attestation
 from provider_proxy.config import EMBEDDED, Tpm, read_secret
 from provider_proxy.errors import HostError, TpmError, VerificationError
@@ -85,9 +87,16 @@ class EsysQuoter:
 
 @asynccontextmanager
 async def open_quoter(
-    settings: Tpm, state_dir: Path, *, host_uuid: uuid.UUID | None = None
+    settings: Tpm,
+    state_dir: Path,
+    *,
+    host_uuid: uuid.UUID | None = None,
+    open_context: chip.OpenContext = chip.open_context,
 ) -> AsyncIterator[EsysQuoter]:
     """Open the TPM, with its EK and AK, for as long as the context lasts.
+
+    Args:
+        open_context: opens a tpm2-tss string; tests and benchmarks put a disturbed one there.
 
     Raises:
         HostError: no TPM, no keys, a wrong authorisation; the message says which.
@@ -103,7 +112,7 @@ async def open_quoter(
     try:
         software = embedded is not None or tcti.startswith(("swtpm", "mssim"))
         quoter = await gate.run(
-            lambda: _open(settings, tcti, state_dir, gate, host_uuid, software=software)
+            lambda: _open(settings, open_context(tcti), state_dir, gate, host_uuid, software)
         )
         for bank in settings.banks:
             await _try_quote(quoter, bank)
@@ -120,21 +129,19 @@ async def open_quoter(
 
 def _open(
     settings: Tpm,
-    tcti: str,
+    context: ESAPI,
     state_dir: Path,
     gate: Gate,
     host_uuid: uuid.UUID | None,
-    *,
     software: bool,
 ) -> EsysQuoter:
-    """Open the context and its keys (in the gate's thread; blocks, a minute where keys are made)."""
-    auths = keys.Auths(
-        owner=read_secret("tpm.owner_auth_file", settings.owner_auth_file),
-        endorsement=read_secret("tpm.endorsement_auth_file", settings.endorsement_auth_file),
-    )
-    store = AkStore(state_dir)
-    context = chip.open_context(tcti)
+    """Find or make the keys (in the gate's thread; blocks, a minute where keys are made)."""
     try:
+        store = AkStore(state_dir)
+        auths = keys.Auths(
+            owner=read_secret("tpm.owner_auth_file", settings.owner_auth_file),
+            endorsement=read_secret("tpm.endorsement_auth_file", settings.endorsement_auth_file),
+        )
         ek = keys.find_or_make_ek(context, settings.ek_handle, auths)
         ak = keys.find_or_make_ak(
             context, settings.ak_handle, settings.ak_algorithm, ek, auths, store.auth_for

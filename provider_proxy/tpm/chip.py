@@ -8,7 +8,7 @@ others who hold every session of the chip cannot stop it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_PT
@@ -34,6 +34,10 @@ def tss_errors(doing: str) -> Iterator[None]:
     except TSS2_Exception as exc:
         code = int(exc.error)
         raise TpmError(f"{doing}: {exc} ({code:#06x})", code=code) from exc
+
+
+OpenContext = Callable[[str], ESAPI]
+"""Opens a tpm2-tss string."""
 
 
 def open_context(tcti: str) -> ESAPI:

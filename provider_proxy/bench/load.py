@@ -1,0 +1,238 @@
+"""A load generator: many tenants on kept-alive connections, as cheap as Python allows.
+
+asyncio's protocols cost a third of what streams do; the generator must not be what is measured.
+Answers are kept and verified after the timing. Seeded: the same seed asks the same nonces and masks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from provider_proxy.attestation_key import parse_ak
+from provider_proxy.errors import HostError
+from provider_proxy.model import Nonce, PcrMask, QuoteRequest, TrustedHost
+from provider_proxy.policy import UnsafeAcceptAny
+from provider_proxy.query import encode_quote_query
+from provider_proxy.verify import Challenge, MemoryHistory, Verifier
+from provider_proxy.wire import Fields, parse_json_object
+
+NONCE_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+NONCE_CHARS = 20  # Keylime's
+BOOT_MASKS = 0x3FF  # PCRs 0 to 9: nobody is isolated, so all share one batch key
+CONNECT_AT_ONCE = 100
+REQUEST_TAIL = b" HTTP/1.1\r\nHost: proxy\r\n\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One answer: what was asked, when (monotonic seconds), and what came."""
+
+    request: QuoteRequest
+    sent_s: float
+    answered_s: float
+    status: int
+    body: bytes
+
+    @property
+    def latency_ms(self) -> float:
+        return (self.answered_s - self.sent_s) * 1000
+
+
+@dataclass(slots=True)
+class Load:
+    """What a run gave."""
+
+    replies: list[Reply] = field(default_factory=list)
+    lost: int = 0
+
+    @property
+    def refused(self) -> int:
+        return sum(reply.status != 200 for reply in self.replies)
+
+    def latencies_ms(self) -> list[float]:
+        """Of the good answers, ascending."""
+        return sorted(reply.latency_ms for reply in self.replies if reply.status == 200)
+
+    def within(self, begin_s: float, end_s: float) -> int:
+        """Good answers that came within a stretch of time."""
+        return sum(
+            begin_s <= reply.answered_s < end_s for reply in self.replies if reply.status == 200
+        )
+
+
+class _Tenant(asyncio.Protocol):
+    """One connection; sends a request, collects its answer, tells `on_reply`."""
+
+    def __init__(self, seed: int, load: Load, on_reply: Callable[[_Tenant], None]) -> None:
+        self._random = random.Random(seed)  # noqa: S311  # a load generator's nonces
+        self._load = load
+        self._on_reply = on_reply
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._need = 0
+        self._request: QuoteRequest | None = None
+        self._sent_s = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        if self._request is not None:
+            self._load.lost += 1
+
+    def ask(self) -> None:
+        """Send the next request."""
+        if self._transport is None:
+            return
+        nonce = "".join(self._random.choices(NONCE_ALPHABET, k=NONCE_CHARS)).encode("ascii")
+        mask = self._random.randint(1, BOOT_MASKS)
+        self._request = QuoteRequest(nonce=Nonce(nonce), mask=PcrMask(mask))
+        query = encode_quote_query(self._request).encode("ascii")
+        self._sent_s = time.monotonic()
+        self._transport.write(b"GET /verifier/quote?" + query + REQUEST_TAIL)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        if not self._need:
+            end = self._buffer.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            head = bytes(self._buffer[:end]).lower()
+            length = int(head.partition(b"content-length:")[2].partition(b"\r\n")[0])
+            self._need = end + 4 + length
+        if len(self._buffer) < self._need or self._request is None:
+            return
+        body_at = self._buffer.find(b"\r\n\r\n") + 4
+        self._load.replies.append(
+            Reply(
+                self._request,
+                self._sent_s,
+                time.monotonic(),
+                int(self._buffer[9:12]),
+                bytes(self._buffer[body_at : self._need]),
+            )
+        )
+        del self._buffer[: self._need]
+        self._need = 0
+        self._request = None
+        self._on_reply(self)
+
+    def close(self) -> None:
+        """Hang up; an unanswered request is not lost then."""
+        self._request = None
+        if self._transport is not None:
+            self._transport.close()
+
+
+async def _connect(
+    host: str, port: int, count: int, seed: int, load: Load, on_reply: Callable[[_Tenant], None]
+) -> list[_Tenant]:
+    loop = asyncio.get_running_loop()
+
+    async def connect(number: int) -> _Tenant:
+        _, tenant = await loop.create_connection(
+            lambda: _Tenant(seed + number, load, on_reply), host, port
+        )
+        return tenant
+
+    tenants: list[_Tenant] = []
+    for at in range(0, count, CONNECT_AT_ONCE):
+        last = min(count, at + CONNECT_AT_ONCE)
+        tenants += await asyncio.gather(*(connect(number) for number in range(at, last)))
+    return tenants
+
+
+async def closed_loop(host: str, port: int, *, tenants: int, seconds: float, seed: int) -> Load:
+    """Every tenant asks again as soon as it has its answer."""
+    load = Load()
+    end_s = time.monotonic() + 3600
+
+    def again(tenant: _Tenant) -> None:
+        if time.monotonic() < end_s:
+            tenant.ask()
+
+    connected = await _connect(host, port, tenants, seed, load, again)
+    end_s = time.monotonic() + seconds
+    for tenant in connected:
+        tenant.ask()
+    await asyncio.sleep(seconds)
+    for tenant in connected:
+        tenant.close()
+    await asyncio.sleep(0)
+    return load
+
+
+async def polling(
+    host: str, port: int, *, tenants: int, interval_s: float, seconds: float, seed: int
+) -> Load:
+    """Every tenant asks once an interval, at a phase of its own; answers are waited for."""
+    load = Load()
+    connected = await _connect(host, port, tenants, seed, load, lambda tenant: None)
+    loop = asyncio.get_running_loop()
+    phase = random.Random(seed)  # noqa: S311
+    begin = loop.time()
+    for tenant in connected:
+        at = begin + phase.uniform(0, interval_s)
+        while at < begin + seconds:
+            loop.call_at(at, tenant.ask)
+            at += interval_s
+    await asyncio.sleep(seconds + interval_s)
+    for tenant in connected:
+        tenant.close()
+    await asyncio.sleep(0)
+    return load
+
+
+def get(host: str, port: int, path: str) -> bytes:
+    """One request for a small document; its body."""
+
+    async def run() -> bytes:
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(
+            b"GET " + path.encode() + b" HTTP/1.1\r\nHost: proxy\r\nConnection: close\r\n\r\n"
+        )
+        data = await reader.read()
+        writer.close()
+        return data.partition(b"\r\n\r\n")[2]
+
+    return asyncio.run(run())
+
+
+def trusted_host(host: str, port: int) -> TrustedHost:
+    """The AK that a measured daemon says it has; a benchmark has no registrar."""
+    body = get(host, port, "/verifier/identity")
+    results = Fields(parse_json_object(body, "identity"), "identity").fields("results")
+    return TrustedHost(ak=parse_ak(results.base64("ak_tpm", 1024)))
+
+
+def verify_all(load: Load, host: TrustedHost) -> int:
+    """Verify every good answer with the tenants' library; how many there were.
+
+    Raises:
+        VerificationError: the first that does not verify.
+        HostError: there was none.
+    """
+    verifier = Verifier(UnsafeAcceptAny(), max_age_s=600)
+    history = MemoryHistory()
+    count = 0
+    for reply in load.replies:
+        if reply.status != 200:
+            continue
+        history.open(reply.request.nonce)
+        verifier.verify(
+            reply.body,
+            Challenge(request=reply.request, made_at_s=reply.sent_s),
+            host,
+            history,
+            now_s=reply.answered_s,
+        )
+        count += 1
+    if not count:
+        raise HostError("the benchmark got no answer at all")
+    return count

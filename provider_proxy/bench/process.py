@@ -1,0 +1,93 @@
+"""Starts what is measured as a process of its own and reads what the kernel says of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from provider_proxy.errors import HostError
+
+STOP_LIMIT_S = 15.0
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+class Target:
+    """A running `bench.target`.
+
+    Attributes:
+        host, port: where it answers.
+    """
+
+    def __init__(self, directory: Path, name: str, config: str, *arguments: str) -> None:
+        path = directory / f"{name}.toml"
+        path.write_text(config)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "provider_proxy.bench.target", str(path), *arguments],
+            stdout=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            raise HostError("the daemon to be measured did not start; see its log above")
+        host, _, port = json.loads(line)["address"].rpartition(":")
+        self.host: str = host
+        self.port = int(port)
+
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def cpu_s(self) -> float:
+        """User and system time of the process so far, all threads, in seconds."""
+        stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+        fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
+        return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+
+    def peak_rss_mb(self) -> float:
+        """Largest resident size so far, in MB (10^6 bytes)."""
+        for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
+        raise HostError("the kernel does not tell VmHWM")
+
+
+def config_text(
+    state_dir: Path,
+    *,
+    window_ms: float = 50,
+    max_leaves: int = 1024,
+    max_duty: float = 0.5,
+) -> str:
+    """A configuration for a daemon on loopback with an embedded TPM."""
+    return f"""
+state_dir = {json.dumps(str(state_dir))}
+[listen]
+address = "127.0.0.1:0"
+insecure_plaintext = true
+[tpm]
+tcti = "embedded"
+max_duty = {max_duty}
+[batch]
+window_ms = {window_ms}
+max_leaves = {max_leaves}
+"""
