@@ -16,10 +16,9 @@ that `verify` would refuse. Knows no sockets, no files and no TPM.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
 import trio
 
@@ -57,8 +56,8 @@ class Quoter(Protocol):
         ...
 
     @property
-    def enc_alg(self) -> str:
-        """Keylime's name of the key's kind: "ecc" or "rsa"."""
+    def trouble(self) -> str | None:
+        """Why no quote can be had now; None while one can."""
         ...
 
     @property
@@ -103,6 +102,7 @@ class Batcher:
         claims: where claims about VMs come from; None where the host makes none.
         logs: where the host's logs come from; None where it has none.
         boottime: of the host, seconds since the epoch; None where unknown.
+        in_worker: runs the two long computations of a batch; a thread, but for tests of timing.
     """
 
     def __init__(
@@ -114,9 +114,10 @@ class Batcher:
         claims: ClaimsSource | None = None,
         logs: LogSource | None = None,
         boottime: int | None = None,
+        in_worker: Callable[..., Awaitable[Any]] = trio.to_thread.run_sync,
     ) -> None:
+        self._in_worker = in_worker
         self._quoter = quoter
-        self._settings = settings
         self._metrics = metrics
         self._claims = claims
         self._logs = logs
@@ -126,7 +127,9 @@ class Batcher:
             turn_s=lambda: quoter.expected_s + quoter.pause_s,
             quote_s=lambda: quoter.expected_s,
         )
+        metrics.queue.set_function(lambda: self._room.waiting)
         self._batches = 0
+        self._sealed: set[Batch] = set()
         self._drain = trio.Event()
         self._wake = trio.Event()
         self._unanswered = 0
@@ -153,6 +156,8 @@ class Batcher:
         """
         if self._drain.is_set():
             raise DrainingError("the proxy is going down", retry_after_s=self._room.retry_after_s())
+        if self._quoter.trouble is not None:
+            raise QuoteError(self._quoter.trouble, retry_after_s=self._room.retry_after_s())
         if request.vm is not None:
             self._claims_of(tenant, request)  # refuses what it has no claims about
         waiter, wakes = self._room.admit(
@@ -187,7 +192,7 @@ class Batcher:
                 nursery.start_soon(self._fill, send)
                 nursery.start_soon(self._flush, receive)
         finally:
-            self._refuse_all(receive)
+            self.abandon()
 
     async def drain(self) -> None:
         """Take nothing new, seal what waits, and return when every waiter has its answer."""
@@ -197,12 +202,11 @@ class Batcher:
             self._all_answered.set()
         await self._all_answered.wait()
 
-    def _refuse_all(self, receive: trio.MemoryReceiveChannel[Batch]) -> None:
-        """Nothing will be quoted any more."""
+    def abandon(self) -> None:
+        """Let go of everybody: nothing will be quoted any more."""
         self._drain.set()
-        with contextlib.suppress(trio.WouldBlock, trio.EndOfChannel):
-            while True:
-                receive.receive_nowait().refuse(DrainingError(STOPPED))
+        for batch in self._sealed:
+            batch.refuse(DrainingError(STOPPED))
         while keys := self._room.ripe(0, every=True):
             for waiter in self._room.take(keys[0])[0]:
                 waiter.refuse(DrainingError(STOPPED))
@@ -212,11 +216,14 @@ class Batcher:
             await self._until_ripe()
             await self._quoter.ready()
             batch = self._seal()
-            if batch is not None:
-                with _answered(batch):
-                    await self._quote(batch)
-                    if batch.quote is not None:
-                        await send.send(batch)
+            if batch is None:
+                continue
+            self._sealed.add(batch)
+            await self._quote(batch)
+            if batch.quote is not None:
+                await send.send(batch)
+            else:
+                self._sealed.discard(batch)
 
     async def _until_ripe(self) -> None:
         while not self._room.ripe(trio.current_time(), every=self._drain.is_set()):
@@ -231,7 +238,6 @@ class Batcher:
         if not ripe:
             return None
         taken, opened = self._room.take(ripe[0])
-        self._metrics.queue.set(self._room.waiting)
         waiters = [waiter for waiter in taken if self._stays(waiter)]
         if not waiters:
             return None
@@ -254,11 +260,11 @@ class Batcher:
 
     async def _quote(self, batch: Batch) -> None:
         """Build the tree and quote its root; on failure every waiter has the error."""
-        root = await trio.to_thread.run_sync(plant_tree, batch)
+        root = await self._in_worker(plant_tree, batch)
         qualifying = inclusion.qualifying_data(root, batch.size)
         begin = trio.current_time()
         try:
-            with trio.fail_after(self._settings.quote_limit_s):
+            with trio.fail_at(batch.deadline):
                 batch.quote = await self._quoter.quote(qualifying, batch.bank, batch.mask)
         except trio.TooSlowError:
             error: ServiceError = DeadlineError("the TPM did not answer in time")
@@ -276,15 +282,15 @@ class Batcher:
 
     async def _flush(self, receive: trio.MemoryReceiveChannel[Batch]) -> None:
         async for batch in receive:
-            with _answered(batch):
-                await self._finish(batch)
+            await self._finish(batch)
+            self._sealed.discard(batch)
 
     async def _finish(self, batch: Batch) -> None:
         """Self-check, then answer."""
         assert batch.quote is not None
         quoter, quote = self._quoter, batch.quote
         try:
-            await trio.to_thread.run_sync(check_batch, batch, quote, quoter.ak)
+            await self._in_worker(check_batch, batch, quote, quoter.ak)
         except VerificationError as exc:
             log.critical("batch=%d failed our own check: %s", batch.number, exc)
             self._metrics.selfcheck_failures.inc()
@@ -299,7 +305,7 @@ class Batcher:
             quote,
             ak_name=quoter.ak.name,
             hash_alg=quoter.ak.signature_hash,
-            enc_alg=quoter.enc_alg,
+            enc_alg=quoter.ak.enc_alg,
             sign_alg=quoter.ak.sign_alg,
             quote_ms=batch.quote_s * 1000,
             boottime=self._boottime,
@@ -331,18 +337,6 @@ class Batcher:
             wait_s * 1000,
             batch.quote_s * 1000,
         )
-
-
-@contextlib.contextmanager
-def _answered(batch: Batch) -> Iterator[None]:
-    """Whatever ends the work on a batch, its waiters are let go."""
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        if not done:
-            batch.refuse(DrainingError(STOPPED))
 
 
 def _again(error: ProviderProxyError) -> ProviderProxyError:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from provider_proxy.errors import ConfigError, HostError
-from provider_proxy.model import ALL_PCRS, PCR_COUNT, HashAlg, mask_of
+from provider_proxy.model import PCR_COUNT, HashAlg, mask_of
 from provider_proxy.waiting_room import DEFAULT_ISOLATED
 
 C = TypeVar("C")
@@ -187,6 +187,9 @@ class Tpm:
     max_duty: float = _key(
         _duty, 0.5, "Share of the chip's time that all our commands together may take."
     )
+    hang_limit_s: float = _key(
+        _number(1, 3600), 120.0, "A command in flight for longer ends the process, in seconds."
+    )
     owner_auth_file: Path | None = _key(_path, None, "File with the owner authorisation.")
     endorsement_auth_file: Path | None = _key(
         _path, None, "File with the endorsement authorisation."
@@ -341,8 +344,8 @@ def _check_whole(config: Config) -> None:
     check_local("admin.address", config.admin.address)
     if config.limits.default_timeout_ms > config.limits.max_timeout_ms:
         raise ConfigError("limits.default_timeout_ms must be <= limits.max_timeout_ms")
-    if config.tenant_defaults.pcr_allow & ~ALL_PCRS:
-        raise ConfigError("tenant_defaults.pcr_allow must be PCRs 0 to 23")
+    if config.batch.window_ms >= config.limits.default_timeout_ms:
+        raise ConfigError("batch.window_ms must be < limits.default_timeout_ms")
     if config.tpm.ek_handle == config.tpm.ak_handle:
         raise ConfigError("tpm.ak_handle must differ from tpm.ek_handle")
 

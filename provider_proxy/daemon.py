@@ -2,6 +2,7 @@
 
     run ─┬─ batcher.run         fill and flush
          ├─ doors               a listener each; a task a connection
+         ├─ watchdog            ends the process where a TPM command hangs
          └─ signals             SIGTERM and SIGINT begin the drain
 
 Up: TPM and keys, then listeners, then READY. Down: STOPPING; new requests get 503 and a closed
@@ -22,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from provider_proxy import http1, listeners, server, sysd
+from provider_proxy import http1, listeners, server, sysd, watchdog
 from provider_proxy.batcher import Batcher
 from provider_proxy.config import Config
 from provider_proxy.hostlogs import HostLogFiles
@@ -36,12 +37,12 @@ log = logging.getLogger(__name__)
 GC_THRESHOLD = 100_000  # objects in the youngest generation; some 10 MB of garbage at most
 CLOSE_LIMIT_S = 5.0  # for answers that are on their way when the drain is over
 
-OpenQuoter = Callable[[Config], AbstractAsyncContextManager[EsysQuoter]]
+OpenQuoter = Callable[[Config, Metrics], AbstractAsyncContextManager[EsysQuoter]]
 
 
-def open_tpm(config: Config) -> AbstractAsyncContextManager[EsysQuoter]:
+def open_tpm(config: Config, metrics: Metrics) -> AbstractAsyncContextManager[EsysQuoter]:
     """The quoter that the configuration names."""
-    return open_quoter(config.tpm, config.state_dir, host_uuid=config.host_uuid)
+    return open_quoter(config.tpm, config.state_dir, metrics, host_uuid=config.host_uuid)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +70,7 @@ async def run(
     """
     context = listeners.tls_context(config.listen)
     metrics = Metrics()
-    async with open_quoter(config) as quoter:
+    async with open_quoter(config, metrics) as quoter:
         batcher = _make_batcher(config, quoter, metrics)
         draining = trio.Event()
         tenants = http1.Door(
@@ -78,7 +79,7 @@ async def run(
             max_connections=config.limits.max_connections,
         )
         admin = http1.Door(
-            server.AdminDoor(metrics, lambda: "draining" if draining.is_set() else None),
+            server.AdminDoor(metrics, lambda: "draining" if draining.is_set() else quoter.trouble),
             observe=lambda status, reason: None,
         )
         inherited = sysd.take_listen_sockets()
@@ -100,6 +101,7 @@ async def run(
             tune_gc()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(batcher.run)
+                nursery.start_soon(watchdog.run, quoter, config.tpm.hang_limit_s)
                 for listener in open_admin:
                     nursery.start_soon(_accept, admin, listener)
                 with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -137,7 +139,6 @@ def _make_batcher(config: Config, quoter: EsysQuoter, metrics: Metrics) -> Batch
         max_leaves=config.batch.max_leaves,
         isolate_mask=config.batch.isolate_pcrs,
         max_queue=config.limits.max_queue,
-        quote_limit_s=config.limits.max_timeout_ms / 1000,
     )
     return Batcher(
         quoter,
@@ -236,6 +237,7 @@ async def _drain_at_signal(
         await batcher.drain()
     if scope.cancelled_caught:
         log.warning("limits.drain_ms is over; whoever still waits is refused")
+        batcher.abandon()
     with trio.move_on_after(CLOSE_LIMIT_S):
         await tenants.finish()
     doors.cancel()

@@ -4,7 +4,8 @@
     ├── UsageError                 the caller: wrong arguments, a policy outside the mask   (exit 2)
     │   └── ConfigError            the configuration file says something impossible
     ├── HostError                  the host: no TPM, no AK, a port taken, a file missing    (exit 3)
-    │   └── TpmError               a TPM command failed; `code` is its response code
+    │   ├── TpmError               a TPM command failed; `code` is its response code
+    │   └── AkChangedError         the TPM no longer holds the AK that it held
     ├── RequestError               the tenant's request                                     (HTTP 4xx)
     │   ├── ParameterError         400, names the parameter
     │   ├── NotFoundError          404
@@ -53,6 +54,10 @@ class TpmError(HostError):
     def __init__(self, message: str, *, code: int = 0) -> None:
         super().__init__(message)
         self.code = code
+
+
+class AkChangedError(HostError):
+    """The TPM holds another AK than before, or none: nothing may be served under the old name."""
 
 
 class ReplyError(ProviderProxyError):
@@ -176,6 +181,10 @@ class NonceSpentError(VerificationError):
 
 class UntrustedAkError(VerificationError):
     """The key offered as AK is not one that a TPM restricts to its own quotes."""
+
+
+class PinChangedError(VerificationError):
+    """A host's key is not the one that was pinned; only a person can say that this is right."""
 
 
 class NotAQuoteError(VerificationError):

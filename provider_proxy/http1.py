@@ -4,8 +4,8 @@ Knows requests and responses, not what they are about: a `Handler` answers. A re
 headers and body leave in one write. Whatever a client does wrong gets a 4xx in Keylime's envelope;
 the connection is kept or closed as RFC 9112 says.
 
-Invariants: a connection holds at most one request; no byte is read past the limits; each wait on the
-client has a deadline. `Door.finish` never cuts off a request that is being answered.
+Invariants: a connection holds at most one request; no more than one read goes past a limit; each
+wait on the client has a deadline. `Door.finish` never cuts off a request that is being answered.
 """
 
 from __future__ import annotations

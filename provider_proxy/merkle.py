@@ -1,7 +1,7 @@
 """Leaves to a tree with its root and proofs; the one module that uses merklelib.
 
 merklelib 1.0 builds the tree; `inclusion` verifies, and the batch's self-check holds the two against
-each other for every leaf that leaves the house. Its `Hasher` is replaced by one over raw digests,
+each other for every leaf that is sent. Its `Hasher` is replaced by one over raw digests,
 which halves the time a leaf costs, and its tree equals RFC 9162's for every size.
 
 merklelib 1.0 uses `collections.Iterable`, which Python 3.10 removed. The repair puts a namespace
@@ -67,7 +67,6 @@ def build_tree(leaf_inputs: Sequence[bytes], *, wanted: Sequence[int] | None = N
     if len(leaves) != len(leaf_inputs):  # merklelib's map collapses equal leaves
         raise ValueError("two leaves are equal")
     indexes = range(len(leaves)) if wanted is None else wanted
-    indexes = range(len(leaves)) if wanted is None else wanted
     return Tree(
         root=RootHash(bytes.fromhex(tree.merkle_root)),
         size=len(leaves),
@@ -76,8 +75,8 @@ def build_tree(leaf_inputs: Sequence[bytes], *, wanted: Sequence[int] | None = N
 
 
 def _path(node: merklelib.merkle.MerkleNode) -> tuple[bytes, ...]:
-    """The siblings from a leaf up to the root; a third of the time of merklelib's `get_proof`,
-    which looks the leaf up by its hash and wraps each sibling twice."""
+    """The siblings from a leaf up to the root; merklelib's `get_proof` takes
+    twice as long, for it looks the leaf up by its hash and wraps each sibling twice."""
     path = []
     parent = node.parent
     while parent is not None:

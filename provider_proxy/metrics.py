@@ -54,6 +54,17 @@ class Metrics:
             "Requests dropped before the seal, because their client went away.",
             registry=self.registry,
         )
+        self.tpm_errors = Counter(
+            prefix + "tpm_errors",
+            "TPM commands that failed, by response code and by what was done about it.",
+            ["code", "step"],
+            registry=self.registry,
+        )
+        self.tpm_circuit_open = Gauge(
+            prefix + "tpm_circuit_open",
+            "1 while the TPM is out of order and tenants are refused at once.",
+            registry=self.registry,
+        )
         self.selfcheck_failures = Counter(
             prefix + "selfcheck_failures",
             "Batches that failed the tenants' own checks here. Must stay 0.",

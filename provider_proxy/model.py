@@ -297,6 +297,11 @@ class AttestationKey:
     sign_alg: str
     signature_hash: HashAlg
 
+    @property
+    def enc_alg(self) -> str:
+        """Keylime's name of the key's kind: "ecc" or "rsa"."""
+        return "rsa" if isinstance(self.public_key, rsa.RSAPublicKey) else "ecc"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrustedHost:

@@ -5,6 +5,7 @@ Source: sd_notify(3) and sd_listen_fds(3). Without systemd both are silent.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 
@@ -24,6 +25,18 @@ def notify(state: str) -> None:
             sock.send(state.encode("utf-8"))
         except OSError:
             return  # a manager that went away must not take the service with it
+
+
+def watchdog_s() -> float:
+    """How often at least systemd wants to hear WATCHDOG=1, in seconds; infinite where it does not.
+
+    Source: sd_watchdog_enabled(3).
+    """
+    pid = os.environ.get("WATCHDOG_PID", str(os.getpid()))
+    usec = os.environ.get("WATCHDOG_USEC", "")
+    if pid != str(os.getpid()) or not usec.isascii() or not usec.isdecimal() or int(usec) == 0:
+        return math.inf
+    return int(usec) / 1e6
 
 
 def take_listen_sockets() -> list[socket.socket]:

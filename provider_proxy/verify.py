@@ -237,6 +237,8 @@ def _check_signed(evidence: Evidence, ak: AttestationKey) -> None:
     attestation.check_signature(evidence.quote.attest, signature, ak)
     if evidence.hash_alg != signature.hash_alg or evidence.sign_alg != signature.sign_alg:
         raise SignatureError("hash_alg or sign_alg is not that of the signature")
+    if evidence.enc_alg != ak.enc_alg:
+        raise SignatureError("enc_alg is not the kind of the trusted AK")
     if ak.name and not hmac.compare_digest(evidence.ak_name, ak.name):
         raise SignatureError("ak_name is not the trusted AK's")
 

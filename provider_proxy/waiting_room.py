@@ -30,14 +30,12 @@ class BatchSettings:
         max_leaves: a batch is sealed when it holds so many requests.
         isolate_mask: PCRs that only those share a batch who ask for the same of them.
         max_queue: requests that may wait at once, over all lines.
-        quote_limit_s: a quote that takes longer is given up; nobody waits longer.
     """
 
     window_s: float = 0.05
     max_leaves: int = 1024
     isolate_mask: int = mask_of(DEFAULT_ISOLATED)
     max_queue: int = 8192
-    quote_limit_s: float = 60.0
 
 
 class Line:
@@ -141,7 +139,7 @@ class WaitingRoom:
             )
         if line is None:
             line = self._lines[key] = Line()
-        waiter = Waiter(request, tenant, key, now, is_gone)
+        waiter = Waiter(request, tenant, key, now, now + timeout_s, is_gone)
         line.add(waiter)
         self.waiting += 1
         return waiter, line.count in (1, self._settings.max_leaves)

@@ -21,9 +21,11 @@ from provider_proxy.batch import Batch, Waiter, plant_tree
 from provider_proxy.bench import load
 from provider_proxy.bench.process import Target, config_text
 from provider_proxy.config import Tpm
+from provider_proxy.metrics import Metrics
 from provider_proxy.model import HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
 from provider_proxy.quoters.esys import open_quoter
-from provider_proxy.tpm.faulty import FaultyContext, delay_quotes
+from provider_proxy.tpm.disturb import delay_quotes
+from provider_proxy.tpm.faulty import FaultyContext
 
 DELAY_MS = 100.0
 WINDOW_MS = 50.0
@@ -110,6 +112,7 @@ async def _direct_quote_ms(state_dir: Path) -> float:
     async with open_quoter(
         Tpm(tcti="embedded", max_duty=1),
         state_dir,
+        Metrics(),
         open_context=lambda tcti: FaultyContext(tcti, plan),
     ) as quoter:
         for _ in range(DIRECT_QUOTES):
@@ -213,6 +216,7 @@ def _tree_us() -> float:
                 QuoteRequest(nonce=Nonce(secrets.token_hex(10).encode()), mask=PcrMask(1)),
                 tenant,
                 (HashAlg.SHA256, 0, tenant.pcr_allow),
+                0.0,
                 0.0,
                 None,
             )

@@ -19,14 +19,18 @@ import trio
 
 from provider_proxy import daemon, http1
 from provider_proxy.config import Config, load_config
+from provider_proxy.metrics import Metrics
 from provider_proxy.quoters.esys import EsysQuoter, open_quoter
-from provider_proxy.tpm.faulty import FaultyContext, delay_quotes
+from provider_proxy.tpm.disturb import delay_quotes
+from provider_proxy.tpm.faulty import FaultyContext
 
 
-def _open_slow(delay_s: float, config: Config) -> AbstractAsyncContextManager[EsysQuoter]:
+def _open_slow(
+    delay_s: float, config: Config, metrics: Metrics
+) -> AbstractAsyncContextManager[EsysQuoter]:
     plan = delay_quotes(delay_s)
     return open_quoter(
-        config.tpm, config.state_dir, open_context=lambda tcti: FaultyContext(tcti, plan)
+        config.tpm, config.state_dir, metrics, open_context=lambda tcti: FaultyContext(tcti, plan)
     )
 
 

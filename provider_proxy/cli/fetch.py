@@ -18,7 +18,9 @@ from pathlib import Path
 from provider_proxy.cli import files, http
 from provider_proxy.client import ProxyClient
 from provider_proxy.errors import UsageError
+from provider_proxy.files import write_private
 from provider_proxy.model import PCR_COUNT, mask_of, parse_bank, parse_mask
+from provider_proxy.query import MAX_TIMEOUT_MS, MIN_TIMEOUT_MS
 from provider_proxy.request_file import RequestRecord, encode_request
 from provider_proxy.verify import MemoryHistory, new_challenge
 
@@ -74,6 +76,8 @@ async def _run(args: argparse.Namespace) -> int:
         vm = uuid.UUID(args.vm) if args.vm is not None else None
     except ValueError:
         raise UsageError("--vm must be a UUID") from None
+    if args.timeout_ms is not None and not MIN_TIMEOUT_MS <= args.timeout_ms <= MAX_TIMEOUT_MS:
+        raise UsageError(f"--timeout-ms must be in {MIN_TIMEOUT_MS}..{MAX_TIMEOUT_MS}")
     made_at_s = time.time()
     begin = time.monotonic()
     challenge = new_challenge(
@@ -86,15 +90,15 @@ async def _run(args: argparse.Namespace) -> int:
     )
     record = RequestRecord(request=challenge.request, made_at_s=made_at_s, url=args.url)
     async with http.make_client(args) as client:
-        files.write_file(args.request, encode_request(record))
+        write_private(args.request, encode_request(record))
         body = await ProxyClient(client, args.url).fetch(challenge.request)
     record = dataclasses.replace(
         record,
         answered_after_s=time.monotonic() - begin,
         evidence_sha256=sha256(body).digest(),
     )
-    files.write_file(args.evidence, body)
-    files.write_file(args.request, encode_request(record))
+    write_private(args.evidence, body)
+    write_private(args.request, encode_request(record))
     if args.json:
         print(json.dumps({"evidence": str(args.evidence), "request": str(args.request)}))
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from provider_proxy.attestation_key import parse_ak
 from provider_proxy.cli import files, http
 from provider_proxy.client import ProxyClient
+from provider_proxy.files import write_private
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +48,7 @@ async def _run(args: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     if args.save_ak is not None:
-        files.write_file(args.save_ak, text.encode("ascii") + b"\n")
+        write_private(args.save_ak, text.encode("ascii") + b"\n")
     values = {
         "ak_name": ak.name.hex(),
         "sign_alg": ak.sign_alg,

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from provider_proxy.errors import (
     ProviderProxyError,
+    RequestError,
     UsageError,
     VerificationError,
 )
@@ -60,7 +61,9 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in SUBCOMMANDS.items():
-        sub = commands.add_parser(name, help=help_text, description=help_text.capitalize() + ".")
+        sub = commands.add_parser(
+            name, help=help_text, description=help_text[0].upper() + help_text[1:] + "."
+        )
         if only in (None, name):
             module = importlib.import_module(f"provider_proxy.cli.{name}")
             module.add_arguments(sub)
@@ -86,15 +89,15 @@ def run(argv: Sequence[str]) -> int:
         if extra is None:
             raise
         print(
-            f"provider-proxy: this needs the extra {extra!r}: "
-            f"pip install 'provider-proxy[{extra}]'",
+            f"provider-proxy: this command needs the extra {extra!r} of provider-proxy "
+            f"(module {exc.name} is missing)",
             file=sys.stderr,
         )
         return EXIT_ENVIRONMENT
     except VerificationError as exc:
         print(f"provider-proxy: refused: {type(exc).__name__}: {exc}", file=sys.stderr)
         return EXIT_REFUSED
-    except UsageError as exc:
+    except (UsageError, RequestError) as exc:
         print(f"provider-proxy: {exc}", file=sys.stderr)
         return EXIT_USAGE
     except ProviderProxyError as exc:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from provider_proxy.cli import files
 from provider_proxy.errors import UsageError
+from provider_proxy.files import read_file
 from provider_proxy.model import HashAlg, TrustedHost, VerifiedQuote
 from provider_proxy.policy import Policy, UnsafeAcceptAny, parse_tpm_policy
 from provider_proxy.request_file import MAX_BYTES, parse_request
@@ -72,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
         UsageError: a file is not what it should be.
         HostError: a file cannot be read.
     """
-    record = parse_request(files.read_file(args.request, MAX_BYTES))
-    body = files.read_file(args.evidence, MAX_EVIDENCE_WITH_LOGS_BYTES)
+    record = parse_request(read_file(args.request, MAX_BYTES))
+    body = read_file(args.evidence, MAX_EVIDENCE_WITH_LOGS_BYTES)
     ak = files.load_ak(args.ak_tpm, args.insecure_ak_pem)
     if args.insecure_ak_pem is not None:
         print("warning: --insecure-ak-pem: any software key passes for an AK", file=sys.stderr)
@@ -96,7 +97,7 @@ def _policy(args: argparse.Namespace, bank: HashAlg) -> Policy:
         print("warning: --insecure-any-state: every state of the host passes", file=sys.stderr)
         return UnsafeAcceptAny()
     try:
-        values = json.loads(files.read_file(args.tpm_policy, MAX_POLICY_BYTES))
+        values = json.loads(read_file(args.tpm_policy, MAX_POLICY_BYTES))
     except (ValueError, RecursionError) as exc:
         raise UsageError(f"{args.tpm_policy} is not JSON: {exc}") from exc
     if not isinstance(values, dict):

@@ -8,12 +8,12 @@ no crash leaves a key in the TPM whose authValue nobody has.
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from pathlib import Path
 
 from provider_proxy.config import read_secret
 from provider_proxy.errors import EvidenceFormatError, HostError
+from provider_proxy.files import write_private
 from provider_proxy.wire import Fields, parse_json_object
 
 AUTH_BYTES = 32  # as long as the AK's name algorithm: the most that a TPM keeps of an authValue
@@ -78,28 +78,3 @@ class AkStore:
         if self._name:
             values["name"] = self._name.hex()
         write_private(self._path, json.dumps(values).encode("ascii"))
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Write a file that only its owner can read, whole or not at all.
-
-    Raises:
-        HostError: the directory cannot be written.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        part.unlink(missing_ok=True)
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as exc:
-        raise HostError(f"cannot write {path}: {exc.strerror}") from exc

@@ -1,63 +1,56 @@
-"""The host's TPM as a quoter: opens it, finds or makes its keys, quotes through the gate.
+"""The host's TPM as a quoter: every command through the gate, every failure up the ladder.
 
-Every command runs in the gate's thread. Opening ends with a quote of its own, verified by the
-tenants' code: a TPM, an AK or an authValue that does not work is found before the first tenant is.
+A transient code is tried again; a broken connection or an exhausted chip is opened anew and tried again;
+both inside the deadline of whoever waits (the caller cancels). A fatal one opens the circuit: from then
+on everybody is told at once, and `run` probes until the same AK quotes again. No restart is needed.
+A command that never returns keeps the gate shut; `trouble` says so.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import logging
 import secrets
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from tpm2_pytss import ESAPI
+import trio
 
-from provider_proxy import attestation
-from provider_proxy.config import EMBEDDED, Tpm, read_secret
-from provider_proxy.errors import HostError, TpmError, VerificationError
+from provider_proxy.config import Tpm
+from provider_proxy.errors import AkChangedError, HostError, QuoteError, TpmError
+from provider_proxy.metrics import Metrics
 from provider_proxy.model import AttestationKey, HashAlg, Quote
-from provider_proxy.quoters.ak_store import AkStore
-from provider_proxy.tpm import chip, keys
-from provider_proxy.tpm.embedded import EmbeddedTpm
+from provider_proxy.quoters.opening import HostIdentity, TpmOpener
+from provider_proxy.tpm import chip
 from provider_proxy.tpm.gate import Gate
+from provider_proxy.tpm.ladder import Step, name_of, step_for, wait_s
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostIdentity:
-    """What `GET /verifier/identity` tells of the host's TPM. Unsigned: a tenant pins, or asks its
-    registrar.
-
-    Attributes:
-        ak_public, ek_public: TPM2B_PUBLIC.
-        ek_cert: DER; None where the TPM has none.
-        software: True where the TPM is a program.
-    """
-
-    ak_public: bytes
-    ek_public: bytes
-    ek_cert: bytes | None
-    host_uuid: uuid.UUID
-    software: bool
+PROBE_S = 1.0  # between two looks at a chip that failed: service is back soon after it is
+HANG_FACTOR = 20  # a command of so many times the learnt time hangs; a chip's p99/p50 is 1.02
+HANG_LEAST_S = 5.0  # but no sooner: an RSA key that is made by others takes seconds
+CLOSE_LIMIT_S = 2.0  # for the command in flight when the daemon ends
 
 
 class EsysQuoter:
-    """A `batcher.Quoter` over an open TPM. Made by `open_quoter`."""
+    """A `batcher.Quoter` over the host's TPM. Made by `open_quoter`."""
 
-    def __init__(
-        self, open_chip: chip.Chip, gate: Gate, ak: AttestationKey, identity: HostIdentity
-    ) -> None:
-        self._chip = open_chip
+    def __init__(self, opener: TpmOpener, opened: chip.Chip, gate: Gate, metrics: Metrics) -> None:
+        self._opener = opener
+        self._chip: chip.Chip | None = opened
         self._gate = gate
-        self.ak = ak
-        self.identity = identity
-        self.enc_alg = "ecc" if ak.sign_alg == "ecdsa" else "rsa"
+        self._metrics = metrics
+        self._circuit: str | None = None  # why it is open
+        self._opened_circuit = trio.Event()
+        self.ak: AttestationKey = opener.ak
+        self.identity: HostIdentity = opener.identity
 
     @property
     def expected_s(self) -> float:
@@ -69,26 +62,157 @@ class EsysQuoter:
         """Rest after a quote, in seconds."""
         return self._gate.pause_s
 
+    @property
+    def in_flight_s(self) -> float:
+        """For how long the present command has been running; 0 while none is."""
+        since = self._gate.in_flight_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no quote can be had now; None while one can."""
+        if self._circuit is not None:
+            return self._circuit
+        limit = max(HANG_LEAST_S, HANG_FACTOR * self.expected_s)
+        if self.in_flight_s > limit:
+            return "a TPM command has not returned"
+        return None
+
     async def ready(self) -> None:
-        """Return when the chip is free and rested."""
-        await self._gate.ready()
+        """Return when the chip is free and rested, or in trouble."""
+        if self._circuit is None:
+            await self._gate.ready()
+        else:
+            await trio.lowlevel.checkpoint()
 
     async def quote(self, qualifying: bytes, bank: HashAlg, mask: int) -> Quote:
-        """Read and quote the PCRs.
+        """Read and quote the PCRs; cancel it at your deadline.
 
         Raises:
-            TpmError: the chip failed.
+            QuoteError: no quote can be had now.
         """
-        hash_alg = self.ak.signature_hash
-        return await self._gate.run(
-            lambda: self._chip.quote(qualifying, bank, mask, hash_alg), learn=True
+        return await self._climb(
+            lambda opened: self._opener.quote(opened, qualifying, bank, mask), learn=True
         )
+
+    async def activate_credential(self, credential: bytes, secret: bytes) -> bytes:
+        """TPM2_ActivateCredential: proves that EK and AK live in one TPM.
+
+        Needs two sessions; where others hold them all it waits its turn. Leaves none behind,
+        cancelled or not. Cancel it at your deadline.
+
+        Args:
+            credential: TPM2B_ID_OBJECT.
+            secret: TPM2B_ENCRYPTED_SECRET.
+
+        Returns:
+            The secret that was wrapped for this AK.
+
+        Raises:
+            QuoteError: the TPM refuses, because the credential is not for these keys for example.
+        """
+        return await self._climb(
+            lambda opened: opened.activate_credential(credential, secret), breaks_circuit=False
+        )
+
+    async def _climb(
+        self,
+        command: Callable[[chip.Chip], T],
+        *,
+        learn: bool = False,
+        breaks_circuit: bool = True,
+    ) -> T:
+        """Try a command until it succeeds, is fatal, or the caller's deadline cancels."""
+        tries = 0
+        reopen = False
+        while self._circuit is None:
+            try:
+                return await self._gate.run(
+                    lambda again=reopen: command(self._fresh(again)),  # type: ignore[misc]
+                    learn=learn and not reopen,
+                )
+            except TpmError as exc:
+                step = step_for(exc)
+                self._metrics.tpm_errors.labels(name_of(exc.code), step.value).inc()
+                if step is Step.FATAL or isinstance(exc, _ReopenError):
+                    if breaks_circuit:
+                        self._break_circuit(str(exc))
+                    raise QuoteError("the TPM refused", retry_after_s=PROBE_S) from exc
+                tries += 1
+                reopen = step is Step.CLEAN
+                log.warning("TPM: %s; %s, try %d", exc, step.value, tries + 1)
+                await trio.sleep(wait_s(step, tries))
+        raise QuoteError("the TPM is out of order", retry_after_s=PROBE_S)
+
+    def _fresh(self, reopen: bool) -> chip.Chip:
+        """The open chip, opened anew where asked (in the gate's thread).
+
+        Raises:
+            _ReopenError: it cannot be opened.
+        """
+        if self._chip is not None and not reopen:
+            return self._chip
+        self._close_chip()
+        try:
+            self._chip = self._opener.reopen()
+        except HostError as exc:
+            raise _ReopenError(str(exc)) from exc
+        return self._chip
+
+    def _close_chip(self) -> None:
+        if self._chip is not None:
+            with contextlib.suppress(TpmError):
+                self._chip.close()
+            self._chip = None
+
+    def _break_circuit(self, why: str) -> None:
+        if self._circuit is None:
+            log.critical("TPM out of order, tenants get 503: %s", why)
+            self._metrics.tpm_circuit_open.set(1)
+            self._circuit = "the TPM is out of order"
+            self._opened_circuit.set()
+
+    async def run(self) -> None:
+        """Probe an open circuit until the TPM quotes again, for ever."""
+        while True:
+            await self._opened_circuit.wait()
+            await trio.sleep(PROBE_S)
+            try:
+                await self._gate.run(self._probe)
+            except HostError as exc:
+                level = logging.CRITICAL if isinstance(exc, AkChangedError) else logging.WARNING
+                log.log(level, "TPM still out of order: %s", exc)
+                continue
+            log.warning("TPM in order again")
+            self._metrics.tpm_circuit_open.set(0)
+            self._circuit = None
+            self._opened_circuit = trio.Event()
+
+    def _probe(self) -> None:
+        """Open anew, find the same AK, quote (in the gate's thread)."""
+        self._close_chip()
+        self._chip = self._opener.reopen()
+        nonce = secrets.token_hex(16).encode("ascii")
+        self._opener.quote(self._chip, nonce, HashAlg.SHA256, 1)
+
+    async def close(self) -> None:
+        """Close the chip after the command in flight; give up on one that hangs."""
+        with trio.move_on_after(CLOSE_LIMIT_S) as scope:
+            await self._gate.close()
+            self._close_chip()
+        if scope.cancelled_caught:
+            log.critical("a TPM command has not returned; ending without it")
+
+
+class _ReopenError(TpmError):
+    """The TPM cannot be opened anew; the cause says why."""
 
 
 @asynccontextmanager
 async def open_quoter(
     settings: Tpm,
     state_dir: Path,
+    metrics: Metrics,
     *,
     host_uuid: uuid.UUID | None = None,
     open_context: chip.OpenContext = chip.open_context,
@@ -101,93 +225,24 @@ async def open_quoter(
     Raises:
         HostError: no TPM, no keys, a wrong authorisation; the message says which.
     """
-    embedded: EmbeddedTpm | None = None
-    tcti = settings.tcti
     gate = Gate(settings.max_duty)
-    if tcti == EMBEDDED:
-        log.warning("the TPM is an embedded swtpm: software, NOT a hardware TPM; for trials only")
-        embedded = EmbeddedTpm(state_dir / "swtpm")
-        embedded.start()
-        tcti = embedded.tcti
+    opener = TpmOpener(settings, state_dir, host_uuid=host_uuid, open_context=open_context)
     try:
-        software = embedded is not None or tcti.startswith(("swtpm", "mssim"))
-        quoter = await gate.run(
-            lambda: _open(settings, open_context(tcti), state_dir, gate, host_uuid, software)
-        )
-        for bank in settings.banks:
-            await _try_quote(quoter, bank)
-        AkStore(state_dir).confirm(quoter.ak.name)
+        opened = await gate.run(opener.open)
+        quoter = EsysQuoter(opener, opened, gate, metrics)
+        for _ in range(LEARNING_QUOTES):
+            nonce = secrets.token_hex(16).encode("ascii")
+            await quoter.quote(nonce, settings.banks[0], 1)
         try:
-            yield quoter
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(quoter.run)
+                yield quoter
+                nursery.cancel_scope.cancel()
         finally:
-            await gate.close()
-            quoter._chip.close()
+            with trio.CancelScope(shield=True):
+                await quoter.close()
     finally:
-        if embedded is not None:
-            embedded.stop()
+        opener.stop()
 
 
-def _open(
-    settings: Tpm,
-    context: ESAPI,
-    state_dir: Path,
-    gate: Gate,
-    host_uuid: uuid.UUID | None,
-    software: bool,
-) -> EsysQuoter:
-    """Find or make the keys (in the gate's thread; blocks, a minute where keys are made)."""
-    try:
-        store = AkStore(state_dir)
-        auths = keys.Auths(
-            owner=read_secret("tpm.owner_auth_file", settings.owner_auth_file),
-            endorsement=read_secret("tpm.endorsement_auth_file", settings.endorsement_auth_file),
-        )
-        ek = keys.find_or_make_ek(context, settings.ek_handle, auths)
-        ak = keys.find_or_make_ak(
-            context, settings.ak_handle, settings.ak_algorithm, ek, auths, store.auth_for
-        )
-    except HostError:
-        context.close()
-        raise
-    for what, made, handle in (
-        ("EK", ek.made, settings.ek_handle),
-        ("AK", ak.made, settings.ak_handle),
-    ):
-        log.info("%s %s at %#x", what, "made" if made else "found", handle)
-    identity = HostIdentity(
-        ak_public=ak.public,
-        ek_public=ek.public,
-        ek_cert=ek.cert,
-        host_uuid=host_uuid or uuid_of_ek(ek.public),
-        software=software,
-    )
-    return EsysQuoter(chip.Chip(context, ak.handle), gate, ak.key, identity)
-
-
-async def _try_quote(quoter: EsysQuoter, bank: HashAlg) -> None:
-    """Quote PCR 0 and verify it as a tenant would."""
-    qualifying = secrets.token_hex(16).encode("ascii")
-    try:
-        quote = await quoter.quote(qualifying, bank, 1)
-    except TpmError as exc:
-        if keys.check_auth_error(exc):
-            raise HostError(
-                "the AK does not take the authValue in the state directory: another key is at "
-                "tpm.ak_handle"
-            ) from exc
-        raise
-    try:
-        attest = attestation.parse_attest(quote.attest)
-        signature = attestation.parse_signature(quote.signature)
-        attestation.check_signature(quote.attest, signature, quoter.ak)
-        attestation.check_pcrs(attest, quote.pcrs, quoter.ak.signature_hash)
-    except VerificationError as exc:
-        raise HostError(f"the TPM's first quote does not verify: {exc}") from exc
-    if attest.extra_data != qualifying:
-        raise HostError("the TPM's first quote is over other data than it was given")
-
-
-def uuid_of_ek(ek_public: bytes) -> uuid.UUID:
-    """A host id that follows from the EK alone: the same after a reinstallation."""
-    digest = hashlib.sha256(ek_public).hexdigest()
-    return uuid.uuid5(uuid.NAMESPACE_OID, "provider-proxy/host/1/" + digest)
+LEARNING_QUOTES = 1  # so that the first tenant's estimate is this chip's

@@ -1,7 +1,7 @@
 """One open TPM: reads PCRs and quotes. Synchronous; only the gate's thread may call it.
 
-Never creates a key (that is `keys`, before serving starts), opens no session, leaves no transient
-object: a quote needs the persistent AK and a plain password alone (TPM 2.0 Part 3, 18.4), so that
+Never creates a key (that is `keys`, before serving starts) and leaves no transient object. A quote
+needs no session: it needs the persistent AK and a plain password alone (TPM 2.0 Part 3, 18.4), so that
 others who hold every session of the chip cannot stop it.
 """
 
@@ -11,13 +11,21 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from tpm2_pytss import ESAPI, TSS2_Exception
-from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_PT
-from tpm2_pytss.types import TPML_PCR_SELECTION, TPMS_PCR_SELECTION, TPMT_SIG_SCHEME
+from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_PT, TPM2_SE
+from tpm2_pytss.types import (
+    TPM2B_ENCRYPTED_SECRET,
+    TPM2B_ID_OBJECT,
+    TPML_PCR_SELECTION,
+    TPMS_PCR_SELECTION,
+    TPMT_SIG_SCHEME,
+    TPMT_SYM_DEF,
+)
 
 from provider_proxy import attestation
 from provider_proxy.errors import TpmError, VerificationError
 from provider_proxy.model import HashAlg, PcrValues, Quote, pcrs_of
 
+RC_VALUE = 0x84  # TPM_RC_VALUE: what the chip says to a parameter out of range
 PCR_READS = 8  # rounds until a selection must be covered: 24 PCRs at 8 a call need 3
 QUOTE_TRIES = 5  # IMA extends PCR 10 between read and quote; Keylime's agent tries 5 times too
 
@@ -34,6 +42,33 @@ def tss_errors(doing: str) -> Iterator[None]:
     except TSS2_Exception as exc:
         code = int(exc.error)
         raise TpmError(f"{doing}: {exc} ({code:#06x})", code=code) from exc
+
+
+@contextlib.contextmanager
+def endorsement_session(context: ESAPI) -> Iterator[ESYS_TR]:
+    """A policy session that may use a template-L EK: PolicySecret(endorsement).
+
+    The TPM ends it with its first use; where it was not used it is flushed.
+    """
+    session = context.start_auth_session(
+        ESYS_TR.NONE,
+        ESYS_TR.NONE,
+        TPM2_SE.POLICY,
+        TPMT_SYM_DEF(algorithm=TPM2_ALG.NULL),
+        TPM2_ALG.SHA256,
+    )
+    try:
+        context.policy_secret(ESYS_TR.ENDORSEMENT, session, b"", b"", b"", 0)
+        yield session
+    finally:
+        with contextlib.suppress(TSS2_Exception):  # its first use has ended it already
+            context.flush_context(session)
+
+
+def close_context(context: ESAPI) -> None:
+    """Close a context. Raises: TpmError."""
+    with tss_errors("close"):
+        context.close()
 
 
 OpenContext = Callable[[str], ESAPI]
@@ -60,17 +95,42 @@ class Chip:
 
     Args:
         context: an open ESAPI context; the chip closes it.
+        ek: ESYS_TR of the persistent EK.
         ak: ESYS_TR of the persistent AK, its authValue set.
     """
 
-    def __init__(self, context: ESAPI, ak: ESYS_TR) -> None:
+    def __init__(self, context: ESAPI, *, ek: ESYS_TR, ak: ESYS_TR) -> None:
         self._context = context
+        self._ek = ek
         self._ak = ak
 
     def close(self) -> None:
-        """Close the context; the persistent keys stay."""
-        with tss_errors("close"):
-            self._context.close()
+        """Close the context; the persistent keys stay. Raises: TpmError."""
+        close_context(self._context)
+
+    def activate_credential(self, credential: bytes, secret: bytes) -> bytes:
+        """TPM2_ActivateCredential. The one session that it needs is flushed, whatever happens.
+
+        Raises:
+            TpmError: the credential is not for these keys, no session is free, the chip failed.
+        """
+        with tss_errors("TPM2_ActivateCredential"):
+            try:
+                blob, _ = TPM2B_ID_OBJECT.unmarshal(credential)
+                wrapped, _ = TPM2B_ENCRYPTED_SECRET.unmarshal(secret)
+            except (ValueError, RuntimeError) as exc:
+                raise TpmError(f"not a credential: {exc}", code=RC_VALUE) from exc
+            with endorsement_session(self._context) as session:
+                return bytes(
+                    self._context.activate_credential(
+                        self._ak,
+                        self._ek,
+                        blob,
+                        wrapped,
+                        session1=ESYS_TR.PASSWORD,
+                        session2=session,
+                    )
+                )
 
     def read_pcrs(self, bank: HashAlg, mask: int) -> tuple[PcrValues, int]:
         """TPM2_PCR_Read, again until the mask is covered: a call returns at most 8 PCRs.
@@ -90,8 +150,10 @@ class Chip:
             if seen != counter and values:
                 values = {}  # the PCRs moved between two calls: the parts belong to two states
             elif len(selection) == 1 and int(selection[0].hash) == bank:
-                got = int.from_bytes(bytes(selection[0].pcrSelect)[:3], "little")
-                values.update(zip(pcrs_of(got), (bytes(d) for d in digests), strict=True))
+                got = pcrs_of(int.from_bytes(bytes(selection[0].pcrSelect)[:3], "little"))
+                if len(got) != len(digests):
+                    raise TpmError("TPM2_PCR_Read answered more or fewer values than PCRs")
+                values.update(zip(got, (bytes(digest) for digest in digests), strict=True))
             counter = seen
             if all(pcr in values for pcr in pcrs_of(mask)):
                 return PcrValues(bank=bank, values=tuple(sorted(values.items()))), counter

@@ -6,6 +6,7 @@ directory; its sockets lie in a short directory of their own, for a Unix socket'
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 import tempfile
@@ -13,6 +14,8 @@ import time
 from pathlib import Path
 
 from provider_proxy.errors import HostError
+
+log = logging.getLogger(__name__)
 
 START_LIMIT_S = 10.0
 STOP_LIMIT_S = 5.0
@@ -36,6 +39,19 @@ class EmbeddedTpm:
     def pid(self) -> int | None:
         """The swtpm's process id while it runs."""
         return self._process.pid if self._process else None
+
+    def ensure_running(self) -> None:
+        """Start swtpm where it does not run: the first time, or because it was killed.
+
+        Raises:
+            HostError: as `start`.
+        """
+        if self._process is not None and self._process.poll() is None:
+            return
+        if self._process is not None:
+            log.error("the embedded swtpm has ended; starting it again")
+            self.stop()
+        self.start()
 
     def start(self) -> None:
         """Start swtpm on the state directory and wait for its sockets.

@@ -1,15 +1,11 @@
 """A TCTI that wraps a real one and disturbs it by plan: for tests, the demo and benchmarks only.
 
 Sits where tpm2-tss talks to the chip, so that everything above it, ESYS included, is the real thing.
-A plan looks at each command and says what happens to it; without one the command goes through.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import TSS2_RC
@@ -17,39 +13,7 @@ from tpm2_pytss.TCTI import PyTCTI
 from tpm2_pytss.TCTILdr import TCTILdr
 
 from provider_proxy.tpm.chip import tss_errors
-
-CC_QUOTE = 0x158  # TPM2_Quote; TPM 2.0 Part 2, section 6.5.2
-HEADER_BYTES = 10  # tag, size, code
-TAG_NO_SESSIONS = 0x8001
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Action:
-    """What happens to one command; the parts apply in this order.
-
-    Attributes:
-        hold: the answer comes only after this event (a hang, if nobody sets it).
-        delay_s: the answer comes so much later.
-        drop: the connection breaks, now and until it is opened anew.
-        code: the chip answers this response code and does nothing.
-        garble: changes the chip's answer.
-    """
-
-    hold: threading.Event | None = None
-    delay_s: float = 0.0
-    drop: bool = False
-    code: int = 0
-    garble: Callable[[bytes], bytes] | None = None
-
-
-Plan = Callable[[int], Action | None]
-"""Called with the TPM_CC of each command."""
-
-
-def delay_quotes(seconds: float) -> Plan:
-    """The plan of a slow chip: every TPM2_Quote takes so much longer."""
-    action = Action(delay_s=seconds)
-    return lambda command: action if command == CC_QUOTE else None
+from provider_proxy.tpm.disturb import Action, Plan, refusal
 
 
 class FaultyTcti(PyTCTI):  # type: ignore[misc]  # tpm2_pytss has no types
@@ -81,10 +45,7 @@ class FaultyTcti(PyTCTI):  # type: ignore[misc]  # tpm2_pytss has no types
         if action.delay_s:
             time.sleep(action.delay_s)
         if action.code:
-            return b"".join(
-                part.to_bytes(size, "big")
-                for part, size in ((TAG_NO_SESSIONS, 2), (HEADER_BYTES, 4), (action.code, 4))
-            )
+            return refusal(action.code)
         answer: bytes = self._inner.receive(timeout=timeout)
         return action.garble(answer) if action.garble is not None else answer
 

@@ -16,21 +16,21 @@ from dataclasses import dataclass
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from tpm2_pytss import ESAPI, TSS2_Exception
-from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE, TPMA_OBJECT
+from tpm2_pytss.constants import ESYS_TR, TPMA_OBJECT
 from tpm2_pytss.types import (
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
     TPMS_SENSITIVE_CREATE,
-    TPMT_SYM_DEF,
 )
 from tpm2_pytss.utils import NoSuchIndex, NVReadEK, create_ek_template
 
 from provider_proxy import attestation_key
 from provider_proxy.errors import EvidenceFormatError, HostError, TpmError, UntrustedAkError
 from provider_proxy.model import AttestationKey
-from provider_proxy.tpm.chip import tss_errors
+from provider_proxy.tpm.chip import endorsement_session, tss_errors
 
 TPM_RC_HANDLE = 0x8B  # format-one code: no object at that handle
+TPM_RC_AUTH_FAIL = 0x8E
 TPM_RC_BAD_AUTH = 0xA2
 EK_TYPES = ("EK-RSA2048", "EK-ECC256")
 EK_CERT_INDEX = {"EK-RSA2048": 0x01C00002, "EK-ECC256": 0x01C0000A}
@@ -81,14 +81,39 @@ class AkInfo:
     made: bool
 
 
-def _find(context: ESAPI, handle: int) -> ESYS_TR | None:
-    """The object at a persistent handle; None where there is none."""
+def find(context: ESAPI, handle: int) -> ESYS_TR | None:
+    """The object at a persistent handle; None where there is none.
+
+    Raises:
+        TpmError: the TPM refused.
+    """
+    with tss_errors(f"looking at handle {handle:#x}"):
+        try:
+            return context.tr_from_tpmpublic(handle)
+        except TSS2_Exception as exc:
+            if int(exc.error) == TPM_RC_HANDLE:
+                return None
+            raise
+
+
+def name_of(context: ESAPI, handle: ESYS_TR) -> bytes:
+    """An object's name, computed here from its public area.
+
+    Raises:
+        TpmError: the TPM refused, or the object is no RSA or EC key.
+    """
+    with tss_errors("TPM2_ReadPublic"):
+        public = _read_public(context, handle)
     try:
-        return context.tr_from_tpmpublic(handle)
-    except TSS2_Exception as exc:
-        if int(exc.error) == TPM_RC_HANDLE:
-            return None
-        raise
+        return attestation_key.parse_public(public).name
+    except EvidenceFormatError as exc:
+        raise TpmError(f"TPM2_ReadPublic gave no RSA or EC key: {exc}") from exc
+
+
+def set_auth(context: ESAPI, handle: ESYS_TR, auth: bytes) -> None:
+    """Tell ESYS the authValue of an object. Raises: TpmError."""
+    with tss_errors("authValue"):
+        context.tr_set_auth(handle, auth)
 
 
 def _read_public(context: ESAPI, handle: ESYS_TR) -> bytes:
@@ -102,27 +127,6 @@ def _transient(context: ESAPI, handle: ESYS_TR) -> Iterator[ESYS_TR]:
         yield handle
     finally:
         context.flush_context(handle)
-
-
-@contextlib.contextmanager
-def endorsement_session(context: ESAPI) -> Iterator[ESYS_TR]:
-    """A policy session that may use a template-L EK: PolicySecret(endorsement).
-
-    The TPM ends it with its first use; where it was not used it is flushed.
-    """
-    session = context.start_auth_session(
-        ESYS_TR.NONE,
-        ESYS_TR.NONE,
-        TPM2_SE.POLICY,
-        TPMT_SYM_DEF(algorithm=TPM2_ALG.NULL),
-        TPM2_ALG.SHA256,
-    )
-    try:
-        context.policy_secret(ESYS_TR.ENDORSEMENT, session, b"", b"", b"", 0)
-        yield session
-    finally:
-        with contextlib.suppress(TSS2_Exception):  # its first use has ended it already
-            context.flush_context(session)
 
 
 def _template(context: ESAPI) -> tuple[bytes | None, TPM2B_PUBLIC]:
@@ -148,7 +152,7 @@ def find_or_make_ek(context: ESAPI, handle: int, auths: Auths) -> EkInfo:
     """
     with tss_errors("looking for the EK"):
         cert, template = _template(context)
-        found = _find(context, handle)
+    found = find(context, handle)
     made = found is None
     if found is None:
         with tss_errors("making the EK (check owner_auth_file and endorsement_auth_file)"):
@@ -202,8 +206,7 @@ def find_or_make_ak(
         HostError: the handle holds another kind of key.
         TpmError: the TPM refused.
     """
-    with tss_errors("looking for the AK"):
-        found = _find(context, handle)
+    found = find(context, handle)
     made = found is None
     auth = ak_auth(made)
     if found is None:
@@ -241,6 +244,6 @@ def _make_ak(
         return context.evict_control(ESYS_TR.OWNER, loaded, handle)
 
 
-def check_auth_error(exc: TpmError) -> bool:
+def is_auth_error(exc: TpmError) -> bool:
     """True where the TPM says that an authValue is wrong."""
-    return exc.code == TPM_RC_BAD_AUTH
+    return exc.code in (TPM_RC_BAD_AUTH, TPM_RC_AUTH_FAIL)

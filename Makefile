@@ -1,0 +1,67 @@
+# make install   everything that is missing: Debian packages, then Python packages into .venv
+# make demo      200 tenants, one TPM (a swtpm), every answer verified
+# make test      the tests
+# make check     what CI runs: format, lint, types, tests, wheel
+# make bench     the figures of this machine
+#
+# sudo is used only where this is not root and a Debian package is missing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WHEEL_VENV := .venv-wheel
+DEBIAN := swtpm swtpm-tools tpm2-tools libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv util-linux
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+MISSING = $(shell for p in $(DEBIAN); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done)
+SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+.PHONY: install system demo test check format lint types wheel bench clean
+
+install: $(STAMP)
+
+system:
+	@missing="$(MISSING)"; if [ -n "$$missing" ]; then \
+	  echo "installing Debian packages: $$missing"; \
+	  $(SUDO) apt-get update -qq && \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; \
+	fi
+
+$(STAMP): pyproject.toml constraints.txt | system
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name it with PYTHON=…"; exit 3; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@echo "installing Python packages into $(VENV)"
+	@$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	@$(BIN)/provider-proxy --log-level warning demo
+
+test: install
+	$(BIN)/python -m pytest -q
+
+format: install
+	$(BIN)/ruff format --check .
+
+lint: install
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+# The wheel as a tenant gets it: nothing but cryptography beside it.
+wheel: install
+	rm -rf dist $(WHEEL_VENV)
+	$(BIN)/python -m build --outdir dist . >/dev/null
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt dist/*.whl
+	cd tests/vectors && ../../$(WHEEL_VENV)/bin/python ../wheel_smoke.py
+
+check: format lint types test wheel
+
+bench: install
+	$(BIN)/provider-proxy bench quotes --json
+
+clean:
+	rm -rf $(VENV) $(WHEEL_VENV) dist build *.egg-info

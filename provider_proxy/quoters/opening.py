@@ -1,0 +1,203 @@
+"""Opens a TPM with its EK and AK, and proves with a quote of its own that they work.
+
+Synchronous: it runs in the gate's thread, once at the start (where it may make keys, and take a
+minute) and again whenever the connection to the chip has to be opened anew (where it makes none).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import secrets
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpm2_pytss import ESAPI
+
+from provider_proxy import attestation
+from provider_proxy.config import EMBEDDED, Tpm, read_secret
+from provider_proxy.errors import AkChangedError, HostError, TpmError, VerificationError
+from provider_proxy.model import AttestationKey, HashAlg, Quote
+from provider_proxy.quoters.ak_store import AkStore
+from provider_proxy.tpm import chip, keys
+from provider_proxy.tpm.embedded import EmbeddedTpm
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostIdentity:
+    """What `GET /verifier/identity` tells of the host's TPM. Unsigned: a tenant pins, or asks its
+    registrar.
+
+    Attributes:
+        ak_public, ek_public: TPM2B_PUBLIC.
+        ek_cert: DER; None where the TPM has none.
+        software: True where the TPM is a program.
+    """
+
+    ak_public: bytes
+    ek_public: bytes
+    ek_cert: bytes | None
+    host_uuid: uuid.UUID
+    software: bool
+
+
+class TpmOpener:
+    """Knows how to reach the TPM, first and again.
+
+    Args:
+        open_context: opens a tpm2-tss string; tests and benchmarks put a disturbed one there.
+
+    Attributes:
+        ak: known after `open`.
+        identity: likewise.
+    """
+
+    ak: AttestationKey
+    identity: HostIdentity
+
+    def __init__(
+        self,
+        settings: Tpm,
+        state_dir: Path,
+        *,
+        host_uuid: uuid.UUID | None,
+        open_context: chip.OpenContext,
+    ) -> None:
+        self._settings = settings
+        self._host_uuid = host_uuid
+        self._open_context = open_context
+        self._store = AkStore(state_dir)
+        self._embedded: EmbeddedTpm | None = None
+        self._ak_auth = b""
+        if settings.tcti == EMBEDDED:
+            log.warning(
+                "the TPM is an embedded swtpm: software, NOT a hardware TPM; for trials only"
+            )
+            self._embedded = EmbeddedTpm(state_dir / "swtpm")
+
+    def _connect(self) -> ESAPI:
+        tcti = self._settings.tcti
+        if self._embedded is not None:
+            self._embedded.ensure_running()
+            tcti = self._embedded.tcti
+        return self._open_context(tcti)
+
+    def stop(self) -> None:
+        """Stop the embedded TPM, where there is one."""
+        if self._embedded is not None:
+            self._embedded.stop()
+
+    def open(self) -> chip.Chip:
+        """Open the TPM; find its keys or make them.
+
+        Raises:
+            HostError: no TPM, a foreign key at a handle, a wrong authorisation.
+        """
+        settings = self._settings
+        auths = keys.Auths(
+            owner=read_secret("tpm.owner_auth_file", settings.owner_auth_file),
+            endorsement=read_secret("tpm.endorsement_auth_file", settings.endorsement_auth_file),
+        )
+        context = self._connect()
+        try:
+            ek = keys.find_or_make_ek(context, settings.ek_handle, auths)
+            ak = keys.find_or_make_ak(
+                context, settings.ak_handle, settings.ak_algorithm, ek, auths, self._ak_auth_for
+            )
+        except HostError:
+            context.close()
+            raise
+        for what, made, handle in (
+            ("EK", ek.made, settings.ek_handle),
+            ("AK", ak.made, settings.ak_handle),
+        ):
+            log.info("%s %s at %#x", what, "made" if made else "found", handle)
+        self.ak = ak.key
+        self.identity = HostIdentity(
+            ak_public=ak.public,
+            ek_public=ek.public,
+            ek_cert=ek.cert,
+            host_uuid=self._host_uuid or uuid_of_ek(ek.public),
+            software=self._embedded is not None or settings.tcti.startswith(("swtpm", "mssim")),
+        )
+        opened = chip.Chip(context, ek=ek.handle, ak=ak.handle)
+        try:
+            for bank in settings.banks:
+                self._try_quote(opened, bank)
+            self._store.confirm(ak.key.name)
+        except HostError:
+            opened.close()
+            raise
+        return opened
+
+    def _ak_auth_for(self, is_new: bool) -> bytes:
+        self._ak_auth = self._store.auth_for(is_new)
+        return self._ak_auth
+
+    def reopen(self) -> chip.Chip:
+        """Open the TPM anew and find the very same keys.
+
+        Raises:
+            AkChangedError: another key, or none, is at the AK's handle: nothing may be served.
+            TpmError: the TPM is not there, or refuses.
+        """
+        context = self._connect()
+        try:
+            ek = keys.find(context, self._settings.ek_handle)
+            ak = keys.find(context, self._settings.ak_handle)
+            name = keys.name_of(context, ak) if ak is not None else None
+            if ek is None or ak is None or name != self.ak.name:
+                raise AkChangedError(
+                    f"tpm.ak_handle held the AK {self.ak.name.hex()} and now holds "
+                    f"{name.hex() if name else 'none'}: the TPM was cleared or replaced"
+                )
+            keys.set_auth(context, ak, self._ak_auth)
+        except HostError:
+            with contextlib.suppress(TpmError):
+                chip.close_context(context)
+            raise
+        return chip.Chip(context, ek=ek, ak=ak)
+
+    def quote(self, opened: chip.Chip, qualifying: bytes, bank: HashAlg, mask: int) -> Quote:
+        """Quote, and check that what came over the bus is what was signed.
+
+        Raises:
+            TpmError: the chip failed, or its answer does not verify.
+        """
+        quote = opened.quote(qualifying, bank, mask, self.ak.signature_hash)
+        try:
+            attest = attestation.parse_attest(quote.attest)
+            signature = attestation.parse_signature(quote.signature)
+            attestation.check_signature(quote.attest, signature, self.ak)
+            attestation.check_pcrs(attest, quote.pcrs, self.ak.signature_hash)
+        except VerificationError as exc:
+            raise TpmError(f"TPM2_Quote gave an answer that does not verify: {exc}") from exc
+        if attest.extra_data != qualifying:
+            raise TpmError("TPM2_Quote gave an answer over other data than it was given")
+        return quote
+
+    def _try_quote(self, opened: chip.Chip, bank: HashAlg) -> None:
+        """Quote PCR 0 before the first tenant asks.
+
+        Raises:
+            HostError: it cannot be done; a wrong authValue says so.
+        """
+        try:
+            self.quote(opened, secrets.token_hex(16).encode("ascii"), bank, 1)
+        except TpmError as exc:
+            if keys.is_auth_error(exc):
+                raise HostError(
+                    "the AK does not take the authValue in the state directory: another key is at "
+                    "tpm.ak_handle"
+                ) from exc
+            raise
+
+
+def uuid_of_ek(ek_public: bytes) -> uuid.UUID:
+    """A host id that follows from the EK alone: the same after a reinstallation."""
+    digest = hashlib.sha256(ek_public).hexdigest()
+    return uuid.uuid5(uuid.NAMESPACE_OID, "provider-proxy/host/1/" + digest)

@@ -1,0 +1,153 @@
+"""Lets several programs use one swtpm at once, as a bare TPM device would: for tests and benchmarks.
+
+swtpm serves one connection. The broker holds it, and passes on whole commands of any number of clients,
+one at a time, first come first served. Unlike the kernel's resource manager it gives nobody
+a space of its own: sessions and transient objects are the TPM's and everybody's, so that one client
+can exhaust them for all. A plan (see `faulty`) may slow commands down or disturb them.
+
+Threads, not trio: its clients are other programs and blocking libraries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from provider_proxy.tpm.disturb import HEADER_BYTES, Plan, refusal
+
+MAX_RESPONSE_BYTES = 8192
+ACCEPT_POLL_S = 0.2
+
+
+Serve = Callable[[socket.socket], None]
+
+
+class Broker:
+    """A broker over the swtpm behind `tcti` ("swtpm:path=…").
+
+    Attributes:
+        tcti: what its clients open.
+    """
+
+    def __init__(self, tcti: str, plan: Plan | None = None) -> None:
+        self._upstream = tcti.removeprefix("swtpm:path=")
+        self.plan = plan
+        self._directory = tempfile.TemporaryDirectory(prefix="provider-proxy-")
+        path = Path(self._directory.name) / "tpm"
+        self.tcti = f"swtpm:path={path}"
+        self._turn = threading.Lock()
+        self._tpm = _connect(self._upstream)
+        self._control = _connect(self._upstream + ".ctrl")
+        self._stop = threading.Event()
+        self._clients: set[socket.socket] = set()
+        self._threads = [
+            threading.Thread(target=self._accept, args=(_listen(path), self._serve), daemon=True),
+            threading.Thread(
+                target=self._accept,
+                args=(_listen(path.with_name("tpm.ctrl")), self._serve_control),
+                daemon=True,
+            ),
+        ]
+
+    def __enter__(self) -> Broker:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        for client in list(self._clients):
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+        self._tpm.close()
+        self._control.close()
+        self._directory.cleanup()
+
+    def _accept(self, listener: socket.socket, serve: Serve) -> None:
+        listener.settimeout(ACCEPT_POLL_S)
+        with listener:
+            while not self._stop.is_set():
+                with contextlib.suppress(TimeoutError):
+                    client, _ = listener.accept()
+                    client.settimeout(None)
+                    self._clients.add(client)
+                    threading.Thread(target=self._guard, args=(client, serve), daemon=True).start()
+
+    def _guard(self, client: socket.socket, serve: Serve) -> None:
+        with client, contextlib.suppress(OSError):
+            serve(client)
+        self._clients.discard(client)
+
+    def _serve(self, client: socket.socket) -> None:
+        while command := _read_command(client):
+            response = self._execute(command)
+            if response is None:
+                return
+            client.sendall(response)
+
+    def _execute(self, command: bytes) -> bytes | None:
+        """Pass a command on; None where the plan drops the connection."""
+        with self._turn:
+            action = self.plan(int.from_bytes(command[6:10], "big")) if self.plan else None
+            if action is not None:
+                if action.drop:
+                    return None
+                if action.hold is not None:
+                    action.hold.wait()
+                time.sleep(action.delay_s)
+                if action.code:
+                    return refusal(action.code)
+            self._tpm.sendall(command)
+            response = _read_command(self._tpm)
+        if action is not None and action.garble is not None:
+            return action.garble(response)
+        return response
+
+    def _serve_control(self, client: socket.socket) -> None:
+        """The control channel says nothing that matters to several clients: always done."""
+        while client.recv(MAX_RESPONSE_BYTES):
+            client.sendall(bytes(4))
+
+
+def _listen(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen(128)
+    return listener
+
+
+def _connect(path: str) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    client.connect(path)
+    return client
+
+
+def _read_command(sock: socket.socket) -> bytes:
+    """One whole TPM command or response, by the size in its header; empty at the end."""
+    data = _read_exactly(sock, HEADER_BYTES)
+    if len(data) < HEADER_BYTES:
+        return b""
+    return data + _read_exactly(sock, int.from_bytes(data[2:6], "big") - HEADER_BYTES)
+
+
+def _read_exactly(sock: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        part = sock.recv(count - len(data))
+        if not part:
+            break
+        data += part
+    return data

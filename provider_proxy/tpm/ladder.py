@@ -1,0 +1,92 @@
+"""What to do about each response code of a TPM: the one table, and how long to wait before the next try.
+
+    AGAIN   the chip is busy with itself: the same command again
+    CLEAN   our context, or somebody's sessions and objects, are in the way: open anew, then again
+    SLOW    the chip asks for fewer commands: again, much later
+    FATAL   no retry can help now: fail at once, open the circuit, probe until it is well
+
+Every try stays inside the deadline of whoever waits; nothing here sleeps or talks to a chip.
+Source: TPM 2.0 Library Part 2, section 6.6, and the classes of fielded chips in tpm-facts.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+
+from provider_proxy.errors import TpmError
+
+
+class Step(enum.Enum):
+    """A rung of the ladder."""
+
+    AGAIN = "again"
+    CLEAN = "clean"
+    SLOW = "slow"
+    FATAL = "fatal"
+
+
+RC_NAMES = {
+    0x100: "INITIALIZE",
+    0x101: "FAILURE",
+    0x130: "REBOOT",
+    0x901: "CONTEXT_GAP",
+    0x902: "OBJECT_MEMORY",
+    0x903: "SESSION_MEMORY",
+    0x904: "MEMORY",
+    0x905: "SESSION_HANDLES",
+    0x906: "OBJECT_HANDLES",
+    0x908: "YIELDED",
+    0x909: "CANCELED",
+    0x90A: "TESTING",
+    0x920: "NV_RATE",
+    0x921: "LOCKOUT",
+    0x922: "RETRY",
+    0x923: "NV_UNAVAILABLE",
+}
+_AGAIN = (0x908, 0x909, 0x90A, 0x922)
+_CLEAN = (0x901, 0x902, 0x903, 0x904, 0x905, 0x906)
+_SLOW = (0x920, 0x923)
+_TABLE = {
+    **dict.fromkeys(_AGAIN, Step.AGAIN),
+    **dict.fromkeys(_CLEAN, Step.CLEAN),
+    **dict.fromkeys(_SLOW, Step.SLOW),
+}
+LAYER_SHIFT = 16
+RESMGR_LAYER = 0xB  # the kernel's resource manager answers for the TPM: its codes are the TPM's
+SOFTWARE_LAYERS = (0x6, 0x7, 0x8, 0x9, 0xA)  # tpm2-tss: FAPI, ESYS, SYS, MU, TCTI
+
+FIRST_WAIT_S = {Step.AGAIN: 0.02, Step.CLEAN: 0.02, Step.SLOW: 0.5}
+LONGEST_WAIT_S = {Step.AGAIN: 0.5, Step.CLEAN: 0.5, Step.SLOW: 5.0}
+
+
+def step_for(error: TpmError) -> Step:
+    """The rung for an error. An error without a code is an answer that we could not read."""
+    code = error.code
+    layer = code >> LAYER_SHIFT
+    if not code or layer in SOFTWARE_LAYERS:
+        # ETIME, EIO and EBUSY of the driver, a dropped connection, a garbled answer.
+        return Step.CLEAN
+    if layer == RESMGR_LAYER:
+        code &= 0xFFFF
+    return _TABLE.get(code, Step.FATAL)
+
+
+def name_of(code: int) -> str:
+    """A code for people and metrics, from a bounded set of names."""
+    layer = code >> LAYER_SHIFT
+    if not code:
+        return "UNREADABLE"
+    if layer in SOFTWARE_LAYERS:
+        return "IO"
+    return RC_NAMES.get(code & 0xFFFF, "OTHER")
+
+
+def wait_s(step: Step, tries: int) -> float:
+    """How long to wait before another try: doubling, with jitter.
+
+    Args:
+        tries: how many have failed, from 1.
+    """
+    longest: float = min(LONGEST_WAIT_S[step], FIRST_WAIT_S[step] * 2 ** (tries - 1))
+    return longest * random.uniform(0.5, 1.0)  # noqa: S311  # jitter is no secret

@@ -1,0 +1,53 @@
+"""Ends the process where a TPM command hangs, and tells systemd's watchdog that the loop is alive.
+
+A thread that waits in a TPM driver cannot be ended; the process can, and systemd starts it again. A chip
+that answers errors, or is not asked at all, is no reason: only a command in flight counts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+import trio
+
+from provider_proxy import sysd
+
+log = logging.getLogger(__name__)
+
+CHECK_S = 1.0
+EXIT_ENVIRONMENT = 3
+
+
+class Busy(Protocol):
+    """Something whose commands may hang."""
+
+    @property
+    def in_flight_s(self) -> float:
+        """For how long the present command has been running, in seconds; 0 while none is."""
+        ...
+
+
+def _end_process() -> None:
+    """At once: an orderly end would wait for the thread that hangs."""
+    os._exit(EXIT_ENVIRONMENT)
+
+
+async def run(
+    quoter: Busy, hang_limit_s: float, *, end_process: Callable[[], None] = _end_process
+) -> None:
+    """Watch until cancelled.
+
+    Args:
+        hang_limit_s: a command that runs for longer hangs.
+        end_process: what then happens.
+    """
+    interval = min(CHECK_S, sysd.watchdog_s() / 2)
+    while True:
+        if quoter.in_flight_s > hang_limit_s:
+            log.critical("a TPM command has been in flight for over %g s; ending", hang_limit_s)
+            end_process()
+        sysd.notify("WATCHDOG=1")
+        await trio.sleep(interval)

@@ -1,0 +1,839 @@
+"""The documents and the code say the same: keys, options, routes, errors, figures, commands, units."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import base64
+import configparser
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tomllib
+import uuid
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import pytest
+
+from provider_proxy import client, config, daemon, errors, http1, model, query, server, verify, wire
+from provider_proxy.attestation_key import parse_ak
+from provider_proxy.cli import main as cli
+from provider_proxy.errors import ConfigError, QualifyingDataError, SignatureError
+from provider_proxy.inclusion import leaf_input, qualifying_data, root_from_proof
+from provider_proxy.merkle import build_tree
+from provider_proxy.metrics import Metrics
+from provider_proxy.model import (
+    HashAlg,
+    HostLogs,
+    InclusionProof,
+    LeafHash,
+    Nonce,
+    PcrMask,
+    QuoteRequest,
+    TrustedHost,
+    parse_nonce,
+)
+from provider_proxy.policy import UnsafeAcceptAny
+from provider_proxy.soft_tpm import SoftTpm
+from provider_proxy.verify import Challenge, MemoryHistory, Verifier
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PACKAGE = ROOT / "provider_proxy"
+ADRS = sorted((DOCS / "adr").glob("*.md"))
+OWN = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+UNITS = sorted((ROOT / "systemd").iterdir())
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`([^`]+)`")
+MAX_ADR_LINES = 60  # a page
+
+
+def every_markdown() -> list[Path]:
+    """All of the repository's, not those of hidden folders and virtual environments."""
+    found = []
+    for path in ROOT.rglob("*.md"):
+        folders = path.relative_to(ROOT).parts[:-1]
+        if not any(name.startswith(".") or name == "site-packages" for name in folders):
+            found.append(path)
+    return sorted(found)
+
+
+def read(name: str | Path) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def fenced(name: str | Path, language: str) -> list[str]:
+    return [body for kind, body in FENCE.findall(read(name)) if kind == language]
+
+
+def tables(name: str | Path) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Each table of a document: its head, and its rows."""
+    block: list[list[str]] = []
+    for line in [*FENCE.sub("", read(name)).splitlines(), ""]:
+        if line.startswith("|"):
+            block.append([cell.strip() for cell in line.strip().strip("|").split("|")])
+        elif block:
+            assert all(set(cell) <= set("-:") for cell in block[1])
+            assert len({len(row) for row in block}) == 1, f"{name}: a table of unequal rows"
+            yield block[0], block[2:]
+            block = []
+
+
+def rows(name: str | Path, *head: str) -> list[list[str]]:
+    """The rows of all tables whose head begins so."""
+    found = [row for cells, body in tables(name) if cells[: len(head)] == [*head] for row in body]
+    assert found, f"{name} has no table {head}"
+    return found
+
+
+def code(cell: str) -> str:
+    """The text of a cell that is one piece of code."""
+    match = CODE.fullmatch(cell)
+    assert match, f"{cell!r} is not in backticks"
+    return match[1]
+
+
+def codes(found: list[list[str]], column: int = 0) -> list[str]:
+    values = [code(row[column]) for row in found]
+    assert len(values) == len(set(values)), "a row is there twice"
+    return values
+
+
+# --- configuration -------------------------------------------------------------------------------
+
+CONFIG_ROWS = rows("docs/configuration.md", "Key", "Type", "Default", "Meaning")
+
+
+def config_fields() -> dict[str, dataclasses.Field[Any]]:
+    fields = {f.name: f for f in dataclasses.fields(config.Config) if f.name not in config.TABLES}
+    for table, kind in config.TABLES.items():
+        fields |= {f"{table}.{f.name}": f for f in dataclasses.fields(kind)}
+    return fields
+
+
+def test_every_configuration_key_is_documented_and_none_too_many() -> None:
+    assert sorted(codes(CONFIG_ROWS)) == sorted(config_fields())
+
+
+@pytest.mark.parametrize("row", CONFIG_ROWS, ids=lambda row: row[0].strip("`"))
+def test_documented_default_is_the_code_s(row: list[str]) -> None:
+    key = code(row[0])
+    field = config_fields()[key]
+    if row[2] == "none":
+        assert field.default is None
+        return
+    value = tomllib.loads(f"x = {code(row[2])}")["x"]
+    assert field.metadata["read"](key, value) == field.default
+    assert row[3].endswith(".")
+
+
+def test_documented_bounds_are_the_code_s() -> None:
+    seen = 0
+    for row in CONFIG_ROWS:
+        bounds = re.search(r"number, (?:ms, )?(\d+) to (\d+)$", row[1])
+        if bounds is None:
+            assert "number" not in row[1] or row[1] == "number, above 0, at most 1"
+            continue
+        seen += 1
+        read_value = config_fields()[code(row[0])].metadata["read"]
+        for inside in map(int, bounds.groups()):
+            assert read_value("key", inside) == inside
+        for outside in (int(bounds[1]) - 1, int(bounds[2]) + 1):
+            with pytest.raises(ConfigError):
+                read_value("key", outside)
+        if row[1].startswith("whole"):
+            with pytest.raises(ConfigError):
+                read_value("key", int(bounds[1]) + 0.5)
+    assert seen == 7
+
+
+def test_documented_duty_bounds_are_the_code_s() -> None:
+    read_value = config_fields()["tpm.max_duty"].metadata["read"]
+    assert read_value("key", 1) == 1
+    for outside in (0, 1.001):
+        with pytest.raises(ConfigError):
+            read_value("key", outside)
+
+
+TOML_BLOCKS = [(doc, block) for doc in OWN for block in fenced(doc, "toml")]
+
+
+@pytest.mark.parametrize(("doc", "block"), TOML_BLOCKS)
+def test_toml_blocks_are_configurations(doc: Path, block: str) -> None:
+    config.parse_config(tomllib.loads(block))
+
+
+def test_toml_blocks_are_there() -> None:
+    assert {doc.name for doc, _ in TOML_BLOCKS} == {"README.md", "configuration.md"}
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    found: set[str] = set()
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            continue
+        found |= {name for name in action.option_strings if name.startswith("--")}
+    return found - {"--help"}
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    parser = cli.build_parser(command)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found = action.choices[command]
+            assert isinstance(found, argparse.ArgumentParser)
+            return found
+    raise AssertionError("no subcommands")
+
+
+@pytest.mark.parametrize("command", cli.SUBCOMMANDS)
+def test_documented_options_are_those_of_the_command(command: str) -> None:
+    listed = rows("docs/configuration.md", "Command", "Option", "Meaning")
+    options = [code(row[1]) for row in listed if row[0] == f"`{command}`"]
+    assert len(options) == len(set(options))
+    assert set(options) == options_of(parser_of(command))
+    for row in listed:
+        default = re.search(r"default `?([\w.]+)`?$", row[2])
+        if row[0] == f"`{command}`" and default is not None:
+            value = parser_of(command).get_default(code(row[1])[2:].replace("-", "_"))
+            assert default[1] == (f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def test_options_of_all_commands_are_documented() -> None:
+    listed = rows("docs/configuration.md", "Command", "Option", "Meaning")
+    assert {code(row[1]) for row in listed if row[0] == "(all)"} == options_of(cli.build_parser(""))
+    assert {row[0] for row in listed} == {"(all)", *(f"`{name}`" for name in cli.SUBCOMMANDS)}
+
+
+def test_exit_codes_are_documented() -> None:
+    listed = [row[0] for row in rows("docs/configuration.md", "Exit code", "Meaning")]
+    codes_ = [cli.EXIT_GOOD, cli.EXIT_REFUSED, cli.EXIT_USAGE, cli.EXIT_ENVIRONMENT]
+    assert listed == [str(number) for number in codes_]
+
+
+def commands() -> list[str]:
+    """Each command of ours in a shell block, in code within text, and in the unit."""
+    found = []
+    for doc in OWN:
+        text = "\n".join(fenced(doc, "sh"))
+        found += re.findall(r"^(?:until )?(provider-proxy [^&;\n]*)", text, re.MULTILINE)
+    found += re.findall(r"ExecStart=/usr/bin/(.*)", read("systemd/provider-proxy.service"))
+    return found
+
+
+@pytest.mark.parametrize("command", commands())
+def test_documented_commands_parse(command: str) -> None:
+    words = shlex.split(command)[1:]
+    args = cli.build_parser(words[0]).parse_args(words)  # SystemExit where it does not
+    assert args.command == words[0]
+
+
+def test_commands_are_there() -> None:
+    assert {shlex.split(command)[1] for command in commands()} >= {
+        "serve",
+        "fetch",
+        "verify",
+        "identity",
+    }
+
+
+def test_commands_named_in_the_text_exist() -> None:
+    for doc in OWN:
+        for words in re.findall(r"`provider-proxy ([a-z]+)(?: [^`]*)?`", read(doc)):
+            assert words in cli.SUBCOMMANDS, doc.name
+
+
+@pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="no Makefile beside this copy")
+def test_make_targets_named_in_the_text_exist() -> None:
+    targets = set(re.findall(r"^([a-z][\w-]*):", read("Makefile"), re.MULTILINE))
+    named = {t for doc in OWN for t in re.findall(r"`make ([a-z-]+)`", read(doc))}
+    assert {"install", "demo", "test", "check"} <= named <= targets
+
+
+# --- evidence format -----------------------------------------------------------------------------
+
+EVIDENCE = "docs/evidence-format.md"
+
+
+def subclasses(kind: type[Exception]) -> set[type[Exception]]:
+    return {s for direct in kind.__subclasses__() for s in (direct, *subclasses(direct))}
+
+
+def test_checks_and_their_error_classes() -> None:
+    listed = rows(EVIDENCE, "Check", "Demands", "Error class")
+    numbers = {name: int(row[0]) for row, name in zip(listed, codes(listed, 2), strict=True)}
+    assert numbers == {
+        kind.__name__: kind.check
+        for kind in subclasses(errors.VerificationError)
+        if issubclass(kind, errors.VerificationError)
+    }
+    assert list(numbers.values()) == sorted(numbers.values())
+
+
+def full_reply() -> dict[str, Any]:
+    tpm = SoftTpm()
+    encoder = wire.EvidenceEncoder(
+        tpm.quote(b"q", HashAlg.SHA256, 1),
+        ak_name=tpm.ak.name,
+        hash_alg=HashAlg.SHA256,
+        enc_alg="ecc",
+        sign_alg="ecdsa",
+        quote_ms=1.0,
+        boottime=1,
+    )
+    parts = encoder.encode(
+        InclusionProof(leaf_index=0, tree_size=2, path=(bytes(32),), salt=bytes(16)),
+        claims=b"{}",
+        logs=HostLogs(ima="10 …\n", uefi=b"log"),
+    )
+    results: dict[str, Any] = json.loads(b"".join(parts))["results"]
+    return results
+
+
+def test_reply_s_keys_are_documented() -> None:
+    reply = full_reply()
+    listed = [
+        row for head, body in tables(EVIDENCE) if head == ["Key", "Type", "Meaning"] for row in body
+    ]
+    assert sorted(codes(listed)) == sorted([*reply, *reply["merkle"]])
+    for name in reply["timing"]:
+        assert f"`{name}`" in read(EVIDENCE)
+    kinds = {"number": int, "text": str, "hex": str, "base64": str, "object": dict}
+    for row in listed:
+        value = {**reply, **reply["merkle"]}[code(row[0])]
+        assert isinstance(value, kinds.get(row[1], list))
+
+
+def test_documented_limits_are_the_code_s() -> None:
+    limits = {row[0]: row[1] for row in rows(EVIDENCE, "What", "At most")}
+    mib = wire.MAX_EVIDENCE_WITH_LOGS_BYTES >> 20
+    kib = wire.MAX_EVIDENCE_BYTES >> 10
+    assert limits["body"].startswith(f"{mib} MiB; the client reads {kib} KiB")
+    assert "below 16" in limits["body"]
+    assert client.LOG_PCRS == 0xFFFF
+    assert limits["`quote`"].startswith(f"{wire.MAX_QUOTE_STRING:,} characters")
+    assert limits["`tree_size`"] == f"2^{model.MAX_TREE_SIZE.bit_length() - 1}"
+    assert limits["`path`"] == f"{wire.PATH_LIMIT} entries"
+    assert limits["`claims`"] == f"{model.MAX_CLAIMS_BYTES >> 10} KiB decoded"
+
+
+def test_documented_layouts_add_up() -> None:
+    layouts = [body for head, body in tables(EVIDENCE) if head == ["Offset", "Bytes", "Field"]]
+    attest, blob = layouts
+    at = 0
+    for offset, size, _ in attest:
+        assert int(offset) == at
+        at += sum(map(int, size.split("+")))
+    tpm = SoftTpm()
+    assert at == len(tpm.quote(bytes(32), HashAlg.SHA256, 1).attest)
+    assert f"it has {at}\nbytes" in read(EVIDENCE) or f"it has {at} bytes" in read(EVIDENCE)
+    at = 0
+    for offset, size, _ in blob[:-1]:
+        assert int(offset) == at
+        at += int(size)
+    assert blob[-1][:2] == [str(at), "532 each"]
+    sizes = [len(wire.encode_pcr_blob(tpm.read(HashAlg.SHA256, m))) for m in (1, 0xFFFF, 0xFFFFFF)]
+    assert sizes == [at + 532 * lists for lists in (1, 2, 3)]
+    assert "{}, {} or {} bytes".format(*sizes) in read(EVIDENCE)
+
+
+# The formulas as the document writes them, on hashlib alone.
+
+
+def doc_leaf_input(salt: bytes, nonce: bytes, mask: int, bank: int, claims: bytes) -> bytes:
+    head = b"provider-proxy/leaf/1" + b"\0" + salt + bytes([len(nonce)]) + nonce
+    return head + mask.to_bytes(4, "big") + bank.to_bytes(2, "big") + sha256(claims).digest()
+
+
+def doc_node(left: bytes, right: bytes) -> bytes:
+    return sha256(b"\x01" + left + right).digest()
+
+
+def doc_root(leaf: bytes, index: int, path: tuple[bytes, ...]) -> bytes:
+    node = leaf
+    for sibling in path:
+        node = doc_node(sibling, node) if index & 1 else doc_node(node, sibling)
+        index >>= 1
+    return node
+
+
+def doc_bound(root: bytes, size: int) -> bytes:
+    return sha256(b"provider-proxy/root/1" + b"\0" + size.to_bytes(8, "big") + root).digest()
+
+
+def doc_qualifying(bound: bytes) -> str:
+    return base64.b32encode(bound[:20]).decode("ascii").lower()
+
+
+def test_documented_formulas_are_the_code_s() -> None:
+    claims = b'{"vm":"x"}'
+    given = leaf_input(
+        salt=bytes(range(16)),
+        nonce=Nonce(b"n" * 64),
+        mask=PcrMask(0xFFFFFF),
+        bank=HashAlg.SHA512,
+        claims=claims,
+    )
+    assert given == doc_leaf_input(bytes(range(16)), b"n" * 64, 0xFFFFFF, 0x000D, claims)
+    for size in (2, 4, 32):
+        inputs = [bytes([n]) for n in range(size)]
+        tree = build_tree(inputs)
+        for index, path in enumerate(tree.paths):
+            leaf = LeafHash(sha256(b"\0" + inputs[index]).digest())
+            proof = InclusionProof(leaf_index=index, tree_size=size, path=path, salt=bytes(16))
+            assert doc_root(leaf, index, path) == root_from_proof(leaf, proof) == tree.root
+        assert doc_qualifying(doc_bound(tree.root, size)).encode() == qualifying_data(
+            tree.root, size
+        )
+
+
+def example_values() -> dict[str, bytes]:
+    return {row[0]: bytes.fromhex(code(row[1])) for row in rows(EVIDENCE, "Value", "Hex")}
+
+
+def hex_dump(block: str) -> bytes:
+    return b"".join(bytes.fromhex(line.split("  ")[0]) for line in block.splitlines())
+
+
+def test_worked_example_follows_from_the_formulas() -> None:
+    values = example_values()
+    assert values["SHA-256 of C's claims"] in {
+        sha256(code(row[4]).encode()).digest()
+        for row in rows(EVIDENCE, "Index", "Nonce", "Mask", "Salt", "Claims")
+        if row[4].startswith("`")
+    }
+    leaves = []
+    for index, nonce, mask, salt, claims in rows(
+        EVIDENCE, "Index", "Nonce", "Mask", "Salt", "Claims"
+    ):
+        if nonce == "padding":
+            given = values["leaf_input of the padding"]
+        else:
+            parse_nonce(code(nonce))
+            text = b"" if claims == "none" else code(claims).encode()
+            given = doc_leaf_input(
+                bytes.fromhex(code(salt)), code(nonce).encode(), int(code(mask), 16), 0x0B, text
+            )
+        if index == "2":
+            assert hex_dump(fenced(EVIDENCE, "")[EXAMPLE_LEAF]) == given
+        leaves.append(sha256(b"\0" + given).digest())
+    assert leaves == [values[f"leaf {n}"] for n in range(4)]
+    assert values["node over 0 and 1"] == doc_node(*leaves[:2])
+    assert values["node over 2 and 3"] == doc_node(*leaves[2:])
+    assert values["root"] == doc_node(values["node over 0 and 1"], values["node over 2 and 3"])
+    assert values["bound"] == doc_bound(values["root"], 4)
+    assert f"`{doc_qualifying(values['bound'])}`" in read(EVIDENCE)
+    pcrs = b"".join(value for name, value in values.items() if name.startswith("PCR "))
+    assert values["pcrDigest"] == sha256(pcrs).digest()
+
+
+EXAMPLE_LEAF, EXAMPLE_ATTEST, EXAMPLE_AK = -3, -2, -1  # of the blocks without a language
+
+
+def verify_example(*, nonce: bytes, mask: int, ak: bytes) -> dict[str, bytes]:
+    """Verify the document's reply; the PCRs by the names of its table."""
+    challenge = Challenge(
+        request=QuoteRequest(nonce=Nonce(nonce), mask=PcrMask(mask)), made_at_s=0.0
+    )
+    history = MemoryHistory()
+    history.open(challenge.request.nonce)
+    (body,) = fenced(EVIDENCE, "json")
+    quote = Verifier(UnsafeAcceptAny()).verify(
+        body.encode(), challenge, TrustedHost(ak=parse_ak(ak)), history, now_s=1.0
+    )
+    return {f"PCR {pcr}": value for pcr, value in quote.pcrs.items()}
+
+
+def test_worked_example_verifies() -> None:
+    values = example_values()
+    ak = base64.b64decode(fenced(EVIDENCE, "")[EXAMPLE_AK])
+    seen = verify_example(nonce=b"nonce-of-tenant-A", mask=0x3, ak=ak)
+    assert seen == {name: values[name] for name in ("PCR 0", "PCR 1")}
+    with pytest.raises(QualifyingDataError):
+        verify_example(nonce=b"nonce-of-tenant-B", mask=0x3, ak=ak)
+    with pytest.raises(QualifyingDataError):
+        verify_example(nonce=b"nonce-of-tenant-A", mask=0x83, ak=ak)
+    with pytest.raises(SignatureError):
+        verify_example(nonce=b"nonce-of-tenant-A", mask=0x3, ak=SoftTpm().ak_public)
+    evidence = wire.parse_evidence(fenced(EVIDENCE, "json")[0].encode())
+    assert hex_dump(fenced(EVIDENCE, "")[EXAMPLE_ATTEST]) == evidence.quote.attest
+
+
+# --- HTTP ----------------------------------------------------------------------------------------
+
+API = "docs/http-api.md"
+
+
+async def no_submit(*_args: object, **_kwargs: object) -> Any:
+    raise AssertionError("nothing is asked here")
+
+
+def no_identify(_peer: http1.Peer) -> model.Tenant:
+    raise AssertionError("nothing is asked here")
+
+
+IDENTITY = server.identity_results(
+    ak_public=b"",
+    ak_pem=b"",
+    ak_name=b"",
+    ek_public=b"",
+    ek_cert=None,
+    host_uuid="",
+    software=True,
+)
+TENANT_DOOR = server.TenantDoor(
+    no_submit,
+    no_identify,
+    identity=IDENTITY,
+    version="",
+    banks=(HashAlg.SHA256,),
+    default_timeout_ms=1,
+    max_timeout_ms=1,
+)
+ADMIN_DOOR = server.AdminDoor(Metrics(), lambda: None)
+
+
+def test_documented_routes_are_those_of_the_doors() -> None:
+    listed = rows(API, "Listener", "Path", "Answers")
+    codes(listed, 1)
+    assert {(row[0], code(row[1])) for row in listed} == {
+        *(("tenants", path) for path in TENANT_DOOR._routes),
+        *(("admin", path) for path in ADMIN_DOOR._routes),
+    }
+
+
+def test_documented_parameters_are_the_code_s() -> None:
+    listed = rows(API, "Parameter", "Needed", "Form", "Meaning")
+    assert sorted(codes(listed)) == sorted(query._PARSERS)
+    request = QuoteRequest(
+        nonce=Nonce(b"n" * 16),
+        mask=PcrMask(1),
+        bank=HashAlg.SHA384,
+        vm=uuid.UUID(int=1),
+        ima_ml_entry=1,
+        timeout_ms=1,
+    )
+    assert set(parse_qs(query.encode_quote_query(request))) == set(codes(listed))
+    assert {code(row[0]) for row in listed if row[1] == "yes"} == {"nonce", "mask"}
+    assert f"0 to {query.MAX_IMA_ENTRY}" in read(API)
+    assert f"longer than {query.MAX_QUERY_CHARS} characters" in read(API)
+
+
+def test_documented_results_are_the_code_s() -> None:
+    version = json.loads(TENANT_DOOR._version)["results"]
+    assert codes(rows(API, "Key", "Meaning")) == [*IDENTITY, *version]
+
+
+def test_documented_metrics_are_the_code_s() -> None:
+    kinds = {metric.name: metric.type for metric in Metrics().registry.collect()}
+    listed = rows(API, "Metric", "Kind", "Meaning")
+    assert {"provider_proxy_" + code(row[0]): row[1] for row in listed} == kinds
+    for doc in OWN:
+        for name in re.findall(r"(?:provider_proxy|…)_(\w+)_total", read(doc)):
+            assert kinds[f"provider_proxy_{name}"] == "counter"
+
+
+def test_documented_errors_are_the_code_s() -> None:
+    listed = rows(API, "Status", "Class or reason", "When")
+    statuses = {code(row[1]): int(row[0]) for row in listed}
+    kinds = subclasses(errors.RequestError) | subclasses(errors.ServiceError)
+    assert {name: n for name, n in statuses.items() if name.endswith("Error")} == {
+        kind.__name__: vars(errors)[kind.__name__].status for kind in kinds
+    }
+    assert {int(row[0]) for row in listed} | {200} == set(http1.REASONS)
+    for row in listed:
+        kind = vars(errors).get(code(row[1]))
+        if kind is not None:
+            assert (row[4] == "closes") == getattr(kind, "closes", False)
+    words = {code(row[1]) for row in listed if not code(row[1]).endswith("Error")}
+    strings = {
+        node.value
+        for node in ast.walk(ast.parse(read("provider_proxy/http1.py")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert words <= strings
+
+
+def test_documented_time_limits_are_the_code_s() -> None:
+    limits = {row[0]: row[1] for row in rows(API, "What", "Limit")}
+    assert limits == {
+        "TLS handshake": f"{http1.HANDSHAKE_LIMIT_S:g} s",
+        "waiting for a request": f"{http1.IDLE_LIMIT_S:g} s",
+        "from a request's first byte to its last": f"{http1.HEAD_LIMIT_S:g} s",
+        "reading the response": f"{http1.SEND_LIMIT_S:g} s, and a second for each "
+        f"{http1.SEND_BYTES_PER_S >> 10} KiB of it",
+    }
+
+
+# --- request flow, glossary, decisions, changelog ------------------------------------------------
+
+
+def defined_in(path: Path) -> set[str]:
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ClassDef):
+            found |= {
+                f"{node.name}.{inner.name}"
+                for inner in node.body
+                if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef)
+            }
+    return found
+
+
+@pytest.mark.parametrize("row", rows("docs/request-flow.md", "Stage", "File", "Function"))
+def test_stages_name_functions_that_exist(row: list[str]) -> None:
+    assert code(row[2]) in defined_in(PACKAGE / code(row[1]))
+
+
+GLOSSARY_TERMS = (
+    "tenant, provider, host, proxy, door, registrar, "
+    "TPM, chip, gate, duty, PCR, bank, mask, AK, EK, authValue, quote, qualifying data, "
+    "nonce, request, challenge, waiter, batch key, isolation class, line, window, ripe, seal, "
+    "batch, drain, salt, leaf, padding, tree, root, path, proof, reply, evidence, label, claims, "
+    "link, self-check, check, policy, binding, pin, history"
+)
+
+
+def test_glossary_has_its_terms_once() -> None:
+    terms = [row[0] for row in rows("docs/glossary.md", "Term", "Meaning")]
+    assert len(terms) == len(set(terms))
+    assert set(GLOSSARY_TERMS.split(", ")) <= set(terms)
+
+
+def test_decisions_have_their_parts() -> None:
+    assert [int(path.name[:4]) for path in ADRS] == list(range(1, len(ADRS) + 1))
+    for path in ADRS:
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith(f"# {path.name[:4]}: ")
+        assert re.findall(r"^## (.*)$", text, re.MULTILINE) == [
+            "Context",
+            "Decision",
+            "Consequences",
+            "Rejected",
+        ]
+        assert text.count("\n") <= MAX_ADR_LINES
+        assert f"(docs/adr/{path.name})" in read("README.md")
+
+
+def test_changelog_has_its_form() -> None:
+    versions = re.findall(r"^## (.*)$", read("CHANGELOG.md"), re.MULTILINE)
+    assert versions[0] == "[Unreleased]"
+    for version in versions[1:]:
+        assert re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", version)
+    for kind in re.findall(r"^### (.*)$", read("CHANGELOG.md"), re.MULTILINE):
+        assert kind in {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+# --- README --------------------------------------------------------------------------------------
+
+
+def test_readme_begins_with_what_to_install() -> None:
+    first = read("README.md").splitlines()[0]
+    assert "`apt-get install -y make git`" in first
+    assert "Debian 12" in first
+    assert "Python 3.11" in first
+
+
+def test_readme_keeps_a_place_for_figures() -> None:
+    assert "\n## Figures\n" in read("README.md")
+    assert "provider-proxy bench quotes" in read("README.md").split("\n## Figures\n")[1]
+
+
+@pytest.mark.parametrize("block", fenced("README.md", "python"))
+def test_readme_python_compiles(block: str) -> None:
+    compile(block, "README.md", "exec")
+
+
+def soft_proxy(tpm: SoftTpm, path: str) -> bytes:
+    """What a proxy answers to a path, a tree of two leaves and all."""
+    asked = query.parse_quote_query(path.partition("?")[2])
+    salt = bytes(model.SALT_BYTES)
+    own = leaf_input(salt=salt, nonce=asked.nonce, mask=asked.mask, bank=asked.bank)
+    tree = build_tree([own, bytes(32)])
+    quote = tpm.quote(qualifying_data(tree.root, tree.size), asked.bank, asked.mask)
+    encoder = wire.EvidenceEncoder(
+        quote,
+        ak_name=tpm.ak.name,
+        hash_alg=HashAlg.SHA256,
+        enc_alg="ecc",
+        sign_alg="ecdsa",
+        quote_ms=1.0,
+    )
+    proof = InclusionProof(leaf_index=0, tree_size=2, path=tree.paths[0], salt=salt)
+    return b"".join(encoder.encode(proof))
+
+
+def readme_verification() -> str:
+    (block,) = (b for b in fenced("README.md", "python") if "verifier.verify(" in b)
+    return block
+
+
+def test_readme_verification_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    tpm = SoftTpm(pcrs={0: b"firmware"})
+    good = sha256(b"firmware").digest()
+    names = {
+        "ak_tpm": tpm.ak_public,
+        "good_pcr0": good,
+        "ask": lambda path: soft_proxy(tpm, path),
+    }
+    exec(readme_verification(), names)
+    assert capsys.readouterr().out == good.hex() + "\n"
+
+
+def test_readme_verification_refuses() -> None:
+    tpm = SoftTpm(pcrs={0: b"firmware"})
+    names = {"ak_tpm": tpm.ak_public, "good_pcr0": bytes(32)}
+    with pytest.raises(errors.PolicyError):
+        exec(readme_verification(), {**names, "ask": lambda path: soft_proxy(tpm, path)})
+    other = SoftTpm(pcrs={0: b"firmware"})
+    with pytest.raises(SignatureError):
+        exec(readme_verification(), {**names, "ask": lambda path: soft_proxy(other, path)})
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@pytest.mark.real
+@pytest.mark.skipif(shutil.which("swtpm") is None, reason="swtpm is not installed")
+def test_readme_session_runs(tmp_path: Path) -> None:
+    (script,) = (block for block in fenced("README.md", "sh") if "trial.toml" in block)
+    script = script.replace("8890", str(free_port())).replace("sleep 1", "sleep 0.1")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # No `set -e`: whatever fails, the script's last line stops its daemon.
+    process = subprocess.Popen(
+        ["sh", "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0,
+    )
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:  # the group is this script's alone
+            os.killpg(process.pid, signal.SIGTERM)
+            process.communicate()
+    assert "verified: signed by AK 000b" in output
+    assert "PCR  7 sha256" in output
+    assert "INFO stopped" in output
+    assert process.returncode == 0, output
+
+
+# --- all documents -------------------------------------------------------------------------------
+
+
+def anchors(path: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_relative_links_resolve() -> None:
+    seen = 0
+    for doc in every_markdown():
+        text = FENCE.sub("", doc.read_text(encoding="utf-8"))
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if re.match(r"[a-z]+:", target):
+                continue
+            name, _, anchor = target.partition("#")
+            found = doc.parent / name if name else doc
+            assert found.exists(), f"{doc.name} links to {target}"
+            assert not anchor or anchor in anchors(found), f"{doc.name} links to {target}"
+            seen += 1
+    assert seen > 10
+
+
+@pytest.mark.parametrize("path", [*OWN, *UNITS], ids=lambda path: path.name)
+def test_documents_hold_nothing_of_this_machine_and_nothing_open(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for foreign in (ROOT, ROOT.parent, Path.home()):
+        if len(foreign.parts) > 1:
+            assert not re.search(rf"(?<![\w.-]){re.escape(str(foreign))}/", text)
+    assert not re.search(r"/home/\w|/Users/\w|\bTODO\b|\bFIXME\b|\bXXX\b|\btbd\b", text)
+    assert text.endswith("\n")
+    assert "\t" not in text
+
+
+@pytest.mark.parametrize("path", OWN, ids=lambda path: path.name)
+def test_backticked_names_of_the_package_exist(path: Path) -> None:
+    """Modules, and `Class.method` names, that a document mentions in its text."""
+    for name in CODE.findall(FENCE.sub("", path.read_text(encoding="utf-8"))):
+        if re.fullmatch(r"[\w/]+\.py", name):
+            assert (PACKAGE / name).exists(), name
+        elif match := re.fullmatch(r"provider_proxy\.([a-z_.]+)", name):
+            assert importlib.util.find_spec(f"provider_proxy.{match[1]}"), name
+        elif re.fullmatch(r"[A-Z]\w+Error", name):
+            assert name in {*vars(errors), "IndexError"}, name
+
+
+# --- systemd -------------------------------------------------------------------------------------
+
+
+def unit(name: str) -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(strict=False, interpolation=None, delimiters=("=",))
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read_string(read(Path("systemd") / name))
+    return parser
+
+
+def test_service_unit_has_its_keys() -> None:
+    service = unit("provider-proxy.service")["Service"]
+    assert service["Type"] == "notify"
+    assert service["Restart"] == "on-failure"
+    assert service["RestartPreventExitStatus"] == str(cli.EXIT_USAGE)
+    assert service["User"] == "provider-proxy"
+    assert service["DevicePolicy"] == "closed"
+    assert f"device:{service['DeviceAllow'].removesuffix(' rw')}" == config.Tpm().tcti
+    assert f"/var/lib/{service['StateDirectory']}" == config.DEFAULT_STATE_DIR
+    assert service["StateDirectoryMode"] == "0700"
+    assert "provider-proxy.toml" in service["ExecStart"]
+    limits = config.Limits()
+    stop_s = int(service["TimeoutStopSec"].removesuffix("s"))
+    assert stop_s > limits.drain_ms / 1000 + daemon.CLOSE_LIMIT_S
+    assert int(service["LimitNOFILE"]) > limits.max_connections
+
+
+def test_socket_unit_has_its_keys() -> None:
+    sockets = unit("provider-proxy.socket")["Socket"]
+    assert sockets["Accept"] == "no"
+    assert (sockets["ListenStream"],) == config.Listen().address
+
+
+@pytest.mark.real
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze")
+def test_systemd_has_no_complaint(tmp_path: Path) -> None:
+    copies = []
+    for path in UNITS:
+        text = path.read_text(encoding="utf-8").replace("/usr/bin/provider-proxy", sys.executable)
+        copies.append(tmp_path / path.name)
+        copies[-1].write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        ["systemd-analyze", "verify", *map(str, copies)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_verify_default_age_is_the_documented_one() -> None:
+    assert parser_of("verify").get_default("max_age") == verify.DEFAULT_MAX_AGE_S == 60
