@@ -133,9 +133,13 @@ def _read_ecc(read: Reader) -> ec.EllipticCurvePublicKey:
     x = int.from_bytes(read.sized(MAX_KEY_PART_BYTES), "big")
     y = int.from_bytes(read.sized(MAX_KEY_PART_BYTES), "big")
     try:
-        return ec.EllipticCurvePublicNumbers(x, y, curve).public_key()
+        key = ec.EllipticCurvePublicNumbers(x, y, curve).public_key()
     except (ValueError, UnsupportedAlgorithm) as exc:
         raise EvidenceFormatError("not a point of its curve") from exc
+    numbers = key.public_numbers()
+    if (numbers.x, numbers.y) != (x, y):  # the library reduces them: two names for one key
+        raise EvidenceFormatError("a coordinate is not reduced")
+    return key
 
 
 def parse_ak(data: bytes) -> AttestationKey:

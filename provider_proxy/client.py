@@ -123,7 +123,7 @@ class ProxyClient:
                     if len(body) > limit:
                         raise ReplyError(f"the proxy's answer is larger than {limit} bytes")
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
-            raise ReplyError(f"the proxy gave no answer: {exc or type(exc).__name__}") from exc
+            raise ReplyError(f"the proxy gave no answer: {str(exc) or type(exc).__name__}") from exc
         if response.status_code != 200:
             raise ReplyError(
                 f"the proxy answered {response.status_code}: {_status_text(bytes(body))}",

@@ -9,6 +9,7 @@ docs/configuration.md lists the keys; a test holds it against these classes.
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import os
 import stat
 import tomllib
@@ -359,7 +360,10 @@ def check_local(key: str, addresses: tuple[str, ...]) -> None:
 
 def is_loopback(host: str) -> bool:
     """True for addresses of this machine alone."""
-    return host in ("::1", "localhost") or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"  # another name may resolve to anything
 
 
 def split_address(address: str) -> tuple[str, int]:

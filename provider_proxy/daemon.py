@@ -69,6 +69,8 @@ async def run(
         ConfigError: an inherited socket does not fit the configuration.
     """
     context = listeners.tls_context(config.listen)
+    inherited = sysd.take_listen_sockets()
+    adopted = listeners.adopt_listeners(inherited, context)
     metrics = Metrics()
     async with open_quoter(config, metrics) as quoter:
         batcher = _make_batcher(config, quoter, metrics)
@@ -82,13 +84,12 @@ async def run(
             server.AdminDoor(metrics, lambda: "draining" if draining.is_set() else quoter.trouble),
             observe=lambda status, reason: None,
         )
-        inherited = sysd.take_listen_sockets()
-        if inherited:
-            doors_open = listeners.adopt_listeners(inherited, context)
-        else:
-            doors_open = listeners.open_listeners("listen.address", config.listen.address, context)
         async with (
-            _opened(doors_open, ours=not inherited) as open_doors,
+            _opened(
+                adopted
+                or listeners.open_listeners("listen.address", config.listen.address, context),
+                ours=not adopted,
+            ) as open_doors,
             _opened(
                 listeners.open_listeners("admin.address", config.admin.address, None), ours=True
             ) as open_admin,

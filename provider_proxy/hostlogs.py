@@ -44,8 +44,7 @@ class HostLogFiles:
         if wants_ima and (data := await self._read_file(self._ima, MAX_LIST_BYTES)) is not None:
             # By line feeds alone: str.splitlines would cut at what a file's name may hold.
             lines = [line + "\n" for line in data.decode("utf-8", "backslashreplace").split("\n")]
-            if lines[-1] == "\n":
-                lines.pop()
+            lines.pop()  # behind the last line feed is nothing, or what the limit cut
         if wants_uefi:
             uefi = await self._read_file(self._uefi, MAX_UEFI_BYTES)
         if lines is None and uefi is None:

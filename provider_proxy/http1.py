@@ -208,6 +208,7 @@ class _Stage(enum.Enum):
     READING = enum.auto()
     ANSWERING = enum.auto()
     SENDING = enum.auto()
+    LATE = enum.auto()  # has an answer, made in the very moment in which its time was over
 
 
 class _Connection:
@@ -221,6 +222,8 @@ class _Connection:
         self._conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._stage = _Stage.IDLE
         self._scope = trio.CancelScope()
+        self._head_only = False
+        self._outgoing: list[bytes] = []
 
     def close_if_idle(self) -> None:
         if self._stage is _Stage.IDLE:
@@ -240,12 +243,16 @@ class _Connection:
                 self._enter(_Stage.READING, HANDSHAKE_LIMIT_S)
                 await self._stream.do_handshake()
             await self._converse(peer)
-        while self._scope.cancelled_caught and self._stage is _Stage.ANSWERING:
+        while self._scope.cancelled_caught and self._stage in (_Stage.ANSWERING, _Stage.LATE):
             # The request's own deadline. Its connection goes on, under a new scope.
+            if self._stage is _Stage.ANSWERING:
+                self._compose(error_response(DeadlineError(TIMED_OUT)))
             with trio.CancelScope() as self._scope:
-                await self._answer(error_response(DeadlineError(TIMED_OUT)), head_only=False)
+                await self._send()
                 if self._next_cycle():
                     await self._converse(peer)
+                else:
+                    await self._linger()
 
     def _limit(self, seconds: float) -> None:
         """The handler says how long it may take."""
@@ -263,9 +270,10 @@ class _Connection:
                     response = await self._door.handler(incoming)
                 except ProviderProxyError as exc:
                     response = error_response(exc)
-                await self._answer(response, head_only=incoming.method == "HEAD")
             else:
-                await self._answer(incoming, head_only=False)
+                response = incoming
+            self._compose(response)
+            await self._send()
             if not self._next_cycle():
                 await self._linger()
                 return
@@ -299,6 +307,9 @@ class _Connection:
                     started = True
                 elif isinstance(event, h11.Request):
                     head = event
+                    self._head_only = head.method == b"HEAD"
+                    if _is_chunked(head):
+                        return refuse(400, "body: a GET has none here", "body")
                 else:  # ConnectionClosed, or a state that only a confused peer reaches
                     return None
         except h11.RemoteProtocolError as exc:
@@ -307,7 +318,8 @@ class _Connection:
             status = exc.error_status_hint or 400
             return refuse(status, f"not a proper HTTP request: {exc}", "protocol")
 
-    async def _answer(self, response: Response, *, head_only: bool) -> None:
+    def _compose(self, response: Response) -> None:
+        """Make the bytes of a response; from here on it is the answer."""
         conn = self._conn
         self._door.observe(response.status, response.reason)
         length = sum(map(len, response.body))
@@ -328,12 +340,20 @@ class _Connection:
             )
         )
         parts = [head or b""]
-        for part in () if head_only else response.body:
+        for part in () if self._head_only else response.body:
             parts.append(conn.send(h11.Data(data=part)) or b"")
         parts.append(conn.send(h11.EndOfMessage()) or b"")
-        self._enter(_Stage.SENDING, SEND_LIMIT_S + length / SEND_BYTES_PER_S)
-        for chunk in _joined(parts):
+        self._outgoing = _joined(parts)
+
+    async def _send(self) -> None:
+        if self._scope.cancel_called:
+            self._stage = _Stage.LATE
+            await trio.lowlevel.checkpoint_if_cancelled()
+        size = sum(map(len, self._outgoing))
+        self._enter(_Stage.SENDING, SEND_LIMIT_S + size / SEND_BYTES_PER_S)
+        for chunk in self._outgoing:
             await self._stream.send_all(chunk)
+        self._outgoing = []
 
     async def _linger(self) -> None:
         """Let the client read our last words: closing on unread bytes would reset the connection."""
@@ -360,10 +380,17 @@ def _joined(parts: Iterable[bytes]) -> list[bytes]:
     return [chunk for chunk in chunks if chunk]
 
 
+def _is_chunked(head: h11.Request) -> bool:
+    """Beside a Content-Length, chunks are how requests are smuggled; a GET has no use for them."""
+    return any(name.lower() == b"transfer-encoding" for name, _ in head.headers.raw_items())
+
+
 def _to_request(head: h11.Request, peer: Peer) -> Request | Response:
     if len(head.target) > MAX_TARGET_CHARS:
         return refuse(414, f"the target is longer than {MAX_TARGET_CHARS} characters", "target")
     target = head.target.decode("ascii", "replace")
+    if target.startswith(("http://", "https://")):  # absolute form: RFC 9112, section 3.2.2
+        target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
     path, _, query = target.partition("?")
     return Request(method=head.method.decode("ascii"), path=path, query=query, peer=peer)
 

@@ -22,13 +22,11 @@ from provider_proxy.errors import EvidenceFormatError, HostError, PinChangedErro
 from provider_proxy.files import read_file, write_private
 from provider_proxy.model import ClockState, TrustedHost
 from provider_proxy.verify import MemoryHistory
-from provider_proxy.wire import Fields, parse_json_object
+from provider_proxy.wire import Fields, clock_values, parse_clock, parse_json_object
 
 FORMAT = "provider-proxy/pin/1"
 MAX_PIN_BYTES = 16 * 1024
 LABEL_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)  # a safe file name
-MAX_COUNT = (1 << 32) - 1
-MAX_CLOCK_MS = (1 << 64) - 1
 
 
 class PinnedHost(MemoryHistory):
@@ -153,11 +151,7 @@ def _encode(ak_public: bytes, newest: ClockState | None) -> bytes:
         "ak_name": parse_ak(ak_public).name.hex(),  # for people; not read back
     }
     if newest is not None:
-        values["newest"] = {
-            "reset_count": newest.reset_count,
-            "restart_count": newest.restart_count,
-            "clock_ms": newest.clock_ms,
-        }
+        values["newest"] = clock_values(newest)
     return json.dumps(values, indent=2).encode("ascii") + b"\n"
 
 
@@ -167,13 +161,7 @@ def _parse(data: bytes, path: Path) -> tuple[bytes, ClockState | None]:
         if fields.text("format", 64) != FORMAT:
             raise EvidenceFormatError("an unknown format")
         ak_public = fields.base64("ak_tpm", 1024)
-        if "newest" not in fields:
-            return ak_public, None
-        state = fields.fields("newest")
-        return ak_public, ClockState(
-            reset_count=state.integer("reset_count", MAX_COUNT),
-            restart_count=state.integer("restart_count", MAX_COUNT),
-            clock_ms=state.integer("clock_ms", MAX_CLOCK_MS),
-        )
+        newest = parse_clock(fields.fields("newest")) if "newest" in fields else None
+        return ak_public, newest
     except EvidenceFormatError as exc:
         raise HostError(f"the pin {path} is damaged: {exc}") from exc

@@ -111,7 +111,7 @@ def parse_tpm_policy(values: Mapping[str, object], *, bank: HashAlg = HashAlg.SH
     for key, entry in values.items():
         if key == "mask":
             continue
-        if not key.isdecimal() or not key.isascii():
+        if not key.isdecimal() or not key.isascii() or len(key) > 2:
             raise UsageError(f"the policy's key {key!r} is no PCR number")
         listed = entry if isinstance(entry, list) else [entry]
         digests = [d for d in listed if isinstance(d, str) and set(d) <= set(string.hexdigits)]

@@ -12,8 +12,9 @@ import uuid
 from dataclasses import dataclass
 from hashlib import sha256
 
+from provider_proxy import wire
 from provider_proxy.errors import EvidenceFormatError, ParameterError, UsageError
-from provider_proxy.model import QuoteRequest, parse_bank, parse_mask, parse_nonce
+from provider_proxy.model import ClockState, QuoteRequest, parse_bank, parse_mask, parse_nonce
 from provider_proxy.wire import Fields, parse_json_object
 
 FORMAT = "provider-proxy/request/1"
@@ -29,6 +30,8 @@ class RequestRecord:
         url: the proxy that was asked; for people.
         answered_after_s: by the tenant's monotonic clock; None before the answer.
         evidence_sha256: of the answer's body; empty before.
+        baseline: the newest state of the pinned host accepted before the question; None where the
+            host is not pinned, or nothing was accepted yet.
     """
 
     request: QuoteRequest
@@ -36,6 +39,7 @@ class RequestRecord:
     url: str = ""
     answered_after_s: float | None = None
     evidence_sha256: bytes = b""
+    baseline: ClockState | None = None
 
     def age_s(self, evidence: bytes, now_s: float) -> float:
         """How old the nonce was when this evidence was there.
@@ -66,6 +70,8 @@ def encode_request(record: RequestRecord) -> bytes:
         "made_at": record.made_at_s,
         "url": record.url,
     }
+    if record.baseline is not None:
+        values["baseline"] = wire.clock_values(record.baseline)
     if record.answered_after_s is not None:
         values["answered_after_s"] = record.answered_after_s
         values["evidence_sha256"] = record.evidence_sha256.hex()
@@ -98,6 +104,7 @@ def parse_request(data: bytes) -> RequestRecord:
             url=fields.text("url", 2048),
             answered_after_s=fields.number("answered_after_s") if answered else None,
             evidence_sha256=fields.hex("evidence_sha256", 32) if answered else b"",
+            baseline=wire.parse_clock(fields.fields("baseline")) if "baseline" in fields else None,
         )
     except (EvidenceFormatError, ParameterError, ValueError) as exc:
         raise UsageError(f"the request file is damaged: {exc}") from exc

@@ -7,6 +7,7 @@ that answers errors, or is not asked at all, is no reason: only a command in fli
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from typing import Protocol
@@ -44,10 +45,12 @@ async def run(
         hang_limit_s: a command that runs for longer hangs.
         end_process: what then happens.
     """
-    interval = min(CHECK_S, sysd.watchdog_s() / 2)
+    wanted_s = sysd.watchdog_s()
+    interval = min(CHECK_S, wanted_s / 2)
     while True:
         if quoter.in_flight_s > hang_limit_s:
             log.critical("a TPM command has been in flight for over %g s; ending", hang_limit_s)
             end_process()
-        sysd.notify("WATCHDOG=1")
+        if wanted_s < math.inf:
+            sysd.notify("WATCHDOG=1")
         await trio.sleep(interval)

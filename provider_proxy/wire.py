@@ -23,6 +23,7 @@ from provider_proxy.model import (
     MAX_TREE_SIZE,
     SALT_BYTES,
     AkName,
+    ClockState,
     Evidence,
     HashAlg,
     HostLogs,
@@ -38,6 +39,8 @@ FORMAT = 1
 MAX_EVIDENCE_BYTES = 64 * 1024  # a quote, 24 SHA-512 PCRs, a path of 20 and claims make 35 kB
 MAX_EVIDENCE_WITH_LOGS_BYTES = 48 * 1024 * 1024  # an IMA list of 300,000 lines
 MAX_QUOTE_STRING = 16 * 1024
+MAX_UINT32 = (1 << 32) - 1
+MAX_UINT64 = (1 << 64) - 1
 PATH_LIMIT = MAX_TREE_SIZE.bit_length() - 1
 
 _BLOB_BANKS = 16  # tpm2-tools' TPML_PCR_SELECTION has 16 places whatever is used
@@ -119,13 +122,34 @@ class Fields:
         return _from_hex(self._values.get(key), limit, f"{self._what}.{key}")
 
     def base64(self, key: str, limit: int) -> bytes:
-        return from_base64(self.text(key, limit * 4 // 3 + 4), f"{self._what}.{key}")
+        data = from_base64(self.text(key, limit * 4 // 3 + 4), f"{self._what}.{key}")
+        if len(data) > limit:
+            raise EvidenceFormatError(f"{self._what}.{key} is longer than {limit} bytes")
+        return data
 
     def hex_list(self, key: str, most: int, size: int) -> tuple[bytes, ...]:
         value = self._values.get(key)
         if not isinstance(value, list) or len(value) > most:
             raise EvidenceFormatError(f"{self._what}.{key} is not a list of at most {most}")
         return tuple(_from_hex(item, size, f"{self._what}.{key}") for item in value)
+
+
+def clock_values(state: ClockState) -> dict[str, int]:
+    """A clock state as a JSON object."""
+    return {
+        "reset_count": state.reset_count,
+        "restart_count": state.restart_count,
+        "clock_ms": state.clock_ms,
+    }
+
+
+def parse_clock(fields: Fields) -> ClockState:
+    """Read what `clock_values` writes. Raises: EvidenceFormatError."""
+    return ClockState(
+        reset_count=fields.integer("reset_count", MAX_UINT32),
+        restart_count=fields.integer("restart_count", MAX_UINT32),
+        clock_ms=fields.integer("clock_ms", MAX_UINT64),
+    )
 
 
 def _from_hex(value: object, limit: int, what: str) -> bytes:

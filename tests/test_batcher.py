@@ -429,15 +429,32 @@ async def test_a_failed_quote_reaches_every_waiter_and_the_loop_goes_on(
 async def test_a_quote_that_takes_too_long_is_given_up(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    quoter = FakeQuoter(delay_s=1000)
-    async with (
-        running(quoter, quote_limit_s=5.0) as batcher,
-        trio.open_nursery() as nursery,
-    ):
+    """At the latest deadline of its batch: nobody waits longer."""
+
+    class Hanging(FakeQuoter):
+        expected_s = 0.1
+
+    quoter = Hanging(delay_s=1000)
+    async with running(quoter) as batcher, trio.open_nursery() as nursery:
         asker = Asker(batcher, nursery)
-        request = await asker.ask(timeout_s=5000)
-        await trio.sleep(WINDOW_S + 5.1)
+        request = await asker.ask(timeout_s=5)
+        patient = await asker.ask(timeout_s=9)
+        await trio.sleep(8.9)
+        assert not asker.errors
+        await trio.sleep(0.2)
         assert isinstance(asker.errors[request], DeadlineError)
+        assert isinstance(asker.errors[patient], DeadlineError)
+
+
+async def test_trouble_is_told_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    quoter = FakeQuoter()
+    async with running(quoter) as batcher:
+        quoter.trouble = "the TPM is out of order"
+        with pytest.raises(QuoteError) as caught:
+            await batcher.submit(make_request(), tenant(), timeout_s=9)
+        assert caught.value.retry_after_s is not None
+        quoter.trouble = None
+        await batcher.submit(make_request(), tenant(), timeout_s=9)
 
 
 class LyingQuoter(FakeQuoter):

@@ -48,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="where the question goes (default: request.json)",
     )
+    parser.add_argument(
+        "--pinned", metavar="HOST", help="note how far this pinned host's clock had come"
+    )
+    files.add_pins_argument(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
 
@@ -83,12 +87,17 @@ async def _run(args: argparse.Namespace) -> int:
     challenge = new_challenge(
         mask=mask,
         now_s=begin,
-        history=MemoryHistory(),
+        history=files.load_pin(args) or MemoryHistory(),
         bank=parse_bank(args.bank),
         vm=vm,
         timeout_ms=args.timeout_ms,
     )
-    record = RequestRecord(request=challenge.request, made_at_s=made_at_s, url=args.url)
+    record = RequestRecord(
+        request=challenge.request,
+        made_at_s=made_at_s,
+        url=args.url,
+        baseline=challenge.baseline,
+    )
     async with http.make_client(args) as client:
         write_private(args.request, encode_request(record))
         body = await ProxyClient(client, args.url).fetch(challenge.request)

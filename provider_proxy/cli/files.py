@@ -12,6 +12,7 @@ from provider_proxy.attestation_key import insecure_ak_from_pem, parse_ak
 from provider_proxy.errors import EvidenceFormatError, UsageError
 from provider_proxy.files import read_file
 from provider_proxy.model import AttestationKey
+from provider_proxy.pins import PinnedHost, PinStore
 
 MAX_KEY_FILE_BYTES = 64 * 1024
 
@@ -37,6 +38,26 @@ def load_ak(ak_tpm: Path | None, insecure_pem: Path | None) -> AttestationKey:
             raise UsageError(f"{ak_tpm} is no TPM2B_PUBLIC: {exc}") from exc
     assert insecure_pem is not None  # argparse demands one of the two
     return insecure_ak_from_pem(read_file(insecure_pem, MAX_KEY_FILE_BYTES))
+
+
+def add_pins_argument(parser: argparse.ArgumentParser) -> None:
+    """`--pins`, for `--pinned`."""
+    parser.add_argument(
+        "--pins", type=Path, metavar="DIR", help="directory of the pins that --pinned is in"
+    )
+
+
+def load_pin(args: argparse.Namespace) -> PinnedHost | None:
+    """The host that `--pinned` names; None where it is not given.
+
+    Raises:
+        UsageError: it is not pinned, or `--pins` is missing.
+    """
+    if args.pinned is None:
+        return None
+    if args.pins is None:
+        raise UsageError("--pinned needs --pins")
+    return PinStore(args.pins).load(args.pinned)
 
 
 def add_tls_arguments(parser: argparse.ArgumentParser) -> None:

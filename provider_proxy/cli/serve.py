@@ -9,7 +9,7 @@ import trio
 
 from provider_proxy import daemon
 from provider_proxy.config import load_config
-from provider_proxy.errors import HostError, ProviderProxyError
+from provider_proxy.errors import ProviderProxyError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,14 +28,15 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     try:
         trio.run(daemon.run, config)
-    except* ProviderProxyError as group:
-        # Several at once happen only while stopping; the first tells why.
-        raise _first(group) from group
+    except BaseExceptionGroup as group:
+        ours, others = group.split(ProviderProxyError)
+        if others is not None or ours is None:
+            raise
+        raise _first(ours) from group  # several at once happen only while stopping
     return 0
 
 
-def _first(group: BaseExceptionGroup[ProviderProxyError]) -> ProviderProxyError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error if isinstance(error, ProviderProxyError) else HostError(str(error))
+def _first(group: BaseException) -> BaseException:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group

@@ -15,7 +15,7 @@ from pathlib import Path
 from provider_proxy.cli import files
 from provider_proxy.errors import UsageError
 from provider_proxy.files import read_file
-from provider_proxy.model import HashAlg, TrustedHost, VerifiedQuote
+from provider_proxy.model import AttestationKey, HashAlg, TrustedHost, VerifiedQuote
 from provider_proxy.policy import Policy, UnsafeAcceptAny, parse_tpm_policy
 from provider_proxy.request_file import MAX_BYTES, parse_request
 from provider_proxy.verify import DEFAULT_MAX_AGE_S, Challenge, MemoryHistory, Verifier
@@ -43,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a PEM instead; nothing then says that a TPM holds the key",
     )
+    key.add_argument(
+        "--pinned", metavar="HOST", help="the AK that is pinned for this host, and its clock"
+    )
+    files.add_pins_argument(parser)
     policy = parser.add_mutually_exclusive_group(required=True)
     policy.add_argument(
         "--tpm-policy",
@@ -75,21 +79,28 @@ def run(args: argparse.Namespace) -> int:
     """
     record = parse_request(read_file(args.request, MAX_BYTES))
     body = read_file(args.evidence, MAX_EVIDENCE_WITH_LOGS_BYTES)
-    ak = files.load_ak(args.ak_tpm, args.insecure_ak_pem)
-    if args.insecure_ak_pem is not None:
-        print("warning: --insecure-ak-pem: any software key passes for an AK", file=sys.stderr)
-    history = MemoryHistory()
+    pinned = files.load_pin(args)
+    host = pinned.host if pinned else TrustedHost(ak=_load_ak(args))
+    history = pinned or MemoryHistory()
     history.open(record.request.nonce)
-    challenge = Challenge(request=record.request, made_at_s=0.0)
+    # A request that noted no baseline is held against all that was accepted since: stricter.
+    baseline = record.baseline or history.newest()
+    challenge = Challenge(request=record.request, made_at_s=0.0, baseline=baseline)
     quote = Verifier(_policy(args, record.request.bank), max_age_s=args.max_age).verify(
         body,
         challenge,
-        TrustedHost(ak=ak),
+        host,
         history,
         now_s=record.age_s(body, time.time()),
     )
     _show(quote, as_json=args.json)
     return 0
+
+
+def _load_ak(args: argparse.Namespace) -> AttestationKey:
+    if args.insecure_ak_pem is not None:
+        print("warning: --insecure-ak-pem: any software key passes for an AK", file=sys.stderr)
+    return files.load_ak(args.ak_tpm, args.insecure_ak_pem)
 
 
 def _policy(args: argparse.Namespace, bank: HashAlg) -> Policy:

@@ -79,7 +79,12 @@ class TpmOpener:
             )
             self._embedded = EmbeddedTpm(state_dir / "swtpm")
 
-    def _connect(self) -> ESAPI:
+    def connect(self) -> ESAPI:
+        """Open a context; the embedded TPM is started where it does not run.
+
+        Raises:
+            HostError: no TPM is there.
+        """
         tcti = self._settings.tcti
         if self._embedded is not None:
             self._embedded.ensure_running()
@@ -102,7 +107,7 @@ class TpmOpener:
             owner=read_secret("tpm.owner_auth_file", settings.owner_auth_file),
             endorsement=read_secret("tpm.endorsement_auth_file", settings.endorsement_auth_file),
         )
-        context = self._connect()
+        context = self.connect()
         try:
             ek = keys.find_or_make_ek(context, settings.ek_handle, auths)
             ak = keys.find_or_make_ak(
@@ -134,6 +139,19 @@ class TpmOpener:
             raise
         return opened
 
+    def read_ak_public(self) -> bytes | None:
+        """TPM2B_PUBLIC at the AK's handle; None where nothing is. Makes nothing.
+
+        Raises:
+            HostError: no TPM is there.
+        """
+        context = self.connect()
+        try:
+            handle = keys.find(context, self._settings.ak_handle)
+            return keys.read_public(context, handle) if handle is not None else None
+        finally:
+            chip.close_context(context)
+
     def _ak_auth_for(self, is_new: bool) -> bytes:
         self._ak_auth = self._store.auth_for(is_new)
         return self._ak_auth
@@ -145,7 +163,7 @@ class TpmOpener:
             AkChangedError: another key, or none, is at the AK's handle: nothing may be served.
             TpmError: the TPM is not there, or refuses.
         """
-        context = self._connect()
+        context = self.connect()
         try:
             ek = keys.find(context, self._settings.ek_handle)
             ak = keys.find(context, self._settings.ak_handle)

@@ -7,9 +7,12 @@ directory; its sockets lie in a short directory of their own, for a Unix socket'
 from __future__ import annotations
 
 import logging
+import queue
 import shutil
+import socket
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +23,7 @@ log = logging.getLogger(__name__)
 START_LIMIT_S = 10.0
 STOP_LIMIT_S = 5.0
 POLL_S = 0.01
+CMD_GET_CAPABILITY = b"\0\0\0\1"  # swtpm_ioctls(3)
 
 
 class EmbeddedTpm:
@@ -63,11 +67,15 @@ class EmbeddedTpm:
         setpriv = shutil.which("setpriv")
         if swtpm is None or setpriv is None:
             raise HostError('tpm.tcti = "embedded" needs swtpm: apt install swtpm util-linux')
-        self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as exc:
+            raise HostError(f"cannot make {self._state_dir}: {exc.strerror}") from exc
         self._sockets = Path(tempfile.mkdtemp(prefix="provider-proxy-"))
-        socket = self._sockets / "tpm"
+        path = self._sockets / "tpm"
         log = self._sockets / "log"
-        # pdeathsig: should we be killed, the swtpm goes too and frees its state.
+        # pdeathsig: should we be killed, the swtpm goes too and frees its state. The kernel sends it
+        # when the *thread* that forked ends, so a thread of its own keeps watch for as long.
         command = [setpriv, "--pdeathsig", "TERM", swtpm, "socket", "--tpm2"]
         command += [
             "--tpmstate",
@@ -75,20 +83,20 @@ class EmbeddedTpm:
             "--flags",
             "not-need-init,startup-clear",
         ]
-        command += ["--server", f"type=unixio,path={socket}"]
-        command += ["--ctrl", f"type=unixio,path={socket}.ctrl", "--log", f"file={log},level=1"]
+        command += ["--server", f"type=unixio,path={path}"]
+        command += ["--ctrl", f"type=unixio,path={path}.ctrl", "--log", f"file={log},level=1"]
         # A group of its own: a Ctrl-C at the terminal is for the daemon, which drains with its TPM.
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0
-        )
+        started: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+        threading.Thread(target=_run, args=(command, started), daemon=True).start()
+        self._process = started.get(timeout=START_LIMIT_S)
         deadline = time.monotonic() + START_LIMIT_S
-        while not (socket.exists() and socket.with_name("tpm.ctrl").exists()):
+        while not _answers(path.with_name("tpm.ctrl")):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 text = log.read_text(errors="replace").strip() if log.exists() else ""
                 self.stop()
                 raise HostError(f"swtpm did not start on {self._state_dir}: {text or 'no reason'}")
             time.sleep(POLL_S)
-        self.tcti = f"swtpm:path={socket}"
+        self.tcti = f"swtpm:path={path}"
 
     def stop(self) -> None:
         """End swtpm and remove its sockets; its state stays."""
@@ -103,3 +111,24 @@ class EmbeddedTpm:
         if self._sockets is not None:
             shutil.rmtree(self._sockets, ignore_errors=True)
             self._sockets = None
+
+
+def _answers(control: Path) -> bool:
+    """True once swtpm answers on its control socket; a socket alone may belong to one that fails."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(START_LIMIT_S)
+        try:
+            probe.connect(str(control))
+            probe.sendall(CMD_GET_CAPABILITY)
+            return bool(probe.recv(64))
+        except OSError:
+            return False
+
+
+def _run(command: list[str], started: queue.SimpleQueue[subprocess.Popen[bytes]]) -> None:
+    """Start a program and stay until it has ended."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0
+    )
+    started.put(process)
+    process.wait()

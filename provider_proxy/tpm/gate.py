@@ -36,6 +36,7 @@ class Gate:
     def __init__(self, max_duty: float) -> None:
         self._rest_factor = 1 / max_duty - 1
         self._limiter = trio.CapacityLimiter(1)
+        self._turn = trio.Lock()
         self._rest_until = 0.0
         self._learnt = False
         self.expected_s = FIRST_GUESS_S
@@ -68,7 +69,6 @@ class Gate:
         Raises:
             What `command` raises; `trio.Cancelled` at once, while the command may still run.
         """
-        await self.ready()
 
         def timed() -> T:
             begin = time.monotonic()
@@ -83,7 +83,11 @@ class Gate:
                 self._rest_until = now + (now - begin) * self._rest_factor
                 self.in_flight_since = None
 
-        return await trio.to_thread.run_sync(timed, limiter=self._limiter, abandon_on_cancel=True)
+        async with self._turn:  # who waits for the rest keeps the others from slipping in after it
+            await self.ready()
+            return await trio.to_thread.run_sync(
+                timed, limiter=self._limiter, abandon_on_cancel=True
+            )
 
     def _learn(self, seconds: float) -> None:
         weight = EWMA_WEIGHT if self._learnt else 1.0

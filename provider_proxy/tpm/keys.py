@@ -102,8 +102,7 @@ def name_of(context: ESAPI, handle: ESYS_TR) -> bytes:
     Raises:
         TpmError: the TPM refused, or the object is no RSA or EC key.
     """
-    with tss_errors("TPM2_ReadPublic"):
-        public = _read_public(context, handle)
+    public = read_public(context, handle)
     try:
         return attestation_key.parse_public(public).name
     except EvidenceFormatError as exc:
@@ -116,9 +115,11 @@ def set_auth(context: ESAPI, handle: ESYS_TR, auth: bytes) -> None:
         context.tr_set_auth(handle, auth)
 
 
-def _read_public(context: ESAPI, handle: ESYS_TR) -> bytes:
-    public, _, _ = context.read_public(handle)
-    return bytes(public.marshal())
+def read_public(context: ESAPI, handle: ESYS_TR) -> bytes:
+    """An object's TPM2B_PUBLIC. Raises: TpmError."""
+    with tss_errors("TPM2_ReadPublic"):
+        public, _, _ = context.read_public(handle)
+        return bytes(public.marshal())
 
 
 @contextlib.contextmanager
@@ -162,7 +163,7 @@ def find_or_make_ek(context: ESAPI, handle: int, auths: Auths) -> EkInfo:
             with _transient(context, primary):
                 found = context.evict_control(ESYS_TR.OWNER, primary, handle)
     with tss_errors("reading the EK"):
-        public = _read_public(context, found)
+        public = read_public(context, found)
     _check_ek(public, cert, handle)
     return EkInfo(handle=found, public=public, cert=cert, made=made)
 
@@ -213,7 +214,7 @@ def find_or_make_ak(
         with tss_errors("making the AK (check owner_auth_file and endorsement_auth_file)"):
             found = _make_ak(context, handle, algorithm, ek, auths, auth)
     with tss_errors("reading the AK"):
-        public = _read_public(context, found)
+        public = read_public(context, found)
         context.tr_set_auth(found, auth)
     try:
         key = attestation_key.parse_ak(public)

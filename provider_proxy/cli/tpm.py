@@ -1,0 +1,165 @@
+"""`provider-proxy tpm`: look at the chip, and at the AK in it."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from rich.console import Console
+from rich.table import Table
+
+from provider_proxy.attestation_key import parse_ak
+from provider_proxy.config import Config, load_config
+from provider_proxy.errors import HostError
+from provider_proxy.files import write_private
+from provider_proxy.quoters.opening import TpmOpener
+from provider_proxy.tpm import chip, doctor
+
+FORMATS = ("base64", "raw", "pem")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    what = actions.add_parser("doctor", help="what chip this is, and what follows")
+    _add_config(what)
+    what.set_defaults(act=_doctor)
+    ak = actions.add_parser("ak", help="the attestation key")
+    steps = ak.add_subparsers(dest="step", required=True, metavar="STEP")
+    show = steps.add_parser("show", help="show it; makes nothing")
+    create = steps.add_parser("create", help="find it, or make it and the EK")
+    export = steps.add_parser("export", help="write its public part to a file")
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to")
+    export.add_argument(
+        "--format", choices=FORMATS, default="base64", help="TPM2B_PUBLIC, or a PEM (no attributes)"
+    )
+    for step, act in ((show, _show), (create, _create), (export, _export)):
+        _add_config(step)
+        step.set_defaults(act=act)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="the daemon's configuration"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what was asked.
+
+    Raises:
+        HostError: no TPM, no key, a file that cannot be written.
+        ConfigError: the configuration is wrong.
+    """
+    code: int = args.act(args, load_config(args.config))
+    return code
+
+
+@contextlib.contextmanager
+def _opener(config: Config) -> Iterator[TpmOpener]:
+    opener = TpmOpener(
+        config.tpm, config.state_dir, host_uuid=config.host_uuid, open_context=chip.open_context
+    )
+    try:
+        yield opener
+    finally:
+        opener.stop()
+
+
+def _doctor(args: argparse.Namespace, config: Config) -> int:
+    with _opener(config) as opener:
+        context = opener.connect()
+        try:
+            with Console(stderr=True).status("measuring; an RSA key may take a minute to make"):
+                report = doctor.examine(context)
+        finally:
+            chip.close_context(context)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(report)))
+        return 0
+    table = Table(title="TPM", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    rows = {
+        "manufacturer": f"{report.manufacturer} {report.vendor}",
+        "firmware": report.firmware,
+        "specification revision": f"{report.revision:.2f}",
+        "PCR banks": ", ".join(report.pcr_banks),
+        "algorithms": ", ".join(report.algorithms),
+        "persistent handles": ", ".join(f"{h:#x}" for h in report.persistent) or "none",
+        "EK certificates in NV": ", ".join(report.ek_certificates) or "none",
+    }
+    rows |= {f"a quote, {kind}": f"{ms:.1f} ms" for kind, ms in report.quote_ms.items()}
+    rows |= {
+        name.replace("_", " "): str(value)
+        for name, value in report.limits.items()
+        if name not in doctor.SHOWN_OTHERWISE
+    }
+    for name, text in rows.items():
+        table.add_row(name, text)
+    console = Console()
+    console.print(table)
+    for sentence in report.consequences:
+        console.print(f"• {sentence}", highlight=False)
+    return 0
+
+
+def _print_ak(args: argparse.Namespace, config: Config, public: bytes) -> None:
+    key = parse_ak(public)
+    values = {
+        "handle": f"{config.tpm.ak_handle:#x}",
+        "ak_name": key.name.hex(),
+        "sign_alg": key.sign_alg,
+        "hash_alg": key.signature_hash.label,
+        "ak_tpm": base64.b64encode(public).decode("ascii"),
+    }
+    if args.json:
+        print(json.dumps(values))
+    else:
+        for name, value in values.items():
+            print(f"{name:9} {value}")
+
+
+def _public(config: Config) -> bytes:
+    with _opener(config) as opener:
+        public = opener.read_ak_public()
+    if public is None:
+        raise HostError(
+            f"there is no key at tpm.ak_handle {config.tpm.ak_handle:#x}; "
+            "`provider-proxy tpm ak create` makes one"
+        )
+    return public
+
+
+def _show(args: argparse.Namespace, config: Config) -> int:
+    _print_ak(args, config, _public(config))
+    return 0
+
+
+def _create(args: argparse.Namespace, config: Config) -> int:
+    with _opener(config) as opener:
+        opener.open().close()
+        public = opener.identity.ak_public
+    _print_ak(args, config, public)
+    return 0
+
+
+def _export(args: argparse.Namespace, config: Config) -> int:
+    public = _public(config)
+    if args.format == "raw":
+        data = public
+    elif args.format == "base64":
+        data = base64.b64encode(public) + b"\n"
+    else:
+        data = parse_ak(public).public_key.public_bytes(
+            Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
+        )
+    write_private(args.out, data)
+    _print_ak(args, config, public)
+    return 0

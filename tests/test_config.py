@@ -1,0 +1,437 @@
+"""The configuration: every key's default, good values and refusals, and what only the whole can tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from provider_proxy import config as module
+from provider_proxy.config import Config, load_config, parse_config, read_secret
+from provider_proxy.errors import ConfigError, HostError
+from provider_proxy.model import HashAlg, mask_of
+
+PLAIN = "[listen]\ninsecure_plaintext = true\n"
+ISOLATED = mask_of((10, 11, 12, 13, 14, 15, 16, 23))
+UUID = "0ddba11c-0ffe-4bad-8bad-00000c0ffee0"
+
+# key: its default, then good values as TOML with what they become
+KEYS: dict[str, tuple[Any, list[tuple[str, Any]]]] = {
+    "state_dir": (Path("/var/lib/provider-proxy"), [('"/srv/x"', Path("/srv/x"))]),
+    "host_uuid": (None, [(f'"{UUID}"', uuid.UUID(UUID))]),
+    "listen.address": (
+        ("127.0.0.1:8890",),
+        [
+            ('"127.0.0.1:0"', ("127.0.0.1:0",)),
+            ('"[::1]:65535"', ("[::1]:65535",)),
+            ('"localhost:1"', ("localhost:1",)),
+            ('"unix:/run/p.sock"', ("unix:/run/p.sock",)),
+            ('["127.0.0.1:1", "unix:/run/p"]', ("127.0.0.1:1", "unix:/run/p")),
+        ],
+    ),
+    "listen.tls_cert": (None, []),  # see the TLS rules below
+    "listen.tls_key": (None, []),
+    "listen.client_ca": (None, []),
+    "listen.insecure_plaintext": (False, [("true", True)]),
+    "admin.address": (
+        (),
+        [('"127.0.0.1:9"', ("127.0.0.1:9",)), ('"unix:/run/a"', ("unix:/run/a",)), ("[]", ())],
+    ),
+    "tpm.tcti": (
+        "device:/dev/tpmrm0",
+        [('"embedded"', "embedded"), ('"swtpm:port=2321"', "swtpm:port=2321")],
+    ),
+    "tpm.ek_handle": (0x81010001, [("0x81000000", 0x81000000), ("0x81ffffff", 0x81FFFFFF)]),
+    "tpm.ak_handle": (0x81000100, [("0x81000000", 0x81000000), ("0x81ffffff", 0x81FFFFFF)]),
+    "tpm.ak_algorithm": ("ecc", [('"rsa"', "rsa"), ('"ecc"', "ecc")]),
+    "tpm.banks": (
+        (HashAlg.SHA256,),
+        [
+            ('["sha1", "sha384"]', (HashAlg.SHA1, HashAlg.SHA384)),
+            ('["sha512"]', (HashAlg.SHA512,)),
+        ],
+    ),
+    "tpm.max_duty": (0.5, [("1", 1.0), ("0.001", 0.001)]),
+    "tpm.hang_limit_s": (120.0, [("1", 1.0), ("3600", 3600.0)]),
+    "tpm.owner_auth_file": (None, [('"/etc/o"', Path("/etc/o"))]),
+    "tpm.endorsement_auth_file": (None, [('"/etc/e"', Path("/etc/e"))]),
+    "quoter.kind": ("tpm", [('"tpm"', "tpm")]),
+    "batch.window_ms": (50.0, [("0", 0.0), ("12.5", 12.5), ("29999", 29_999.0)]),
+    "batch.max_leaves": (1024, [("1", 1), ("65536", 65_536)]),
+    "batch.isolate_pcrs": (ISOLATED, [("[]", 0), ("[0, 23]", 1 | 1 << 23)]),
+    "limits.max_queue": (8192, [("1", 1), ("1000000", 1_000_000)]),
+    "limits.max_connections": (4096, [("1", 1), ("100000", 100_000)]),
+    "limits.default_timeout_ms": (30_000, [("51", 51), ("60000", 60_000)]),
+    "limits.max_timeout_ms": (60_000, [("30000", 30_000), ("600000", 600_000)]),
+    "limits.drain_ms": (20_000, [("0", 0), ("600000", 600_000)]),
+    "tenant_defaults.pcr_allow": (0xFFFFFF & ~(1 << 10), [("[0, 10]", 1 | 1 << 10), ("[]", 0)]),
+    "logs.ima": (
+        Path("/sys/kernel/security/ima/ascii_runtime_measurements"),
+        [('"/tmp/ima"', Path("/tmp/ima"))],
+    ),
+    "logs.uefi": (
+        Path("/sys/kernel/security/tpm0/binary_bios_measurements"),
+        [('"/tmp/uefi"', Path("/tmp/uefi"))],
+    ),
+}
+
+TEXT = "text"
+FLAG = "true or false"
+NUMBER = "a number"
+WHOLE = "a whole number"
+PATH = "a path"
+HANDLE = "a persistent handle, 0x81000000 to 0x81ffffff"
+PCRS = "a list of PCR numbers, 0 to 23"
+ADDRESS = '"host:port", "[ipv6]:port" or "unix:/path"'
+BANK = 'one of "sha1", "sha256", "sha384", "sha512"'
+
+# key, a bad value as TOML, what the message says the value must be
+BAD: list[tuple[str, str, str]] = [
+    ("state_dir", "1", TEXT),
+    ("state_dir", '""', PATH),
+    ("state_dir", '"a\\u0000b"', PATH),
+    ("host_uuid", '"me"', "a UUID"),
+    ("host_uuid", "7", TEXT),
+    ("listen.address", "8890", TEXT),
+    ("listen.address", '"8890"', ADDRESS),
+    ("listen.address", '":8890"', ADDRESS),
+    ("listen.address", '"127.0.0.1"', ADDRESS),
+    ("listen.address", '"127.0.0.1:"', ADDRESS),
+    ("listen.address", '"127.0.0.1:65536"', ADDRESS),
+    ("listen.address", '"127.0.0.1:-1"', ADDRESS),
+    ("listen.address", '"127.0.0.1:http"', ADDRESS),
+    ("listen.address", '"127.0.0.1:\u0661"', ADDRESS),
+    ("listen.address", '"unix:relative"', ADDRESS),
+    ("listen.address", '["127.0.0.1:1", 2]', TEXT),
+    ("listen.tls_cert", "true", TEXT),
+    ("listen.tls_key", "true", TEXT),
+    ("listen.client_ca", '""', PATH),
+    ("listen.insecure_plaintext", "1", FLAG),
+    ("listen.insecure_plaintext", '"yes"', FLAG),
+    ("admin.address", '"9100"', ADDRESS),
+    ("admin.address", "true", TEXT),
+    ("tpm.tcti", "0", TEXT),
+    ("tpm.ek_handle", "0x80ffffff", HANDLE),
+    ("tpm.ek_handle", '"0x81010001"', HANDLE),
+    ("tpm.ek_handle", "true", HANDLE),
+    ("tpm.ak_handle", "0x82000000", HANDLE),
+    ("tpm.ak_handle", "0x40000001", HANDLE),
+    ("tpm.ak_algorithm", '"ECC"', 'one of "ecc", "rsa"'),
+    ("tpm.ak_algorithm", "1", 'one of "ecc", "rsa"'),
+    ("tpm.ak_algorithm", "[]", 'one of "ecc", "rsa"'),
+    ("tpm.banks", '"sha256"', "a list of banks"),
+    ("tpm.banks", "[]", "a list of banks"),
+    ("tpm.banks", '["md5"]', BANK),
+    ("tpm.banks", "[11]", BANK),
+    ("tpm.hang_limit_s", "0", ">= 1"),
+    ("tpm.hang_limit_s", "3601", "<= 3600"),
+    ("tpm.max_duty", "0", "> 0"),
+    ("tpm.max_duty", "-1", ">= 0"),
+    ("tpm.max_duty", "1.1", "<= 1"),
+    ("tpm.max_duty", "true", NUMBER),
+    ("tpm.max_duty", '"half"', NUMBER),
+    ("tpm.owner_auth_file", "1", TEXT),
+    ("tpm.endorsement_auth_file", '""', PATH),
+    ("quoter.kind", '"yubikey"', "one of "),
+    ("batch.window_ms", "-1", ">= 0"),
+    ("batch.window_ms", "-0.001", ">= 0"),
+    ("batch.window_ms", "60001", "<= 60000"),
+    ("batch.window_ms", "inf", "<= 60000"),
+    ("batch.window_ms", "nan", ""),
+    ("batch.window_ms", "true", NUMBER),
+    ("batch.window_ms", '"50"', NUMBER),
+    ("batch.max_leaves", "0", ">= 1"),
+    ("batch.max_leaves", "65537", "<= 65536"),
+    ("batch.max_leaves", "1.5", WHOLE),
+    ("batch.max_leaves", "true", WHOLE),
+    ("batch.isolate_pcrs", "[24]", PCRS),
+    ("batch.isolate_pcrs", "[-1]", PCRS),
+    ("batch.isolate_pcrs", "[true]", PCRS),
+    ("batch.isolate_pcrs", "10", PCRS),
+    ("batch.isolate_pcrs", '["10"]', PCRS),
+    ("limits.max_queue", "0", ">= 1"),
+    ("limits.max_queue", "1e3", WHOLE),
+    ("limits.max_connections", "0", ">= 1"),
+    ("limits.max_connections", "100001", "<= 100000"),
+    ("limits.default_timeout_ms", "0", ">= 1"),
+    ("limits.max_timeout_ms", "600001", "<= 600000"),
+    ("limits.drain_ms", "-1", ">= 0"),
+    ("limits.drain_ms", "600001", "<= 600000"),
+    ("tenant_defaults.pcr_allow", "[24]", PCRS),
+    ("tenant_defaults.pcr_allow", '"all"', PCRS),
+    ("logs.ima", "false", TEXT),
+    ("logs.uefi", '""', PATH),
+]
+
+
+def document(key: str, value: str) -> dict[str, Any]:
+    """A good file with one key set to a value, written as TOML."""
+    data = tomllib.loads(PLAIN)
+    table, _, name = key.rpartition(".")
+    parsed = tomllib.loads(f"v = {value}")["v"]
+    (data.setdefault(table, {}) if table else data)[name] = parsed
+    return data
+
+
+def value_of(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def all_keys() -> list[str]:
+    """Every key that the dataclasses declare."""
+    keys = []
+    for field in dataclasses.fields(Config):
+        if "read" in field.metadata:
+            keys.append(field.name)
+        else:
+            keys += [
+                f"{field.name}.{f.name}" for f in dataclasses.fields(module.TABLES[field.name])
+            ]
+    return keys
+
+
+def test_every_key_is_tested() -> None:
+    assert sorted(KEYS) == sorted(all_keys())
+    assert {key for key, _, _ in BAD} == set(all_keys())
+
+
+def test_defaults() -> None:
+    config = parse_config(tomllib.loads(PLAIN))
+    defaults = {key: value_of(config, key) for key in KEYS}
+    wanted: dict[str, Any] = {key: default for key, (default, _) in KEYS.items()}
+    assert defaults == wanted | {"listen.insecure_plaintext": True}
+
+
+GOOD = [(key, text, value) for key, (_, values) in KEYS.items() for text, value in values]
+
+
+@pytest.mark.parametrize(("key", "text", "value"), GOOD)
+def test_good_values(key: str, text: str, value: object) -> None:
+    got = value_of(parse_config(document(key, text)), key)
+    assert got == value
+    assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(("key", "text", "must"), BAD)
+def test_bad_values_are_refused_by_name(key: str, text: str, must: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(document(key, text))
+    assert str(caught.value).startswith(f"{key} must be {must}")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("stat_dir = '/x'", "stat_dir"),
+        ("[batches]\nwindow_ms = 1", "batches"),
+        ("[batch]\nwindow = 1", "batch.window"),
+        ("[tpm]\nTCTI = 'embedded'", "tpm.TCTI"),
+        ("[limits.more]\nx = 1", "limits.more"),
+    ],
+)
+def test_unknown_keys_are_refused_by_name(text: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key} is not a key; known are "):
+        parse_config(tomllib.loads(text))
+
+
+@pytest.mark.parametrize("name", sorted(module.TABLES))
+def test_a_table_must_be_one(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} must be a table$"):
+        parse_config({name: 1})
+
+
+# --- TLS --------------------------------------------------------------------------------------------
+
+TLS = 'tls_cert = "/c"\ntls_key = "/k"\n'
+
+
+@pytest.mark.parametrize(
+    ("listen", "message"),
+    [
+        ("", "listen.tls_cert and listen.tls_key must be set"),
+        ('tls_cert = "/c"', "listen.tls_cert and listen.tls_key must be set"),
+        ('tls_key = "/k"', "listen.tls_cert and listen.tls_key must be set"),
+        ('client_ca = "/a"', "listen.tls_cert and listen.tls_key must be set"),
+        ("insecure_plaintext = false", "listen.tls_cert and listen.tls_key must be set"),
+        ("insecure_plaintext = true\n" + TLS, "listen.insecure_plaintext must not stand beside"),
+        (
+            'insecure_plaintext = true\nclient_ca = "/a"',
+            "listen.insecure_plaintext must not stand beside",
+        ),
+        (TLS + "address = []", "listen.address must name at least one address"),
+    ],
+)
+def test_tls_rules(listen: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tomllib.loads("[listen]\n" + listen))
+    assert str(caught.value).startswith(message)
+
+
+def test_with_tls_any_address_is_fine() -> None:
+    text = f'[listen]\n{TLS}client_ca = "/a"\naddress = ["0.0.0.0:443", "[::]:443"]'
+    listen = parse_config(tomllib.loads(text)).listen
+    assert listen.address == ("0.0.0.0:443", "[::]:443")
+    assert (listen.tls_cert, listen.tls_key) == (Path("/c"), Path("/k"))
+    assert listen.client_ca == Path("/a")
+
+
+LOCAL = ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1", "unix:/run/x"]
+FOREIGN = [
+    "0.0.0.0:1",
+    "[::]:1",
+    "192.0.2.1:1",
+    "[fe80::1]:1",
+    "example.org:1",
+    "localhost.example.org:1",
+    "127.example.org:1",  # a name that somebody else resolves
+    "127.0.0.1.example.org:1",
+]
+
+
+@pytest.mark.parametrize("address", LOCAL)
+def test_plaintext_on_this_machine(address: str) -> None:
+    text = f'{PLAIN}address = "{address}"\n[admin]\naddress = "{address}"'
+    assert parse_config(tomllib.loads(text)).listen.address == (address,)
+
+
+@pytest.mark.parametrize("address", FOREIGN)
+def test_no_plaintext_elsewhere(address: str) -> None:
+    for addresses in (f'"{address}"', f'["127.0.0.1:1", "{address}"]'):
+        with pytest.raises(ConfigError) as caught:
+            parse_config(tomllib.loads(f"{PLAIN}address = {addresses}"))
+        assert str(caught.value) == (
+            f"listen.insecure_plaintext is for loopback and unix sockets only, not {address}"
+        )
+
+
+@pytest.mark.parametrize("address", FOREIGN)
+def test_the_admin_door_is_local_even_beside_tls(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"^admin.address is for loopback and unix sockets only"):
+        parse_config(tomllib.loads(f'[listen]\n{TLS}[admin]\naddress = "{address}"'))
+
+
+# --- what two keys say together ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[limits]\ndefault_timeout_ms = 60001",
+            "limits.default_timeout_ms must be <= limits.max_timeout_ms",
+        ),
+        (
+            "[limits]\nmax_timeout_ms = 29999",
+            "limits.default_timeout_ms must be <= limits.max_timeout_ms",
+        ),
+        ("[tpm]\nak_handle = 0x81010001", "tpm.ak_handle must differ from tpm.ek_handle"),
+    ],
+)
+def test_contradictions(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tomllib.loads(PLAIN + text))
+    assert str(caught.value) == message
+
+
+def test_values_are_frozen() -> None:
+    config = parse_config(tomllib.loads(PLAIN))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.batch.window_ms = 1.0  # type: ignore[misc]
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+def test_load(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(PLAIN + "[batch]\nwindow_ms = 7\n")
+    assert load_config(path).batch.window_ms == 7.0
+
+
+def test_a_missing_file_is_the_hosts_fault(tmp_path: Path) -> None:
+    path = tmp_path / "none.toml"
+    with pytest.raises(HostError) as caught:
+        load_config(path)
+    assert str(caught.value) == f"cannot read {path}: No such file or directory"
+
+
+def test_a_directory_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="cannot read"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"[listen", b"x = \xff", b"a = 1\na = 2"])
+def test_what_is_no_toml_names_the_file(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "c.toml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_huge_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_bytes(b"#" * (module.MAX_CONFIG_BYTES + 1))
+    with pytest.raises(ConfigError, match="larger than"):
+        load_config(path)
+
+
+# --- secrets ----------------------------------------------------------------------------------------
+
+
+def secret(path: Path, data: bytes = b"s3cret", mode: int = 0o600) -> Path:
+    path.write_bytes(data)
+    path.chmod(mode)
+    return path
+
+
+def test_no_path_is_no_secret() -> None:
+    assert read_secret("k", None) == b""
+
+
+@pytest.mark.parametrize(
+    ("data", "value"),
+    [(b"a", b"a"), (b"a\n", b"a"), (b"a\n\n", b"a\n"), (b" a\r\n", b" a\r"), (b"", b"")],
+)
+def test_a_final_newline_is_no_part_of_a_secret(tmp_path: Path, data: bytes, value: bytes) -> None:
+    assert read_secret("k", secret(tmp_path / "s", data)) == value
+
+
+@pytest.mark.parametrize("mode", [0o400, 0o600, 0o700])
+def test_good_modes(tmp_path: Path, mode: int) -> None:
+    assert read_secret("k", secret(tmp_path / "s", mode=mode)) == b"s3cret"
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602, 0o610, 0o601, 0o644, 0o666])
+def test_a_secret_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
+    path = secret(tmp_path / "s", mode=mode)
+    with pytest.raises(HostError) as caught:
+        read_secret("tpm.owner_auth_file", path)
+    assert str(caught.value).startswith(f"tpm.owner_auth_file: {path} must be a plain file")
+
+
+def test_a_missing_secret_is_named(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=r"^tpm.owner_auth_file: cannot read .*/none: "):
+        read_secret("tpm.owner_auth_file", tmp_path / "none")
+
+
+def test_a_secret_is_a_plain_file(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=r"^k: "):
+        read_secret("k", tmp_path)
+    with pytest.raises(HostError, match="must be a plain file"):
+        read_secret("k", Path(os.devnull))
+
+
+def test_a_symbolic_link_to_a_good_secret_is_fine(tmp_path: Path) -> None:
+    """As Kubernetes and systemd's credentials lay them out."""
+    target = secret(tmp_path / "s")
+    (tmp_path / "link").symlink_to(target)
+    assert read_secret("k", tmp_path / "link") == b"s3cret"

@@ -1,0 +1,222 @@
+"""The gate to the chip: order, cancellation, duty, learning. Real threads and short real sleeps; only
+orders and lower bounds are asserted."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import trio
+from helpers import LIMIT_S, until
+
+from provider_proxy.errors import TpmError
+from provider_proxy.tpm.gate import FIRST_GUESS_S, Gate
+
+COMMAND_S = 0.02
+TICK_S = 0.002  # clocks and sleeps are no finer
+
+
+class Chip:
+    """Commands that note when they ran, and that nobody else did meanwhile."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[float, float]] = []
+        self.names: list[str] = []
+        self._busy = threading.Lock()
+
+    def command(self, name: str = "", seconds: float = COMMAND_S) -> Callable[[], str]:
+        def run() -> str:
+            assert self._busy.acquire(blocking=False), "two commands at once"
+            try:
+                begin = time.monotonic()
+                time.sleep(seconds)
+                self.names.append(name)
+                self.spans.append((begin, time.monotonic()))
+            finally:
+                self._busy.release()
+            return name
+
+        return run
+
+    def rests(self) -> list[tuple[float, float]]:
+        """For each command but the last: how long it took, and the rest after it."""
+        return [
+            (end - begin, following - end)
+            for (begin, end), (following, _) in zip(self.spans, self.spans[1:], strict=False)
+        ]
+
+
+async def test_a_command_gives_its_result_or_its_error() -> None:
+    gate = Gate(1.0)
+    assert await gate.run(lambda: 42) == 42
+
+    def fail() -> None:
+        raise TpmError("broken", code=0x101)
+
+    with pytest.raises(TpmError, match="broken"):
+        await gate.run(fail)
+    assert await gate.run(lambda: 43) == 43
+
+
+async def test_one_at_a_time_in_a_thread_of_its_own() -> None:
+    gate, chip = Gate(1.0), Chip()
+    main = threading.get_ident()
+    with trio.fail_after(LIMIT_S):
+        async with trio.open_nursery() as nursery:
+            for number in range(8):
+                nursery.start_soon(gate.run, chip.command(str(number), 0.005))
+    assert sorted(chip.names) == sorted(map(str, range(8)))
+    assert await gate.run(threading.get_ident) != main
+
+
+async def test_the_loop_goes_on_while_a_command_runs() -> None:
+    gate, chip = Gate(1.0), Chip()
+    ticks = 0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(gate.run, chip.command(seconds=0.05))
+        while not chip.spans:
+            await trio.sleep(0.001)
+            ticks += 1
+    assert ticks > 5
+
+
+async def test_a_cancelled_caller_returns_at_once_and_the_next_one_waits() -> None:
+    gate, chip = Gate(1.0), Chip()
+    release = threading.Event()
+
+    def stuck() -> None:
+        assert release.wait(LIMIT_S)
+        chip.command("stuck", 0)()
+
+    with trio.move_on_after(0.01) as scope:
+        await gate.run(stuck)
+    assert scope.cancelled_caught  # while the command still runs
+    assert chip.names == []
+    assert gate.in_flight_since is not None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(gate.run, chip.command("next", 0))
+        with trio.move_on_after(0.03):
+            await gate.ready()
+            raise AssertionError("ready while a command is in flight")
+        assert chip.names == []
+        release.set()
+    assert chip.names == ["stuck", "next"]
+    assert gate.in_flight_since is None
+
+
+async def test_in_flight_since_is_set_while_a_command_runs() -> None:
+    gate = Gate(1.0)
+    before = time.monotonic()
+    since = await gate.run(lambda: gate.in_flight_since)
+    assert since is not None
+    assert before <= since <= time.monotonic()
+    assert gate.in_flight_since is None
+
+
+@pytest.mark.parametrize("duty", [0.5, 0.25])
+async def test_the_rest_after_a_command_keeps_the_duty(duty: float) -> None:
+    gate, chip = Gate(duty), Chip()
+    with trio.fail_after(LIMIT_S):
+        for _ in range(3):
+            await gate.run(chip.command())
+    for took, rest in chip.rests():
+        assert rest >= took * (1 / duty - 1) - TICK_S
+
+
+async def test_the_duty_is_kept_whoever_asks() -> None:
+    """Several at once share one duty: each command is followed by its rest."""
+    gate, chip = Gate(0.5), Chip()
+    with trio.fail_after(LIMIT_S):
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(gate.run, chip.command())
+    assert len(chip.spans) == 4
+    for took, rest in chip.rests():
+        assert rest >= took - TICK_S
+
+
+async def test_the_rest_follows_a_command_that_fails_or_was_given_up() -> None:
+    gate, chip = Gate(0.5), Chip()
+    begins: list[float] = []
+
+    def fail() -> None:
+        chip.command()()
+        raise TpmError("broken")
+
+    with pytest.raises(TpmError):
+        await gate.run(fail)
+    await gate.ready()
+    with trio.move_on_after(COMMAND_S / 2):
+        await gate.run(chip.command())
+    await until(lambda: len(chip.spans) == 2)
+    with trio.fail_after(LIMIT_S):
+        await gate.run(lambda: begins.append(time.monotonic()))
+    (took, rest), (_, second_end) = chip.rests()[0], chip.spans[1]
+    assert rest >= took - TICK_S
+    assert begins[0] - second_end >= COMMAND_S - TICK_S
+
+
+async def test_ready_waits_for_the_rest() -> None:
+    gate, chip = Gate(0.5), Chip()
+    with trio.fail_after(LIMIT_S):
+        await gate.ready()  # at once: nothing ran yet
+        await gate.run(chip.command())
+        await gate.ready()
+    begin, end = chip.spans[0]
+    assert time.monotonic() - end >= end - begin - TICK_S
+
+
+async def test_full_duty_rests_not_at_all() -> None:
+    gate = Gate(1.0)
+    assert gate.pause_s == 0
+    with trio.fail_after(LIMIT_S):
+        for _ in range(50):
+            await gate.run(lambda: None)
+
+
+async def test_the_time_of_a_quote_is_learnt() -> None:
+    gate, chip = Gate(0.5), Chip()
+    assert gate.expected_s == FIRST_GUESS_S
+    assert gate.pause_s == FIRST_GUESS_S
+    await gate.run(chip.command())  # no quote
+    assert gate.expected_s == FIRST_GUESS_S
+    await gate.run(chip.command(), learn=True)  # the first is believed
+    first = gate.expected_s
+    begin, end = chip.spans[-1]
+    assert COMMAND_S - TICK_S <= first < FIRST_GUESS_S
+    assert first == pytest.approx(end - begin, abs=0.01)
+    assert gate.pause_s == pytest.approx(first)
+    await gate.run(chip.command(seconds=3 * COMMAND_S), learn=True)  # later ones in part
+    begin, end = chip.spans[-1]
+    assert first < gate.expected_s < end - begin
+
+
+async def test_a_failed_quote_teaches_nothing() -> None:
+    gate = Gate(0.5)
+
+    def fail() -> None:
+        raise TpmError("broken")
+
+    with pytest.raises(TpmError):
+        await gate.run(fail, learn=True)
+    assert gate.expected_s == FIRST_GUESS_S
+
+
+async def test_close_waits_for_the_command_in_flight() -> None:
+    gate, chip = Gate(1.0), Chip()
+    with trio.move_on_after(0.005):
+        await gate.run(chip.command("last"))
+    with trio.fail_after(LIMIT_S):
+        await gate.close()
+    assert chip.names == ["last"]
+
+
+async def test_after_close_nothing_runs() -> None:
+    gate, chip = Gate(1.0), Chip()
+    await gate.close()
+    with trio.move_on_after(0.02) as scope:
+        await gate.run(chip.command("late", 0))
+    assert scope.cancelled_caught
+    assert chip.names == []

@@ -1,0 +1,68 @@
+"""What a tenant's `import provider_proxy` brings along: `cryptography`, and nothing of the host's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_layering import PURE
+
+FORBIDDEN = (
+    "trio",
+    "httpx",
+    "h11",
+    "merklelib",
+    "tpm2_pytss",
+    "prometheus_client",
+    "rich",
+    "matplotlib",
+)
+PROBE = """
+import importlib, json, sys
+before = set(sys.modules)
+importlib.import_module(sys.argv[1])
+after = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(json.dumps(sorted(after - set(sys.stdlib_module_names))))
+"""
+# What `cryptography` itself is made of.
+CRYPTOGRAPHY = {"cryptography", "_cffi_backend", "cffi", "_openssl"}
+
+
+def brought_by(module: str) -> set[str]:
+    """Top-level packages, not the standard library's, that a fresh interpreter loads for a module."""
+    probe = subprocess.run(
+        [sys.executable, "-c", PROBE, module], capture_output=True, text=True, check=True
+    )
+    names: list[str] = json.loads(probe.stdout)
+    return set(names)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["provider_proxy", *(f"provider_proxy.{name}" for name in PURE), "provider_proxy.cli.verify"],
+)
+def test_tenants_modules_bring_cryptography_alone(module: str) -> None:
+    brought = brought_by(module)
+    assert "provider_proxy" in brought
+    assert not brought & set(FORBIDDEN)
+    assert brought <= {"provider_proxy"} | CRYPTOGRAPHY
+
+
+def test_the_command_itself_brings_no_more() -> None:
+    # Subcommands are imported when they run: `provider-proxy verify` works with the base install.
+    assert brought_by("provider_proxy.cli.main") <= {"provider_proxy"} | CRYPTOGRAPHY
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [
+        ("provider_proxy.merkle", "merklelib"),
+        ("provider_proxy.client", "httpx"),
+        ("provider_proxy.tpm.chip", "tpm2_pytss"),
+        ("provider_proxy.metrics", "prometheus_client"),
+    ],
+)
+def test_the_probe_sees_what_is_brought(module: str, package: str) -> None:
+    assert package in brought_by(module)

@@ -1,0 +1,418 @@
+"""The tenants' door and the operator's: routes, parameters, statuses. Through a real `http1.Door`."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from urllib.parse import quote
+
+import pytest
+import trio
+import trio.testing
+from helpers import FakeQuoter, Wire, connected, get_bytes, make_answer, until
+
+from provider_proxy import server
+from provider_proxy.batch import Answer
+from provider_proxy.batcher import Batcher
+from provider_proxy.errors import (
+    OverloadedError,
+    ProviderProxyError,
+    RequestError,
+    SelfCheckError,
+    TenantLimitError,
+)
+from provider_proxy.http1 import Door, Peer
+from provider_proxy.metrics import Metrics
+from provider_proxy.model import HashAlg, QuoteRequest, Tenant
+from provider_proxy.soft_tpm import SoftTpm
+from provider_proxy.waiting_room import BatchSettings
+from provider_proxy.wire import parse_evidence
+
+NONCE = "nonce-0123456789"
+GOOD = f"/verifier/quote?nonce={NONCE}&mask=0x1"
+VM = "0ddba11c-0ffe-4bad-8bad-00000c0ffee0"
+TENANT = Tenant(name="tenant", pcr_allow=0xFFFFFF)
+IDENTITY = server.identity_results(
+    ak_public=b"ak public",
+    ak_pem=b"-----BEGIN",
+    ak_name=b"\x00\x0bname",
+    ek_public=b"ek public",
+    ek_cert=None,
+    host_uuid=VM,
+    software=True,
+)
+
+
+class FakeSubmit:
+    """Answers at once, late, or with an error; remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.tpm = SoftTpm()
+        self.calls: list[tuple[QuoteRequest, Tenant, float]] = []
+        self.is_gone: Callable[[], bool] | None = None
+        self.error: ProviderProxyError | None = None
+        self.delay_s = 0.0
+
+    async def __call__(
+        self,
+        request: QuoteRequest,
+        tenant: Tenant,
+        *,
+        timeout_s: float,
+        is_gone: Callable[[], bool] | None = None,
+    ) -> Answer:
+        self.calls.append((request, tenant, timeout_s))
+        self.is_gone = is_gone
+        await trio.sleep(self.delay_s)
+        if self.error is not None:
+            raise self.error
+        return make_answer(self.tpm, request)
+
+
+def make_door(
+    submit: server.Submit,
+    *,
+    identify: Callable[[Peer], Tenant] = lambda peer: TENANT,
+    banks: tuple[HashAlg, ...] = (HashAlg.SHA256, HashAlg.SHA1),
+) -> Door:
+    handler = server.TenantDoor(
+        submit,
+        identify,
+        identity=IDENTITY,
+        version="1.2.3",
+        banks=banks,
+        default_timeout_ms=30_000,
+        max_timeout_ms=60_000,
+    )
+    return Door(handler, observe=lambda status, reason: None)
+
+
+@pytest.fixture
+async def submit() -> FakeSubmit:
+    return FakeSubmit()
+
+
+async def test_a_good_request_reaches_submit_and_its_answer_the_tenant(submit: FakeSubmit) -> None:
+    async with connected(make_door(submit)) as wire:
+        reply = await wire.get(GOOD)
+        assert reply.status == 200
+        assert reply.envelope()["status"] == "Success"
+        evidence = parse_evidence(reply.body)
+        assert evidence.mask == 1
+        assert submit.calls == [(QuoteRequest(nonce=b"nonce-0123456789", mask=1), TENANT, 30.0)]  # type: ignore[arg-type]
+        assert submit.is_gone is not None
+        assert not submit.is_gone()
+
+
+async def test_all_parameters_arrive(submit: FakeSubmit) -> None:
+    async with connected(make_door(submit)) as wire:
+        target = f"{GOOD}&bank=sha1&ima_ml_entry=17&vm={VM}&timeout_ms=1500"
+        assert (await wire.get(target)).status == 200
+        ((request, _, timeout_s),) = submit.calls
+        assert request.bank is HashAlg.SHA1
+        assert request.ima_ml_entry == 17
+        assert str(request.vm) == VM
+        assert (request.timeout_ms, timeout_s) == (1500, 1.5)
+
+
+BAD_PARAMETERS: list[tuple[str, str]] = [
+    ("", "nonce"),
+    ("mask=0x1", "nonce"),
+    (f"nonce={NONCE}", "mask"),
+    ("nonce=tooshort&mask=0x1", "nonce"),
+    ("nonce=" + "x" * 65 + "&mask=0x1", "nonce"),
+    ("nonce=" + "x" * 16 + "%00&mask=0x1", "nonce"),
+    ("nonce=" + "x" * 16 + "+&mask=0x1", "nonce"),
+    ("nonce=" + "x" * 16 + "%C3%A9&mask=0x1", "nonce"),
+    (f"nonce={NONCE}&mask=1", "mask"),
+    (f"nonce={NONCE}&mask=0x", "mask"),
+    (f"nonce={NONCE}&mask=0x0", "mask"),
+    (f"nonce={NONCE}&mask=0x1000000", "mask"),
+    (f"nonce={NONCE}&mask=0xg", "mask"),
+    (f"nonce={NONCE}&mask=-0x1", "mask"),
+    (f"nonce={NONCE}&mask=", "mask"),
+    (f"nonce={NONCE}&mask=0x1&bank=", "bank"),
+    (f"nonce={NONCE}&mask=0x1&bank=md5", "bank"),
+    (f"nonce={NONCE}&mask=0x1&bank=SHA256", "bank"),
+    (f"nonce={NONCE}&mask=0x1&bank=sha384", "bank"),  # a good one that is not offered
+    (f"nonce={NONCE}&mask=0x1&ima_ml_entry=-1", "ima_ml_entry"),
+    (f"nonce={NONCE}&mask=0x1&ima_ml_entry=1.5", "ima_ml_entry"),
+    (f"nonce={NONCE}&mask=0x1&ima_ml_entry=", "ima_ml_entry"),
+    (f"nonce={NONCE}&mask=0x1&ima_ml_entry=99999999999", "ima_ml_entry"),
+    (f"nonce={NONCE}&mask=0x1&ima_ml_entry=%D9%A1", "ima_ml_entry"),  # a digit, not ASCII
+    (f"nonce={NONCE}&mask=0x1&vm=me", "vm"),
+    (f"nonce={NONCE}&mask=0x1&vm={VM.upper()}", "vm"),
+    (f"nonce={NONCE}&mask=0x1&vm=" + quote("{" + VM + "}"), "vm"),
+    (f"nonce={NONCE}&mask=0x1&timeout_ms=0", "timeout_ms"),
+    (f"nonce={NONCE}&mask=0x1&timeout_ms=60001", "timeout_ms"),
+    (f"nonce={NONCE}&mask=0x1&timeout_ms=600001", "timeout_ms"),
+    (f"nonce={NONCE}&mask=0x1&timeout_ms=1e3", "timeout_ms"),
+    (f"nonce={NONCE}&mask=0x1&nonce={NONCE}", "nonce"),
+    (f"nonce={NONCE}&mask=0x1&mask=0x1", "mask"),
+    (f"nonce={NONCE}&mask=0x1&partial=1", "partial"),
+    (f"nonce={NONCE}&mask=0x1&Bank=sha256", "Bank"),
+    (f"nonce={NONCE}&mask=0x1&%1b%5b31m=1", "?[31m"),
+    (f"nonce={NONCE}&mask=0x1&=1", "(empty name)"),
+    (f"nonce={NONCE}&mask=0x1&", "query"),
+    (f"nonce={NONCE}&mask", "query"),
+    (f"nonce={NONCE}&mask=0x1&bank=%ff", "bank"),
+    ("&".join(f"a{n}=1" for n in range(50)), "a0"),
+    ("&".join(f"nonce={NONCE}" for n in range(20)), "nonce"),
+    (f"nonce={NONCE}&mask=0x1&bank=" + "x" * 600, "query"),
+]
+
+
+@pytest.mark.parametrize(("query", "parameter"), BAD_PARAMETERS)
+async def test_a_bad_parameter_is_400_with_its_name(
+    submit: FakeSubmit, query: str, parameter: str
+) -> None:
+    async with connected(make_door(submit)) as wire:
+        reply = await wire.get(f"/verifier/quote?{query}")
+        assert reply.status == 400
+        envelope = reply.envelope()
+        assert envelope["results"] == {"parameter": parameter}
+        assert str(envelope["status"]).startswith(f"{parameter}: ")
+        assert not reply.closes
+        assert (await wire.get("/version")).status == 200
+    assert submit.calls == []
+
+
+async def test_no_answer_holds_what_a_tenant_sent(submit: FakeSubmit) -> None:
+    async with connected(make_door(submit)) as wire:
+        for secret in ("s3cret-nonce-%21%21%21%21", "s3cret"):
+            assert (
+                b"s3cret" not in (await wire.get(f"/verifier/quote?nonce={secret}&mask=0x1")).body
+            )
+
+
+async def test_the_longest_timeout_is_served(submit: FakeSubmit) -> None:
+    async with connected(make_door(submit)) as wire:
+        assert (await wire.get(f"{GOOD}&timeout_ms=60000")).status == 200
+        assert submit.calls[0][2] == 60.0
+
+
+UNKNOWN = [
+    "/",
+    "/verifier",
+    "/verifier/quote/",
+    "//verifier/quote",
+    "/verifier/Quote",
+    "/v2.1/quotes/identity",
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/verifier/../version",
+    "*",
+]
+
+
+@pytest.mark.parametrize("path", UNKNOWN)
+async def test_an_unknown_path_is_404(submit: FakeSubmit, path: str) -> None:
+    async with connected(make_door(submit)) as wire:
+        reply = await wire.get(path)
+        assert reply.status == 404
+        assert reply.envelope()["results"] == {}
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "get"])
+@pytest.mark.parametrize("path", [GOOD, "/verifier/identity", "/version"])
+async def test_another_method_is_405(submit: FakeSubmit, method: str, path: str) -> None:
+    async with connected(make_door(submit)) as wire:
+        await wire.send(get_bytes(path, method=method))
+        reply = await wire.reply()
+        assert reply.status == 405
+        assert reply.header("Allow") == "GET"
+        assert (await wire.get("/version")).status == 200
+    assert submit.calls == []
+
+
+async def test_head_takes_no_quote(submit: FakeSubmit) -> None:
+    async with connected(make_door(submit)) as wire:
+        await wire.send(get_bytes(GOOD, method="HEAD"))
+        assert (await wire.reply(to_head=True)).status == 405
+        assert (await wire.get("/version")).status == 200
+    assert submit.calls == []
+
+
+async def test_a_vm_without_claims_is_404() -> None:
+    """Through the real batcher, of a host that makes no claims."""
+    batcher = Batcher(FakeQuoter(), BatchSettings(), Metrics())
+    async with connected(make_door(batcher.submit)) as wire:
+        reply = await wire.get(f"{GOOD}&vm={VM}")
+        assert reply.status == 404
+        assert reply.envelope()["results"] == {}
+
+
+async def test_a_pcr_that_is_not_allowed_is_400() -> None:
+    """Through the real batcher."""
+    batcher = Batcher(FakeQuoter(), BatchSettings(), Metrics())
+    door = make_door(batcher.submit, identify=lambda peer: Tenant(name="t", pcr_allow=0x2))
+    async with connected(door) as wire:
+        reply = await wire.get(f"/verifier/quote?nonce={NONCE}&mask=0x3")
+        assert reply.status == 400
+        assert reply.results() == {"parameter": "mask"}
+
+
+@pytest.mark.parametrize(
+    ("query", "seconds"), [("", 30.0), ("&timeout_ms=1", 0.001), ("&timeout_ms=2500", 2.5)]
+)
+async def test_a_late_quote_is_504(
+    submit: FakeSubmit, autojump_clock: trio.testing.MockClock, query: str, seconds: float
+) -> None:
+    submit.delay_s = 1000.0
+    async with connected(make_door(submit)) as wire:
+        begin = trio.current_time()
+        await wire.send(get_bytes(GOOD + query))
+        reply = await _unbounded_reply(wire)
+        assert trio.current_time() - begin == pytest.approx(seconds)
+        assert reply == 504
+        submit.delay_s = 0.0
+        assert (await wire.get(GOOD)).status == 200  # the connection is as good as before
+
+
+async def _unbounded_reply(wire: Wire) -> int:
+    """The status of a reply that takes its time by the mock clock; what else comes is dropped."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        part = bytes(await wire.stream.receive_some(4096))
+        assert part, data
+        data += part
+    head, _, body = data.partition(b"\r\n\r\n")
+    (length,) = [line for line in head.split(b"\r\n") if line.startswith(b"Content-Length:")]
+    assert len(body) == int(length.split()[1])
+    return int(head.split()[1])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "retry_after"),
+    [
+        (OverloadedError("full", retry_after_s=3.0), 503, "3"),
+        (TenantLimitError("too many", retry_after_s=4.0), 429, "4"),
+        (SelfCheckError("wrong"), 502, None),
+    ],
+)
+async def test_errors_of_submit_become_their_statuses(
+    submit: FakeSubmit, error: ProviderProxyError, status: int, retry_after: str | None
+) -> None:
+    submit.error = error
+    async with connected(make_door(submit)) as wire:
+        reply = await wire.get(GOOD)
+        assert reply.status == status
+        assert reply.header("Retry-After") == retry_after
+        assert reply.envelope()["status"] == str(error)
+
+
+async def test_who_may_not_come_in_gets_nothing(submit: FakeSubmit) -> None:
+    def nobody(_peer: Peer) -> Tenant:
+        raise RequestError("you are not enrolled")
+
+    async with connected(make_door(submit, identify=nobody)) as wire:
+        for path in (GOOD, "/verifier/identity", "/version"):
+            reply = await wire.get(path)
+            assert reply.status == 400
+            assert reply.envelope()["results"] == {}
+    assert submit.calls == []
+
+
+async def test_identify_sees_the_connection(submit: FakeSubmit) -> None:
+    names: list[str] = []
+
+    def identify(peer: Peer) -> Tenant:
+        names.append(peer.name)
+        return Tenant(name=peer.name, pcr_allow=1)
+
+    door = make_door(submit, identify=identify)
+    async with connected(door) as one, connected(door) as two:
+        await one.get(GOOD)
+        await two.get(GOOD)
+    assert [tenant.name for _, tenant, _ in submit.calls] == names
+    assert names[0] != names[1]
+
+
+async def test_is_gone_is_the_connections(submit: FakeSubmit) -> None:
+    submit.delay_s = 60.0
+    async with connected(make_door(submit)) as wire:
+        await wire.send(get_bytes(GOOD))
+        await until(lambda: submit.is_gone is not None)
+        assert submit.is_gone is not None
+        assert not submit.is_gone()
+        await wire.stream.aclose()
+        await until(submit.is_gone, "is_gone")
+
+
+async def test_the_identity_document(submit: FakeSubmit) -> None:
+    async with connected(make_door(submit)) as wire:
+        reply = await wire.get("/verifier/identity")
+        assert reply.envelope()["status"] == "Success"
+        assert reply.results() == {
+            "ak_tpm": base64.b64encode(b"ak public").decode(),
+            "ak_pem": "-----BEGIN",
+            "ak_name": b"\x00\x0bname".hex(),
+            "ek_tpm": base64.b64encode(b"ek public").decode(),
+            "ek_cert": None,
+            "host_uuid": VM,
+            "software": True,
+            "registrations": [],
+        }
+
+
+def test_an_ek_certificate_is_base64() -> None:
+    results = server.identity_results(
+        ak_public=b"",
+        ak_pem=b"",
+        ak_name=b"",
+        ek_public=b"",
+        ek_cert=b"\xff\x00der",
+        host_uuid=VM,
+        software=False,
+    )
+    assert results["ek_cert"] == base64.b64encode(b"\xff\x00der").decode()
+    assert results["software"] is False
+
+
+async def test_the_version_document(submit: FakeSubmit) -> None:
+    async with connected(make_door(submit)) as wire:
+        results = (await wire.get("/version")).results()
+    assert results == {
+        "supported_version": "1.0",
+        "supported_versions": ["1.0"],
+        "evidence_formats": [1],
+        "provider_proxy": "1.2.3",
+    }
+
+
+@pytest.mark.parametrize("path", ["/version", "/verifier/identity"])
+async def test_documents_take_no_parameters(submit: FakeSubmit, path: str) -> None:
+    async with connected(make_door(submit)) as wire:
+        reply = await wire.get(f"{path}?nonce={NONCE}")
+        assert reply.status == 400
+        assert reply.results() == {"parameter": "query"}
+
+
+# --- the operator's door ----------------------------------------------------------------------------
+
+
+async def test_the_admin_door() -> None:
+    metrics = Metrics()
+    why: list[str | None] = [None]
+    door = Door(server.AdminDoor(metrics, lambda: why[0]), observe=lambda status, reason: None)
+    metrics.requests.labels(503, "OverloadedError").inc(3)
+    async with connected(door) as wire:
+        health = await wire.get("/healthz")
+        assert (health.status, health.envelope()["status"]) == (200, "alive")
+        ready = await wire.get("/readyz")
+        assert (ready.status, ready.envelope()["status"]) == (200, "ready")
+        why[0] = "draining"
+        ready = await wire.get("/readyz")
+        assert (ready.status, ready.envelope()["status"]) == (503, "draining")
+        assert (await wire.get("/healthz")).status == 200
+        text = await wire.get("/metrics")
+        assert text.status == 200
+        assert text.header("Content-Type") == "text/plain; version=0.0.4; charset=utf-8"
+        lines = text.body.decode().splitlines()
+        assert 'provider_proxy_requests_total{reason="OverloadedError",status="503"} 3.0' in lines
+        assert "provider_proxy_selfcheck_failures_total 0.0" in lines
+        for path in (GOOD, "/version", "/verifier/identity"):
+            assert (await wire.get(path)).status == 404
+        await wire.send(get_bytes("/metrics", method="POST"))
+        assert (await wire.reply()).status == 405

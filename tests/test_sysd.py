@@ -1,0 +1,300 @@
+"""systemd's protocols: notification over real sockets, socket activation of real processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import (
+    LIMIT_S,
+    Asker,
+    Certs,
+    command,
+    connect,
+    is_alive,
+    make_certs,
+    plain_toml,
+    quote_over,
+    serving,
+    trusted_ak,
+    until,
+)
+
+from provider_proxy import sysd
+
+# --- notification -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def notify_socket(address: str) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(address)
+        sock.settimeout(LIMIT_S)
+        yield sock
+
+
+def test_notify_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", path)
+    with notify_socket(path) as sock:
+        sysd.notify("READY=1")
+        sysd.notify("STOPPING=1\nSTATUS=drän")
+        assert sock.recv(100) == b"READY=1"
+        assert sock.recv(100) == "STOPPING=1\nSTATUS=drän".encode()
+
+
+def test_notify_by_abstract_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"provider-proxy-test-{os.getpid()}"
+    monkeypatch.setenv("NOTIFY_SOCKET", "@" + name)
+    with notify_socket("\0" + name) as sock:
+        sysd.notify("READY=1")
+        assert sock.recv(100) == b"READY=1"
+
+
+@pytest.mark.parametrize(
+    "value", [None, "", "relative", "vsock:2:1234", "/none/there", "@none-there"]
+)
+def test_without_a_manager_it_is_silent(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    if value is None:
+        monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    else:
+        monkeypatch.setenv("NOTIFY_SOCKET", value)
+    sysd.notify("READY=1")
+
+
+# --- activation -------------------------------------------------------------------------------------
+
+# Stands in for the service manager: puts file descriptors where sd_listen_fds(3) says they are.
+ACTIVATE = """
+import fcntl, os, sys
+fds, pid, count, *command = sys.argv[1:]
+high = [fcntl.fcntl(int(fd), fcntl.F_DUPFD_CLOEXEC, 100) for fd in fds.split(",") if fd]
+for fd in fds.split(","):
+    os.close(int(fd))
+for place, fd in enumerate(high):
+    os.dup2(fd, 3 + place, inheritable=True)
+os.environ["LISTEN_PID"] = pid.replace("SELF", str(os.getpid()))
+os.environ["LISTEN_FDS"] = count
+os.environ["LISTEN_FDNAMES"] = "door"
+os.execv(command[0], command)
+"""
+# What it starts: takes the sockets and tells about them.
+TELL = """
+import json, os, subprocess, sys
+from provider_proxy.sysd import take_listen_sockets
+sockets = take_listen_sockets()
+child = subprocess.run(["ls", "-l", "/proc/self/fd"], capture_output=True, text=True, close_fds=False)
+print(json.dumps({
+    "names": [s.getsockname() for s in sockets],
+    "fds": [s.fileno() for s in sockets],
+    "sockets_in_child": child.stdout.count("socket:"),
+    "environ": sorted(key for key in os.environ if key.startswith("LISTEN_")),
+    "again": len(take_listen_sockets()),
+}))
+"""
+
+
+def emulated(
+    fds: Sequence[int], words: Sequence[str], *, pid: str = "SELF", count: str | None = None
+) -> list[str]:
+    """A command line that starts `words` as a service manager would."""
+    listed = ",".join(map(str, fds))
+    number = str(len(fds)) if count is None else count
+    return [sys.executable, "-c", ACTIVATE, listed, pid, number, *words]
+
+
+def tell(sockets: Sequence[socket.socket], **kwargs: Any) -> dict[str, Any]:
+    fds = [sock.fileno() for sock in sockets]
+    done = subprocess.run(
+        emulated(fds, [sys.executable, "-c", TELL], **kwargs),
+        pass_fds=fds,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
+@pytest.fixture
+def sockets(tmp_path: Path) -> Iterator[list[socket.socket]]:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        socket.socket(socket.AF_UNIX) as unix,
+    ):
+        unix.bind(str(tmp_path / "door"))
+        unix.listen()
+        yield [tcp, unix]
+
+
+def test_sockets_are_taken_in_their_order(sockets: list[socket.socket], tmp_path: Path) -> None:
+    told = tell(sockets)
+    assert told["names"] == [list(sockets[0].getsockname()), str(tmp_path / "door")]
+    assert told["fds"] == [3, 4]
+    assert told["environ"] == []  # a child must not take them for its own
+    assert told["sockets_in_child"] == 0  # nor get them
+    assert told["again"] == 0
+
+
+@pytest.mark.parametrize("pid", ["", "1", "SELF0", "-1", "x"])
+def test_sockets_of_another_process_are_left(sockets: list[socket.socket], pid: str) -> None:
+    told = tell(sockets, pid=pid)
+    assert told["names"] == []
+    assert told["environ"] == []
+
+
+@pytest.mark.parametrize("count", ["", "0", "-1", "x", "1.0", "\u0661"])
+def test_a_count_that_is_none(sockets: list[socket.socket], count: str) -> None:
+    assert tell(sockets, count=count)["names"] == []
+
+
+def test_without_a_manager_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    assert sysd.take_listen_sockets() == []
+
+
+# --- the daemon on sockets of systemd's -------------------------------------------------------------
+
+ACTIVATE_TOOL = shutil.which("systemd-socket-activate")
+
+
+def inherited(sock: socket.socket) -> tuple[list[str], tuple[int, ...]]:
+    """A launcher that hands over one socket, and the file descriptors that it needs itself."""
+    return emulated([sock.fileno()], []), (sock.fileno(),)
+
+
+def run_inherited(sock: socket.socket, config: Path) -> subprocess.CompletedProcess[str]:
+    """Run the daemon on a socket that it will refuse."""
+    launcher, fds = inherited(sock)
+    return subprocess.run(
+        [*launcher, *command("serve", "--config", config)],
+        pass_fds=fds,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def certs(tmp_path_factory: pytest.TempPathFactory) -> Certs:
+    return make_certs(tmp_path_factory.mktemp("certs"))
+
+
+@pytest.mark.real
+async def test_an_inherited_unix_socket_is_served_and_left(tmp_path: Path) -> None:
+    path = tmp_path / "door"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        sock.listen()
+        launcher, fds = inherited(sock)
+        toml = plain_toml(tmp_path / "s")
+        async with serving(tmp_path, toml, launcher=launcher, pass_fds=fds) as serve:
+            assert serve.addresses == [f"unix:{path}"]  # and not the configured one
+            asker = Asker(await trusted_ak(f"unix:{path}"))
+            async with connect(f"unix:{path}") as wire:
+                await quote_over(wire, asker)
+            assert await serve.stop(signal.SIGTERM) == 0
+    assert path.is_socket()
+
+
+@pytest.mark.real
+async def test_inherited_sockets_speak_tls_where_it_is_set(tmp_path: Path, certs: Certs) -> None:
+    toml = f'state_dir = "{tmp_path / "s"}"\n[listen]\n{certs.toml()}[tpm]\ntcti = "embedded"\n'
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        launcher, fds = inherited(sock)
+        async with serving(tmp_path, toml, launcher=launcher, pass_fds=fds) as serve:
+            address = "{}:{}".format(*sock.getsockname())
+            assert serve.addresses == [address]
+            client = certs.client(with_cert=True)
+            asker = Asker(await trusted_ak(address, client))
+            async with connect(address, client) as wire:
+                await quote_over(wire, asker)
+
+
+@pytest.mark.real
+async def test_started_by_the_first_connection(tmp_path: Path) -> None:
+    """By systemd's own tool where it is installed; by its stand-in above where it is not."""
+    path = tmp_path / "door"
+    toml = plain_toml(tmp_path / "s")
+    with contextlib.ExitStack() as stack:
+        if ACTIVATE_TOOL is not None:
+            launcher = [ACTIVATE_TOOL, "-E", "NOTIFY_SOCKET", "-l", str(path)]
+            fds: tuple[int, ...] = ()
+        else:
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            sock.bind(str(path))
+            sock.listen()
+            launcher, fds = inherited(sock)
+        async with serving(tmp_path, toml, launcher=launcher, pass_fds=fds, lazy=True) as serve:
+            await until(path.is_socket, "the socket")
+            async with connect(f"unix:{path}") as wire:
+                assert (await wire.get("/version")).status == 200
+            assert await serve.notify.next() == "READY=1"
+            assert await serve.stop(signal.SIGTERM) == 0
+            assert await serve.notify.next() == "STOPPING=1"
+    assert path.is_socket()
+
+
+@pytest.mark.real
+def test_no_plaintext_on_an_inherited_socket_that_others_reach(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(plain_toml(tmp_path / "s"))
+    with socket.create_server(("0.0.0.0", 0)) as sock:
+        done = run_inherited(sock, config)
+    assert done.returncode == 2
+    assert "listen.insecure_plaintext is for loopback and unix sockets only" in done.stderr
+    assert "0.0.0.0" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.real
+def test_a_connection_in_place_of_a_listener_is_refused(tmp_path: Path) -> None:
+    """What systemd hands over with Accept=yes."""
+    config = tmp_path / "c.toml"
+    config.write_text(plain_toml(tmp_path / "s"))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        done = run_inherited(theirs, config)
+    assert done.returncode == 2
+    assert "Accept=no" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.real
+async def test_a_unix_socket_of_our_own_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "door"
+    toml = plain_toml(tmp_path / "s", listen=f"unix:{path}")
+    async with serving(tmp_path, toml) as serve:
+        asker = Asker(await trusted_ak(f"unix:{path}"))
+        async with connect(f"unix:{path}") as wire:
+            await quote_over(wire, asker)
+        assert await serve.stop(signal.SIGTERM) == 0
+    assert path.name not in os.listdir(tmp_path)
+
+
+@pytest.mark.real
+async def test_what_a_killed_daemon_left_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "door"
+    toml = plain_toml(tmp_path / "s", listen=f"unix:{path}")
+    async with serving(tmp_path, toml) as serve:
+        swtpm = serve.swtpm
+        assert await serve.stop(signal.SIGKILL) == -signal.SIGKILL
+    assert stat.S_ISSOCK(os.stat(path).st_mode)
+    await until(lambda: not is_alive(swtpm), "the end of its swtpm")
+    async with serving(tmp_path, toml), connect(f"unix:{path}") as wire:
+        assert (await wire.get("/version")).status == 200
