@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,17 @@ async def until(condition: Callable[[], bool], what: str = "the condition") -> N
     """Wait for a condition, at most `LIMIT_S`."""
     with trio.move_on_after(LIMIT_S):
         while not condition():  # noqa: ASYNC110  # of another process, mostly
+            await trio.sleep(POLL_S)
+        return
+    raise AssertionError(f"{what} did not come true in {LIMIT_S} s")
+
+
+async def until_answered(
+    condition: Callable[[], Awaitable[bool]], what: str = "the condition"
+) -> None:
+    """The same where somebody has to be asked."""
+    with trio.move_on_after(LIMIT_S):
+        while not await condition():  # noqa: ASYNC110
             await trio.sleep(POLL_S)
         return
     raise AssertionError(f"{what} did not come true in {LIMIT_S} s")
@@ -451,18 +462,28 @@ def plain_toml(state_dir: Path, *, tables: str = "", listen: str = "127.0.0.1:0"
 
 
 class NotifySocket:
-    """Stands in for the service manager: what `sd_notify` sends to."""
+    """Stands in for the service manager: what `sd_notify` sends to.
+
+    Attributes:
+        alive: how often the watchdog was heard.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.alive = 0
         self.sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     async def open(self) -> None:
         await self.sock.bind(str(self.path))
 
     async def next(self) -> str:
+        """The next message; the watchdog's are left out."""
         with trio.fail_after(LIMIT_S):
-            return (await self.sock.recv(4096)).decode("utf-8")
+            while True:
+                message = (await self.sock.recv(4096)).decode("utf-8")
+                if message != "WATCHDOG=1":
+                    return message
+                self.alive += 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -472,7 +493,6 @@ class Serving:
     process: trio.Process
     notify: NotifySocket
     log_path: Path
-    stopping: bool = False
 
     @property
     def log(self) -> str:
@@ -541,8 +561,7 @@ def run_here(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
         ):
             main()
     except SystemExit as exc:
-        assert isinstance(exc.code, int)
-        code = exc.code
+        code = exc.code if isinstance(exc.code, int) else -1
     finally:
         sys.argv = before
     return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())

@@ -158,6 +158,15 @@ def test_the_largest_answer_without_logs_is_within_its_limit() -> None:
     assert parse_evidence(body).quote == quote
 
 
+def test_limits_are_the_documented_ones() -> None:
+    assert wire.MAX_EVIDENCE_BYTES == 65_536
+    assert wire.MAX_EVIDENCE_WITH_LOGS_BYTES == 50_331_648
+    assert wire.MAX_QUOTE_STRING == 16_384
+    assert wire.PATH_LIMIT == 20
+    assert MAX_CLAIMS_BYTES == 16_384
+    assert MAX_TREE_SIZE == 1_048_576
+
+
 def test_a_reply_over_the_limit_is_not_even_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     body = seal().body(0)
     monkeypatch.setattr(wire, "MAX_EVIDENCE_WITH_LOGS_BYTES", len(body))

@@ -24,6 +24,8 @@ NONCE_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789
 NONCE_CHARS = 20  # Keylime's
 BOOT_MASKS = 0x3FF  # PCRs 0 to 9: nobody is isolated, so all share one batch key
 CONNECT_AT_ONCE = 100
+ANSWER_LIMIT_S = 35.0  # above the daemon's default timeout
+POLL_S = 0.02
 REQUEST_TAIL = b" HTTP/1.1\r\nHost: proxy\r\n\r\n"
 
 
@@ -48,6 +50,7 @@ class Load:
 
     replies: list[Reply] = field(default_factory=list)
     lost: int = 0
+    hung: int = 0
 
     @property
     def refused(self) -> int:
@@ -123,8 +126,14 @@ class _Tenant(asyncio.Protocol):
         self._request = None
         self._on_reply(self)
 
+    @property
+    def waits(self) -> bool:
+        """True while a request is unanswered."""
+        return self._request is not None
+
     def close(self) -> None:
-        """Hang up; an unanswered request is not lost then."""
+        """Hang up; a request that is still unanswered hung."""
+        self._load.hung += self.waits
         self._request = None
         if self._transport is not None:
             self._transport.close()
@@ -162,10 +171,29 @@ async def closed_loop(host: str, port: int, *, tenants: int, seconds: float, see
     for tenant in connected:
         tenant.ask()
     await asyncio.sleep(seconds)
+    await _finish(connected)
+    return load
+
+
+async def at_once(host: str, port: int, *, tenants: int, limit_s: float, seed: int) -> Load:
+    """Every tenant asks one question, all in the same moment."""
+    load = Load()
+    connected = await _connect(host, port, tenants, seed, load, lambda tenant: None)
+    for tenant in connected:
+        tenant.ask()
+    await _finish(connected, limit_s)
+    return load
+
+
+async def _finish(connected: list[_Tenant], limit_s: float = ANSWER_LIMIT_S) -> None:
+    """Wait for the answers that are due, then hang up."""
+    end_s = time.monotonic() + limit_s
+    # An event an answer would weigh on the timing.
+    while any(t.waits for t in connected) and time.monotonic() < end_s:  # noqa: ASYNC110
+        await asyncio.sleep(POLL_S)
     for tenant in connected:
         tenant.close()
     await asyncio.sleep(0)
-    return load
 
 
 async def polling(
@@ -182,10 +210,8 @@ async def polling(
         while at < begin + seconds:
             loop.call_at(at, tenant.ask)
             at += interval_s
-    await asyncio.sleep(seconds + interval_s)
-    for tenant in connected:
-        tenant.close()
-    await asyncio.sleep(0)
+    await asyncio.sleep(seconds)
+    await _finish(connected)
     return load
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+from provider_proxy.config import EMBEDDED
 from provider_proxy.errors import HostError
 
 STOP_LIMIT_S = 15.0
@@ -77,17 +78,23 @@ def config_text(
     window_ms: float = 50,
     max_leaves: int = 1024,
     max_duty: float = 0.5,
+    tcti: str = EMBEDDED,
+    ak_algorithm: str = "ecc",
 ) -> str:
-    """A configuration for a daemon on loopback with an embedded TPM."""
+    """A configuration for a daemon on loopback, with an embedded TPM by default."""
     return f"""
 state_dir = {json.dumps(str(state_dir))}
 [listen]
 address = "127.0.0.1:0"
 insecure_plaintext = true
 [tpm]
-tcti = "embedded"
+tcti = {json.dumps(tcti)}
+ak_algorithm = {json.dumps(ak_algorithm)}
 max_duty = {max_duty}
 [batch]
 window_ms = {window_ms}
 max_leaves = {max_leaves}
+[logs]
+ima = "/nonexistent"
+uefi = "/nonexistent"
 """

@@ -49,10 +49,10 @@ Say = Callable[[str], None]
 """Told what is being measured."""
 
 
-def run(seed: int, say: Say) -> dict[str, object]:
-    """Measure everything; returns the figures."""
+def run(seed: int, say: Say, *, delay_ms: float = DELAY_MS) -> dict[str, object]:
+    """Measure everything on a chip of so many milliseconds; returns the figures."""
     with tempfile.TemporaryDirectory(prefix="provider-proxy-bench-") as name:
-        return _run(Path(name), seed, say)
+        return _run(Path(name), seed, say, delay_ms)
 
 
 def run_baseline(seed: int, say: Say) -> dict[str, object]:
@@ -64,16 +64,17 @@ def run_baseline(seed: int, say: Say) -> dict[str, object]:
             return _cpu(directory, many, BODY_BYTES, seed, say)
 
 
-def _run(directory: Path, seed: int, say: Say) -> dict[str, object]:
+def _run(directory: Path, seed: int, say: Say, delay_ms: float) -> dict[str, object]:
     say("the TPM alone")
-    quote_ms = trio.run(_direct_quote_ms, directory / "direct")
+    quote_ms = trio.run(_direct_quote_ms, directory / "direct", delay_ms)
+    slow = ("--quote-delay-ms", str(delay_ms))
     batched = config_text(directory / "batched", window_ms=WINDOW_MS, max_duty=1)
     single = config_text(directory / "single", window_ms=WINDOW_MS, max_duty=1, max_leaves=1)
     default = config_text(directory / "default", window_ms=WINDOW_MS)
     with (
-        Target(directory, "batched", batched, *SLOW) as many,
-        Target(directory, "single", single, *SLOW) as one,
-        Target(directory, "default", default, *SLOW) as polled,
+        Target(directory, "batched", batched, *slow) as many,
+        Target(directory, "single", single, *slow) as one,
+        Target(directory, "default", default, *slow) as polled,
     ):
         rates, bodies = _rates(many, one, seed, say)
         cpu = _cpu(directory, many, bodies, seed, say)
@@ -105,9 +106,9 @@ def _run(directory: Path, seed: int, say: Say) -> dict[str, object]:
     }
 
 
-async def _direct_quote_ms(state_dir: Path) -> float:
+async def _direct_quote_ms(state_dir: Path, delay_ms: float) -> float:
     """Median time of a quote on such a TPM, with no daemon in between."""
-    plan = delay_quotes(DELAY_MS / 1000)
+    plan = delay_quotes(delay_ms / 1000)
     times = []
     async with open_quoter(
         Tpm(tcti="embedded", max_duty=1),

@@ -1,8 +1,9 @@
-"""The daemon that is measured: the real one, on an embedded swtpm that may be slowed down.
+"""The daemon that is measured: the real one, on an embedded swtpm that may be slowed down or
+disturbed.
 
-`python -m provider_proxy.bench.target CONFIG [--quote-delay-ms N] [--baseline BYTES]` prints one JSON
-line with its address when it is up, and serves until SIGTERM. With `--baseline` it is the bare
-HTTP server instead, which answers every request with a constant of that many bytes.
+`python -m provider_proxy.bench.target CONFIG` prints one JSON line with its address when it is up, and
+serves until SIGTERM. With `--baseline BYTES` it is the bare HTTP server instead, which answers every
+request with a constant of that many bytes.
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ from provider_proxy import daemon, http1
 from provider_proxy.config import Config, load_config
 from provider_proxy.metrics import Metrics
 from provider_proxy.quoters.esys import EsysQuoter, open_quoter
-from provider_proxy.tpm.disturb import delay_quotes
+from provider_proxy.tpm.disturb import Plan, delay_quotes, refuse_some, together
 from provider_proxy.tpm.faulty import FaultyContext
 
 
-def _open_slow(
-    delay_s: float, config: Config, metrics: Metrics
+def _open_disturbed(
+    plan: Plan, config: Config, metrics: Metrics
 ) -> AbstractAsyncContextManager[EsysQuoter]:
-    plan = delay_quotes(delay_s)
     return open_quoter(
         config.tpm, config.state_dir, metrics, open_context=lambda tcti: FaultyContext(tcti, plan)
     )
@@ -38,8 +38,8 @@ def _tell(address: str) -> None:
     print(json.dumps({"address": address}), flush=True)
 
 
-async def _serve_daemon(config: Config, delay_s: float) -> None:
-    opener = partial(_open_slow, delay_s) if delay_s else daemon.open_tpm
+async def _serve_daemon(config: Config, plans: list[Plan]) -> None:
+    opener = partial(_open_disturbed, together(*plans)) if plans else daemon.open_tpm
     async with trio.open_nursery() as nursery:
         started: daemon.Started = await nursery.start(
             partial(daemon.run, config, open_quoter=opener)
@@ -67,13 +67,21 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("config", type=Path)
     parser.add_argument("--quote-delay-ms", type=float, default=0.0)
+    parser.add_argument("--log-level", default="critical")
+    parser.add_argument("--fault-share", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--baseline", type=int, default=0, metavar="BYTES")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(level=args.log_level.upper(), stream=sys.stderr)
     if args.baseline:
         trio.run(_serve_constant, args.baseline)
     else:
-        trio.run(_serve_daemon, load_config(args.config), args.quote_delay_ms / 1000)
+        plans = []
+        if args.fault_share:
+            plans.append(refuse_some(args.fault_share, args.seed))
+        if args.quote_delay_ms:
+            plans.append(delay_quotes(args.quote_delay_ms / 1000))
+        trio.run(_serve_daemon, load_config(args.config), plans)
 
 
 if __name__ == "__main__":

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
 
-from provider_proxy.bench import quotes
+from provider_proxy.bench import contention, faults, quotes
+from provider_proxy.errors import UsageError
+from provider_proxy.tpm.disturb import CHIP_QUOTE_MS
 
+SUITES = {"quotes": quotes.run, "faults": faults.run, "contention": contention.run}
 DEFAULT_SEED = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("suite", choices=["quotes"], help="what to measure")
+    parser.add_argument("suite", choices=list(SUITES), help="what to measure")
     parser.add_argument(
         "--baseline",
         action="store_true",
         help="quotes: only the CPU a request, against the same server answering a constant",
+    )
+    parser.add_argument(
+        "--chip",
+        choices=sorted(CHIP_QUOTE_MS),
+        help="quotes: a vendor's median chip instead of one of 100 ms",
     )
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the load generator")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -32,15 +41,26 @@ def run(args: argparse.Namespace) -> int:
         HostError: swtpm is missing.
         VerificationError: an answer did not verify.
     """
-    measure = quotes.run_baseline if args.baseline else quotes.run
+    if args.baseline and args.suite != "quotes":
+        raise UsageError("--baseline goes with quotes")
+    if args.chip and args.suite != "quotes":
+        raise UsageError("--chip goes with quotes")
+    measure = quotes.run_baseline if args.baseline else SUITES[args.suite]
+    if args.chip:
+        measure = partial(quotes.run, delay_ms=CHIP_QUOTE_MS[args.chip])
     console = Console(stderr=True)
     with console.status("starting") as status:
         figures = measure(args.seed, lambda text: status.update(f"measuring: {text}"))
     if args.json:
         print(json.dumps(figures))
         return 0
-    table = Table(title="provider-proxy bench quotes", show_header=False)
+    table = Table(title=f"provider-proxy bench {args.suite}", show_header=False)
     for name, value in figures.items():
-        table.add_row(name, str(value))
+        if isinstance(value, dict):
+            table.add_section()
+            for inner, figure in value.items():
+                table.add_row(f"{name} {inner}", str(figure))
+        else:
+            table.add_row(name, str(value))
     Console().print(table)
     return 0

@@ -34,6 +34,7 @@ from provider_proxy.client import ProxyClient
 from provider_proxy.errors import HostError, ReplyError, UsageError, VerificationError
 from provider_proxy.model import TrustedHost
 from provider_proxy.policy import UnsafeAcceptAny
+from provider_proxy.tpm.disturb import CHIP_QUOTE_MS
 from provider_proxy.verify import Challenge, MemoryHistory, Verifier, new_challenge
 from provider_proxy.wire import parse_evidence
 
@@ -69,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tenants", type=int, default=200, metavar="N", help="how many ask at once (default: 200)"
     )
     parser.add_argument("--seed", type=int, default=1, help="of the tenants' masks")
+    parser.add_argument(
+        "--chip",
+        choices=sorted(CHIP_QUOTE_MS),
+        help="slow the swtpm down to the median of a vendor's chips",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
 
@@ -84,9 +90,9 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json)
     with tempfile.TemporaryDirectory(prefix="provider-proxy-demo-") as name:
         console.print("Starting the daemon on an embedded swtpm (software, not a hardware TPM) …")
-        with _daemon(Path(name)) as url:
+        with _daemon(Path(name), args.chip) as url:
             outcome = trio.run(_tenants, url, args.tenants, args.seed, console)
-    _show(console, outcome, args.tenants)
+    _show(console, outcome, args.tenants, args.chip)
     verified = len(outcome.latencies_ms)
     if args.json:
         figures = {
@@ -101,15 +107,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _daemon(directory: Path) -> Iterator[str]:
-    """`provider-proxy serve` as a process; its URL."""
+def _daemon(directory: Path, chip: str | None) -> Iterator[str]:
+    """`provider-proxy serve` as a process, or the same daemon on a slowed-down swtpm; its URL."""
     config = directory / "demo.toml"
-    config.write_text(config_text(directory / "state"))
+    if chip is None:
+        config.write_text(config_text(directory / "state"))
+        command = ["-m", "provider_proxy", "serve", "--config", str(config)]
+    else:
+        kind = "rsa" if chip.endswith("-rsa") else "ecc"
+        config.write_text(config_text(directory / "state", ak_algorithm=kind))
+        command = ["-m", "provider_proxy.bench.target", str(config), "--log-level", "info"]
+        command += ["--quote-delay-ms", str(CHIP_QUOTE_MS[chip])]
     log = directory / "log"
     with log.open("wb") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", "provider_proxy", "serve", "--config", str(config)],
+            [sys.executable, *command],
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             stderr=stderr,
             process_group=0,  # a Ctrl-C is ours; the daemon is stopped below
         )
@@ -217,7 +231,11 @@ class _Tenant:
             outcome.quote_ms.append(evidence.timing.quote_ms)
 
 
-def _show(console: Console, outcome: Outcome, tenants: int) -> None:
+def _time(ms: float) -> str:
+    return f"{ms:,.0f} ms" if ms < 1000 else f"{ms / 1000:,.1f} s"
+
+
+def _show(console: Console, outcome: Outcome, tenants: int, chip: str | None) -> None:
     """A short table of what happened."""
     verified = len(outcome.latencies_ms)
     quotes = len(outcome.quotes)
@@ -233,15 +251,14 @@ def _show(console: Console, outcome: Outcome, tenants: int) -> None:
     table.add_row("latency, half of the tenants", f"{outcome.quantile_ms(0.5):,.0f} ms")
     table.add_row("latency, 99 of 100", f"{outcome.quantile_ms(0.99):,.0f} ms")
     table.add_section()
-    table.add_row("a quote on this software TPM", f"{quote_ms:,.1f} ms")
-    table.add_row(f"{tenants} quotes one by one on it", f"{tenants * quote_ms:,.0f} ms")
-    table.add_row(
-        f"… on a hardware TPM of {MEDIAN_CHIP_MS} ms a quote",
-        f"{tenants * MEDIAN_CHIP_MS / 1000:,.1f} s",
-    )
-    table.add_row(
-        f"… the {quotes} quotes of this run on it", f"{quotes * MEDIAN_CHIP_MS / 1000:,.1f} s"
-    )
+    what = f"a TPM like {chip} (swtpm, slowed down)" if chip else "this software TPM"
+    table.add_row(f"a quote on {what}", f"{quote_ms:,.1f} ms")
+    table.add_row(f"{tenants} quotes one by one on it", _time(tenants * quote_ms))
+    if chip is None:
+        table.add_row(
+            f"… on a hardware TPM of {MEDIAN_CHIP_MS} ms a quote", _time(tenants * MEDIAN_CHIP_MS)
+        )
+        table.add_row(f"… the {quotes} quotes of this run on it", _time(quotes * MEDIAN_CHIP_MS))
     console.print(table)
     for failure in outcome.failures[:5]:
         console.print(f"[red]not verified:[/red] {failure}")

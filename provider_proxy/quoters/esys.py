@@ -27,7 +27,7 @@ from provider_proxy.model import AttestationKey, HashAlg, Quote
 from provider_proxy.quoters.opening import HostIdentity, TpmOpener
 from provider_proxy.tpm import chip
 from provider_proxy.tpm.gate import Gate
-from provider_proxy.tpm.ladder import Step, name_of, step_for, wait_s
+from provider_proxy.tpm.ladder import Step, is_busy, name_of, step_for, wait_s
 
 T = TypeVar("T")
 
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 PROBE_S = 1.0  # between two looks at a chip that failed: service is back soon after it is
 HANG_FACTOR = 20  # a command of so many times the learnt time hangs; a chip's p99/p50 is 1.02
 HANG_LEAST_S = 5.0  # but no sooner: an RSA key that is made by others takes seconds
+OPEN_TRIES = 10  # some four seconds of a chip that is busy when the daemon starts
+LEARNING_QUOTES = 1  # so that the first tenant's estimate is this chip's
 CLOSE_LIMIT_S = 2.0  # for the command in flight when the daemon ends
 
 
@@ -228,7 +230,7 @@ async def open_quoter(
     gate = Gate(settings.max_duty)
     opener = TpmOpener(settings, state_dir, host_uuid=host_uuid, open_context=open_context)
     try:
-        opened = await gate.run(opener.open)
+        opened = await _open(opener, gate)
         quoter = EsysQuoter(opener, opened, gate, metrics)
         for _ in range(LEARNING_QUOTES):
             nonce = secrets.token_hex(16).encode("ascii")
@@ -245,4 +247,18 @@ async def open_quoter(
         opener.stop()
 
 
-LEARNING_QUOTES = 1  # so that the first tenant's estimate is this chip's
+async def _open(opener: TpmOpener, gate: Gate) -> chip.Chip:
+    """Open for the first time; a chip that is busy is asked again, one that is not there is not.
+
+    Raises:
+        HostError: see `TpmOpener.open`.
+    """
+    for tries in range(1, OPEN_TRIES):
+        try:
+            return await gate.run(opener.open)
+        except TpmError as exc:
+            if not is_busy(exc):
+                raise
+            log.warning("TPM: %s; opening it again", exc)
+            await trio.sleep(wait_s(step_for(exc), tries))
+    return await gate.run(opener.open)

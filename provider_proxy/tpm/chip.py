@@ -8,6 +8,7 @@ others who hold every session of the chip cannot stop it.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from tpm2_pytss import ESAPI, TSS2_Exception
@@ -24,9 +25,11 @@ from tpm2_pytss.types import (
 from provider_proxy import attestation
 from provider_proxy.errors import TpmError, VerificationError
 from provider_proxy.model import HashAlg, PcrValues, Quote, pcrs_of
+from provider_proxy.tpm.ladder import Step, step_for, wait_s
 
 RC_VALUE = 0x84  # TPM_RC_VALUE: what the chip says to a parameter out of range
 PCR_READS = 8  # rounds until a selection must be covered: 24 PCRs at 8 a call need 3
+FLUSH_TRIES = 8  # about two seconds
 QUOTE_TRIES = 5  # IMA extends PCR 10 between read and quote; Keylime's agent tries 5 times too
 
 
@@ -42,6 +45,23 @@ def tss_errors(doing: str) -> Iterator[None]:
     except TSS2_Exception as exc:
         code = int(exc.error)
         raise TpmError(f"{doing}: {exc} ({code:#06x})", code=code) from exc
+
+
+def flush(context: ESAPI, handle: ESYS_TR) -> None:
+    """Flush a session or a transient object; a chip that is busy is asked again.
+
+    Never raises: where the chip does not know the handle there is nothing left to flush.
+    """
+    for tries in range(1, FLUSH_TRIES + 1):
+        try:
+            context.flush_context(handle)
+        except TSS2_Exception as exc:
+            step = step_for(TpmError("TPM2_FlushContext", code=int(exc.error)))
+            if step is not Step.AGAIN:
+                return
+            time.sleep(wait_s(step, tries))
+        else:
+            return
 
 
 @contextlib.contextmanager
@@ -61,8 +81,7 @@ def endorsement_session(context: ESAPI) -> Iterator[ESYS_TR]:
         context.policy_secret(ESYS_TR.ENDORSEMENT, session, b"", b"", b"", 0)
         yield session
     finally:
-        with contextlib.suppress(TSS2_Exception):  # its first use has ended it already
-            context.flush_context(session)
+        flush(context, session)  # its first use has ended it already, where it came so far
 
 
 def close_context(context: ESAPI) -> None:

@@ -27,7 +27,7 @@ from tpm2_pytss.utils import NoSuchIndex, NVReadEK, create_ek_template
 from provider_proxy import attestation_key
 from provider_proxy.errors import EvidenceFormatError, HostError, TpmError, UntrustedAkError
 from provider_proxy.model import AttestationKey
-from provider_proxy.tpm.chip import endorsement_session, tss_errors
+from provider_proxy.tpm.chip import endorsement_session, flush, tss_errors
 
 TPM_RC_HANDLE = 0x8B  # format-one code: no object at that handle
 TPM_RC_AUTH_FAIL = 0x8E
@@ -127,7 +127,7 @@ def _transient(context: ESAPI, handle: ESYS_TR) -> Iterator[ESYS_TR]:
     try:
         yield handle
     finally:
-        context.flush_context(handle)
+        flush(context, handle)
 
 
 def _template(context: ESAPI) -> tuple[bytes | None, TPM2B_PUBLIC]:

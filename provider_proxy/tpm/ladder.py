@@ -72,6 +72,15 @@ def step_for(error: TpmError) -> Step:
     return _TABLE.get(code, Step.FATAL)
 
 
+def is_busy(error: TpmError) -> bool:
+    """True where a TPM is there and asks to be asked again; not where none can be reached."""
+    return (
+        error.code != 0
+        and error.code >> LAYER_SHIFT not in SOFTWARE_LAYERS
+        and (step_for(error) is not Step.FATAL)
+    )
+
+
 def name_of(code: int) -> str:
     """A code for people and metrics, from a bounded set of names."""
     layer = code >> LAYER_SHIFT

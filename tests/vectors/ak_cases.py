@@ -252,6 +252,7 @@ def _structures() -> Iterator[AkCase]:
         ("RSAES, which has no hash", rsa_public(scheme=rsae)),
         ("a keyed hash", public_area(kind=KEYEDHASH, scheme=NO_SYMMETRIC, detail=bytes(34))),
         ("a symmetric cipher", public_area(kind=SYMCIPHER, scheme=NO_SYMMETRIC, detail=bytes(34))),
+        ("an ECC key's structure called a symmetric cipher", good[:2] + b"\x00\x25" + good[4:]),
         ("an ECC key's structure called RSA", good[:2] + b"\x00\x01" + good[4:]),
     ):
         yield AkCase(comment=comment, flags=("Encoding",), public=public, error=FORMAT)

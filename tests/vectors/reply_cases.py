@@ -211,6 +211,7 @@ def _blobs(base: Base) -> Iterator[Case]:
         ("PCR 24", flip(blob, 10)),
         ("its padding byte set", flip(blob, 11)),
         ("no PCR", blob[:7] + bytes(3) + blob[10:]),
+        ("no PCR and no list", blob[:7] + bytes(3) + blob[10:132] + bytes(4)),
         ("an unused selection filled", flip(blob, 12)),
         ("two lists of digests announced", flip(blob, first - 8, 3)),
         ("four digests announced", flip(blob, first - 4, 7)),
