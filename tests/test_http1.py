@@ -319,6 +319,18 @@ async def test_a_refused_head_gets_an_answer(site: Site, data: bytes, status: in
     assert "bug" not in [reason for _, reason in site.seen]
 
 
+@pytest.mark.parametrize("after", [b"garbage\r\n\r\n", get_bytes("/ok", "Content-Length: 5")])
+async def test_a_head_leaves_nothing_to_what_follows(site: Site, after: bytes) -> None:
+    async with pair(site) as wire:
+        await wire.send(get_bytes("/ok", method="HEAD"))
+        assert (await wire.reply(to_head=True)).status == 200
+        await wire.send(after)
+        reply = await wire.reply()
+        assert reply.status == 400
+        assert reply.envelope()["results"] == {}
+    assert "bug" not in [reason for _, reason in site.seen]
+
+
 # --- what is no proper request ----------------------------------------------------------------------
 
 BAD = {

@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_pcr_list(text: str) -> int:
     """Read "0,1,7". Raises: UsageError."""
     numbers = text.split(",")
-    if not all(n.isascii() and n.isdecimal() and int(n) < PCR_COUNT for n in numbers):
+    if not all(
+        n.isascii() and n.isdecimal() and len(n) < 3 and int(n) < PCR_COUNT for n in numbers
+    ):
         raise UsageError(f"--pcrs must be numbers from 0 to {PCR_COUNT - 1} joined by commas")
     return mask_of(int(n) for n in numbers)
 
