@@ -11,130 +11,49 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import os
+import re
 import stat
 import tomllib
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from provider_proxy.config_values import (
+    Reader,
+    fail,
+    integer,
+    number,
+    one_of,
+    read_addresses,
+    read_banks,
+    read_duty,
+    read_flag,
+    read_handle,
+    read_identities,
+    read_path,
+    read_pcrs,
+    read_text,
+    read_uuid,
+    read_uuids,
+)
 from provider_proxy.errors import ConfigError, HostError
 from provider_proxy.model import PCR_COUNT, HashAlg, mask_of
 from provider_proxy.waiting_room import DEFAULT_ISOLATED
 
 C = TypeVar("C")
-Reader = Callable[[str, Any], Any]
 
 EMBEDDED = "embedded"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_SECRET_BYTES = 4096
-PERSISTENT_HANDLES = range(0x81000000, 0x82000000)
+TENANT_NAME_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)  # no ':', see tenants.py
+DROP_INS = "tenants.d"  # beside the configuration file
+MAX_DROP_INS = 10_000
 DEFAULT_STATE_DIR = "/var/lib/provider-proxy"
 DEFAULT_IMA_LOG = "/sys/kernel/security/ima/ascii_runtime_measurements"
 DEFAULT_UEFI_LOG = "/sys/kernel/security/tpm0/binary_bios_measurements"
 ALL_BUT_IMA = tuple(pcr for pcr in range(PCR_COUNT) if pcr != 10)
-
-
-def _fail(key: str, must: str) -> ConfigError:
-    return ConfigError(f"{key} must be {must}")
-
-
-def _text(key: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise _fail(key, "text")
-    return value
-
-
-def _flag(key: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise _fail(key, "true or false")
-    return value
-
-
-def _path(key: str, value: object) -> Path:
-    text = _text(key, value)
-    if not text or "\0" in text:
-        raise _fail(key, "a path")
-    return Path(text)
-
-
-def _uuid(key: str, value: object) -> uuid.UUID:
-    try:
-        return uuid.UUID(_text(key, value))
-    except ValueError:
-        raise _fail(key, "a UUID") from None
-
-
-def _number(least: float, most: float) -> Reader:
-    def read(key: str, value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _fail(key, "a number")
-        if not least <= value <= most:
-            raise _fail(key, f">= {least:g}" if value < least else f"<= {most:g}")
-        return float(value)
-
-    return read
-
-
-def _integer(least: int, most: int) -> Reader:
-    number = _number(least, most)
-
-    def read(key: str, value: object) -> int:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise _fail(key, "a whole number")
-        return int(number(key, value))
-
-    return read
-
-
-def _one_of(*choices: str) -> Reader:
-    def read(key: str, value: object) -> str:
-        if value not in choices:
-            raise _fail(key, "one of " + ", ".join(f'"{choice}"' for choice in choices))
-        return _text(key, value)
-
-    return read
-
-
-def _duty(key: str, value: object) -> float:
-    number: float = _number(0, 1)(key, value)
-    if number <= 0:
-        raise _fail(key, "> 0")
-    return number
-
-
-def _handle(key: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value not in PERSISTENT_HANDLES:
-        raise _fail(key, "a persistent handle, 0x81000000 to 0x81ffffff")
-    return value
-
-
-def _pcrs(key: str, value: object) -> int:
-    if not isinstance(value, list) or not all(
-        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < PCR_COUNT for n in value
-    ):
-        raise _fail(key, f"a list of PCR numbers, 0 to {PCR_COUNT - 1}")
-    return mask_of(value)
-
-
-def _banks(key: str, value: object) -> tuple[HashAlg, ...]:
-    if not isinstance(value, list) or not value:
-        raise _fail(key, "a list of banks")
-    read = _one_of(*(alg.label for alg in HashAlg))
-    return tuple(HashAlg.from_label(read(key, name)) for name in value)
-
-
-def _addresses(key: str, value: object) -> tuple[str, ...]:
-    listed = value if isinstance(value, list) else [value]
-    for item in listed:
-        text = _text(key, item)
-        host, _, port = text.rpartition(":")
-        if text.startswith("unix:/"):
-            continue
-        if not host or not port.isascii() or not port.isdecimal() or int(port) > 65535:
-            raise _fail(key, '"host:port", "[ipv6]:port" or "unix:/path"')
-    return tuple(listed)
 
 
 def _key(read: Reader, default: Any, doc: str) -> Any:
@@ -151,15 +70,18 @@ class Listen:
     """`[listen]`: the tenants' door."""
 
     address: tuple[str, ...] = _key(
-        _addresses, ("127.0.0.1:8890",), 'Where tenants ask; a list, or "unix:/path", is fine.'
+        read_addresses, ("127.0.0.1:8890",), 'Where tenants ask; a list, or "unix:/path", is fine.'
     )
-    tls_cert: Path | None = _key(_path, None, "The door's certificate chain, PEM.")
-    tls_key: Path | None = _key(_path, None, "Its private key, PEM; not readable by others.")
+    tls_cert: Path | None = _key(read_path, None, "The door's certificate chain, PEM.")
+    tls_key: Path | None = _key(read_path, None, "Its private key, PEM; not readable by others.")
     client_ca: Path | None = _key(
-        _path, None, "CA of the tenants' certificates; with it, none comes in without one."
+        read_path, None, "CA of the tenants' certificates; with it, none comes in without one."
+    )
+    client_crl: Path | None = _key(
+        read_path, None, "CRL of client_ca; who is on it stays outside. Read again at SIGHUP."
     )
     insecure_plaintext: bool = _key(
-        _flag, False, "No TLS. On loopback and unix sockets only; for trying things out."
+        read_flag, False, "No TLS. On loopback and unix sockets only; for trying things out."
     )
 
 
@@ -168,7 +90,7 @@ class Admin:
     """`[admin]`: the operator's listener, plaintext, never for tenants."""
 
     address: tuple[str, ...] = _key(
-        _addresses, (), "Where /healthz, /readyz and /metrics answer; loopback or unix only."
+        read_addresses, (), "Where /healthz, /readyz and /metrics answer; loopback or unix only."
     )
 
 
@@ -177,23 +99,23 @@ class Tpm:
     """`[tpm]`: the chip."""
 
     tcti: str = _key(
-        _text, "device:/dev/tpmrm0", 'A tpm2-tss string, or "embedded" for a swtpm of our own.'
+        read_text, "device:/dev/tpmrm0", 'A tpm2-tss string, or "embedded" for a swtpm of our own.'
     )
-    ek_handle: int = _key(_handle, 0x81010001, "Persistent handle of the endorsement key.")
-    ak_handle: int = _key(_handle, 0x81000100, "Persistent handle of the attestation key.")
+    ek_handle: int = _key(read_handle, 0x81010001, "Persistent handle of the endorsement key.")
+    ak_handle: int = _key(read_handle, 0x81000100, "Persistent handle of the attestation key.")
     ak_algorithm: str = _key(
-        _one_of("ecc", "rsa"), "ecc", "Kind of the AK when it is made: P-256 or RSA-2048."
+        one_of("ecc", "rsa"), "ecc", "Kind of the AK when it is made: P-256 or RSA-2048."
     )
-    banks: tuple[HashAlg, ...] = _key(_banks, (HashAlg.SHA256,), "PCR banks that are offered.")
+    banks: tuple[HashAlg, ...] = _key(read_banks, (HashAlg.SHA256,), "PCR banks that are offered.")
     max_duty: float = _key(
-        _duty, 0.5, "Share of the chip's time that all our commands together may take."
+        read_duty, 0.5, "Share of the chip's time that all our commands together may take."
     )
     hang_limit_s: float = _key(
-        _number(1, 3600), 120.0, "A command in flight for longer ends the process, in seconds."
+        number(1, 3600), 120.0, "A command in flight for longer ends the process, in seconds."
     )
-    owner_auth_file: Path | None = _key(_path, None, "File with the owner authorisation.")
+    owner_auth_file: Path | None = _key(read_path, None, "File with the owner authorisation.")
     endorsement_auth_file: Path | None = _key(
-        _path, None, "File with the endorsement authorisation."
+        read_path, None, "File with the endorsement authorisation."
     )
 
 
@@ -201,7 +123,7 @@ class Tpm:
 class QuoterTable:
     """`[quoter]`: who quotes."""
 
-    kind: str = _key(_one_of("tpm"), "tpm", "What signs the quotes.")
+    kind: str = _key(one_of("tpm"), "tpm", "What signs the quotes.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,13 +131,13 @@ class BatchTable:
     """`[batch]`: the batching rule."""
 
     window_ms: float = _key(
-        _number(0, 60_000), 50.0, "How long a batch collects after its first request."
+        number(0, 60_000), 50.0, "How long a batch collects after its first request."
     )
     max_leaves: int = _key(
-        _integer(1, 65_536), 1024, "A batch is sealed when it holds so many requests."
+        integer(1, 65_536), 1024, "A batch is sealed when it holds so many requests."
     )
     isolate_pcrs: int = _key(
-        _pcrs,
+        read_pcrs,
         mask_of(DEFAULT_ISOLATED),
         "PCRs that share a batch only among those who ask for the same of them.",
     )
@@ -225,21 +147,42 @@ class BatchTable:
 class Limits:
     """`[limits]`: what the door bears."""
 
-    max_queue: int = _key(_integer(1, 1_000_000), 8192, "Requests that may wait at once.")
-    max_connections: int = _key(_integer(1, 100_000), 4096, "Connections open at once.")
-    default_timeout_ms: int = _key(
-        _integer(1, 600_000), 30_000, "How long a request waits that names no timeout_ms."
+    max_queue: int = _key(integer(1, 1_000_000), 8192, "Requests that may wait at once.")
+    max_connections: int = _key(integer(1, 100_000), 4096, "Connections open at once.")
+    max_connections_per_address: int = _key(
+        integer(1, 100_000), 512, "Connections open at once from one IP address."
     )
-    max_timeout_ms: int = _key(_integer(1, 600_000), 60_000, "The longest timeout_ms served.")
-    drain_ms: int = _key(_integer(0, 600_000), 20_000, "How long a stop waits for those who wait.")
+    default_timeout_ms: int = _key(
+        integer(1, 600_000), 30_000, "How long a request waits that names no timeout_ms."
+    )
+    max_timeout_ms: int = _key(integer(1, 600_000), 60_000, "The longest timeout_ms served.")
+    drain_ms: int = _key(integer(0, 600_000), 20_000, "How long a stop waits for those who wait.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TenantDefaults:
-    """`[tenant_defaults]`: what holds for a tenant with no table of its own."""
+class TenantRules:
+    """`[tenant_defaults]` and `[tenants.NAME]`: what a tenant may do."""
 
+    identities: tuple[str, ...] = _key(
+        read_identities,
+        (),
+        "Who this is; only in [tenants.NAME]. See docs/tenants.md for the forms.",
+    )
+    rate: float = _key(number(0.001, 1e6), 50.0, "Requests a second.")
+    burst: int = _key(integer(1, 1_000_000), 100, "Requests that may come at once.")
+    max_inflight: int = _key(integer(1, 1_000_000), 64, "Requests that may wait at once.")
     pcr_allow: int = _key(
-        _pcrs, mask_of(ALL_BUT_IMA), "PCRs that may be asked for; 10 brings the IMA log along."
+        read_pcrs, mask_of(ALL_BUT_IMA), "PCRs that may be asked for; 10 brings the IMA log along."
+    )
+    vms: frozenset[uuid.UUID] = _key(
+        read_uuids,
+        frozenset(),
+        "VMs whose link to the host may be asked for; only in [tenants.NAME].",
+    )
+    accept_unlisted: bool = _key(
+        read_flag,
+        True,
+        "Certificates of client_ca with no table of their own; only in the defaults.",
     )
 
 
@@ -247,8 +190,8 @@ class TenantDefaults:
 class Logs:
     """`[logs]`: the host's event logs, sent along with PCR 10 and the boot PCRs."""
 
-    ima: Path = _key(_path, Path(DEFAULT_IMA_LOG), "The kernel's IMA list, ASCII.")
-    uefi: Path = _key(_path, Path(DEFAULT_UEFI_LOG), "The firmware's event log.")
+    ima: Path = _key(read_path, Path(DEFAULT_IMA_LOG), "The kernel's IMA list, ASCII.")
+    uefi: Path = _key(read_path, Path(DEFAULT_UEFI_LOG), "The firmware's event log.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,10 +199,10 @@ class Config:
     """The whole file."""
 
     state_dir: Path = _key(
-        _path, Path(DEFAULT_STATE_DIR), "Where the AK's authValue and the embedded TPM live."
+        read_path, Path(DEFAULT_STATE_DIR), "Where the AK's authValue and the embedded TPM live."
     )
     host_uuid: uuid.UUID | None = _key(
-        _uuid, None, "The host's id for tenants; by default derived from its EK."
+        read_uuid, None, "The host's id for tenants; by default derived from its EK."
     )
     listen: Listen = _table(Listen)
     admin: Admin = _table(Admin)
@@ -267,7 +210,8 @@ class Config:
     quoter: QuoterTable = _table(QuoterTable)
     batch: BatchTable = _table(BatchTable)
     limits: Limits = _table(Limits)
-    tenant_defaults: TenantDefaults = _table(TenantDefaults)
+    tenant_defaults: TenantRules = _table(TenantRules)
+    tenants: Mapping[str, TenantRules] = field(default_factory=dict)
     logs: Logs = _table(Logs)
 
 
@@ -278,27 +222,46 @@ TABLES: dict[str, type[Any]] = {
     "quoter": QuoterTable,
     "batch": BatchTable,
     "limits": Limits,
-    "tenant_defaults": TenantDefaults,
+    "tenant_defaults": TenantRules,
     "logs": Logs,
 }
 
 
 def load_config(path: Path) -> Config:
-    """Read a configuration file.
+    """Read a configuration file, and the tenants in `tenants.d/*.toml` beside it.
 
     Raises:
-        HostError: the file is missing or cannot be read.
+        HostError: a file is missing or cannot be read.
         ConfigError: not TOML, or a value is wrong; the message names the file or the key.
     """
+    data = _read_toml(path)
+    tenants = data.get("tenants", {})
+    drop_ins = sorted((path.parent / DROP_INS).glob("*.toml"))[: MAX_DROP_INS + 1]
+    if len(drop_ins) > MAX_DROP_INS:
+        raise ConfigError(f"more than {MAX_DROP_INS} files in {DROP_INS}")
+    for extra in drop_ins:
+        part = _read_toml(extra)
+        more = part.get("tenants")
+        if set(part) != {"tenants"} or not isinstance(more, dict) or not isinstance(tenants, dict):
+            raise ConfigError(f"{extra}: holds [tenants.NAME] tables and nothing else")
+        twice = sorted(set(tenants) & set(more))
+        if twice:
+            raise ConfigError(f"{extra}: tenants.{twice[0]} is there already")
+        tenants = tenants | more
+    if tenants:
+        data["tenants"] = tenants
+    return parse_config(data)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise HostError(f"cannot read {path}: {exc.strerror}") from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path}: {exc}") from exc
-    return parse_config(data)
 
 
 def parse_config(data: Mapping[str, object]) -> Config:
@@ -307,9 +270,44 @@ def parse_config(data: Mapping[str, object]) -> Config:
     Raises:
         ConfigError: the message names the key.
     """
-    config = _read_table(Config, data, "")
+    rest = {key: value for key, value in data.items() if key != "tenants"}
+    config = _read_table(Config, rest, "")
+    tenants = data.get("tenants", {})
+    if not isinstance(tenants, dict):
+        raise fail("tenants", "tables, [tenants.NAME]")
+    config = dataclasses.replace(config, tenants=_read_tenants(tenants, config.tenant_defaults))
     _check_whole(config)
     return config
+
+
+def _read_tenants(
+    tenants: Mapping[str, object], defaults: TenantRules
+) -> Mapping[str, TenantRules]:
+    """Tenants' tables; what one does not say, the defaults say."""
+    found: dict[str, TenantRules] = {}
+    owner: dict[str, str] = {}
+    for name, table in tenants.items():
+        key = f"tenants.{name}"
+        if not TENANT_NAME_RE.fullmatch(name):
+            raise ConfigError(f"{key} must be a name of letters, digits, '.', '_' and '-'")
+        if not isinstance(table, dict):
+            raise fail(key, "a table")
+        if "accept_unlisted" in table:
+            raise ConfigError(f"{key}.accept_unlisted belongs in tenant_defaults")
+        own = _read_table(TenantRules, table, key + ".")
+        rules = dataclasses.replace(
+            defaults, **{setting: getattr(own, setting) for setting in table}
+        )
+        if not rules.identities:
+            raise ConfigError(f"{key}.identities must name at least one identity")
+        for identity in rules.identities:
+            if identity in owner:
+                raise ConfigError(
+                    f"{key}.identities: {identity} belongs to {owner[identity]} already"
+                )
+            owner[identity] = name
+        found[name] = rules
+    return found
 
 
 def _read_table(kind: type[C], data: Mapping[str, object], prefix: str) -> C:
@@ -324,7 +322,7 @@ def _read_table(kind: type[C], data: Mapping[str, object], prefix: str) -> C:
         elif isinstance(value, dict):
             values[name] = _read_table(TABLES[name], value, key + ".")
         else:
-            raise _fail(key, "a table")
+            raise fail(key, "a table")
     return kind(**values)
 
 
@@ -342,6 +340,10 @@ def _check_whole(config: Config) -> None:
             "listen.tls_cert and listen.tls_key must be set (or, to try things out on loopback, "
             "listen.insecure_plaintext)"
         )
+    if listen.client_crl is not None and listen.client_ca is None:
+        raise ConfigError("listen.client_crl needs listen.client_ca")
+    if config.tenant_defaults.identities or config.tenant_defaults.vms:
+        raise ConfigError("identities and vms belong in tenants.NAME, not in tenant_defaults")
     check_local("admin.address", config.admin.address)
     if config.limits.default_timeout_ms > config.limits.max_timeout_ms:
         raise ConfigError("limits.default_timeout_ms must be <= limits.max_timeout_ms")

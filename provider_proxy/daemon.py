@@ -3,7 +3,7 @@
     run ─┬─ batcher.run         fill and flush
          ├─ doors               a listener each; a task a connection
          ├─ watchdog            ends the process where a TPM command hangs
-         └─ signals             SIGTERM and SIGINT begin the drain
+         └─ signals             SIGTERM and SIGINT begin the drain, SIGHUP reloads
 
 Up: TPM and keys, then listeners, then READY. Down: STOPPING; new requests get 503 and a closed
 connection; what waits is sealed and answered, for `limits.drain_ms` at most; then the doors close.
@@ -28,8 +28,9 @@ from provider_proxy.batcher import Batcher
 from provider_proxy.config import Config
 from provider_proxy.hostlogs import HostLogFiles
 from provider_proxy.metrics import Metrics
-from provider_proxy.model import Tenant
 from provider_proxy.quoters.esys import EsysQuoter, open_quoter
+from provider_proxy.reload import ReadConfig, Reloader
+from provider_proxy.tenants import TenantBook, load_book
 from provider_proxy.waiting_room import BatchSettings
 
 log = logging.getLogger(__name__)
@@ -57,28 +58,33 @@ async def run(
     config: Config,
     *,
     open_quoter: OpenQuoter = open_tpm,
+    read_config: ReadConfig | None = None,
     task_status: trio.TaskStatus[Started] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until SIGTERM or SIGINT, or until cancelled.
 
     Args:
         open_quoter: opens the TPM; benchmarks put one with a delay there.
+        read_config: reads the configuration again, for SIGHUP; None where there is no file.
 
     Raises:
         HostError: TPM, key, port or file is missing.
         ConfigError: an inherited socket does not fit the configuration.
     """
     context = listeners.tls_context(config.listen)
+    book = load_book(config.listen, config.tenant_defaults, config.tenants)
     inherited = sysd.take_listen_sockets()
     adopted = listeners.adopt_listeners(inherited, context)
     metrics = Metrics()
     async with open_quoter(config, metrics) as quoter:
         batcher = _make_batcher(config, quoter, metrics)
         draining = trio.Event()
+        tenant_door = _tenant_door(config, quoter, batcher, book)
         tenants = http1.Door(
-            _tenant_door(config, quoter, batcher),
+            tenant_door,
             observe=metrics.count_request,
             max_connections=config.limits.max_connections,
+            max_per_address=config.limits.max_connections_per_address,
         )
         admin = http1.Door(
             server.AdminDoor(metrics, lambda: "draining" if draining.is_set() else quoter.trouble),
@@ -105,6 +111,10 @@ async def run(
                 nursery.start_soon(watchdog.run, quoter, config.tpm.hang_limit_s)
                 for listener in open_admin:
                     nursery.start_soon(_accept, admin, listener)
+                reloader = Reloader(
+                    config, read_config or (lambda: config), tenant_door, open_doors
+                )
+                await nursery.start(_reload_at_signal, reloader)
                 with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                     task_status.started(started)
                     sysd.notify("READY=1")
@@ -154,17 +164,13 @@ def _boottime() -> int:
     return int(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
-def _tenant_door(config: Config, quoter: EsysQuoter, batcher: Batcher) -> server.TenantDoor:
+def _tenant_door(
+    config: Config, quoter: EsysQuoter, batcher: Batcher, book: TenantBook
+) -> server.TenantDoor:
     identity = quoter.identity
-    pcr_allow = config.tenant_defaults.pcr_allow
-
-    def by_connection(peer: http1.Peer) -> Tenant:
-        """Without certificates a connection is all that tells one tenant from another."""
-        return Tenant(name=peer.name, pcr_allow=pcr_allow)
-
     return server.TenantDoor(
         batcher.submit,
-        by_connection,
+        book.find,
         identity=server.identity_results(
             ak_public=identity.ak_public,
             ak_pem=quoter.ak.public_key.public_bytes(
@@ -218,6 +224,14 @@ async def _opened(
 
 async def _accept(door: http1.Door, listener: listeners.Listener) -> None:
     await trio.serve_listeners(door.serve, [listener])
+
+
+async def _reload_at_signal(
+    reloader: Reloader, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    with trio.open_signal_receiver(signal.SIGHUP) as signals:
+        task_status.started()
+        await reloader.run(signals)
 
 
 async def _drain_at_signal(

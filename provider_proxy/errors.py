@@ -8,6 +8,7 @@
     │   └── AkChangedError         the TPM no longer holds the AK that it held
     ├── RequestError               the tenant's request                                     (HTTP 4xx)
     │   ├── ParameterError         400, names the parameter
+    │   ├── UnknownTenantError     403, the connection closes
     │   ├── NotFoundError          404
     │   ├── MethodError            405
     │   └── TenantLimitError       429, the tenant's own limit, with Retry-After
@@ -81,6 +82,7 @@ class RequestError(ProviderProxyError):
 
     status = 400
     parameter: str | None = None
+    closes = False
 
 
 class ParameterError(RequestError):
@@ -89,6 +91,13 @@ class ParameterError(RequestError):
     def __init__(self, parameter: str, problem: str) -> None:
         super().__init__(f"{parameter}: {problem}")
         self.parameter = parameter
+
+
+class UnknownTenantError(RequestError):
+    """The client is no tenant, or its certificate is no longer good."""
+
+    status = 403
+    closes = True
 
 
 class NotFoundError(RequestError):

@@ -11,12 +11,15 @@ wait on the client has a deadline. `Door.finish` never cuts off a request that i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import itertools
 import logging
 import select
 import socket
+import struct
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -48,6 +51,7 @@ TEXT = b"text/plain; version=0.0.4; charset=utf-8"
 REASONS = {
     200: b"OK",
     400: b"Bad Request",
+    403: b"Forbidden",
     404: b"Not Found",
     405: b"Method Not Allowed",
     414: b"URI Too Long",
@@ -68,6 +72,8 @@ class Peer:
     Attributes:
         name: address and port, or the unix socket's connection number; never a secret.
         is_gone: True once the client has hung up.
+        certificate: the client's, DER, verified by TLS; None where it has none.
+        uid: of the process at the other end of a unix socket; None for TCP.
         limit: sets how many seconds the present request may still take; after them it is
             cancelled and answered with a `DeadlineError`.
     """
@@ -75,6 +81,8 @@ class Peer:
     name: str
     is_gone: Callable[[], bool]
     limit: Callable[[float], None]
+    certificate: bytes | None = None
+    uid: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,11 +123,9 @@ def error_response(error: ProviderProxyError) -> Response:
     results: dict[str, object] = {}
     retry_after_s: float | None = getattr(error, "retry_after_s", None)
     if isinstance(error, RequestError | ServiceError):
-        status = error.status
+        status, closes = error.status, error.closes
     if isinstance(error, RequestError) and error.parameter is not None:
         results["parameter"] = error.parameter
-    if isinstance(error, ServiceError):
-        closes = error.closes
     if retry_after_s is not None:
         headers.append((b"Retry-After", b"%d" % max(1, round(retry_after_s))))
     if status == 405:
@@ -142,6 +148,7 @@ def refuse(status: int, text: str, reason: str) -> Response:
 
 ClientStream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
 
+_UCRED = struct.Struct("=iII")  # pid, uid, gid: unix(7)
 _unix_numbers = itertools.count(1)
 
 
@@ -151,38 +158,71 @@ class Door:
     Args:
         handler: answers requests; a `ProviderProxyError` of it becomes its response.
         observe: counts responses.
-        max_connections: connections beyond wait, unread, until another ends.
+        max_connections: one more closes the one that has been idle, or slow, the longest; where
+            all others are being answered it is closed itself.
+        max_per_address: one more from the same IP address is closed.
     """
 
-    def __init__(self, handler: Handler, *, observe: Observer, max_connections: int = 4096) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        observe: Observer,
+        max_connections: int = 4096,
+        max_per_address: int = 4096,
+    ) -> None:
         self.handler = handler
         self.observe = observe
         self.closing = False
-        self._slots = trio.CapacityLimiter(max_connections)
+        self._max_connections = max_connections
+        self._max_per_address = max_per_address
         self._open: set[_Connection] = set()
+        self._per_address: Counter[str] = Counter()
         self._ended = trio.Event()
         self._date = (0, b"")
 
     async def serve(self, stream: ClientStream) -> None:
         """Serve one connection until it ends; closes it."""
-        async with self._slots:
-            connection = _Connection(self, stream)
-            self._open.add(connection)
-            try:
-                await connection.run()
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return  # the client went away
-            except Exception:
-                # A bug that one connection meets must not end the service of all others.
-                log.exception("a connection ended with an unexpected error")
-                self.observe(500, "bug")
-            finally:
-                with trio.move_on_after(CLOSE_LIMIT_S) as scope:
-                    scope.shield = True
-                    with contextlib.suppress(trio.BrokenResourceError):
-                        await stream.aclose()
-                self._open.discard(connection)
-                self._ended.set()
+        connection = _Connection(self, stream)
+        address = connection.address()
+        if address is None or not self._has_room(address):
+            await trio.aclose_forcefully(stream)
+            return
+        self._open.add(connection)
+        self._per_address[address] += 1
+        try:
+            await connection.run()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return  # the client went away
+        except Exception:
+            # A bug that one connection meets must not end the service of all others.
+            log.exception("a connection ended with an unexpected error")
+            self.observe(500, "bug")
+        finally:
+            with trio.move_on_after(CLOSE_LIMIT_S) as scope:
+                scope.shield = True
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await stream.aclose()
+            self._open.discard(connection)
+            self._per_address[address] -= 1
+            if not self._per_address[address]:
+                del self._per_address[address]
+            self._ended.set()
+
+    def _has_room(self, address: str) -> bool:
+        """Make room for a connection where there is none; False where it must go away itself."""
+        if address and self._per_address[address] >= self._max_per_address:
+            self.observe(0, "too many connections of an address")
+            return False
+        if len(self._open) < self._max_connections:
+            return True
+        slow = [c for c in self._open if c.is_waiting_for_client()]
+        if not slow:
+            self.observe(0, "too many connections")
+            return False
+        min(slow, key=lambda c: c.since).cut_off()
+        self.observe(0, "made room")
+        return True
 
     async def finish(self) -> None:
         """Close connections that wait for a request; return when the others had their answer."""
@@ -223,7 +263,27 @@ class _Connection:
         self._stage = _Stage.IDLE
         self._scope = trio.CancelScope()
         self._head_only = False
+        self._cut_off = False
+        self.since = trio.current_time()
         self._outgoing: list[bytes] = []
+
+    def address(self) -> str | None:
+        """The client's IP address; empty for a unix socket, None where it is gone already."""
+        if self._raw.socket.family == socket.AF_UNIX:
+            return ""
+        try:
+            return str(self._raw.socket.getpeername()[0])
+        except OSError:
+            return None
+
+    def is_waiting_for_client(self) -> bool:
+        """True while nothing but the client keeps this connection busy."""
+        return self._stage in (_Stage.IDLE, _Stage.READING) and not self._cut_off
+
+    def cut_off(self) -> None:
+        """End at once, to make room."""
+        self._cut_off = True
+        self._scope.cancel()
 
     def close_if_idle(self) -> None:
         if self._stage is _Stage.IDLE:
@@ -242,6 +302,8 @@ class _Connection:
             if isinstance(self._stream, trio.SSLStream):
                 self._enter(_Stage.READING, HANDSHAKE_LIMIT_S)
                 await self._stream.do_handshake()
+                certificate = self._stream.getpeercert(binary_form=True)
+                peer = dataclasses.replace(peer, certificate=certificate)
             await self._converse(peer)
         while self._scope.cancelled_caught and self._stage in (_Stage.ANSWERING, _Stage.LATE):
             # The request's own deadline. Its connection goes on, under a new scope.
@@ -290,8 +352,10 @@ class _Connection:
         """The next request; a refusal of what is none; None where the client has ended."""
         conn = self._conn
         head: h11.Request | None = None
+        self._head_only = False
         started = bool(conn.trailing_data[0])  # a part of the next one, sent too early
         self._enter(_Stage.IDLE, IDLE_LIMIT_S)
+        self.since = trio.current_time()
         try:
             while True:
                 event = conn.next_event()
@@ -396,8 +460,13 @@ def _to_request(head: h11.Request, peer: Peer) -> Request | Response:
 
 
 def _peer_of(sock: trio.socket.SocketType, limit: Callable[[float], None]) -> Peer:
+    name, uid = None, None
     try:
-        name = sock.getpeername() if sock.family != socket.AF_UNIX else None
+        if sock.family == socket.AF_UNIX:
+            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+            uid = _UCRED.unpack(credentials)[1]
+        else:
+            name = sock.getpeername()
     except OSError as exc:
         raise trio.BrokenResourceError from exc  # gone before we looked
     poll = select.poll()
@@ -407,4 +476,5 @@ def _peer_of(sock: trio.socket.SocketType, limit: Callable[[float], None]) -> Pe
         name=f"{name[0]}:{name[1]}" if name else f"unix:{next(_unix_numbers)}",
         is_gone=lambda: bool(poll.poll(0)),
         limit=limit,
+        uid=uid,
     )

@@ -17,7 +17,25 @@ from provider_proxy.errors import ConfigError, HostError
 BACKLOG = 1024  # a burst of tenants that all begin at once; the kernel caps it at somaxconn
 UNIX_SOCKET_MODE = 0o660
 
-Listener = trio.SocketListener | trio.SSLListener[trio.SocketStream]
+
+class TlsListener(trio.abc.Listener[trio.SSLStream[trio.SocketStream]]):
+    """Accepts TLS connections; `context` may be replaced, which holds for those that come after."""
+
+    def __init__(self, plain: trio.SocketListener, context: ssl.SSLContext) -> None:
+        self.plain = plain
+        self.context = context
+
+    async def accept(self) -> trio.SSLStream[trio.SocketStream]:
+        """Accept a connection; the handshake comes with its first use."""
+        stream = await self.plain.accept()
+        return trio.SSLStream(stream, self.context, server_side=True, https_compatible=True)
+
+    async def aclose(self) -> None:
+        """Close the listening socket."""
+        await self.plain.aclose()
+
+
+Listener = trio.SocketListener | TlsListener
 
 
 def open_listeners(
@@ -135,13 +153,11 @@ def _with_tls(sock: trio.socket.SocketType, context: ssl.SSLContext | None) -> L
     listener = trio.SocketListener(sock)
     if context is None:
         return listener
-    return trio.SSLListener(listener, context, https_compatible=True)
+    return TlsListener(listener, context)
 
 
 def _socket_of(listener: Listener) -> trio.socket.SocketType:
-    inner = listener.transport_listener if isinstance(listener, trio.SSLListener) else listener
-    assert isinstance(inner, trio.SocketListener)
-    return inner.socket
+    return (listener.plain if isinstance(listener, TlsListener) else listener).socket
 
 
 def describe(listeners: Sequence[Listener]) -> list[str]:

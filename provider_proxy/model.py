@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import math
 import re
 import uuid
 from collections.abc import Iterable, Mapping
@@ -154,10 +155,17 @@ class Tenant:
     Attributes:
         name: tells tenants apart; requests of one name take turns with those of others.
         pcr_allow: mask of the PCRs that this tenant may see.
+        rate, burst: requests a second, and how many may come at once.
+        max_inflight: requests that may wait at once.
+        vms: VMs that it may ask about.
     """
 
     name: str
     pcr_allow: int
+    rate: float = math.inf
+    burst: float = math.inf
+    max_inflight: float = math.inf
+    vms: frozenset[uuid.UUID] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

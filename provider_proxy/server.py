@@ -20,9 +20,11 @@ from provider_proxy.errors import (
 from provider_proxy.metrics import Metrics
 from provider_proxy.model import HashAlg, QuoteRequest, Tenant
 from provider_proxy.query import parse_quote_query
+from provider_proxy.quotas import Quotas
 from provider_proxy.wire import FORMAT, encode_envelope
 
 API_VERSION = "1.0"
+IMA_PCR = 10
 
 
 class Submit(Protocol):
@@ -50,6 +52,7 @@ class TenantDoor:
     """The handler of the tenants' listeners.
 
     Args:
+        identify: who a connection's tenant is; the attribute may be replaced, for those who come after.
         identity: results of `GET /verifier/identity`.
         version: of this program.
     """
@@ -66,7 +69,8 @@ class TenantDoor:
         max_timeout_ms: int,
     ) -> None:
         self._submit = submit
-        self._identify = identify
+        self._quotas = Quotas()
+        self.identify = identify
         self._identity = encode_envelope(200, "Success", identity)
         self._version = encode_envelope(
             200,
@@ -93,7 +97,7 @@ class TenantDoor:
         Raises:
             RequestError, ServiceError: `http1` makes the response of them.
         """
-        tenant = self._identify(request.peer)
+        tenant = self.identify(request.peer)
         return await _route(self._routes, request)(request, tenant)
 
     async def _quote(self, request: http1.Request, tenant: Tenant) -> http1.Response:
@@ -104,11 +108,17 @@ class TenantDoor:
         timeout_ms = asked.timeout_ms or self._default_timeout_ms
         if timeout_ms > self._max_timeout_ms:
             raise ParameterError("timeout_ms", f"must be at most {self._max_timeout_ms}")
-        request.peer.limit(timeout_ms / 1000)
-        answer = await self._submit(
-            asked, tenant, timeout_s=timeout_ms / 1000, is_gone=request.peer.is_gone
-        )
-        return http1.Response(body=answer.body())
+        quota = self._quotas.enter(tenant, wants_logs=bool(asked.mask >> IMA_PCR & 1))
+        body: tuple[bytes, ...] = ()
+        try:
+            request.peer.limit(timeout_ms / 1000)
+            answer = await self._submit(
+                asked, tenant, timeout_s=timeout_ms / 1000, is_gone=request.peer.is_gone
+            )
+            body = answer.body()
+        finally:
+            self._quotas.leave(quota, log_bytes=sum(map(len, body[1:])))
+        return http1.Response(body=body)
 
     async def _get_identity(self, request: http1.Request, _tenant: Tenant) -> http1.Response:
         _no_query(request)

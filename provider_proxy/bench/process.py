@@ -91,6 +91,11 @@ insecure_plaintext = true
 tcti = {json.dumps(tcti)}
 ak_algorithm = {json.dumps(ak_algorithm)}
 max_duty = {max_duty}
+[limits]
+max_connections_per_address = 5000
+[tenant_defaults]
+rate = 1000
+burst = 1000
 [batch]
 window_ms = {window_ms}
 max_leaves = {max_leaves}

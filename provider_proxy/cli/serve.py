@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """
     config = load_config(args.config)
     try:
-        trio.run(daemon.run, config)
+        trio.run(partial(daemon.run, config, read_config=partial(load_config, args.config)))
     except BaseExceptionGroup as group:
         ours, others = group.split(ProviderProxyError)
         if others is not None or ours is None:

@@ -52,6 +52,7 @@ _TABLE = {
     **dict.fromkeys(_CLEAN, Step.CLEAN),
     **dict.fromkeys(_SLOW, Step.SLOW),
 }
+MAX_DOUBLINGS = 16  # past every longest wait
 LAYER_SHIFT = 16
 RESMGR_LAYER = 0xB  # the kernel's resource manager answers for the TPM: its codes are the TPM's
 SOFTWARE_LAYERS = (0x6, 0x7, 0x8, 0x9, 0xA)  # tpm2-tss: FAPI, ESYS, SYS, MU, TCTI
@@ -97,5 +98,7 @@ def wait_s(step: Step, tries: int) -> float:
     Args:
         tries: how many have failed, from 1.
     """
-    longest: float = min(LONGEST_WAIT_S[step], FIRST_WAIT_S[step] * 2 ** (tries - 1))
+    longest: float = min(
+        LONGEST_WAIT_S[step], FIRST_WAIT_S[step] * 2 ** min(tries - 1, MAX_DOUBLINGS)
+    )
     return longest * random.uniform(0.5, 1.0)  # noqa: S311  # jitter is no secret

@@ -1,0 +1,523 @@
+"""The audit log: a line of JSON for each request of a finished batch, and proofs from such lines.
+
+A record holds what its own tenant needs to show, with its nonce, that the request is a leaf under
+a root that the TPM signed; without the nonce it shows nobody anything. Records are pure values.
+`AuditLog` appends them in a worker thread, a batch at once; nothing that befalls its file or its
+disk reaches the caller. What is read back is untrusted bytes: a line that is no record is reported
+and skipped.
+
+Invariants: a nonce, a VM's name, a PCR value or a claim is never written. Reading and proving need
+`cryptography` alone, so that a tenant can do both; trio is imported where records are written.
+docs/audit.md has the fields, and what they do not prove.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from provider_proxy import attestation, inclusion
+from provider_proxy.errors import (
+    EvidenceFormatError,
+    HostError,
+    InclusionError,
+    ParameterError,
+)
+from provider_proxy.model import (
+    HASH_BYTES,
+    MAX_TREE_SIZE,
+    SALT_BYTES,
+    AkName,
+    Evidence,
+    HashAlg,
+    InclusionProof,
+    LeafHash,
+    Nonce,
+    PcrMask,
+    RootHash,
+    parse_bank,
+    parse_mask,
+)
+from provider_proxy.wire import PATH_LIMIT, Fields, parse_json_object
+
+if TYPE_CHECKING:
+    from provider_proxy.batch import Batch
+
+log = logging.getLogger(__name__)  # "provider_proxy.audit": records without a file go there too
+
+FORMAT = "provider-proxy/audit/1"
+REQUEST_LABEL = b"provider-proxy/audit-request/1\x00"
+OK = "ok"
+DEFAULT_MAX_BYTES = 64 << 20  # some 50,000 records a file
+DEFAULT_KEEP = 8
+MAX_KEEP = 99  # how many names a reader tries; dates behind a dot (.20260101) stay untouched
+MAX_LINE_BYTES = 8192  # the longest name, all of it escaped, and a path of 20 make 5.2 kB
+MAX_TENANT_CHARS = 256  # names of tables have 63, those made of an identity a few more
+MAX_AK_NAME_BYTES = 66  # a SHA-512 name
+MAX_TIME_S = 253402300800.0  # the year 10000, where calendars end
+WRITE_LIMIT_S = 5.0  # an append takes milliseconds; a disk that hangs must not hold the batches up
+MAX_NAME_CHARS = 96
+_NAME_RE = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_NAME_CHARS}}}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedLeaf:
+    """Where a request stands in a quoted tree.
+
+    Attributes:
+        claims_sha256: of the reply's claims; of zero bytes where it has none.
+    """
+
+    root: RootHash
+    leaf_hash: LeafHash
+    claims_sha256: bytes
+    proof: InclusionProof
+
+    def __post_init__(self) -> None:
+        if not len(self.root) == len(self.leaf_hash) == len(self.claims_sha256) == HASH_BYTES:
+            raise EvidenceFormatError(f"root, leaf_hash or claims_sha256 is not {HASH_BYTES} bytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditRecord:
+    """One request of a finished batch. Never the nonce.
+
+    Attributes:
+        time: seconds since the epoch.
+        request_hash: see the function `request_hash`.
+        batch: the daemon's start and the batch's number, unique over restarts.
+        ak_name: of the AK in use; empty where unknown.
+        mask, bank: as the tenant asked.
+        outcome: "ok", or the name of the error's class.
+        leaf: there exactly if the outcome is "ok".
+    """
+
+    time: float
+    tenant: str
+    request_hash: bytes
+    batch: str
+    ak_name: AkName
+    mask: PcrMask
+    bank: HashAlg
+    outcome: str
+    leaf: RecordedLeaf | None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.time < MAX_TIME_S:
+            raise EvidenceFormatError("time is outside the calendar")
+        if len(self.tenant) > MAX_TENANT_CHARS or len(self.ak_name) > MAX_AK_NAME_BYTES:
+            raise EvidenceFormatError("tenant or ak_name is too long")
+        if len(self.request_hash) != HASH_BYTES:
+            raise EvidenceFormatError(f"request_hash is not {HASH_BYTES} bytes")
+        if not _NAME_RE.fullmatch(self.batch) or not _NAME_RE.fullmatch(self.outcome):
+            raise EvidenceFormatError("batch or outcome is not a name")
+        if (self.leaf is not None) != (self.outcome == OK):
+            raise EvidenceFormatError("a proof belongs to the outcome ok, and to no other")
+
+
+def request_hash(nonce: Nonce, mask: int, bank: HashAlg, vm: uuid.UUID | None) -> bytes:
+    """What a tenant that kept its nonce finds its record by; to others it says nothing.
+
+    Does not check: that the nonce has 128 random bits. One with fewer can be guessed from this.
+
+    Returns:
+        SHA-256(label || u8(len nonce) || nonce || u32(mask) || u16(bank) || u8(len vm) || vm).
+    """
+    vm_text = str(vm).encode("ascii") if vm is not None else b""
+    head = REQUEST_LABEL + len(nonce).to_bytes(1, "big") + nonce
+    head += mask.to_bytes(4, "big") + bank.to_bytes(2, "big")
+    return sha256(head + len(vm_text).to_bytes(1, "big") + vm_text).digest()
+
+
+def leaf_hash_of(
+    *, salt: bytes, nonce: Nonce, mask: PcrMask, bank: HashAlg, claims_sha256: bytes
+) -> LeafHash:
+    """A leaf's hash where only the digest of its claims, the end of the leaf input, is known."""
+    whole = inclusion.leaf_input(salt=salt, nonce=nonce, mask=mask, bank=bank)
+    return inclusion.leaf_hash(whole[:-HASH_BYTES] + claims_sha256)
+
+
+def records_of(
+    batch: Batch, *, start: str, ak_name: AkName, time: float
+) -> tuple[AuditRecord, ...]:
+    """The records of a finished batch: some 15 microseconds a waiter, so call it in a worker.
+
+    "ok" says that the batch was quoted and checked; its tenant may have gone meanwhile.
+
+    Args:
+        batch: its waiters have their errors, or it has its quote and proofs.
+        start: letters and digits that name this run of the daemon, others after each restart.
+        time: seconds since the epoch.
+
+    Raises:
+        ValueError: the batch has neither failed nor been quoted.
+    """
+    root: RootHash | None = None
+    records = []
+    for place, waiter in enumerate(batch.waiters):
+        request, leaf = waiter.request, None
+        if waiter.error is None:
+            if batch.quote is None:
+                raise ValueError("the batch is not finished")
+            proof = batch.proofs[place]
+            claims = sha256(waiter.claims or b"").digest()
+            leaf_hash = leaf_hash_of(
+                salt=proof.salt,
+                nonce=request.nonce,
+                mask=request.mask,
+                bank=request.bank,
+                claims_sha256=claims,
+            )
+            if root is None:  # the self-check has led every proof to the same one
+                root = inclusion.root_from_proof(leaf_hash, proof)
+            leaf = RecordedLeaf(root=root, leaf_hash=leaf_hash, claims_sha256=claims, proof=proof)
+        records.append(
+            AuditRecord(
+                time=round(time, 3),
+                tenant=waiter.tenant.name[:MAX_TENANT_CHARS],
+                request_hash=request_hash(request.nonce, request.mask, request.bank, request.vm),
+                batch=f"{start}-{batch.number}",
+                ak_name=ak_name,
+                mask=request.mask,
+                bank=request.bank,
+                outcome=OK if waiter.error is None else type(waiter.error).__name__,
+                leaf=leaf,
+            )
+        )
+    return tuple(records)
+
+
+def encode_record(record: AuditRecord) -> bytes:
+    """One line of a log, its line feed included; ASCII."""
+    return json.dumps(record_values(record), separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def record_values(record: AuditRecord) -> dict[str, object]:
+    """A record as a JSON object; what is not there is left out."""
+    values: dict[str, object] = {
+        "format": FORMAT,
+        "time": record.time,
+        "tenant": record.tenant,
+        "request_hash": record.request_hash.hex(),
+        "batch": record.batch,
+        "mask": hex(record.mask),
+        "bank": record.bank.label,
+        "outcome": record.outcome,
+    }
+    if record.ak_name:
+        values["ak_name"] = record.ak_name.hex()
+    if record.leaf is not None:
+        values |= {
+            "root": record.leaf.root.hex(),
+            "tree_size": record.leaf.proof.tree_size,
+            "leaf_index": record.leaf.proof.leaf_index,
+            "leaf_hash": record.leaf.leaf_hash.hex(),
+            "salt": record.leaf.proof.salt.hex(),
+            "claims_sha256": record.leaf.claims_sha256.hex(),
+            "path": [sibling.hex() for sibling in record.leaf.proof.path],
+        }
+    return values
+
+
+def parse_record(line: bytes) -> AuditRecord:
+    """Read one line of a log, untrusted bytes.
+
+    Raises:
+        EvidenceFormatError: not a record of this format.
+    """
+    if len(line) > MAX_LINE_BYTES:
+        raise EvidenceFormatError(f"the line is longer than {MAX_LINE_BYTES} bytes")
+    fields = Fields(parse_json_object(line, "the line"), "record")
+    if fields.text("format", len(FORMAT)) != FORMAT:
+        raise EvidenceFormatError("not a record of a format that this version reads")
+    leaf_keys = ("root", "tree_size", "leaf_index", "leaf_hash", "salt", "claims_sha256", "path")
+    has_leaf = any(key in fields for key in leaf_keys)
+    try:
+        mask = parse_mask(fields.text("mask", 10))
+        bank = parse_bank(fields.text("bank", 16))
+    except ParameterError as exc:
+        raise EvidenceFormatError(f"record.{exc}") from exc
+    return AuditRecord(
+        time=fields.number("time"),
+        tenant=fields.text("tenant", MAX_TENANT_CHARS),
+        request_hash=fields.hex("request_hash", HASH_BYTES),
+        batch=fields.text("batch", MAX_NAME_CHARS),
+        ak_name=AkName(fields.hex("ak_name", MAX_AK_NAME_BYTES) if "ak_name" in fields else b""),
+        mask=mask,
+        bank=bank,
+        outcome=fields.text("outcome", MAX_NAME_CHARS),
+        leaf=_parse_leaf(fields) if has_leaf else None,
+    )
+
+
+def _parse_leaf(fields: Fields) -> RecordedLeaf:
+    return RecordedLeaf(
+        root=RootHash(fields.hex("root", HASH_BYTES)),
+        leaf_hash=LeafHash(fields.hex("leaf_hash", HASH_BYTES)),
+        claims_sha256=fields.hex("claims_sha256", HASH_BYTES),
+        proof=InclusionProof(
+            leaf_index=fields.integer("leaf_index", MAX_TREE_SIZE),
+            tree_size=fields.integer("tree_size", MAX_TREE_SIZE),
+            path=fields.hex_list("path", PATH_LIMIT, HASH_BYTES),
+            salt=fields.hex("salt", SALT_BYTES),
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """A nonce's record, and whether it holds together. Only `prove` makes one.
+
+    Attributes:
+        problem: None where the request is a leaf under the recorded root.
+    """
+
+    record: AuditRecord
+    problem: str | None = None
+
+    @property
+    def qualifying(self) -> bytes:
+        """What a quote over the recorded root has as qualifying data; empty without a root."""
+        leaf = self.record.leaf
+        return inclusion.qualifying_data(leaf.root, leaf.proof.tree_size) if leaf else b""
+
+
+def prove(
+    records: Iterable[AuditRecord],
+    nonce: Nonce,
+    *,
+    mask: PcrMask | None = None,
+    bank: HashAlg | None = None,
+    vm: uuid.UUID | None = None,
+    claims: bytes | None = None,
+    evidence: Evidence | None = None,
+) -> Proof | None:
+    """Find a nonce's record and check that nonce, leaf, path and root belong together.
+
+    A nonce that was asked with twice has two records: the first that holds is given, else the last.
+
+    Args:
+        mask, bank: as requested; where None, those that each record says.
+        vm: the VM that the request named.
+        claims: the reply's exact bytes, empty where it had none; None where they are not at hand.
+        evidence: the reply; its quote must be over the recorded root.
+
+    Does not check: time, tenant and batch, which nothing binds; signatures (`Verifier.verify` does).
+
+    Returns:
+        None where no record is this nonce's.
+
+    Raises:
+        VerificationError: the evidence has no quote in it.
+    """
+    quoted = attestation.parse_attest(evidence.quote.attest).extra_data if evidence else b""
+    found = None
+    for record in records:
+        leaf = record.leaf
+        asked = mask or record.mask, bank or record.bank
+        is_named = request_hash(nonce, *asked, vm) == record.request_hash
+        if leaf is None:
+            if is_named:
+                found = Proof(record=record, problem=f"the request ended with {record.outcome}")
+            continue
+        digest = leaf.claims_sha256 if claims is None else sha256(claims).digest()
+        own = leaf_hash_of(
+            salt=leaf.proof.salt, nonce=nonce, mask=asked[0], bank=asked[1], claims_sha256=digest
+        )
+        if not is_named and own != leaf.leaf_hash:
+            continue
+        faults = (
+            (not is_named, "request_hash is not that of this nonce, mask, bank and VM, or no VM"),
+            (own != leaf.leaf_hash, "leaf_hash is not that of nonce, mask, bank, salt and claims"),
+            (asked != (record.mask, record.bank), "mask or bank is not the requested one"),
+            (digest != leaf.claims_sha256, "claims_sha256 is not that of the claims"),
+        )
+        fault = next((text for is_wrong, text in faults if is_wrong), None) or _root_fault(leaf)
+        problem = f"the record does not hold together: {fault}" if fault else None
+        found = Proof(record=record, problem=problem)
+        if evidence is not None and problem is None:
+            if quoted != found.qualifying:
+                found = Proof(record=record, problem="the quote is not over the recorded root")
+            elif evidence.ak_name != record.ak_name:
+                found = Proof(record=record, problem="the evidence names another AK")
+        if found.problem is None:
+            return found
+    return found
+
+
+def _root_fault(leaf: RecordedLeaf) -> str | None:
+    size = leaf.proof.tree_size
+    if size < 2 or size & (size - 1):
+        return "tree_size is not a power of two of at least 2"
+    try:
+        root = inclusion.root_from_proof(leaf.leaf_hash, leaf.proof)
+    except InclusionError as exc:
+        return str(exc)
+    return None if root == leaf.root else "the path does not lead from leaf_hash to root"
+
+
+class AuditLog:
+    """Appends records to a file that it rotates, or gives them to the logger.
+
+    The file is opened anew for each batch, so that it may be moved or removed at any time.
+
+    Args:
+        path: the file; None for the logger "provider_proxy.audit", at INFO.
+        max_bytes: the file grows no further, but for a batch that alone is larger.
+        keep: how many older files stay, `path.1` the youngest.
+        in_worker: runs the append; a thread, but for tests of timing.
+
+    Attributes:
+        failures: batches that could not be recorded, or not wholly.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        keep: int = DEFAULT_KEEP,
+        in_worker: Callable[..., Awaitable[Any]] | None = None,
+    ) -> None:
+        import trio  # here and in `write` alone: who reads a log has not got it
+
+        if max_bytes < 1 or not 1 <= keep <= MAX_KEEP:
+            raise ValueError(f"max_bytes must be at least 1, keep 1 to {MAX_KEEP}")
+        self.failures = 0
+        self._path, self._max_bytes, self._keep = path, max_bytes, keep
+        self._one = trio.CapacityLimiter(1)
+        self._in_worker = in_worker or functools.partial(
+            trio.to_thread.run_sync, abandon_on_cancel=True, limiter=self._one
+        )
+        self._streak = 0
+        self._hangs = False
+
+    async def write(self, records: Sequence[AuditRecord]) -> None:
+        """Record a batch. Raises nothing for a file or disk that fails: it is logged and counted.
+
+        Not cancelled before its end, so that the last batch at drain is recorded, and back after
+        `WRITE_LIMIT_S` whatever the disk does. No records at all try whether the file opens.
+        """
+        import trio
+
+        if self._hangs and not self._one.available_tokens:
+            self._failed("the last append has not come back")
+            return
+        with trio.CancelScope(deadline=trio.current_time() + WRITE_LIMIT_S, shield=True):
+            try:
+                await self._in_worker(self._write, records)
+            except OSError as exc:
+                self._failed(exc.strerror or str(exc))
+            else:
+                self._succeeded()
+            return
+        self._hangs = True
+        self._failed(f"an append takes longer than {WRITE_LIMIT_S:g} s")
+
+    def _failed(self, problem: str) -> None:
+        self.failures += 1
+        self._streak += 1
+        if self._streak == 1:
+            log.error("the audit log cannot be written, records are lost: %s", problem)
+
+    def _succeeded(self) -> None:
+        self._hangs = False
+        if self._streak:
+            log.warning("the audit log is written again; batches not in it: %d", self._streak)
+            self._streak = 0
+
+    def _write(self, records: Sequence[AuditRecord]) -> None:
+        """In the worker. Raises: OSError."""
+        lines = [encode_record(record) for record in records]
+        if self._path is not None:
+            self._append(self._path, b"".join(lines))
+            return
+        for line in lines:
+            log.info("%s", line.decode("ascii").rstrip())
+
+    def _append(self, path: Path, data: bytes) -> None:
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            size = os.fstat(fd).st_size
+            if size and os.pread(fd, 1, size - 1) != b"\n":  # torn by a crash, or by a full disk
+                data = b"\n" + data
+            is_full = size > 0 and size + len(data) > self._max_bytes
+            while data and not is_full:
+                data = data[os.write(fd, data) :]
+        finally:
+            os.close(fd)
+        if is_full:
+            self._rotate(path)
+            self._append(path, data.removeprefix(b"\n"))  # to an empty file, which is never full
+
+    def _rotate(self, path: Path) -> None:
+        """Move each file one number up, as far as the first gap: a crash in here leaves one."""
+        gap = next((n for n in range(1, self._keep) if not _older(path, n).exists()), self._keep)
+        for number in range(gap, 1, -1):
+            _older(path, number - 1).replace(_older(path, number))
+        path.replace(_older(path, 1))
+        for number in range(self._keep + 1, MAX_KEEP + 1):
+            _older(path, number).unlink(missing_ok=True)
+
+
+def _older(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.{number}")
+
+
+OnDamage = Callable[[Path, int, str], None]
+"""Told of a line that is no record: file, line number from 1, and why. Never what it holds."""
+
+
+def warn_of_damage(path: Path, number: int, problem: str) -> None:
+    """The usual `OnDamage`."""
+    log.warning("%s:%d is skipped: %s", path, number, problem)
+
+
+def read_records(path: Path, on_damage: OnDamage = warn_of_damage) -> Iterator[AuditRecord]:
+    """The records of a log and its older files, oldest first; untrusted bytes.
+
+    May run while the log is rotated: what was there and stays is given, and once.
+
+    Raises:
+        HostError: there is no such log, or it cannot be read.
+    """
+    with contextlib.ExitStack() as stack:
+        # The newest is opened first: what is rotated meanwhile turns up again under the next name.
+        files: dict[tuple[int, int], tuple[Path, BinaryIO]] = {}
+        try:
+            for name in (path, *(_older(path, number) for number in range(1, MAX_KEEP + 1))):
+                with contextlib.suppress(FileNotFoundError):
+                    file: BinaryIO = stack.enter_context(name.open("rb"))
+                    stat = os.fstat(file.fileno())
+                    files.setdefault((stat.st_dev, stat.st_ino), (name, file))
+            if not files:
+                raise HostError(f"cannot read {path}: there is no such file")
+            for name, file in reversed(files.values()):
+                for number, line in enumerate(_lines(file), 1):
+                    try:
+                        record = parse_record(line)
+                    except EvidenceFormatError as exc:
+                        on_damage(name, number, str(exc))
+                    else:
+                        yield record
+        except OSError as exc:
+            raise HostError(f"cannot read {path}: {exc.strerror}") from exc
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines; of one that is too long its beginning, which is too long as well."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        rest = line
+        while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE_BYTES + 1)
+        yield line

@@ -1,0 +1,156 @@
+"""Readers of single configuration values: each checks one, and names its key in what it says.
+
+A reader takes the key and the TOML value, and gives the value that the program uses.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from provider_proxy.errors import ConfigError
+from provider_proxy.model import PCR_COUNT, HashAlg, mask_of
+
+Reader = Callable[[str, Any], Any]
+
+PERSISTENT_HANDLES = range(0x81000000, 0x82000000)
+IDENTITY_RE = re.compile(
+    r"spiffe://[^\s]{1,2000}|dns:[a-z0-9._-]{1,253}|email:[^\s]{3,254}|cn:[^\n]{1,64}"
+    r"|sha256:[0-9a-f]{64}|uid:[0-9]{1,10}"
+)
+
+
+def fail(key: str, must: str) -> ConfigError:
+    """The error of a key whose value is not as it must be."""
+    return ConfigError(f"{key} must be {must}")
+
+
+def read_text(key: str, value: object) -> str:
+    """A string."""
+    if not isinstance(value, str):
+        raise fail(key, "text")
+    return value
+
+
+def read_flag(key: str, value: object) -> bool:
+    """A boolean."""
+    if not isinstance(value, bool):
+        raise fail(key, "true or false")
+    return value
+
+
+def read_path(key: str, value: object) -> Path:
+    """A path, not empty."""
+    text = read_text(key, value)
+    if not text or "\0" in text:
+        raise fail(key, "a path")
+    return Path(text)
+
+
+def read_uuid(key: str, value: object) -> uuid.UUID:
+    """A UUID."""
+    try:
+        return uuid.UUID(read_text(key, value))
+    except ValueError:
+        raise fail(key, "a UUID") from None
+
+
+def number(least: float, most: float) -> Reader:
+    """A reader of numbers within bounds."""
+
+    def read(key: str, value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise fail(key, "a number")
+        if not least <= value <= most:
+            raise fail(key, f">= {least:g}" if value < least else f"<= {most:g}")
+        return float(value)
+
+    return read
+
+
+def integer(least: int, most: int) -> Reader:
+    """A reader of whole numbers within bounds."""
+    inner = number(least, most)
+
+    def read(key: str, value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise fail(key, "a whole number")
+        return int(inner(key, value))
+
+    return read
+
+
+def one_of(*choices: str) -> Reader:
+    """A reader of some words."""
+
+    def read(key: str, value: object) -> str:
+        if value not in choices:
+            raise fail(key, "one of " + ", ".join(f'"{choice}"' for choice in choices))
+        return read_text(key, value)
+
+    return read
+
+
+def read_duty(key: str, value: object) -> float:
+    """A share above 0 and at most 1."""
+    share: float = number(0, 1)(key, value)
+    if share <= 0:
+        raise fail(key, "> 0")
+    return share
+
+
+def read_handle(key: str, value: object) -> int:
+    """A TPM's persistent handle."""
+    if not isinstance(value, int) or isinstance(value, bool) or value not in PERSISTENT_HANDLES:
+        raise fail(key, "a persistent handle, 0x81000000 to 0x81ffffff")
+    return value
+
+
+def read_pcrs(key: str, value: object) -> int:
+    """A list of PCR numbers; their mask."""
+    if not isinstance(value, list) or not all(
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < PCR_COUNT for n in value
+    ):
+        raise fail(key, f"a list of PCR numbers, 0 to {PCR_COUNT - 1}")
+    return mask_of(value)
+
+
+def read_banks(key: str, value: object) -> tuple[HashAlg, ...]:
+    """A list of PCR banks."""
+    if not isinstance(value, list) or not value:
+        raise fail(key, "a list of banks")
+    read = one_of(*(alg.label for alg in HashAlg))
+    return tuple(HashAlg.from_label(read(key, name)) for name in value)
+
+
+def read_addresses(key: str, value: object) -> tuple[str, ...]:
+    """An address or a list of them."""
+    listed = value if isinstance(value, list) else [value]
+    for item in listed:
+        text = read_text(key, item)
+        host, _, port = text.rpartition(":")
+        if text.startswith("unix:/"):
+            continue
+        if not host or not port.isascii() or not port.isdecimal() or int(port) > 65535:
+            raise fail(key, '"host:port", "[ipv6]:port" or "unix:/path"')
+    return tuple(listed)
+
+
+def read_identities(key: str, value: object) -> tuple[str, ...]:
+    """A list of tenants' identities."""
+    if not isinstance(value, list):
+        raise fail(key, "a list of identities")
+    for item in value:
+        if not IDENTITY_RE.fullmatch(read_text(key, item)):
+            raise fail(key, "identities: spiffe://…, dns:…, email:…, cn:…, sha256:<hex> or uid:<n>")
+    return tuple(value)
+
+
+def read_uuids(key: str, value: object) -> frozenset[uuid.UUID]:
+    """A list of UUIDs."""
+    if not isinstance(value, list):
+        raise fail(key, "a list of UUIDs")
+    return frozenset(read_uuid(key, item) for item in value)

@@ -1,0 +1,113 @@
+"""SIGHUP: reads the configuration, the tenants, the certificates and the CRL again, and loses nothing.
+
+The new state is made as a whole before any of it is used; where a part of it is bad, the old one goes on.
+Connections stay: those that come after get the new TLS context, and every request asks the new book.
+What cannot change while serving (addresses, TPM, batch, limits) is named in the log, and waits for a
+restart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import trio
+
+from provider_proxy import listeners, sysd
+from provider_proxy.config import Config
+from provider_proxy.errors import ConfigError, ProviderProxyError
+from provider_proxy.server import TenantDoor
+from provider_proxy.tenants import TenantBook, load_book
+
+log = logging.getLogger(__name__)
+
+ReadConfig = Callable[[], Config]
+RELOADED = ("tenants", "tenant_defaults")
+RELOADED_LISTEN = ("tls_cert", "tls_key", "client_ca", "client_crl")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Fresh:
+    """All that a reload replaces, made before any of it is used."""
+
+    config: Config
+    book: TenantBook
+    context: ssl.SSLContext | None
+
+
+class Reloader:
+    """Replaces what a reload can.
+
+    Args:
+        config: as it was read at the start.
+        read_config: reads it again.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        read_config: ReadConfig,
+        door: TenantDoor,
+        doors: Sequence[listeners.Listener],
+    ) -> None:
+        self._config = config
+        self._read_config = read_config
+        self._door = door
+        self._tls = [door for door in doors if isinstance(door, listeners.TlsListener)]
+
+    async def run(self, signals: AsyncIterator[int]) -> None:
+        """Reload at each signal, for ever."""
+        async for _ in signals:
+            sysd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            try:
+                await self.reload()
+            except ProviderProxyError as exc:
+                log.error("reload refused, going on as before: %s", exc)
+            sysd.notify("READY=1")
+
+    async def reload(self) -> None:
+        """Read everything anew and use it.
+
+        Raises:
+            ConfigError, HostError: something is wrong with it; nothing has changed.
+        """
+        fresh = await trio.to_thread.run_sync(self._load)
+        for key in _unchangeable(self._config, fresh.config):
+            log.warning("reload: %s has changed, which takes a restart", key)
+        self._door.identify = fresh.book.find
+        if fresh.context is not None:
+            for listener in self._tls:
+                listener.context = fresh.context
+        log.info("reloaded: %d tenants", len(fresh.config.tenants))
+
+    def _load(self) -> _Fresh:
+        config = self._read_config()
+        if config.listen.insecure_plaintext != self._config.listen.insecure_plaintext:
+            raise ConfigError("listen.insecure_plaintext cannot change while serving")
+        return _Fresh(
+            config=config,
+            book=load_book(config.listen, config.tenant_defaults, config.tenants),
+            context=listeners.tls_context(config.listen),
+        )
+
+
+def _unchangeable(old: Config, new: Config) -> list[str]:
+    """Keys that differ and that a reload does not replace."""
+    found = []
+    for field in dataclasses.fields(Config):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if field.name in RELOADED or before == after:
+            continue
+        if not dataclasses.is_dataclass(before):
+            found.append(field.name)
+            continue
+        found += [
+            f"{field.name}.{part.name}"
+            for part in dataclasses.fields(before)
+            if getattr(before, part.name) != getattr(after, part.name)
+            and not (field.name == "listen" and part.name in RELOADED_LISTEN)
+        ]
+    return found
