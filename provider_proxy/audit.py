@@ -150,7 +150,7 @@ def leaf_hash_of(
 def records_of(
     batch: Batch, *, start: str, ak_name: AkName, time: float
 ) -> tuple[AuditRecord, ...]:
-    """The records of a finished batch: some 15 microseconds a waiter, so call it in a worker.
+    """The records of a finished batch: some 5 microseconds a waiter.
 
     "ok" says that the batch was quoted and checked; its tenant may have gone meanwhile.
 
@@ -412,6 +412,7 @@ class AuditLog:
 
         if self._hangs and not self._one.available_tokens:
             self._failed("the last append has not come back")
+            await trio.lowlevel.checkpoint()
             return
         with trio.CancelScope(deadline=trio.current_time() + WRITE_LIMIT_S, shield=True):
             try:

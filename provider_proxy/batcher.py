@@ -161,7 +161,12 @@ class Batcher:
         if request.vm is not None:
             self._claims_of(tenant, request)  # refuses what it has no claims about
         waiter, wakes = self._room.admit(
-            request, tenant, now=trio.current_time(), timeout_s=timeout_s, is_gone=is_gone
+            request,
+            tenant,
+            now=trio.current_time(),
+            timeout_s=timeout_s,
+            is_gone=is_gone,
+            chip_idle=not self._sealed,
         )
         if wakes:
             self._wake.set()

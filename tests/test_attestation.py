@@ -167,6 +167,24 @@ def test_values_under_other_numbers_are_another_selection() -> None:
             check_pcrs(attest, PcrValues(bank=HashAlg.SHA256, values=values), HashAlg.SHA256)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        ((1, 32), (0, 32)),
+        ((0, 32), (0, 32)),
+        ((24, 32),),
+        ((-1, 32),),
+        ((0, 31),),
+        ((0, 32), (1, 33)),
+        ((0, 0),),
+    ],
+)
+def test_values_that_no_bank_has_cannot_be_made(values: tuple[tuple[int, int], ...]) -> None:
+    digests = tuple((pcr, bytes(length)) for pcr, length in values)
+    with pytest.raises(EvidenceFormatError):
+        PcrValues(bank=HashAlg.SHA256, values=digests)
+
+
 def test_signed_bytes_of_another_kind_are_no_quote() -> None:
     # A restricted key signs these too: TPM2_Certify, _GetTime, _NV_Certify, session audits.
     for kind in (0x8014, 0x8015, 0x8016, 0x8017, 0x8019, 0x801A, 0x801C, 0):

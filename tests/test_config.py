@@ -6,13 +6,14 @@ import dataclasses
 import os
 import tomllib
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from provider_proxy import config as module
-from provider_proxy.config import Config, load_config, parse_config, read_secret
+from provider_proxy.config import Config, TenantRules, load_config, parse_config, read_secret
 from provider_proxy.errors import ConfigError, HostError
 from provider_proxy.model import HashAlg, mask_of
 
@@ -37,6 +38,7 @@ KEYS: dict[str, tuple[Any, list[tuple[str, Any]]]] = {
     "listen.tls_cert": (None, []),  # see the TLS rules below
     "listen.tls_key": (None, []),
     "listen.client_ca": (None, []),
+    "listen.client_crl": (None, []),
     "listen.insecure_plaintext": (False, [("true", True)]),
     "admin.address": (
         (),
@@ -66,10 +68,17 @@ KEYS: dict[str, tuple[Any, list[tuple[str, Any]]]] = {
     "batch.isolate_pcrs": (ISOLATED, [("[]", 0), ("[0, 23]", 1 | 1 << 23)]),
     "limits.max_queue": (8192, [("1", 1), ("1000000", 1_000_000)]),
     "limits.max_connections": (4096, [("1", 1), ("100000", 100_000)]),
+    "limits.max_connections_per_address": (512, [("1", 1), ("100000", 100_000)]),
     "limits.default_timeout_ms": (30_000, [("51", 51), ("60000", 60_000)]),
     "limits.max_timeout_ms": (60_000, [("30000", 30_000), ("600000", 600_000)]),
     "limits.drain_ms": (20_000, [("0", 0), ("600000", 600_000)]),
     "tenant_defaults.pcr_allow": (0xFFFFFF & ~(1 << 10), [("[0, 10]", 1 | 1 << 10), ("[]", 0)]),
+    "tenant_defaults.identities": ((), [("[]", ())]),  # more belongs in [tenants.NAME], see below
+    "tenant_defaults.vms": (frozenset(), [("[]", frozenset())]),
+    "tenant_defaults.rate": (50.0, [("0.001", 0.001), ("1000000", 1e6)]),
+    "tenant_defaults.burst": (100, [("1", 1), ("1000000", 1_000_000)]),
+    "tenant_defaults.max_inflight": (64, [("1", 1), ("1000000", 1_000_000)]),
+    "tenant_defaults.accept_unlisted": (True, [("false", False)]),
     "logs.ima": (
         Path("/sys/kernel/security/ima/ascii_runtime_measurements"),
         [('"/tmp/ima"', Path("/tmp/ima"))],
@@ -106,11 +115,13 @@ BAD: list[tuple[str, str, str]] = [
     ("listen.address", '"127.0.0.1:-1"', ADDRESS),
     ("listen.address", '"127.0.0.1:http"', ADDRESS),
     ("listen.address", '"127.0.0.1:\u0661"', ADDRESS),
+    ("listen.address", f'"127.0.0.1:{"1" * 5000}"', ADDRESS),
     ("listen.address", '"unix:relative"', ADDRESS),
     ("listen.address", '["127.0.0.1:1", 2]', TEXT),
     ("listen.tls_cert", "true", TEXT),
     ("listen.tls_key", "true", TEXT),
     ("listen.client_ca", '""', PATH),
+    ("listen.client_crl", "1", TEXT),
     ("listen.insecure_plaintext", "1", FLAG),
     ("listen.insecure_plaintext", '"yes"', FLAG),
     ("admin.address", '"9100"', ADDRESS),
@@ -158,12 +169,28 @@ BAD: list[tuple[str, str, str]] = [
     ("limits.max_queue", "1e3", WHOLE),
     ("limits.max_connections", "0", ">= 1"),
     ("limits.max_connections", "100001", "<= 100000"),
+    ("limits.max_connections_per_address", "0", ">= 1"),
     ("limits.default_timeout_ms", "0", ">= 1"),
     ("limits.max_timeout_ms", "600001", "<= 600000"),
     ("limits.drain_ms", "-1", ">= 0"),
     ("limits.drain_ms", "600001", "<= 600000"),
     ("tenant_defaults.pcr_allow", "[24]", PCRS),
     ("tenant_defaults.pcr_allow", '"all"', PCRS),
+    ("tenant_defaults.identities", '"dns:a"', "a list of identities"),
+    ("tenant_defaults.identities", "[1]", TEXT),
+    ("tenant_defaults.identities", '["a"]', "identities: "),
+    ("tenant_defaults.identities", '["dns:A"]', "identities: "),
+    ("tenant_defaults.identities", '["sha256:00"]', "identities: "),
+    ("tenant_defaults.identities", '["uid:-1"]', "identities: "),
+    ("tenant_defaults.identities", '["cn:"]', "identities: "),
+    ("tenant_defaults.vms", f'"{UUID}"', "a list of UUIDs"),
+    ("tenant_defaults.vms", '["me"]', "a UUID"),
+    ("tenant_defaults.rate", "0", ">= 0.001"),
+    ("tenant_defaults.rate", "inf", "<= 1e+06"),
+    ("tenant_defaults.burst", "0", ">= 1"),
+    ("tenant_defaults.burst", "1.5", WHOLE),
+    ("tenant_defaults.max_inflight", "0", ">= 1"),
+    ("tenant_defaults.accept_unlisted", "0", FLAG),
     ("logs.ima", "false", TEXT),
     ("logs.uefi", '""', PATH),
 ]
@@ -191,7 +218,7 @@ def all_keys() -> list[str]:
     for field in dataclasses.fields(Config):
         if "read" in field.metadata:
             keys.append(field.name)
-        else:
+        elif field.name != "tenants":  # names of the operator's; see below
             keys += [
                 f"{field.name}.{f.name}" for f in dataclasses.fields(module.TABLES[field.name])
             ]
@@ -266,6 +293,7 @@ TLS = 'tls_cert = "/c"\ntls_key = "/k"\n'
             'insecure_plaintext = true\nclient_ca = "/a"',
             "listen.insecure_plaintext must not stand beside",
         ),
+        (TLS + 'client_crl = "/l"', "listen.client_crl needs listen.client_ca"),
         (TLS + "address = []", "listen.address must name at least one address"),
     ],
 )
@@ -316,6 +344,128 @@ def test_no_plaintext_elsewhere(address: str) -> None:
 def test_the_admin_door_is_local_even_beside_tls(address: str) -> None:
     with pytest.raises(ConfigError, match=r"^admin.address is for loopback and unix sockets only"):
         parse_config(tomllib.loads(f'[listen]\n{TLS}[admin]\naddress = "{address}"'))
+
+
+# --- tenants ----------------------------------------------------------------------------------------
+
+ALICE = '[tenants.alice]\nidentities = ["dns:alice.example.org"]\n'
+
+
+def tenants_of(text: str) -> Mapping[str, TenantRules]:
+    return parse_config(tomllib.loads(PLAIN + text)).tenants
+
+
+def test_no_tenants_by_default() -> None:
+    assert tenants_of("") == {}
+
+
+def test_what_a_tenant_does_not_say_the_defaults_say() -> None:
+    text = (
+        "[tenant_defaults]\nrate = 7\npcr_allow = [0]\naccept_unlisted = false\n"
+        f'{ALICE}rate = 9\nvms = ["{UUID}"]\n[tenants.bob]\nidentities = ["uid:0", "cn:bob"]\n'
+    )
+    rules = tenants_of(text)
+    assert list(rules) == ["alice", "bob"]
+    assert rules["alice"].rate == 9.0
+    assert rules["alice"].pcr_allow == 1
+    assert rules["alice"].vms == {uuid.UUID(UUID)}
+    assert rules["bob"].rate == 7.0
+    assert rules["bob"].vms == frozenset()
+    assert rules["bob"].identities == ("uid:0", "cn:bob")
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [
+        "spiffe://example.org/ns/a",
+        "dns:alice.example.org",
+        "email:alice@example.org",
+        "cn:Alice Example",
+        "sha256:" + "0a" * 32,
+        "uid:1000",
+    ],
+)
+def test_forms_of_an_identity(identity: str) -> None:
+    rules = tenants_of(f'[tenants.alice]\nidentities = ["{identity}"]\n')
+    assert rules["alice"].identities == (identity,)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tenants = 1", "tenants must be tables"),
+        ("[tenants]\nalice = 1", "tenants.alice must be a table"),
+        ("[tenants.alice]", "tenants.alice.identities must name at least one identity"),
+        ("[tenants.alice]\nidentities = []", "tenants.alice.identities must name at least one"),
+        (ALICE + "rat = 1", "tenants.alice.rat is not a key"),
+        (ALICE + "rate = 0", "tenants.alice.rate must be >= 0.001"),
+        (ALICE + "pcr_allow = [24]", "tenants.alice.pcr_allow must be a list of PCR numbers"),
+        (ALICE + "accept_unlisted = true", "tenants.alice.accept_unlisted belongs in"),
+        ('[tenants."a:b"]\nidentities = ["uid:1"]', "tenants.a:b must be a name of letters"),
+        ('[tenants.""]\nidentities = ["uid:1"]', "tenants. must be a name of letters"),
+        (f'[tenants.{"a" * 64}]\nidentities = ["uid:1"]', f"tenants.{'a' * 64} must be a name"),
+        (
+            ALICE + ALICE.replace("tenants.alice", "tenants.bob"),
+            "tenants.bob.identities: dns:alice.example.org belongs to alice already",
+        ),
+        (
+            '[tenant_defaults]\nidentities = ["uid:1"]',
+            "identities and vms belong in tenants.NAME",
+        ),
+        (f'[tenant_defaults]\nvms = ["{UUID}"]', "identities and vms belong in tenants.NAME"),
+    ],
+)
+def test_tenants_that_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**tomllib.loads(PLAIN), **tomllib.loads(text)})
+    assert str(caught.value).startswith(message)
+
+
+def drop_in(folder: Path, name: str, text: str) -> Path:
+    (folder / "tenants.d").mkdir(exist_ok=True)
+    path = folder / "tenants.d" / name
+    path.write_text(text)
+    return path
+
+
+def test_drop_ins_are_read_beside_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(PLAIN + ALICE)
+    drop_in(tmp_path, "bob.toml", '[tenants.bob]\nidentities = ["uid:1"]\n')
+    drop_in(tmp_path, "carol.toml", '[tenants.carol]\nidentities = ["uid:2"]\n')
+    drop_in(tmp_path, "ignored.toml~", "nonsense")
+    assert sorted(load_config(path).tenants) == ["alice", "bob", "carol"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ALICE, "tenants.alice is there already"),
+        ("[limits]\nmax_queue = 1", "holds [tenants.NAME] tables and nothing else"),
+        ("", "holds [tenants.NAME] tables and nothing else"),
+        ("tenants = 1", "holds [tenants.NAME] tables and nothing else"),
+        ("[tenants", ""),
+    ],
+)
+def test_drop_ins_that_are_refused_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(PLAIN + ALICE)
+    extra = drop_in(tmp_path, "x.toml", text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{extra}: {message}")
+
+
+def test_drop_ins_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_DROP_INS", 2)
+    path = tmp_path / "c.toml"
+    path.write_text(PLAIN)
+    for number in range(3):
+        drop_in(tmp_path, f"{number}.toml", f'[tenants.t{number}]\nidentities = ["uid:{number}"]')
+        if number < 2:
+            assert len(load_config(path).tenants) == number + 1
+    with pytest.raises(ConfigError, match="more than 2 files"):
+        load_config(path)
 
 
 # --- what two keys say together ---------------------------------------------------------------------

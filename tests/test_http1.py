@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import random
 import re
 import socket
 import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 import pytest
 import trio
@@ -33,6 +34,7 @@ from provider_proxy.errors import (
     QuoteError,
     SelfCheckError,
     TenantLimitError,
+    UnknownTenantError,
 )
 from provider_proxy.http1 import Door, Request, Response
 
@@ -299,7 +301,7 @@ async def test_a_refused_body_of_a_talkative_client_does_not_lose_the_answer(sit
         await wire.send(get_bytes("/ok", "Content-Length: 100000") + b"x" * 100_000)
         reply = await wire.reply()
         assert reply.status == 400
-        assert await wire.is_closed()
+        assert await wire.rest() == b""  # an end, and no reset, which may overtake the answer
 
 
 @pytest.mark.parametrize(
@@ -445,6 +447,7 @@ async def test_a_half_request_and_the_end_get_nothing(site: Site) -> None:
 
 ERRORS: list[tuple[ProviderProxyError, int, str, dict[str, str], bool]] = [
     (ParameterError("mask", "is wrong"), 400, "Bad Request", {}, False),
+    (UnknownTenantError("you are no tenant"), 403, "Forbidden", {}, True),
     (NotFoundError("no such path"), 404, "Not Found", {}, False),
     (MethodError("only GET"), 405, "Method Not Allowed", {"Allow": "GET"}, False),
     (
@@ -851,19 +854,120 @@ async def test_an_untrusted_server_gets_no_request(site: Site, certs: Certs) -> 
 # --- how many, and the end --------------------------------------------------------------------------
 
 
-async def test_connections_beyond_the_limit_wait() -> None:
+def site_for(*, most: int = 4096, most_per_address: int = 4096) -> Site:
     site = Site()
-    site.door = Door(site.handle, observe=site.note, max_connections=2)
+    site.door = Door(
+        site.handle,
+        observe=site.note,
+        max_connections=most,
+        max_per_address=most_per_address,
+    )
+    return site
+
+
+def reasons(site: Site) -> list[str]:
+    """Why connections, not requests, ended."""
+    return [reason for status, reason in site.seen if status == 0]
+
+
+async def test_room_is_made_by_whoever_has_idled_the_longest() -> None:
+    site = site_for(most=3)
+    async with (
+        open_port(site) as address,
+        connect(address) as one,
+        connect(address) as two,
+        connect(address) as three,
+    ):
+        for wire in (one, two, three, one):  # now two has idled the longest
+            assert (await wire.get("/ok")).status == 200
+            await trio.sleep(0.002)  # clocks are no finer
+        async with connect(address) as four:
+            assert (await four.get("/ok")).status == 200
+            assert await two.is_closed()
+            for wire in (one, three, four):
+                assert (await wire.get("/ok")).status == 200
+    assert reasons(site) == ["made room"]
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /ok HTTP/1.1\r\nHost"])
+async def test_who_says_nothing_or_little_makes_room(sent: bytes) -> None:
+    site = site_for(most=10)
+    async with open_port(site) as address, AsyncExitStack() as stack:
+        slow = [await stack.enter_async_context(connect(address)) for _ in range(10)]
+        for wire in slow:
+            if sent:
+                await wire.send(sent)
+        await until(lambda: len(site.door._open) == 10)
+        for _ in range(10):
+            async with connect(address) as good:
+                assert (await good.get("/ok")).status == 200
+                with trio.fail_after(LIMIT_S):
+                    assert (await good.get("/ok")).status == 200
+
+
+async def test_who_is_being_answered_is_never_cut_off() -> None:
+    site = site_for(most=2)
     async with open_port(site) as address, connect(address) as one, connect(address) as two:
-        await one.get("/1")
-        await two.get("/2")
-        async with connect(address) as three:
-            await three.send(get_bytes("/3"))
-            assert (await two.get("/2")).status == 200
-            await trio.testing.wait_all_tasks_blocked(0.02)
-            assert [r.path for r in site.requests] == ["/1", "/2", "/2"]
-            await _close(one)
-            assert (await three.reply()).body == b"GET /3?"
+        for wire in (one, two):
+            await wire.send(get_bytes("/wait"))
+        await until(lambda: len(site.requests) == 2)
+        for _ in range(3):
+            async with connect(address) as late:
+                try:
+                    await late.send(OK)
+                except trio.BrokenResourceError:
+                    continue
+                assert await late.is_closed()
+        site.release.set()
+        for wire in (one, two):
+            assert (await wire.reply()).body == b"waited"
+        async with connect(address) as three:  # there is room again
+            assert (await three.get("/ok")).status == 200
+    assert reasons(site) == ["too many connections"] * 3 + ["made room"]
+
+
+async def test_one_address_cannot_take_all_the_room() -> None:
+    site = site_for(most_per_address=2)
+    async with (
+        open_port(site) as address,
+        connect(address) as one,
+        connect(address) as two,
+        connected(site.door) as unix,
+    ):
+        for wire in (one, two, unix):
+            assert (await wire.get("/ok")).status == 200
+        async with connect(address) as late:
+            assert await late.is_closed()
+        for wire in (one, two):  # they stay, unlike where the whole door is full
+            assert (await wire.get("/ok")).status == 200
+        async with connected(site.door) as other:  # unix sockets have no address
+            assert (await other.get("/ok")).status == 200
+        await _close(one)
+        await until(lambda: len(site.door._open) == 2)
+        async with connect(address) as again:
+            assert (await again.get("/ok")).status == 200
+    assert reasons(site) == ["too many connections of an address"]
+
+
+async def test_who_the_client_is(site: Site, certs: Certs) -> None:
+    """What identities are made of: the verified certificate, or the uid behind a unix socket."""
+    async with pair(site) as wire:
+        await wire.get("/ok")
+    context = server_context(certs)
+    context.load_verify_locations(cafile=certs.ca_file)
+    context.verify_mode = ssl.CERT_OPTIONAL
+    async with open_port(site, context) as address:
+        for with_cert in (True, False):
+            async with connect(address, certs.client(with_cert=with_cert)) as wire:
+                await wire.get("/ok")
+    async with open_port(site) as address, connect(address) as wire:
+        await wire.get("/ok")
+    unix, known, unknown, plain = (request.peer for request in site.requests)
+    assert (unix.uid, unix.certificate) == (os.getuid(), None)
+    pem = ssl.PEM_cert_to_DER_cert(certs.client_cert.read_text())
+    assert (known.uid, known.certificate) == (None, pem)
+    assert (unknown.uid, unknown.certificate) == (None, None)
+    assert (plain.uid, plain.certificate) == (None, None)
 
 
 async def test_finish_closes_who_is_idle_and_answers_who_waits(site: Site) -> None:
@@ -889,6 +993,21 @@ async def test_finish_closes_who_is_idle_and_answers_who_waits(site: Site) -> No
             assert await busy.is_closed()
             with trio.fail_after(LIMIT_S):
                 await done.wait()
+
+
+async def test_finish_while_an_answer_is_on_its_way(site: Site) -> None:
+    """It was composed before the end was known, comes whole, and nothing follows it."""
+    with trio.fail_after(LIMIT_S):
+        async with pair(site) as wire, trio.open_nursery() as nursery:
+            await wire.send(get_bytes("/big") + OK)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(site.door.finish)
+            await trio.testing.wait_all_tasks_blocked()
+            reply = await wire.reply()
+            assert len(reply.body) == BIG
+            assert await wire.is_closed()
+            await wire.stream.aclose()
+    assert [r.path for r in site.requests] == ["/big"]
 
 
 async def test_finish_does_not_answer_what_was_pipelined(site: Site) -> None:

@@ -41,7 +41,8 @@ def brought_by(module: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["provider_proxy", *(f"provider_proxy.{name}" for name in PURE), "provider_proxy.cli.verify"],
+    [f"provider_proxy.{name}" for name in (*PURE, "pins", "audit", "cli.verify")]
+    + ["provider_proxy"],
 )
 def test_tenants_modules_bring_cryptography_alone(module: str) -> None:
     brought = brought_by(module)

@@ -9,7 +9,7 @@ from hashlib import sha256
 import pytest
 from evidence_factory import leaf_bytes, qualifying, request_number, tree_path, tree_root
 
-from provider_proxy.errors import InclusionError
+from provider_proxy.errors import EvidenceFormatError, InclusionError
 from provider_proxy.inclusion import (
     leaf_hash,
     leaf_input,
@@ -128,6 +128,32 @@ def test_a_parent_is_no_leaf() -> None:
     assert as_data != parent
     roots = {root_from_proof(as_data, proof_of(index, 4, path)) for index in range(4)}
     assert tree_root(leaves) not in roots
+
+
+@pytest.mark.parametrize(
+    ("index", "size", "salt", "node"),
+    [
+        (0, 0, 16, 32),
+        (0, -2, 16, 32),
+        (0, (1 << 20) + 1, 16, 32),
+        (2, 2, 16, 32),
+        (-1, 2, 16, 32),
+        (0, 2, 15, 32),
+        (0, 2, 17, 32),
+        (0, 2, 16, 31),
+        (0, 2, 16, 33),
+    ],
+)
+def test_a_proof_that_can_never_be_one_cannot_be_made(
+    index: int, size: int, salt: int, node: int
+) -> None:
+    with pytest.raises(EvidenceFormatError):
+        proof_of(index, size, (bytes(32), bytes(node)), bytes(salt))
+
+
+def test_the_largest_proof_can_be_made() -> None:
+    last = (1 << 20) - 1
+    assert len(proof_of(last, 1 << 20, (bytes(32),) * 20).path) == 20
 
 
 def test_a_root_is_no_proof_of_an_empty_path() -> None:

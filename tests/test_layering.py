@@ -20,8 +20,9 @@ PURE = (
 SHARED = ("files", "metrics")
 TENANT = ("pins", "client")
 PROVIDER = (
-    *("merkle", "batch", "waiting_room", "config", "sysd", "hostlogs", "tpm.*", "quoters.*"),
-    *("batcher", "http1", "server", "listeners", "watchdog", "daemon"),
+    *("merkle", "batch", "audit", "waiting_room", "config_values", "config", "sysd", "hostlogs"),
+    *("tpm.*", "quoters.*", "quotas", "batcher", "http1", "tenants", "server", "listeners"),
+    *("pki", "watchdog", "reload", "daemon"),
 )
 PROGRAMS = ("bench.*", "cli.*", "__main__")
 ORDER = (*PURE, *SHARED, *TENANT, *PROVIDER, *PROGRAMS)

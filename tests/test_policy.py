@@ -143,6 +143,11 @@ def test_keylimes_tpm_policy_is_read() -> None:
     assert "PCR 7" in refused(policy, quote_with({0: GOOD, 7: OTHER}))
 
 
+def test_hex_of_a_tpm_policy_may_have_either_case() -> None:
+    text = ("0123456789abcdefABCDEF" * 3)[:64]
+    parse_tpm_policy({"0": text}).check(quote_with({0: bytes.fromhex(text)}))
+
+
 def test_a_tpm_policy_is_of_its_bank() -> None:
     policy = parse_tpm_policy({"23": ["ab" * 48]}, bank=HashAlg.SHA384)
     policy.check(quote_with({23: b"\xab" * 48}, HashAlg.SHA384))

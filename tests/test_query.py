@@ -184,6 +184,28 @@ def test_numbers_have_bounds(name: str, least: int, most: int) -> None:
         assert refused(f"{GOOD}&{name}={least - 1}") == name
 
 
+def test_a_query_has_a_length_limit() -> None:
+    assert refused("x" * 511 + "=") == "x" * 40  # 512 characters are read, and found unknown
+    assert refused("x" * 512 + "=") == "query"
+
+
+def test_defaults_are_not_written() -> None:
+    # A proxy that knows fewer parameters still understands the plain question.
+    assert encode_quote_query(parse_quote_query(GOOD)) == GOOD
+
+
+@pytest.mark.parametrize("length", [0, 15, 65])
+def test_a_request_with_another_nonce_cannot_be_made(length: int) -> None:
+    with pytest.raises(ParameterError):
+        QuoteRequest(nonce=Nonce(b"n" * length), mask=PcrMask(1))
+
+
+@pytest.mark.parametrize("mask", [0, -1, 1 << 24])
+def test_a_request_without_pcrs_cannot_be_made(mask: int) -> None:
+    with pytest.raises(ParameterError):
+        QuoteRequest(nonce=Nonce(b"n" * 16), mask=PcrMask(mask))
+
+
 def test_nothing_after_the_last_parameter_is_lost() -> None:
     # All six at once, and then one more, known or not.
     full = f"{GOOD}&bank=sha1&vm={VM}&ima_ml_entry=1&timeout_ms=5"

@@ -20,6 +20,7 @@ from provider_proxy.errors import (
     RequestError,
     SelfCheckError,
     TenantLimitError,
+    UnknownTenantError,
 )
 from provider_proxy.http1 import Door, Peer
 from provider_proxy.metrics import Metrics
@@ -312,6 +313,77 @@ async def test_who_may_not_come_in_gets_nothing(submit: FakeSubmit) -> None:
             assert reply.status == 400
             assert reply.envelope()["results"] == {}
     assert submit.calls == []
+
+
+# --- quotas -----------------------------------------------------------------------------------------
+
+
+async def test_a_tenants_rate_is_its_own(
+    submit: FakeSubmit, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A burst, then so many a second; another tenant does not feel it, and other paths are free."""
+    tenant = Tenant(name="fast", pcr_allow=0xFFFFFF, rate=2.0, burst=3)
+    who = [tenant]
+    door = make_door(submit, identify=lambda peer: who[0])
+    async with connected(door) as wire:
+        for _ in range(2):
+            statuses = [(await wire.get(GOOD)).status for _ in range(4)]
+            assert statuses == [200, 200, 200, 429]
+            reply = await wire.get(GOOD)
+            assert 1 <= int(reply.header("Retry-After") or 0) <= 2
+            assert reply.envelope()["results"] == {}
+            assert (await wire.get("/version")).status == 200
+            who[0] = Tenant(name="other", pcr_allow=0xFFFFFF, rate=2.0, burst=100)
+            assert (await wire.get(GOOD)).status == 200
+            who[0] = tenant
+            await trio.sleep(0.5)
+            assert [(await wire.get(GOOD)).status for _ in range(2)] == [200, 429]
+            await trio.sleep(60)  # no more than the burst is saved up
+
+
+async def test_a_tenants_requests_in_flight_are_bounded(
+    submit: FakeSubmit, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Counted over all its connections; who timed out, failed or hung up is not in flight any more."""
+    tenant = Tenant(name="t", pcr_allow=0xFFFFFF, max_inflight=2)
+    door = make_door(submit, identify=lambda peer: tenant)
+    submit.delay_s = 5.0
+    async with connected(door) as one, connected(door) as two, connected(door) as three:
+        for query, error in (("", None), ("&timeout_ms=1000", None), ("", OverloadedError("full"))):
+            submit.error = error
+            for wire in (one, two):
+                await wire.send(get_bytes(GOOD + query))
+            await trio.testing.wait_all_tasks_blocked()
+            assert (await three.get(GOOD)).status == 429
+            for wire in (one, two):
+                await _unbounded_reply(wire)
+        submit.error = None
+        await three.send(get_bytes(GOOD))
+        assert await _unbounded_reply(three) == 200
+
+
+async def test_identify_may_be_replaced(submit: FakeSubmit) -> None:
+    """A reload holds for the next request."""
+    handler = server.TenantDoor(
+        submit,
+        lambda peer: TENANT,
+        identity=IDENTITY,
+        version="1",
+        banks=(HashAlg.SHA256,),
+        default_timeout_ms=1000,
+        max_timeout_ms=1000,
+    )
+
+    def nobody(_peer: Peer) -> Tenant:
+        raise UnknownTenantError("you are no tenant any more")
+
+    async with connected(Door(handler, observe=lambda status, reason: None)) as wire:
+        assert (await wire.get(GOOD)).status == 200
+        handler.identify = nobody
+        reply = await wire.get(GOOD)
+        assert (reply.status, reply.reason) == (403, "Forbidden")
+        assert reply.closes
+        assert await wire.is_closed()
 
 
 async def test_identify_sees_the_connection(submit: FakeSubmit) -> None:

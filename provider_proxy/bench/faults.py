@@ -12,15 +12,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tpm2_pytss import ESAPI, TSS2_Exception
-from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE
-from tpm2_pytss.types import TPMT_SYM_DEF
-
 from provider_proxy.bench import load
 from provider_proxy.bench.process import Target, config_text
 from provider_proxy.tpm import chip
 from provider_proxy.tpm.broker import Broker
 from provider_proxy.tpm.embedded import EmbeddedTpm
+from provider_proxy.tpm.hog import take_all_sessions
 
 DELAY_MS = 50.0
 FAULT_SHARE = 0.05
@@ -30,7 +27,6 @@ ROUND_S = 3.0
 WARM_UP_S = 0.5
 EXHAUSTED_TENANTS = 50
 EXHAUSTED_LIMIT_S = 35.0
-MAX_SESSIONS = 256  # more than any TPM has
 
 Say = Callable[[str], None]
 
@@ -82,22 +78,6 @@ def _throughput(directory: Path, seed: int, say: Say) -> dict[str, object]:
         "clean_per_s": round(statistics.median(rates["clean"]), 1),
         **counts,
     }
-
-
-def take_all_sessions(context: ESAPI) -> int:
-    """Start sessions until the TPM has none left; how many there were."""
-    for count in range(MAX_SESSIONS):
-        try:
-            context.start_auth_session(
-                ESYS_TR.NONE,
-                ESYS_TR.NONE,
-                TPM2_SE.POLICY,
-                TPMT_SYM_DEF(algorithm=TPM2_ALG.NULL),
-                TPM2_ALG.SHA256,
-            )
-        except TSS2_Exception:
-            return count
-    return MAX_SESSIONS
 
 
 def _exhausted(directory: Path, seed: int) -> dict[str, object]:

@@ -185,14 +185,17 @@ def _show(args: argparse.Namespace) -> int:
         print(json.dumps({"certificates": shown, "crl": _crl_values(crl)}))
         return 0
     now = datetime.now(UTC)
-    for (name, certificate), values in zip(certificates, shown, strict=True):
-        expired = certificate.not_valid_after_utc < now
-        state = "revoked" if values["revoked"] else "expired" if expired else "good"
-        identities = " ".join(identities_of(certificate))
-        print(f"{name}  {identities}  {values['not_after']}  {state}")
-    due = _crl_values(crl)
-    print(f"crl  number {due['number']}  {due['next_update']}")
+    for name, certificate in certificates:
+        end = certificate.not_valid_after_utc
+        state = "revoked" if pki.is_revoked(crl, certificate) else _good_until(end, now)
+        print(f"{name}  {' '.join(identities_of(certificate))}  {end.isoformat()}  {state}")
+    due = crl.next_update_utc or now
+    print(f"crl  number {pki.crl_number(crl)}  {due.isoformat()}  {_good_until(due, now)}")
     return 0
+
+
+def _good_until(end: datetime, now: datetime) -> str:
+    return "good" if now <= end else "expired"
 
 
 def _values(certificate: x509.Certificate) -> dict[str, object]:

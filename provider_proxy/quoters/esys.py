@@ -158,6 +158,8 @@ class EsysQuoter:
         try:
             self._chip = self._opener.reopen()
         except HostError as exc:
+            if isinstance(exc, TpmError) and is_busy(exc):
+                raise  # it is there, and busy: the next try opens it
             raise _ReopenError(str(exc)) from exc
         return self._chip
 

@@ -23,7 +23,7 @@ from tpm2_pytss.types import (
 )
 
 from provider_proxy import attestation
-from provider_proxy.errors import TpmError, VerificationError
+from provider_proxy.errors import EvidenceFormatError, TpmError, VerificationError
 from provider_proxy.model import HashAlg, PcrValues, Quote, pcrs_of
 from provider_proxy.tpm.ladder import Step, step_for, wait_s
 
@@ -175,7 +175,10 @@ class Chip:
                 values.update(zip(got, (bytes(digest) for digest in digests), strict=True))
             counter = seen
             if all(pcr in values for pcr in pcrs_of(mask)):
-                return PcrValues(bank=bank, values=tuple(sorted(values.items()))), counter
+                try:
+                    return PcrValues(bank=bank, values=tuple(sorted(values.items()))), counter
+                except EvidenceFormatError as exc:
+                    raise TpmError(f"TPM2_PCR_Read answered nonsense: {exc}") from exc
             if not values and seen == counter and not len(digests):
                 raise TpmError(f"the TPM has no PCRs in its {bank.label} bank")
         raise TpmError("the PCRs moved during every attempt to read them")

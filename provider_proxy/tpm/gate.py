@@ -19,6 +19,10 @@ import trio
 T = TypeVar("T")
 
 EWMA_WEIGHT = 0.2  # a chip's time varies by percents (TPMScan: p99/p50 = 1.02), so few samples do
+DUTY_SPAN_S = 10.0  # over which the duty holds
+LONGEST_USE = 20  # times the learnt time: what took longer hung, and did not use the chip
+LEAST_USE_S = 1.0  # but a key that is made, or the first command, takes as long as it takes
+LARGEST_SURPRISE = 3  # one hang must not make all estimates worthless; a slower chip is soon learnt
 FIRST_GUESS_S = 0.25  # the median RSA signature of 139 chips, until our own is measured
 
 
@@ -35,6 +39,7 @@ class Gate:
 
     def __init__(self, max_duty: float) -> None:
         self._rest_factor = 1 / max_duty - 1
+        self._longest_rest = DUTY_SPAN_S * (1 - max_duty)
         self._limiter = trio.CapacityLimiter(1)
         self._turn = trio.Lock()
         self._rest_until = 0.0
@@ -80,7 +85,9 @@ class Gate:
                 return result
             finally:
                 now = time.monotonic()
-                self._rest_until = now + (now - begin) * self._rest_factor
+                used = min(now - begin, max(LEAST_USE_S, LONGEST_USE * self.expected_s))
+                rest = min(used * self._rest_factor, self._longest_rest)
+                self._rest_until = now + rest
                 self.in_flight_since = None
 
         async with self._turn:  # who waits for the rest keeps the others from slipping in after it
@@ -90,8 +97,10 @@ class Gate:
             )
 
     def _learn(self, seconds: float) -> None:
-        weight = EWMA_WEIGHT if self._learnt else 1.0
-        self.expected_s += weight * (seconds - self.expected_s)
+        if not self._learnt:
+            self.expected_s = seconds
+        seconds = min(seconds, LARGEST_SURPRISE * self.expected_s)
+        self.expected_s += EWMA_WEIGHT * (seconds - self.expected_s)
         self._learnt = True
 
     async def close(self) -> None:
