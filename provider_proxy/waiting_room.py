@@ -18,6 +18,7 @@ from provider_proxy.model import QuoteRequest, Tenant, mask_of
 
 MAX_LINES = 64  # (bank, isolation class, allowed PCRs) in use at once, over all tenants
 MAX_LINES_PER_TENANT = 2  # so that one tenant's many masks cannot take the chip's turns
+TRY_AGAIN_S = 2.0
 DEFAULT_ISOLATED = (10, 11, 12, 13, 14, 15, 16, 23)  # they move, can be reset, or upset Keylime
 
 
@@ -101,6 +102,7 @@ class WaitingRoom:
         self._turn_s = turn_s
         self._quote_s = quote_s
         self._lines: dict[BatchKey, Line] = {}
+        self._tried: float | None = None
         self.waiting = 0
 
     def admit(
@@ -116,8 +118,8 @@ class WaitingRoom:
         """Give a request a place.
 
         Args:
-            chip_idle: nothing is being quoted; where nobody waits either, a try costs nobody
-                anything, and is how a wrong estimate is unlearnt.
+            chip_idle: nothing is being quoted. Where nobody waits either, and nobody was admitted for
+                `TRY_AGAIN_S`, the estimate does not count: a try is how a wrong one is unlearnt.
 
         Returns:
             The waiter, and True where its line may have become ripe sooner than it was.
@@ -137,7 +139,10 @@ class WaitingRoom:
         if line is None or not line.holds(tenant):
             self._check_lines(tenant, is_new=line is None)
         estimate = self._estimate_s(line)
-        if estimate > timeout_s and not (chip_idle and not self._lines):
+        if self._tried is None:
+            self._tried = now
+        may_try = chip_idle and not self._lines and now - self._tried > TRY_AGAIN_S
+        if estimate > timeout_s and not may_try:
             raise OverloadedError(
                 f"the answer would take about {estimate:.1f} s, longer than your timeout",
                 retry_after_s=self.retry_after_s(),
@@ -146,6 +151,7 @@ class WaitingRoom:
             line = self._lines[key] = Line()
         waiter = Waiter(request, tenant, key, now, now + timeout_s, is_gone)
         line.add(waiter)
+        self._tried = now
         self.waiting += 1
         return waiter, line.count in (1, self._settings.max_leaves)
 

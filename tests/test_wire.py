@@ -86,6 +86,20 @@ def test_encoder_and_parser_agree() -> None:
     assert evidence.ak_name == batch.tpm.ak.name
 
 
+def test_times_are_written_to_the_microsecond() -> None:
+    batch = seal()
+    encoder = EvidenceEncoder(
+        batch.quote,
+        ak_name=batch.tpm.ak.name,
+        hash_alg=HashAlg.SHA256,
+        enc_alg="ecc",
+        sign_alg="ecdsa",
+        quote_ms=1.23456789,
+    )
+    body = b"".join(encoder.encode(batch.proof(0), queued_ms=1e-9))
+    assert parse_evidence(body).timing == Timing(queued_ms=0.0, quote_ms=1.235)
+
+
 def test_what_was_not_sent_is_none() -> None:
     evidence = parse_evidence(seal().body(0))
     assert evidence.claims is None

@@ -31,6 +31,8 @@ SUBCOMMANDS = {
     "fetch": "ask a proxy for a quote; save the request and the evidence",
     "verify": "verify saved evidence, offline",
     "identity": "show what a proxy says of its host's keys",
+    "pki": "make a small CA, a server's and tenants' certificates",
+    "audit": "prove that a nonce was in a batch of the audit log",
     "pin": "say which AK is trusted for which host",
     "tpm": "look at the host's TPM and its attestation key",
     "demo": "200 tenants, one TPM, on this machine",
