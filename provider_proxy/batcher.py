@@ -95,6 +95,10 @@ ClaimsSource = Callable[[Tenant, QuoteRequest], bytes]
 """Claims about the VM that a request names. Raises `NotFoundError` where the tenant has none."""
 
 
+Audit = Callable[[Batch], Awaitable[None]]
+"""Records a batch that was answered, or refused."""
+
+
 class Batcher:
     """Answers tenants' requests out of shared quotes. `run` must be running in a nursery.
 
@@ -102,6 +106,7 @@ class Batcher:
         claims: where claims about VMs come from; None where the host makes none.
         logs: where the host's logs come from; None where it has none.
         boottime: of the host, seconds since the epoch; None where unknown.
+        audit: records each batch after its waiters were answered; None where nobody wants records.
         in_worker: runs the two long computations of a batch; a thread, but for tests of timing.
     """
 
@@ -114,9 +119,11 @@ class Batcher:
         claims: ClaimsSource | None = None,
         logs: LogSource | None = None,
         boottime: int | None = None,
+        audit: Audit | None = None,
         in_worker: Callable[..., Awaitable[Any]] = trio.to_thread.run_sync,
     ) -> None:
         self._in_worker = in_worker
+        self._audit = audit
         self._quoter = quoter
         self._metrics = metrics
         self._claims = claims
@@ -225,10 +232,7 @@ class Batcher:
                 continue
             self._sealed.add(batch)
             await self._quote(batch)
-            if batch.quote is not None:
-                await send.send(batch)
-            else:
-                self._sealed.discard(batch)
+            await send.send(batch)
 
     async def _until_ripe(self) -> None:
         while not self._room.ripe(trio.current_time(), every=self._drain.is_set()):
@@ -287,8 +291,11 @@ class Batcher:
 
     async def _flush(self, receive: trio.MemoryReceiveChannel[Batch]) -> None:
         async for batch in receive:
-            await self._finish(batch)
+            if batch.quote is not None:
+                await self._finish(batch)
             self._sealed.discard(batch)
+            if self._audit is not None:
+                await self._audit(batch)
 
     async def _finish(self, batch: Batch) -> None:
         """Self-check, then answer."""

@@ -195,6 +195,16 @@ class Logs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AuditTable:
+    """`[audit]`: a record of each answered request."""
+
+    enabled: bool = _key(read_flag, False, "Whether records are written.")
+    path: Path | None = _key(read_path, None, "File of the records; the log where there is none.")
+    max_mb: int = _key(integer(1, 100_000), 64, "Size at which the file is rotated, in MB.")
+    keep: int = _key(integer(1, 99), 8, "Rotated files that are kept.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The whole file."""
 
@@ -213,6 +223,7 @@ class Config:
     tenant_defaults: TenantRules = _table(TenantRules)
     tenants: Mapping[str, TenantRules] = field(default_factory=dict)
     logs: Logs = _table(Logs)
+    audit: AuditTable = _table(AuditTable)
 
 
 TABLES: dict[str, type[Any]] = {
@@ -224,6 +235,7 @@ TABLES: dict[str, type[Any]] = {
     "limits": Limits,
     "tenant_defaults": TenantRules,
     "logs": Logs,
+    "audit": AuditTable,
 }
 
 

@@ -134,7 +134,13 @@ def read_addresses(key: str, value: object) -> tuple[str, ...]:
         host, _, port = text.rpartition(":")
         if text.startswith("unix:/"):
             continue
-        if not host or not port.isascii() or not port.isdecimal() or int(port) > 65535:
+        if (
+            not host
+            or not port.isascii()
+            or not port.isdecimal()
+            or len(port) > 5
+            or int(port) > 65535
+        ):
             raise fail(key, '"host:port", "[ipv6]:port" or "unix:/path"')
     return tuple(listed)
 

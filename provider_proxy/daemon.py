@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import secrets
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -24,7 +25,9 @@ import trio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from provider_proxy import http1, listeners, server, sysd, watchdog
-from provider_proxy.batcher import Batcher
+from provider_proxy.audit import AuditLog, records_of
+from provider_proxy.batch import Batch
+from provider_proxy.batcher import Audit, Batcher
 from provider_proxy.config import Config
 from provider_proxy.hostlogs import HostLogFiles
 from provider_proxy.metrics import Metrics
@@ -157,7 +160,24 @@ def _make_batcher(config: Config, quoter: EsysQuoter, metrics: Metrics) -> Batch
         metrics,
         logs=HostLogFiles(config.logs.ima, config.logs.uefi),
         boottime=_boottime(),
+        audit=_make_audit(config, quoter),
     )
+
+
+def _make_audit(config: Config, quoter: EsysQuoter) -> Audit | None:
+    if not config.audit.enabled:
+        return None
+    audit_log = AuditLog(
+        config.audit.path, max_bytes=config.audit.max_mb * 1_000_000, keep=config.audit.keep
+    )
+    start = secrets.token_hex(8)  # makes batch numbers unique over restarts
+
+    async def record(batch: Batch) -> None:
+        await audit_log.write(
+            records_of(batch, start=start, ak_name=quoter.ak.name, time=time.time())
+        )
+
+    return record
 
 
 def _boottime() -> int:

@@ -41,20 +41,37 @@ class PinnedHost(MemoryHistory):
         self._path = path
         self._ak_public = ak_public
 
+    def newest(self) -> ClockState | None:
+        """The newest state that any process accepted.
+
+        Raises:
+            PinChangedError: another AK has been pinned since this object was loaded.
+            HostError: the pin has gone, or is damaged.
+        """
+        on_disk = self._on_disk()
+        mine = super().newest()
+        if on_disk is None or (mine is not None and mine > on_disk):
+            return mine
+        return on_disk
+
+    def _on_disk(self) -> ClockState | None:
+        ak_public, newest = _parse(read_file(self._path, MAX_PIN_BYTES), self._path)
+        if ak_public != self._ak_public:
+            raise PinChangedError(f"{self.host.label} was pinned anew, to another AK")
+        return newest
+
     def accept(self, state: ClockState) -> None:
         """Remember a state; on disk where it is the newest of all processes.
 
         Raises:
-            HostError: the pin cannot be written.
+            PinChangedError: another AK has been pinned since; that person's word stands.
+            HostError: the pin cannot be read or written.
         """
-        before = self.newest()
-        super().accept(state)
-        if self.newest() == before:
-            return
         with _locked(self._path.parent):
-            on_disk = _parse(read_file(self._path, MAX_PIN_BYTES), self._path)[1]
+            on_disk = self._on_disk()
             if on_disk is None or state > on_disk:
                 write_private(self._path, _encode(self._ak_public, state))
+        super().accept(state)
 
 
 class PinStore:

@@ -183,6 +183,7 @@ class Verifier:
         Raises:
             VerificationError: the class says which check failed; the nonce stays open.
             UsageError: the policy reads PCRs that were not requested.
+            HostError: the history cannot be kept; nothing counts as verified.
         """
         request = challenge.request
         if self._policy.needed_mask & ~request.mask:
@@ -216,9 +217,9 @@ class Verifier:
             claims=claims,
         )
         self._policy.check(verified)
+        history.accept(attest.clock)
         if not history.spend(request.nonce):
             raise NonceSpentError("this nonce has verified already")
-        history.accept(attest.clock)
         return verified
 
     def _check_fresh(self, challenge: Challenge, history: HostHistory, now_s: float) -> None:

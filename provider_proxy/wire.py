@@ -38,6 +38,8 @@ from provider_proxy.model import (
 FORMAT = 1
 MAX_EVIDENCE_BYTES = 64 * 1024  # a quote, 24 SHA-512 PCRs, a path of 20 and claims make 35 kB
 MAX_EVIDENCE_WITH_LOGS_BYTES = 48 * 1024 * 1024  # an IMA list of 300,000 lines
+MAX_CONTAINERS = 100_000  # braces in the file names of an IMA list count as well
+MAX_COMMAS = 1_000_000
 MAX_QUOTE_STRING = 16 * 1024
 MAX_UINT32 = (1 << 32) - 1
 MAX_UINT64 = (1 << 64) - 1
@@ -64,11 +66,16 @@ def _no_constant(_name: str) -> object:
 def parse_json_object(data: bytes, what: str) -> dict[str, object]:
     """Read one JSON object: UTF-8, no repeated keys, no deeper than Python's parser goes.
 
+    A small body can become a hundred times its size in objects, so their number is bounded too; text,
+    however long, is not many.
+
     Does not check: its size; the caller knows the limit.
 
     Raises:
         EvidenceFormatError: anything else.
     """
+    if data.count(b"{") + data.count(b"[") > MAX_CONTAINERS or data.count(b",") > MAX_COMMAS:
+        raise EvidenceFormatError(f"{what} has too many parts")
     try:
         value = json.loads(
             data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant

@@ -79,6 +79,10 @@ KEYS: dict[str, tuple[Any, list[tuple[str, Any]]]] = {
     "tenant_defaults.burst": (100, [("1", 1), ("1000000", 1_000_000)]),
     "tenant_defaults.max_inflight": (64, [("1", 1), ("1000000", 1_000_000)]),
     "tenant_defaults.accept_unlisted": (True, [("false", False)]),
+    "audit.enabled": (False, [("true", True)]),
+    "audit.path": (None, [('"/tmp/audit"', Path("/tmp/audit"))]),
+    "audit.max_mb": (64, [("1", 1), ("100000", 100_000)]),
+    "audit.keep": (8, [("1", 1), ("99", 99)]),
     "logs.ima": (
         Path("/sys/kernel/security/ima/ascii_runtime_measurements"),
         [('"/tmp/ima"', Path("/tmp/ima"))],
@@ -191,6 +195,10 @@ BAD: list[tuple[str, str, str]] = [
     ("tenant_defaults.burst", "1.5", WHOLE),
     ("tenant_defaults.max_inflight", "0", ">= 1"),
     ("tenant_defaults.accept_unlisted", "0", FLAG),
+    ("audit.enabled", "1", FLAG),
+    ("audit.path", "1", TEXT),
+    ("audit.max_mb", "0", ">= 1"),
+    ("audit.keep", "100", "<= 99"),
     ("logs.ima", "false", TEXT),
     ("logs.uefi", '""', PATH),
 ]

@@ -947,6 +947,7 @@ async def test_one_address_cannot_take_all_the_room() -> None:
         async with connect(address) as again:
             assert (await again.get("/ok")).status == 200
     assert reasons(site) == ["too many connections of an address"]
+    assert not site.door._per_address  # nothing is kept of those who went
 
 
 async def test_who_the_client_is(site: Site, certs: Certs) -> None:

@@ -919,11 +919,23 @@ async def test_a_fatal_code_opens_the_circuit_until_the_chip_is_well(
         assert "circuit_open 0.0" in metrics.text().decode()
 
 
+def clear_and_make_keys(tcti: str, auth: bytes, *, make: bool) -> None:
+    """As an owner does who clears the TPM; and who perhaps makes keys like ours."""
+    context = open_context(tcti)
+    context.clear(ESYS_TR.PLATFORM)
+    if make:
+        ek = keys.find_or_make_ek(context, EK_HANDLE, keys.Auths())
+        keys.find_or_make_ak(context, AK_HANDLE, "ecc", ek, keys.Auths(), lambda made: auth)
+    context.close()
+
+
 @REAL
+@pytest.mark.parametrize("make", [False, True], ids=["no AK", "another AK"])
 async def test_a_tpm_that_comes_back_with_another_ak_is_not_served(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, make: bool
 ) -> None:
-    """Cleared while we ran: no quote under a key that the tenants do not know."""
+    """Cleared while we ran: no quote under a key that the tenants do not know, though it takes our
+    authValue."""
     monkeypatch.setattr(esys, "PROBE_S", 0.02)
     tpm = EmbeddedTpm(tmp_path / "chip")
     tpm.start()
@@ -937,10 +949,11 @@ async def test_a_tpm_that_comes_back_with_another_ak_is_not_served(
             settings = Tpm(tcti=broker.tcti, max_duty=1.0)
             async with open_quoter(settings, tmp_path / "s", open_context=faulty(plan)) as opened:
                 name = opened.ak.name
+                auth = bytes.fromhex(json.loads(read_text(tmp_path / "s" / "ak.json"))["auth"])
                 ill = True
-                context = open_context(broker.tcti)
-                context.clear(ESYS_TR.PLATFORM)
-                context.close()
+                with trio.move_on_after(0.05):  # the connection breaks
+                    await opened.quote(QUALIFYING, HashAlg.SHA256, 1)
+                clear_and_make_keys(broker.tcti, auth, make=make)
                 ill = False
                 with trio.fail_after(LIMIT_S), pytest.raises(QuoteError):
                     await opened.quote(QUALIFYING, HashAlg.SHA256, 1)
@@ -952,6 +965,33 @@ async def test_a_tpm_that_comes_back_with_another_ak_is_not_served(
                     await opened.quote(QUALIFYING, HashAlg.SHA256, 1)
     finally:
         tpm.stop()
+
+
+@REAL
+async def test_a_replayed_answer_is_not_taken(tmp_path: Path) -> None:
+    """Signed by our AK, and over other data: an answer of before, once more."""
+    answers: list[bytes] = []
+    replays = 0
+
+    def keep(answer: bytes) -> bytes:
+        answers.append(answer)
+        return answer
+
+    def replay(_answer: bytes) -> bytes:
+        nonlocal replays
+        replays += 1
+        return answers[0]
+
+    def plan(command: int) -> Action | None:
+        if command != CC_QUOTE:
+            return None
+        return Action(garble=replay if answers and not replays else keep)
+
+    async with open_quoter(EMBEDDED, tmp_path, open_context=faulty(plan)) as opened:
+        with trio.fail_after(LIMIT_S):
+            quote = await opened.quote(QUALIFYING, HashAlg.SHA256, 1)
+        check(quote, opened.ak, QUALIFYING, HashAlg.SHA256, 1)
+    assert replays == 1
 
 
 @REAL

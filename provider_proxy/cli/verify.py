@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 from provider_proxy.cli import files
-from provider_proxy.errors import UsageError
+from provider_proxy.errors import EvidenceFormatError, UsageError
 from provider_proxy.files import read_file
 from provider_proxy.model import AttestationKey, HashAlg, TrustedHost, VerifiedQuote
 from provider_proxy.policy import Policy, UnsafeAcceptAny, parse_tpm_policy
 from provider_proxy.request_file import MAX_BYTES, parse_request
 from provider_proxy.verify import DEFAULT_MAX_AGE_S, Challenge, MemoryHistory, Verifier
-from provider_proxy.wire import MAX_EVIDENCE_WITH_LOGS_BYTES
+from provider_proxy.wire import MAX_EVIDENCE_WITH_LOGS_BYTES, parse_json_object
 
 MAX_POLICY_BYTES = 1 << 20
 
@@ -108,11 +108,9 @@ def _policy(args: argparse.Namespace, bank: HashAlg) -> Policy:
         print("warning: --insecure-any-state: every state of the host passes", file=sys.stderr)
         return UnsafeAcceptAny()
     try:
-        values = json.loads(read_file(args.tpm_policy, MAX_POLICY_BYTES))
-    except (ValueError, RecursionError) as exc:
-        raise UsageError(f"{args.tpm_policy} is not JSON: {exc}") from exc
-    if not isinstance(values, dict):
-        raise UsageError(f"{args.tpm_policy} is not a JSON object")
+        values = parse_json_object(read_file(args.tpm_policy, MAX_POLICY_BYTES), "the policy")
+    except EvidenceFormatError as exc:
+        raise UsageError(f"{args.tpm_policy}: {exc}") from exc
     return parse_tpm_policy(values, bank=bank)
 
 
