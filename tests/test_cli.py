@@ -424,6 +424,7 @@ def test_a_closed_pipe_is_no_verdict(files: Files) -> None:
     finally:
         os.close(write)
     assert done.returncode == ENVIRONMENT
+    assert b"Traceback" not in done.stderr
 
 
 # --- against a door ---------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from tpm2_pytss.types import TPM2B_SENSITIVE_CREATE, TPMT_SYM_DEF
 
 from provider_proxy import attestation, daemon, inclusion, merkle
 from provider_proxy.config import Admin, BatchTable, Config, Limits, Listen, Logs, Tpm
-from provider_proxy.daemon import OpenQuoter, Started
+from provider_proxy.daemon import Started
 from provider_proxy.metrics import Metrics
 from provider_proxy.model import (
     AttestationKey,
@@ -52,6 +52,7 @@ from provider_proxy.quoters import esys
 from provider_proxy.quoters.esys import EsysQuoter
 from provider_proxy.tpm.broker import Broker
 from provider_proxy.tpm.chip import OpenContext
+from provider_proxy.tpm.chip import open_context as open_undisturbed
 from provider_proxy.tpm.disturb import Action, refusal
 from provider_proxy.tpm.faulty import FaultyContext
 from provider_proxy.wire import EvidenceEncoder
@@ -443,30 +444,31 @@ def plain_config(
     )
 
 
-def opener(faults: Faults | None, seen: list[Metrics] | None = None) -> OpenQuoter:
-    """What `daemon.run` takes as `open_quoter`; notes the daemon's metrics in `seen`."""
-
-    def opened(config: Config, metrics: Metrics) -> AbstractAsyncContextManager[EsysQuoter]:
-        if seen is not None:
-            seen.append(metrics)
-        if faults is None:
-            return esys.open_quoter(config.tpm, config.state_dir, metrics)
-        return esys.open_quoter(
-            config.tpm, config.state_dir, metrics, open_context=faults.open_context
-        )
-
-    return opened
-
-
 @asynccontextmanager
 async def daemon_over(
     config: Config, faults: Faults | None = None, *, metrics: list[Metrics] | None = None
 ) -> AsyncIterator[Started]:
-    """The real daemon with a real TPM, disturbed by plan."""
+    """The real daemon with a real TPM, disturbed by plan; its metrics are put into `metrics`."""
+    open_context = open_undisturbed if faults is None else faults.open_context
+    async with daemon_over_context(config, open_context, metrics=metrics) as started:
+        yield started
+
+
+@asynccontextmanager
+async def daemon_over_context(
+    config: Config, open_context: OpenContext, *, metrics: list[Metrics] | None = None
+) -> AsyncIterator[Started]:
+    """The same with any way to open a tpm2-tss string."""
+
+    def opened(config: Config, made: Metrics) -> AbstractAsyncContextManager[EsysQuoter]:
+        if metrics is not None:
+            metrics.append(made)
+        return esys.open_quoter(config.tpm, config.state_dir, made, open_context=open_context)
+
     thresholds = gc.get_threshold()
     try:
         async with trio.open_nursery() as nursery:
-            run = partial(daemon.run, config, open_quoter=opener(faults, metrics))
+            run = partial(daemon.run, config, open_quoter=opened)
             with trio.fail_after(LIMIT_S):
                 started: Started = await nursery.start(run)
             yield started

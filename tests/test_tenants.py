@@ -1,0 +1,300 @@
+"""Who comes in, and as whom: identities, dates, the CRL, unlisted tenants; quotas by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import trio.testing
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
+
+from provider_proxy.config import TenantRules
+from provider_proxy.errors import HostError, TenantLimitError, UnknownTenantError
+from provider_proxy.http1 import Peer
+from provider_proxy.model import Tenant
+from provider_proxy.quotas import LOG_BURST_BYTES, LOG_BYTES_PER_S, MAX_REMEMBERED, Quotas
+from provider_proxy.tenants import TenantBook, load_crl, parse_certificate
+
+NOW = datetime(2026, 6, 1, tzinfo=UTC)
+DAY = timedelta(days=1)
+CA_KEY = ec.generate_private_key(ec.SECP256R1())
+KEY = ec.generate_private_key(ec.SECP256R1())
+
+
+def name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def certificate(
+    *names: x509.GeneralName, cn: str = "a tenant", serial: int = 7, until: datetime = NOW + DAY
+) -> x509.Certificate:
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name(cn))
+        .issuer_name(name("ca"))
+        .public_key(KEY.public_key())
+        .serial_number(serial)
+        .not_valid_before(NOW - DAY)
+        .not_valid_after(until)
+    )
+    if names:
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    return builder.sign(CA_KEY, hashes.SHA256())
+
+
+def peer(cert: x509.Certificate | None = None, uid: int | None = None) -> Peer:
+    return Peer(
+        name="192.0.2.1:5",
+        is_gone=lambda: False,
+        limit=lambda seconds: None,
+        certificate=cert.public_bytes(Encoding.DER) if cert is not None else None,
+        uid=uid,
+    )
+
+
+def book(
+    tenants: Mapping[str, TenantRules] | None = None,
+    *,
+    unlisted: bool = False,
+    certificates: bool = True,
+    now: Callable[[], datetime] = lambda: NOW,
+) -> TenantBook:
+    defaults = TenantRules(accept_unlisted=unlisted)
+    return TenantBook(defaults, tenants or {}, certificates=certificates, now=now)
+
+
+ACME = x509.UniformResourceIdentifier("spiffe://example.org/acme")
+FULL = certificate(
+    ACME,
+    x509.UniformResourceIdentifier("https://not.an.identity/"),
+    x509.DNSName("Verifier.Example"),
+    x509.RFC822Name("a@example.org"),
+)
+FINGERPRINT = FULL.fingerprint(hashes.SHA256()).hex()
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [
+        "spiffe://example.org/acme",
+        "dns:verifier.example",
+        "email:a@example.org",
+        f"sha256:{FINGERPRINT}",
+    ],
+)
+def test_any_name_of_a_certificate_finds_its_tenant(identity: str) -> None:
+    rules = TenantRules(identities=(identity,), rate=3, burst=4, max_inflight=5, pcr_allow=6)
+    found = book({"acme": rules}).find(peer(FULL))
+    assert found == Tenant(name="acme", rate=3, burst=4, max_inflight=5, pcr_allow=6)
+
+
+def test_names_are_looked_up_in_order() -> None:
+    tenants = {
+        "by-mail": TenantRules(identities=("email:a@example.org",)),
+        "by-uri": TenantRules(identities=("spiffe://example.org/acme",)),
+    }
+    assert book(tenants).find(peer(FULL)).name == "by-uri"
+
+
+def test_the_cn_counts_only_where_there_is_no_other_name() -> None:
+    tenants = {"cn": TenantRules(identities=("cn:a tenant",))}
+    assert book(tenants).find(peer(certificate())).name == "cn"
+    with pytest.raises(UnknownTenantError):
+        book(tenants).find(peer(FULL))
+
+
+def test_an_uri_that_is_no_spiffe_id_is_no_identity() -> None:
+    assert not any("not.an.identity" in i for i in parse_certificate(_der(FULL)).identities)
+
+
+def _der(cert: x509.Certificate) -> bytes:
+    return cert.public_bytes(Encoding.DER)
+
+
+@pytest.mark.parametrize("data", [b"", b"garbage", _der(FULL)[:-1]])
+def test_bytes_that_are_no_certificate_do_not_come_in(data: bytes) -> None:
+    with pytest.raises(UnknownTenantError):
+        parse_certificate(data)
+
+
+def test_unlisted_tenants_come_in_where_the_defaults_say_so() -> None:
+    assert book(unlisted=True).find(peer(FULL)).name == "spiffe://example.org/acme"
+    with pytest.raises(UnknownTenantError):
+        book(unlisted=False).find(peer(FULL))
+
+
+def test_no_certificate_takes_the_name_of_a_table() -> None:
+    """An unlisted certificate whose CN is a tenant's name is another tenant."""
+    tenants = {"acme": TenantRules(identities=("dns:acme.example",))}
+    found = book(tenants, unlisted=True).find(peer(certificate(cn="acme")))
+    assert found.name == "cn:acme"
+
+
+def test_without_a_certificate_nobody_comes_in_where_one_is_asked_for() -> None:
+    with pytest.raises(UnknownTenantError):
+        book(unlisted=True).find(peer())
+
+
+def test_without_certificates_a_connection_is_a_tenant() -> None:
+    assert book(certificates=False).find(peer()).name == "192.0.2.1:5"
+
+
+def test_dates_are_looked_at_each_time() -> None:
+    time = [NOW]
+    tenants = {"acme": TenantRules(identities=("spiffe://example.org/acme",))}
+    found = book(tenants, now=lambda: time[0])
+    assert found.find(peer(FULL)).name == "acme"
+    for other in (NOW + 2 * DAY, NOW - 2 * DAY):
+        time[0] = other
+        with pytest.raises(UnknownTenantError):
+            found.find(peer(FULL))
+
+
+def test_a_unix_user_is_a_tenant() -> None:
+    tenants = {"agent": TenantRules(identities=("uid:64055",))}
+    assert book(tenants).find(peer(uid=64055)).name == "agent"
+    with pytest.raises(UnknownTenantError):
+        book(tenants).find(peer(uid=0))
+    assert book(tenants, unlisted=True).find(peer(uid=0)).name == "uid:0"
+
+
+# --- the CRL ----------------------------------------------------------------------------------------
+
+
+def ca_certificate() -> x509.Certificate:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(name("ca"))
+        .issuer_name(name("ca"))
+        .public_key(CA_KEY.public_key())
+        .serial_number(1)
+        .not_valid_before(NOW - DAY)
+        .not_valid_after(NOW + DAY)
+        .sign(CA_KEY, hashes.SHA256())
+    )
+
+
+def write_crl(
+    folder: Path,
+    serials: tuple[int, ...],
+    *,
+    key: ec.EllipticCurvePrivateKey = CA_KEY,
+    until: datetime = NOW + DAY,
+    encoding: Encoding = Encoding.PEM,
+) -> tuple[Path, Path]:
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(name("ca"))
+        .last_update(NOW - DAY)
+        .next_update(until)
+    )
+    for serial in serials:
+        builder = builder.add_revoked_certificate(
+            x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(NOW).build()
+        )
+    crl, ca = folder / "crl", folder / "ca"
+    crl.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(encoding))
+    ca.write_bytes(ca_certificate().public_bytes(Encoding.PEM))
+    return crl, ca
+
+
+@pytest.mark.parametrize("encoding", [Encoding.PEM, Encoding.DER])
+def test_a_revoked_certificate_does_not_come_in(tmp_path: Path, encoding: Encoding) -> None:
+    crl, ca = write_crl(tmp_path, (7, 9), encoding=encoding)
+    revoked = load_crl(crl, ca, NOW)
+    defaults = TenantRules(accept_unlisted=True)
+    found = TenantBook(defaults, {}, certificates=True, revoked=revoked, now=lambda: NOW)
+    with pytest.raises(UnknownTenantError, match="revoked"):
+        found.find(peer(certificate(serial=7)))
+    assert found.find(peer(certificate(serial=8))).name == "cn:a tenant"
+
+
+def test_a_crl_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    crl, ca = write_crl(tmp_path, (), key=ec.generate_private_key(ec.SECP256R1()))
+    with pytest.raises(HostError, match="not signed by"):
+        load_crl(crl, ca, NOW)
+
+
+def test_a_crl_that_is_out_of_date_is_refused(tmp_path: Path) -> None:
+    crl, ca = write_crl(tmp_path, (), until=NOW)
+    with pytest.raises(HostError, match="out of date"):
+        load_crl(crl, ca, NOW + DAY)
+
+
+def test_what_is_no_crl_is_refused(tmp_path: Path) -> None:
+    crl, ca = write_crl(tmp_path, ())
+    for data in (b"", b"-----BEGIN X509 CRL-----\n", os.urandom(100)):
+        crl.write_bytes(data)
+        with pytest.raises(HostError, match="client_crl"):
+            load_crl(crl, ca, NOW)
+    with pytest.raises(HostError):
+        load_crl(tmp_path / "missing", ca, NOW)
+
+
+# --- quotas -----------------------------------------------------------------------------------------
+
+SLOW = Tenant(name="slow", pcr_allow=1, rate=2, burst=3, max_inflight=2)
+
+
+async def test_a_bucket_fills_at_the_rate(autojump_clock: trio.testing.MockClock) -> None:
+    quotas = Quotas()
+    for _ in range(3):
+        quotas.leave(quotas.enter(SLOW, wants_logs=False))
+    with pytest.raises(TenantLimitError) as caught:
+        quotas.enter(SLOW, wants_logs=False)
+    assert caught.value.retry_after_s >= 1
+    await trio.sleep(0.5)  # one token at two a second
+    quotas.leave(quotas.enter(SLOW, wants_logs=False))
+    with pytest.raises(TenantLimitError):
+        quotas.enter(SLOW, wants_logs=False)
+    await trio.sleep(1000)  # never more than the burst
+    for _ in range(3):
+        quotas.leave(quotas.enter(SLOW, wants_logs=False))
+    with pytest.raises(TenantLimitError):
+        quotas.enter(SLOW, wants_logs=False)
+
+
+async def test_requests_in_flight_are_bounded(autojump_clock: trio.testing.MockClock) -> None:
+    quotas = Quotas()
+    first, _ = (quotas.enter(SLOW, wants_logs=False) for _ in range(2))
+    with pytest.raises(TenantLimitError, match="in flight"):
+        quotas.enter(SLOW, wants_logs=False)
+    quotas.leave(first)
+    quotas.enter(SLOW, wants_logs=False)
+
+
+async def test_one_tenants_limit_is_nobody_elses(autojump_clock: trio.testing.MockClock) -> None:
+    quotas = Quotas()
+    other = Tenant(name="other", pcr_allow=1, rate=2, burst=3, max_inflight=2)
+    for _ in range(2):
+        quotas.enter(SLOW, wants_logs=False)
+    quotas.enter(other, wants_logs=False)
+
+
+async def test_logs_are_paid_for(autojump_clock: trio.testing.MockClock) -> None:
+    quotas = Quotas()
+    quick = Tenant(name="quick", pcr_allow=1, rate=1e6, burst=1e6, max_inflight=9)
+    debt = LOG_BURST_BYTES + 10 * LOG_BYTES_PER_S
+    quotas.leave(quotas.enter(quick, wants_logs=True), log_bytes=debt)
+    with pytest.raises(TenantLimitError, match="ima_ml_entry"):
+        quotas.enter(quick, wants_logs=True)
+    quotas.leave(quotas.enter(quick, wants_logs=False))  # quotes without logs go on
+    await trio.sleep(11)
+    quotas.enter(quick, wants_logs=True)
+
+
+async def test_what_is_remembered_is_bounded(autojump_clock: trio.testing.MockClock) -> None:
+    quotas = Quotas()
+    for number in range(MAX_REMEMBERED):
+        who = Tenant(name=str(number), pcr_allow=1, rate=1, burst=1, max_inflight=1)
+        quotas.leave(quotas.enter(who, wants_logs=False))
+    await trio.sleep(100)
+    quotas.enter(SLOW, wants_logs=False)
+    assert len(quotas._quotas) == 1
