@@ -242,9 +242,6 @@ def create(directory: Path, files: Mapping[str, bytes]) -> None:
     """
     with _writing(directory), contextlib.ExitStack() as undo, contextlib.ExitStack() as parts:
         _make_directory(directory, undo)
-        for path in (directory / name for name in files):
-            if os.path.lexists(path):
-                raise UsageError(f"{path} is there already; nothing was made")
         staged = {
             directory / name: _write_part(parts, directory / name, data)
             for name, data in files.items()
@@ -252,7 +249,7 @@ def create(directory: Path, files: Mapping[str, bytes]) -> None:
         for path, part in staged.items():
             try:
                 os.link(part, path)
-            except FileExistsError as exc:  # another process was faster
+            except FileExistsError as exc:
                 raise UsageError(f"{path} is there already; nothing was made") from exc
             undo.callback(path.unlink)
         _sync(directory)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Awaitable, Callable, Mapping
+from importlib import resources
 from typing import Protocol, TypeVar
 
 from provider_proxy import http1
@@ -82,6 +83,7 @@ class TenantDoor:
                 "provider_proxy": version,
             },
         )
+        self._description = resources.files("provider_proxy").joinpath("openapi.json").read_bytes()
         self._banks = banks
         self._default_timeout_ms = default_timeout_ms
         self._max_timeout_ms = max_timeout_ms
@@ -89,6 +91,7 @@ class TenantDoor:
             "/verifier/quote": self._quote,
             "/verifier/identity": self._get_identity,
             "/version": self._get_version,
+            "/openapi.json": self._get_description,
         }
 
     async def __call__(self, request: http1.Request) -> http1.Response:
@@ -127,6 +130,10 @@ class TenantDoor:
     async def _get_version(self, request: http1.Request, _tenant: Tenant) -> http1.Response:
         _no_query(request)
         return http1.Response(body=(self._version,))
+
+    async def _get_description(self, request: http1.Request, _tenant: Tenant) -> http1.Response:
+        _no_query(request)
+        return http1.Response(body=(self._description,))
 
 
 class AdminDoor:

@@ -27,6 +27,7 @@ from provider_proxy.soft_tpm import AK_ATTRIBUTES, SoftTpm, encode_public
 from provider_proxy.tpm.doctor import Report
 
 GOOD, REFUSED, USAGE, ENVIRONMENT = 0, 1, 2, 3
+OLDEST = ClockState(reset_count=0, restart_count=0, clock_ms=0)
 Done = subprocess.CompletedProcess[str]
 
 
@@ -385,11 +386,12 @@ class Site:
             return await trio.to_thread.run_sync(lambda: run_here(*words, cwd=self.tenant.folder))
 
     async def fetch(self, name: str = "e", *, pinned: bool = True) -> ClockState | None:
-        """Ask; the baseline that the request file has."""
+        """Ask; the baseline that the request file has, None where it is older than any clock."""
         words = ("--pinned", "h", "--pins", "pins") if pinned else ()
         files = ("--evidence", name, "--request", f"{name}.request")
         expect(await self.run("fetch", self.url, "--pcrs", "0", *files, *words), GOOD)
-        return parse_request(self.read(f"{name}.request")).baseline
+        baseline = parse_request(self.read(f"{name}.request")).baseline
+        return None if baseline == OLDEST else baseline
 
     async def verify(self, name: str = "e", *more: str) -> Done:
         return await self.run(

@@ -4,6 +4,7 @@ chip; and the same as tenants see it, through the daemon's sockets."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import random
@@ -381,6 +382,43 @@ async def test_all_our_commands_together_keep_the_duty(
         assert busy <= duty * (stretch[-1][1] - stretch[0][0]) + longest
     outside = [t for t in faults.times if not any(a <= t <= b for a, b in turns)]
     assert outside == []
+
+
+SPAN_S = 10.0  # over which the duty holds
+
+
+def busy_within(turns: list[tuple[float, float]], begin: float, end: float) -> tuple[float, float]:
+    """How long the chip worked for us in a stretch of time, and the longest command that it met."""
+    parts = [(min(b, end) - max(a, begin), b - a) for a, b in turns if a < end and b > begin]
+    return sum(part for part, _ in parts), max(whole for _, whole in parts)
+
+
+@pytest.mark.parametrize("duty", [0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("slowest_s", [0.3, 4.0, 30.0])
+async def test_the_duty_holds_over_every_ten_seconds_whatever_commands_take(
+    monkeypatch: pytest.MonkeyPatch, duty: float, slowest_s: float
+) -> None:
+    """A chip of 20 ms, of which some commands, or all of a while, take much longer."""
+    clock = FakeTime()
+    monkeypatch.setattr("provider_proxy.tpm.gate.time", clock)
+    gate = Gate(duty)
+    dice = random.Random(f"{duty}/{slowest_s}")
+    turns: list[tuple[float, float]] = []
+
+    def command(seconds: float) -> None:
+        begin = clock.monotonic()
+        clock.ahead_s += seconds
+        turns.append((begin, clock.monotonic()))
+
+    for number in range(150):
+        slow = 50 <= number < 80 or dice.random() < 0.1
+        seconds = dice.uniform(0.3, 1.0) * slowest_s if slow else dice.uniform(0.015, 0.025)
+        await gate.run(functools.partial(command, seconds), learn=dice.random() < 0.8)
+        clock.ahead_s += max(0.0, gate._rest_until - clock.monotonic())  # instead of sleeping
+    edges = [begin for begin, _ in turns] + [end - SPAN_S for _, end in turns]
+    for edge in edges:
+        busy, longest = busy_within(turns, edge, edge + SPAN_S)
+        assert busy <= duty * SPAN_S + longest + 0.01
 
 
 async def test_opening_anew_leaks_nothing(tmp_path: Path, faults: Faults) -> None:

@@ -87,6 +87,8 @@ class Site:
 
     def openssl(self, name: str, *words: str) -> Done:
         """`openssl verify` of a certificate, as strict as it gets."""
+        if shutil.which("openssl") is None:
+            pytest.skip("openssl is not installed")
         command = ["openssl", "verify", "-x509_strict", "-CAfile", "ca.crt", *words, name]
         return subprocess.run(
             command, cwd=self.ca, capture_output=True, text=True, timeout=LIMIT_S, check=False
@@ -133,6 +135,7 @@ def extension(certificate: x509.Certificate, kind: type[x509.ExtensionType]) -> 
 CRL_CHECK = ("-crl_check", "-CRLfile", "crl.pem")
 
 
+@pytest.mark.real
 def test_openssl_takes_server_and_tenant_for_what_they_are(site: Site) -> None:
     site.tenant()
     for name, purpose, other in (
@@ -157,12 +160,14 @@ def test_openssl_takes_server_and_tenant_for_what_they_are(site: Site) -> None:
         (("-verify_ip", "127.0.0.2"), False),
     ],
 )
+@pytest.mark.real
 def test_openssl_finds_the_hosts_and_no_other(
     site: Site, words: tuple[str, ...], good: bool
 ) -> None:
     assert (site.openssl("server.crt", *words).returncode == 0) is good
 
 
+@pytest.mark.real
 def test_openssl_refuses_who_was_revoked_and_nobody_else(site: Site) -> None:
     site.tenant("acme")
     site.tenant("other")
@@ -174,15 +179,16 @@ def test_openssl_refuses_who_was_revoked_and_nobody_else(site: Site) -> None:
     assert site.openssl("tenants/other.crt", *CRL_CHECK).returncode == 0
 
 
+@pytest.mark.real
 def test_openssl_refuses_another_ca_s(site: Site, tmp_path_factory: pytest.TempPathFactory) -> None:
     stranger = Site(tmp_path_factory.mktemp("stranger"))
     stranger.good("init", *HOSTS)
-    done = stranger.openssl("../../" + str(site.ca / "server.crt").lstrip("/"))
-    assert done.returncode != 0
     done = stranger.openssl(str(site.ca / "server.crt"))
+    assert done.returncode != 0
     assert "unable to get local issuer certificate" in done.stderr
 
 
+@pytest.mark.real
 def test_openssl_refuses_a_ca_below_this_one(site: Site) -> None:
     """pathlen 0, and a tenant's certificate is no CA."""
     site.tenant()
@@ -325,7 +331,7 @@ def test_the_ca(site: Site) -> None:
     assert ca.subject == ca.issuer
 
 
-def test_two_cas_have_two_names(bare: Site) -> None:
+def test_two_cas_have_two_names() -> None:
     names = {pki.new_authority(datetime.now(UTC)).certificate.subject for _ in range(2)}
     assert len(names) == 2
 
@@ -410,7 +416,13 @@ def test_days(bare: Site, days: int) -> None:
     check_life(bare.certificate("server.crt"), days)
 
 
-@pytest.mark.parametrize("days", ["0", "-1", "3651", "1e3", "x", "", "99999999999999999999"])
+@pytest.mark.parametrize("days", ["0", "-1", "3651", "9" * 20])
+def test_days_that_are_too_few_or_too_many(bare: Site, days: str) -> None:
+    expect(bare.run("init", *HOSTS, f"--days={days}"), EXIT_USAGE, "--days must be in 1..3650")
+    assert bare.contents() == {}
+
+
+@pytest.mark.parametrize("days", ["1e3", "1.5", "x", ""])
 def test_days_that_are_none(bare: Site, days: str) -> None:
     expect(bare.run("init", *HOSTS, f"--days={days}"), EXIT_USAGE, "--days")
     assert bare.contents() == {}
@@ -518,18 +530,15 @@ def test_bad_dns(text: str) -> None:
         cli.parse_email(f"name@{text}")
 
 
-@pytest.mark.parametrize("text", ["0.0.0.0", "192.0.2.1", "::1", "2001:DB8::1", "::ffff:192.0.2.1"])
+@pytest.mark.parametrize(
+    "text", ["0.0.0.0", "::", "192.0.2.1", "::1", "2001:DB8::1", "::ffff:192.0.2.1"]
+)
 def test_good_addresses(text: str) -> None:
     assert cli.parse_host(text) == x509.IPAddress(ipaddress.ip_address(text))
 
 
-@pytest.mark.parametrize(
-    "text", ["[::1]", "::1%lo", "::", ":::1", "192.0.2.1/24", "::1/64", "٣.1.1.1"]
-)
+@pytest.mark.parametrize("text", ["[::1]", "::1%lo", ":::1", "192.0.2.1/24", "::1/64", "٣.1.1.1"])
 def test_bad_addresses(text: str) -> None:
-    if text == "::":
-        assert isinstance(cli.parse_host(text), x509.IPAddress)
-        return
     with pytest.raises(UsageError, match="--host must be"):
         cli.parse_host(text)
 
@@ -708,7 +717,7 @@ def check_untouched(directory: Path, name: str, obstacle: str) -> None:
 def test_a_file_that_comes_while_we_work_is_not_overwritten(
     bare: Site, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the look at what is there, before the links are made."""
+    """While the temporary files are written."""
     bare.ca.mkdir(mode=0o700)
     real_fsync = os.fsync
 
@@ -873,6 +882,9 @@ def check_crl_life(crl: x509.CertificateRevocationList) -> None:
 def test_the_first_crl_is_empty(site: Site) -> None:
     crl = site.crl()
     assert (len(crl), pki.crl_number(crl)) == (0, 1)
+    ski = site.certificate("ca.crt").extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
+    aki = crl.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier)
+    assert aki.value.key_identifier == ski.value.digest
     check_crl_life(crl)
 
 
@@ -916,6 +928,7 @@ def test_a_new_certificate_under_an_old_name_is_good(site: Site) -> None:
     ]
 
 
+@pytest.mark.real
 def test_the_crl_is_signed_anew(site: Site) -> None:
     revoked = site.tenant()
     site.good("revoke", "acme")
@@ -962,12 +975,20 @@ def damage_no_number(path: Path) -> None:
     path.write_bytes(pki.pem(builder.sign(ca.key, SHA256())))
 
 
+def damage_other_name(path: Path) -> None:
+    """Signed with the CA's key, in another's name."""
+    ca, now = pki.load_authority(path.parent), datetime.now(UTC)
+    other = pki.Holder(certificate=pki.new_authority(now).certificate, key=ca.key)
+    path.write_bytes(pki.pem(pki.sign_crl(other, 1, (), now)))
+
+
 CRL_DAMAGES = (
     damage_missing,
     damage_garbage,
     damage_flipped,
     damage_another_ca_s,
     damage_no_number,
+    damage_other_name,
 )
 
 
@@ -1193,6 +1214,8 @@ kill $!; wait $!
     assert "INFO stopped" in done.stdout
 
 
+@pytest.mark.real
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 def test_the_other_commands_of_the_document_run(tmp_path: Path) -> None:
     made = "".join(block("tls.toml").splitlines(True)[:2])
     lines = [

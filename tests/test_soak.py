@@ -51,7 +51,7 @@ from provider_proxy.tpm.faulty import FaultyContext
 from provider_proxy.verify import Challenge
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "8"))
-RECOVERY_S = 1.5  # of which so much is left for the end
+RECOVERY_S = 2.0  # of which so much is left for the end
 TENANTS = 36
 MASKS = (0x1, 0x3, 0xFF, 0x10001, 0x800000, 0x4080, 0xFFFBFF)  # PCRs alone, isolated, all but 10
 TIMEOUTS_MS = (150, 400, 1500, 4000)
@@ -77,6 +77,7 @@ class Weather:
         self._armed: list[Action] = []
         self._only = 0  # a command's code; 0 for any
         self._stale = False
+        self._always: Action | None = None
         self._answers: dict[int, bytes] = {}
         self.held: list[threading.Event] = []
 
@@ -88,6 +89,8 @@ class Weather:
                     return action
                 old = self._answers.get(command, b"")
                 return Action(garble=lambda answer: old or answer)
+            if self._always is not None:
+                return self._always
         return Action(garble=partial(self._remember, command))
 
     def _remember(self, command: int, answer: bytes) -> bytes:
@@ -105,8 +108,13 @@ class Weather:
         with self._lock:
             return len(self._armed)
 
+    def storm(self) -> None:
+        """Until `clear` the chip fails every command."""
+        self._always = Action(code=0x101)
+
     def clear(self) -> None:
         """No fault any more: hangs end, what was armed is forgotten."""
+        self._always = None
         self.arm([])
         for event in self.held:
             event.set()
@@ -185,26 +193,32 @@ class Schedule:
                 if trio.current_time() > end and kind in self.done:
                     continue
                 await self._play(kind)
+        # The last one is as bad as can be, so that there is something to come back from.
+        self.weather.storm()
+        await self._wait(lambda: bool(sample(self.metrics, "tpm_circuit_open")), LIMIT_S)
+        self._kill()
+        self.weather.clear()
+
+    def _kill(self) -> None:
+        for pid in swtpms():
+            os.kill(pid, signal.SIGKILL)
 
     async def _play(self, kind: str) -> None:
         dice, weather = self.dice, self.weather
         if dice.random() < 0.7:  # else it meets a chip that is out of order already
             await self._wait(lambda: not sample(self.metrics, "tpm_circuit_open"), 3.0)
         if kind == "kill":
-            for pid in swtpms():
-                os.kill(pid, signal.SIGKILL)
+            self._kill()
             self.done[kind] += 1
         else:
             actions = KINDS[kind](dice)
             weather.arm(actions, only=dice.choice(TARGETS), stale=kind == "stale")
-            before = weather.pending
             await self._wait(lambda: not weather.pending, 0.4)
-            if weather.pending and len(actions) == 1:
-                weather.arm(
-                    actions, stale=kind == "stale"
-                )  # such a command does not come: any then
+            if weather.pending == len(actions):  # such a command does not come: any, then
+                weather.arm(actions, stale=kind == "stale")
                 await self._wait(lambda: not weather.pending, 2.0)
-            self.done[kind] += before and not weather.pending
+            if weather.pending < len(actions):
+                self.done[kind] += 1
             for action in actions:
                 if action.hold is not None:
                     await trio.sleep(dice.uniform(0.05, 0.7))
@@ -347,7 +361,6 @@ async def soak(folder: Path, seed: int, books: Books) -> Counter[str]:
                         dice = random.Random(f"{seed}/{number}")
                         nursery.start_soon(Tenant(number, address, ak, books, dice).run)
                     await schedule.run(trio.current_time() + SECONDS - RECOVERY_S)
-                    weather.clear()
                     books.calm_from = time.monotonic()
             finally:
                 weather.clear()

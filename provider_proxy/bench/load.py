@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from provider_proxy.attestation_key import parse_ak
@@ -26,6 +27,7 @@ BOOT_MASKS = 0x3FF  # PCRs 0 to 9: nobody is isolated, so all share one batch ke
 CONNECT_AT_ONCE = 100
 ANSWER_LIMIT_S = 35.0  # above the daemon's default timeout
 POLL_S = 0.02
+TLS_NAME = "localhost"  # in the certificates of `overload`
 REQUEST_TAIL = b" HTTP/1.1\r\nHost: proxy\r\n\r\n"
 
 
@@ -38,6 +40,7 @@ class Reply:
     answered_s: float
     status: int
     body: bytes
+    retry_after_s: float = 1.0
 
     @property
     def latency_ms(self) -> float:
@@ -90,8 +93,8 @@ class _Tenant(asyncio.Protocol):
             self._load.lost += 1
 
     def ask(self) -> None:
-        """Send the next request."""
-        if self._transport is None:
+        """Send the next request; nothing while the last is unanswered."""
+        if self._transport is None or self._request is not None:
             return
         nonce = "".join(self._random.choices(NONCE_ALPHABET, k=NONCE_CHARS)).encode("ascii")
         mask = self._random.randint(1, BOOT_MASKS)
@@ -111,6 +114,8 @@ class _Tenant(asyncio.Protocol):
             self._need = end + 4 + length
         if len(self._buffer) < self._need or self._request is None:
             return
+        head = bytes(self._buffer[: self._buffer.find(b"\r\n\r\n")]).lower()
+        retry_after = head.partition(b"retry-after:")[2].partition(b"\r\n")[0]
         body_at = self._buffer.find(b"\r\n\r\n") + 4
         self._load.replies.append(
             Reply(
@@ -119,6 +124,7 @@ class _Tenant(asyncio.Protocol):
                 time.monotonic(),
                 int(self._buffer[9:12]),
                 bytes(self._buffer[body_at : self._need]),
+                float(retry_after or 1),
             )
         )
         del self._buffer[: self._need]
@@ -140,13 +146,24 @@ class _Tenant(asyncio.Protocol):
 
 
 async def _connect(
-    host: str, port: int, count: int, seed: int, load: Load, on_reply: Callable[[_Tenant], None]
+    host: str,
+    port: int,
+    count: int,
+    seed: int,
+    load: Load,
+    on_reply: Callable[[_Tenant], None],
+    contexts: Sequence[ssl.SSLContext] | None = None,
 ) -> list[_Tenant]:
+    """Open connections; with `contexts`, by mutual TLS, each tenant's in turn."""
     loop = asyncio.get_running_loop()
 
     async def connect(number: int) -> _Tenant:
         _, tenant = await loop.create_connection(
-            lambda: _Tenant(seed + number, load, on_reply), host, port
+            lambda: _Tenant(seed + number, load, on_reply),
+            host,
+            port,
+            ssl=contexts[number % len(contexts)] if contexts else None,
+            server_hostname=TLS_NAME if contexts else None,
         )
         return tenant
 
@@ -157,7 +174,16 @@ async def _connect(
     return tenants
 
 
-async def closed_loop(host: str, port: int, *, tenants: int, seconds: float, seed: int) -> Load:
+async def closed_loop(
+    host: str,
+    port: int,
+    *,
+    tenants: int,
+    seconds: float,
+    seed: int,
+    contexts: Sequence[ssl.SSLContext] | None = None,
+    on_connected: Callable[[], None] = lambda: None,
+) -> Load:
     """Every tenant asks again as soon as it has its answer."""
     load = Load()
     end_s = time.monotonic() + 3600
@@ -166,7 +192,8 @@ async def closed_loop(host: str, port: int, *, tenants: int, seconds: float, see
         if time.monotonic() < end_s:
             tenant.ask()
 
-    connected = await _connect(host, port, tenants, seed, load, again)
+    connected = await _connect(host, port, tenants, seed, load, again, contexts)
+    on_connected()
     end_s = time.monotonic() + seconds
     for tenant in connected:
         tenant.ask()
@@ -197,11 +224,18 @@ async def _finish(connected: list[_Tenant], limit_s: float = ANSWER_LIMIT_S) -> 
 
 
 async def polling(
-    host: str, port: int, *, tenants: int, interval_s: float, seconds: float, seed: int
+    host: str,
+    port: int,
+    *,
+    tenants: int,
+    interval_s: float,
+    seconds: float,
+    seed: int,
+    contexts: Sequence[ssl.SSLContext] | None = None,
 ) -> Load:
     """Every tenant asks once an interval, at a phase of its own; answers are waited for."""
     load = Load()
-    connected = await _connect(host, port, tenants, seed, load, lambda tenant: None)
+    connected = await _connect(host, port, tenants, seed, load, lambda tenant: None, contexts)
     loop = asyncio.get_running_loop()
     phase = random.Random(seed)  # noqa: S311
     begin = loop.time()
@@ -213,6 +247,50 @@ async def polling(
     await asyncio.sleep(seconds)
     await _finish(connected)
     return load
+
+
+async def with_retry_after(host: str, port: int, seed: int, limit_s: float) -> bool:
+    """Ask until served, each time after as long as the proxy said; False where the limit ends it."""
+    load = Load()
+    answered = asyncio.Event()
+    (tenant,) = await _connect(host, port, 1, seed, load, lambda tenant: answered.set())
+    end_s = time.monotonic() + limit_s
+    while time.monotonic() < end_s:
+        answered.clear()
+        tenant.ask()
+        try:
+            await asyncio.wait_for(answered.wait(), end_s - time.monotonic())
+        except TimeoutError:
+            break
+        reply = load.replies[-1]
+        if reply.status == 200:
+            tenant.close()
+            return True
+        await asyncio.sleep(min(reply.retry_after_s, max(0.0, end_s - time.monotonic())))
+    tenant.close()
+    return False
+
+
+async def one_by_one(host: str, port: int, count: int, seed: int, context: ssl.SSLContext) -> None:
+    """So many small requests, each on a TLS connection of its own, as Keylime's verifier does."""
+    for _ in range(count):
+        reader, writer = await asyncio.open_connection(
+            host, port, ssl=context, server_hostname=TLS_NAME
+        )
+        writer.write(b"GET /version HTTP/1.1\r\nHost: proxy\r\nConnection: close\r\n\r\n")
+        await reader.read()
+        writer.close()
+
+
+async def tls_trusted_host(host: str, port: int, context: ssl.SSLContext) -> TrustedHost:
+    """As `trusted_host`, by mutual TLS."""
+    reader, writer = await asyncio.open_connection(
+        host, port, ssl=context, server_hostname=TLS_NAME
+    )
+    writer.write(b"GET /verifier/identity HTTP/1.1\r\nHost: proxy\r\nConnection: close\r\n\r\n")
+    data = await reader.read()
+    writer.close()
+    return _host_of(data.partition(b"\r\n\r\n")[2])
 
 
 def get(host: str, port: int, path: str) -> bytes:
@@ -232,7 +310,10 @@ def get(host: str, port: int, path: str) -> bytes:
 
 def trusted_host(host: str, port: int) -> TrustedHost:
     """The AK that a measured daemon says it has; a benchmark has no registrar."""
-    body = get(host, port, "/verifier/identity")
+    return _host_of(get(host, port, "/verifier/identity"))
+
+
+def _host_of(body: bytes) -> TrustedHost:
     results = Fields(parse_json_object(body, "identity"), "identity").fields("results")
     return TrustedHost(ak=parse_ak(results.base64("ak_tpm", 1024)))
 

@@ -78,6 +78,7 @@ def config_text(
     window_ms: float = 50,
     max_leaves: int = 1024,
     max_duty: float = 0.5,
+    max_queue: int = 8192,
     tcti: str = EMBEDDED,
     ak_algorithm: str = "ecc",
 ) -> str:
@@ -93,6 +94,7 @@ ak_algorithm = {json.dumps(ak_algorithm)}
 max_duty = {max_duty}
 [limits]
 max_connections_per_address = 5000
+max_queue = {max_queue}
 [tenant_defaults]
 rate = 1000
 burst = 1000

@@ -87,7 +87,7 @@ def _run(directory: Path, seed: int, say: Say, delay_ms: float) -> dict[str, obj
     tree_us = _tree_us()
     pause_ms = quote_ms * (1 / Tpm().max_duty - 1)
     lone_p50 = statistics.median(lone_ms["latencies"])
-    p99 = _quantile(polling_ms["latencies"], 0.99)
+    p99 = quantile(polling_ms["latencies"], 0.99)
     return {
         **rates,
         **cpu,
@@ -230,5 +230,6 @@ def _tree_us() -> float:
     return statistics.median(times)
 
 
-def _quantile(ascending: list[float], share: float) -> float:
+def quantile(ascending: list[float], share: float) -> float:
+    """A quantile of ascending values."""
     return ascending[min(len(ascending) - 1, int(len(ascending) * share))]

@@ -9,11 +9,16 @@ from functools import partial
 from rich.console import Console
 from rich.table import Table
 
-from provider_proxy.bench import contention, faults, quotes
+from provider_proxy.bench import contention, faults, overload, quotes
 from provider_proxy.errors import UsageError
 from provider_proxy.tpm.disturb import CHIP_QUOTE_MS
 
-SUITES = {"quotes": quotes.run, "faults": faults.run, "contention": contention.run}
+SUITES = {
+    "quotes": quotes.run,
+    "faults": faults.run,
+    "contention": contention.run,
+    "overload": overload.run,
+}
 DEFAULT_SEED = 1
 
 

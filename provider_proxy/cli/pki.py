@@ -62,17 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name in ("tenant", "revoke"):
         commands[name].add_argument("name", metavar="NAME", help="of the tenant, and of its files")
-    for option, metavar, what in (
-        ("--spiffe", "URI", "a SPIFFE ID"),
-        ("--dns", "NAME", "a DNS name"),
-        ("--email", "ADDR", "an e-mail address"),
+    default = "spiffe://provider-proxy/tenant/NAME"
+    for option, metavar, help_text in (
+        ("--spiffe", "URI", f"SPIFFE ID as identity (where none of the three is given: {default})"),
+        ("--dns", "NAME", "DNS name as identity"),
+        ("--email", "ADDR", "e-mail address as identity"),
     ):
-        commands["tenant"].add_argument(
-            option,
-            metavar=metavar,
-            help=f"{what} as identity (default, where none of the three is given: "
-            "spiffe://provider-proxy/tenant/NAME)",
-        )
+        commands["tenant"].add_argument(option, metavar=metavar, help=help_text)
     for name, days in (("init", SERVER_DAYS), ("tenant", TENANT_DAYS)):
         commands[name].add_argument(
             "--days",
