@@ -313,8 +313,6 @@ class _Connection:
                 await self._send()
                 if self._next_cycle():
                     await self._converse(peer)
-                else:
-                    await self._linger()
 
     def _limit(self, seconds: float) -> None:
         """The handler says how long it may take."""
@@ -337,7 +335,10 @@ class _Connection:
             self._compose(response)
             await self._send()
             if not self._next_cycle():
-                await self._linger()
+                # Behind a refusal more may come unread. TLS ends with its own close_notify, which
+                # cannot wait for the client: that would hold up whoever reads to the end.
+                if self._stream is self._raw or not isinstance(incoming, Request):
+                    await self._linger()
                 return
 
     def _next_cycle(self) -> bool:
@@ -422,8 +423,7 @@ class _Connection:
     async def _linger(self) -> None:
         """Let the client read our last words: closing on unread bytes would reset the connection."""
         self._enter(_Stage.SENDING, LINGER_S)
-        if self._stream is self._raw:
-            await self._raw.send_eof()
+        await self._raw.send_eof()
         for _ in range(LINGER_READS):
             if not await self._raw.receive_some(RECEIVE_BYTES):
                 return

@@ -44,11 +44,12 @@ from provider_proxy.model import HashAlg
 pytestmark = pytest.mark.real
 
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
-CASES = int(os.environ.get("FUZZ_CASES", "2400"))
-EXAMPLES = 150  # of a path in schemathesis' own phase
+CASES = int(os.environ.get("FUZZ_CASES", "4000"))
+EXAMPLES = 250  # of a path in schemathesis' own phase
 SENDERS = 12
 ANSWER_S = 5.0  # a good tenant's answer, and a fuzzed connection's end; both take milliseconds
 GOOD_PAUSE_S = 0.01
+REJECTED = ["400", "404", "405", "414", "431"]  # long arguments make a long target, or a long head
 
 
 @dataclass(slots=True)
@@ -125,14 +126,18 @@ def settings_of(address: str) -> SchemathesisConfig:
             "base-url": f"http://{address}",
             "continue-on-failure": True,
             "request-timeout": ANSWER_S,
-            "max-time": 30,
             "cache": {"enabled": False},
-            "generation": {"deterministic": True, "max-examples": EXAMPLES, "database": "none"},
+            "generation": {
+                "deterministic": True,
+                "max-examples": EXAMPLES,
+                "database": "none",
+                "no-shrink": True,
+            },
             "phases": {"stateful": {"enabled": False}},
             "checks": {
                 "not_a_server_error": {"expected-statuses": ["2xx", "4xx", "503", "504"]},
                 "positive_data_acceptance": {"expected-statuses": ["200", "404", "503", "504"]},
-                "negative_data_rejection": {"expected-statuses": ["400", "404", "405"]},
+                "negative_data_rejection": {"expected-statuses": REJECTED},
             },
         }
     )
@@ -297,13 +302,15 @@ def read_replies(received: bytes, sent: bytes) -> list[int]:
         head, blank, received = received.partition(b"\r\n\r\n")
         lines = head.split(b"\r\n")
         match = STATUS_LINE.fullmatch(lines[0])
-        assert match and blank, f"no response: {head!r}"
+        assert match is not None, f"no response: {head!r}"
+        assert blank, f"half a head: {head!r}"
         status = int(match[1])
         assert match[2] == http1.REASONS[status]
         headers: dict[bytes, bytes] = {}
         for line in lines[1:]:
             name, colon, value = line.partition(b": ")
-            assert colon and name.lower() not in headers, line
+            assert colon, line
+            assert name.lower() not in headers, line
             headers[name.lower()] = value
         assert headers[b"content-type"] == http1.JSON
         assert headers[b"cache-control"] == b"no-store"
@@ -403,11 +410,10 @@ async def test_mutated_requests_end_in_proper_replies(tmp_path: Path) -> None:
             async with trio.open_nursery() as nursery:
                 for sender in range(SENDERS):
                     nursery.start_soon(partial(keep_firing, serve.address, sender, tally))
-    if CASES >= 2400:  # what a run of this length always meets
+    if CASES >= 4000:  # what a run of this length always meets
         assert {200, 400, 404, 405, 501} <= set(tally.statuses), tally
         assert tally.statuses[200] > CASES / 10
     assert tally.reset <= CASES / 50, tally
-    print(tally)
 
 
 # --- the judge of the replies itself ----------------------------------------------------------------

@@ -323,6 +323,23 @@ def test_any_garbled_answer_is_an_error_of_the_hosts(served: Served, command: in
     served.quote()
 
 
+async def test_an_old_answer_is_not_taken_for_a_new_one(tmp_path: Path, faults: Faults) -> None:
+    """Well signed by the very AK, over the same PCRs, and not over what was asked."""
+    answers: list[bytes] = []
+
+    def remember(answer: bytes) -> bytes:
+        answers.append(answer)
+        return answer
+
+    async with open_quoter("embedded", tmp_path, faults=faults) as opened:
+        faults.next(CC_QUOTE, Action(garble=remember))
+        with trio.fail_after(LIMIT_S):
+            await opened.quote(b"another nonce of 32 characters..", HashAlg.SHA256, 1)
+        faults.next(CC_QUOTE, *[Action(garble=lambda answer: answers[0])] * 2)
+        await quote_once(opened)
+        assert faults.pending == 0
+
+
 # --- the gate: shares and leaks ---------------------------------------------------------------------
 
 

@@ -166,6 +166,19 @@ async def test_new_connections_get_the_new_certificate(tmp_path: Path) -> None:
                     await wire.get("/version")
 
 
+async def test_a_closing_tls_connection_ends_at_once(tmp_path: Path) -> None:
+    """Who reads to the end must not wait for us to linger."""
+    certs = make_certs(tmp_path)
+    async with serving(tmp_path, toml(tmp_path, certs)) as daemon:
+        began = trio.current_time()
+        for _ in range(5):
+            async with connect(daemon.address, certs.client(with_cert=True)) as wire:
+                await wire.send(get_bytes("/version", "Connection: close"))
+                assert (await wire.reply()).status == 200
+                assert await wire.is_closed()
+        assert trio.current_time() - began < 4  # five lingers are five seconds
+
+
 async def test_drop_ins_are_read(tmp_path: Path) -> None:
     certs = make_certs(tmp_path)
     text = toml(tmp_path, certs, more=CLOSED)

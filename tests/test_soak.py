@@ -150,7 +150,7 @@ KINDS: dict[str, Callable[[random.Random], list[Action]]] = {
         garbled(partial(flip, places=[dice.random() for _ in range(dice.randint(1, 3))]))
     ],
     "noise": lambda dice: [garbled(partial(replaced, noise=dice.randbytes(99)))],
-    "stale": lambda dice: [Action()] * dice.randint(1, 2),
+    "stale": lambda dice: [Action()] * dice.randint(1, 4),
     "drop": lambda dice: [Action(drop=True)],
     "hang": lambda dice: [Action(hold=threading.Event())],
     "kill": lambda dice: [],
@@ -212,7 +212,8 @@ class Schedule:
             self.done[kind] += 1
         else:
             actions = KINDS[kind](dice)
-            weather.arm(actions, only=dice.choice(TARGETS), stale=kind == "stale")
+            only = CC_QUOTE if kind == "stale" else dice.choice(TARGETS)
+            weather.arm(actions, only=only, stale=kind == "stale")
             await self._wait(lambda: not weather.pending, 0.4)
             if weather.pending == len(actions):  # such a command does not come: any, then
                 weather.arm(actions, stale=kind == "stale")

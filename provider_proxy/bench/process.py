@@ -98,6 +98,7 @@ max_queue = {max_queue}
 [tenant_defaults]
 rate = 1000
 burst = 1000
+max_inflight = 100000
 [batch]
 window_ms = {window_ms}
 max_leaves = {max_leaves}
