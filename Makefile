@@ -2,6 +2,7 @@
 # make demo      200 tenants, one TPM (a swtpm), every answer verified
 # make test      the tests
 # make check     what CI runs: format, lint, types, tests, wheel
+# make soak      faults of all kinds in random order, for ten minutes (SOAK_SECONDS=600)
 # make bench     the figures of this machine
 #
 # sudo is used only where this is not root and a Debian package is missing.
@@ -11,12 +12,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WHEEL_VENV := .venv-wheel
-DEBIAN := swtpm swtpm-tools tpm2-tools libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv util-linux
+DEBIAN := swtpm swtpm-tools tpm2-tools libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv util-linux openssl
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 MISSING = $(shell for p in $(DEBIAN); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done)
 SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: install system demo test check format lint types wheel bench clean
+.PHONY: install system demo test check format lint types wheel soak bench clean
 
 install: $(STAMP)
 
@@ -59,6 +60,9 @@ wheel: install
 	cd tests/vectors && ../../$(WHEEL_VENV)/bin/python ../wheel_smoke.py
 
 check: format lint types test wheel
+
+soak: install
+	SOAK_SECONDS=$${SOAK_SECONDS:-600} $(BIN)/python -m pytest -q -s tests/test_soak.py
 
 bench: install
 	$(BIN)/provider-proxy bench quotes --json
