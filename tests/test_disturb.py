@@ -22,6 +22,7 @@ from tpm_helpers import (
     CC_GET_CAPABILITY,
     FIRST_TRANSIENT,
     Faults,
+    Hold,
     Swtpm,
     handles,
     raw_tpm,
@@ -163,7 +164,7 @@ def test_a_delay_is_before_the_answer(bench: Bench) -> None:
 
 
 def test_a_hang_lasts_until_it_is_ended(bench: Bench) -> None:
-    hold = threading.Event()
+    hold = Hold()
     answers: list[bytes] = []
     thread = threading.Thread(target=lambda: answers.append(bench.run(Action(hold=hold))))
     thread.start()
@@ -341,7 +342,7 @@ def test_a_plan_is_carried_out_for_whoever_asks(broker: tuple[str, Faults]) -> N
 def test_a_hanging_command_holds_up_everybody(broker: tuple[str, Faults]) -> None:
     """A TPM takes one command at a time."""
     tcti, faults = broker
-    hold = threading.Event()
+    hold = Hold()
     faults.next(CC_GET_RANDOM, Action(hold=hold))
     with client(tcti) as one, client(tcti) as two:
         try:

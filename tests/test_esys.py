@@ -8,7 +8,6 @@ import functools
 import itertools
 import os
 import random
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -28,6 +27,7 @@ from tpm_helpers import (
     SERVICE_BACK_S,
     FakeTime,
     Faults,
+    Hold,
     Swtpm,
     ask,
     check,
@@ -615,7 +615,7 @@ async def test_a_hang_is_told_until_it_ends(
     """504 at each one's own deadline; then not ready, and 503 at once; the gate stays shut; then good
     again, in the same process."""
     monkeypatch.setattr(esys, "HANG_LEAST_S", 0.5)
-    hold = threading.Event()
+    hold = Hold()
     async with site(plain_config(tmp_path), faults, count=3) as at:
         try:
             faults.next(CC_QUOTE, Action(hold=hold))
@@ -651,7 +651,7 @@ async def test_who_waits_behind_a_hang_is_answered_at_its_deadline(
     tmp_path: Path, faults: Faults
 ) -> None:
     """They are in no batch yet: the chip is not ready for one."""
-    hold = threading.Event()
+    hold = Hold()
     async with site(plain_config(tmp_path), faults, count=4) as at:
         try:
             faults.next(CC_QUOTE, Action(hold=hold))
@@ -674,7 +674,7 @@ async def test_tenants_in_a_hurry_are_served_again_after_a_hang(
     clock = FakeTime()
     monkeypatch.setattr("provider_proxy.tpm.gate.time", clock)
     monkeypatch.setattr("provider_proxy.quoters.esys.time", clock)
-    hold = threading.Event()
+    hold = Hold()
     async with site(plain_config(tmp_path), faults) as at:
         try:
             faults.next(CC_QUOTE, Action(hold=hold))

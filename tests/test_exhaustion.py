@@ -25,6 +25,7 @@ from tpm_helpers import (
     FIRST_SAVED_SESSION,
     FIRST_TRANSIENT,
     Faults,
+    Hold,
     errors_counted,
     flush,
     handles,
@@ -307,7 +308,7 @@ STEPS = {
 @pytest.mark.parametrize("step", STEPS)
 async def test_an_activation_that_is_cancelled_leaves_no_session(at: Shared, step: str) -> None:
     """Wherever it was: the chip's thread goes on and cleans up."""
-    hold = threading.Event()
+    hold = Hold()
     at.faults.next(STEPS[step], Action(hold=hold))
     try:
         async with trio.open_nursery() as nursery:

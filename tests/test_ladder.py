@@ -21,6 +21,7 @@ from provider_proxy.errors import (
     AkChangedError,
     DeadlineError,
     HostError,
+    OverloadedError,
     ProviderProxyError,
     QuoteError,
     TpmError,
@@ -588,21 +589,20 @@ class Tenants:
         self.answers: dict[str, Answer | ProviderProxyError] = {}
         self.times: dict[str, float] = {}
 
-    async def _ask(self, name: str, timeout_s: float) -> None:
-        request = QuoteRequest(
-            nonce=Nonce(f"nonce-{name}".ljust(16, "0").encode()), mask=PcrMask(1)
-        )
+    async def _ask(self, name: str, timeout_s: float, mask: int) -> None:
+        nonce = Nonce(f"nonce-{name}".ljust(16, "0").encode())
+        request = QuoteRequest(nonce=nonce, mask=PcrMask(mask))
         try:
             self.answers[name] = await self._batcher.submit(
-                request, Tenant(name=name, pcr_allow=1), timeout_s=timeout_s
+                request, Tenant(name=name, pcr_allow=0xFFFFFF), timeout_s=timeout_s
             )
         except ProviderProxyError as exc:
             self.answers[name] = exc
         self.times[name] = trio.current_time()
 
-    def ask(self, names: Iterable[str], timeout_s: float) -> None:
+    def ask(self, names: Iterable[str], timeout_s: float, mask: int = 1) -> None:
         for name in names:
-            self._nursery.start_soon(functools.partial(self._ask, name, timeout_s))
+            self._nursery.start_soon(functools.partial(self._ask, name, timeout_s, mask))
 
 
 @asynccontextmanager
@@ -654,3 +654,38 @@ async def test_a_fatal_code_reaches_a_whole_batch_at_once_and_the_next_ones(
         tenants.ask("f", timeout_s=30)
         await trio.sleep(0.2)
         assert isinstance(tenants.answers["f"], Answer)
+
+
+# --- what was learnt is told ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quote_s", [0.3, 2.0])
+@pytest.mark.parametrize("lines", [1, 3])
+async def test_estimate_and_retry_after_follow_the_learnt_time(
+    autojump_clock: trio.testing.MockClock, bench: Bench, quote_s: float, lines: int
+) -> None:
+    """A quote and its rest for each line that waits; spread, so that not all come back at once."""
+    bench.gate.expected_s = quote_s
+    bench.gate.pause_s = 3 * quote_s
+    turn_s = 4 * quote_s
+    async with batching(bench) as tenants:
+        for number in range(lines):
+            tenants.ask(f"{number}", timeout_s=1000, mask=1 << (10 + number))  # a line each
+        await trio.sleep(0.01)
+        estimate = 0.05 + quote_s + lines * turn_s
+        names = [f"x{number}" for number in range(20)]
+        tenants.ask(names, timeout_s=estimate - 0.01)
+        await trio.sleep(0.01)
+        waits = []
+        for name in names:
+            refused = tenants.answers[name]
+            assert isinstance(refused, OverloadedError)
+            assert f"about {estimate:.1f} s" in str(refused)
+            assert refused.retry_after_s is not None
+            waits.append(refused.retry_after_s)
+        due = max(1.0, lines * turn_s)
+        assert all(due <= wait <= 1.5 * due for wait in waits)
+        assert max(waits) - min(waits) > due / 10
+        tenants.ask("y", timeout_s=estimate + 0.01)
+        await trio.sleep(0.01)
+        assert "y" not in tenants.answers  # it has a place

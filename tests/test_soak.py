@@ -36,6 +36,7 @@ from tpm_helpers import (
     CC_QUOTE,
     CC_READ_PUBLIC,
     SERVICE_BACK_S,
+    Hold,
     check_refusal,
     daemon_over_context,
     is_ready,
@@ -152,7 +153,7 @@ KINDS: dict[str, Callable[[random.Random], list[Action]]] = {
     "noise": lambda dice: [garbled(partial(replaced, noise=dice.randbytes(99)))],
     "stale": lambda dice: [Action()] * dice.randint(1, 4),
     "drop": lambda dice: [Action(drop=True)],
-    "hang": lambda dice: [Action(hold=threading.Event())],
+    "hang": lambda dice: [Action(hold=Hold())],
     "kill": lambda dice: [],
 }
 DECK = (*KINDS, "delay", "again", "clean", "stale", "flipped", "drop", "kill")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 import math
 import signal
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -28,7 +27,16 @@ from helpers import (
     serving,
     trusted_ak,
 )
-from tpm_helpers import CC_QUOTE, SERVICE_BACK_S, Faults, ask, check_refusal, raw_tpm, until_served
+from tpm_helpers import (
+    CC_QUOTE,
+    SERVICE_BACK_S,
+    Faults,
+    Hold,
+    ask,
+    check_refusal,
+    raw_tpm,
+    until_served,
+)
 
 from provider_proxy import watchdog
 from provider_proxy.tpm.broker import Broker
@@ -191,7 +199,7 @@ async def test_a_command_that_returns_just_in_time_does_not(
 async def test_the_gate_says_what_is_in_flight_though_nobody_waits_for_it() -> None:
     """The one who asked was cancelled long ago; the thread still hangs."""
     gate = Gate(1.0)
-    hold = threading.Event()
+    hold = Hold()
     try:
         with trio.move_on_after(0.02):
             await gate.run(hold.wait)
@@ -268,7 +276,7 @@ async def test_a_command_that_never_returns_ends_the_daemon_with_3(
     tmp_path: Path, faults: Faults, chip: Broker
 ) -> None:
     """Its waiter has had 504 by then; a connection ends, nobody hangs."""
-    hold = threading.Event()
+    hold = Hold()
     async with serving(tmp_path, toml(tmp_path, chip.tcti)) as serve:
         asker = Asker(await trusted_ak(serve.address))
         async with connect(serve.address) as wire, connect(serve.address) as patient:

@@ -148,6 +148,13 @@ class Faults:
         return partial(FaultyContext, plan=self)
 
 
+class Hold(threading.Event):
+    """For `Action.hold`: a hang that ends by itself, so that a test that fails does not hang too."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return super().wait(LIMIT_S if timeout is None else timeout)
+
+
 class FakeTime:
     """Stands in for a module's `time`: `monotonic` that a test can put forward."""
 

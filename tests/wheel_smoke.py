@@ -46,7 +46,15 @@ def main() -> int:
         )
         (directory / "request").write_bytes(request_file.encode_request(record))
         (directory / "ak").write_bytes(base64.b64decode(group["ak"]))
-        arguments: list[str] = [str(command), "verify", "evidence", "--request", "request", "--ak-tpm", "ak"]
+        arguments: list[str] = [
+            str(command),
+            "verify",
+            "evidence",
+            "--request",
+            "request",
+            "--ak-tpm",
+            "ak",
+        ]
         arguments += ["--insecure-any-state", "--json"]
         for change, code in ((b"", 0), (b" ", 2)):
             (directory / "evidence").write_bytes(body + change)
