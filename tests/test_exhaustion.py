@@ -17,6 +17,7 @@ from tpm2_pytss.types import TPM2B_NAME, TPM2B_PUBLIC
 from tpm2_pytss.utils import make_credential as make_credential_for
 from tpm_helpers import (
     CC_ACTIVATE_CREDENTIAL,
+    CC_FLUSH_CONTEXT,
     CC_PCR_READ,
     CC_POLICY_SECRET,
     CC_QUOTE,
@@ -331,6 +332,16 @@ async def test_an_activation_that_fails_leaves_no_session(at: Shared, step: str,
         with pytest.raises(QuoteError):
             await at.quoter.activate_credential(*at.credential(b"s"))
     await at.activate(b"s")
+    assert at.in_use() == [[], [], []]
+
+
+async def test_a_chip_that_is_busy_at_the_flush_keeps_no_session_either(at: Shared) -> None:
+    """The session of a failed activation is flushed when the chip takes the command."""
+    at.faults.next(CC_ACTIVATE_CREDENTIAL, Action(code=0x101))
+    at.faults.next(CC_FLUSH_CONTEXT, *[Action(code=0x909)] * 3)
+    with trio.fail_after(LIMIT_S), pytest.raises(QuoteError):
+        await at.quoter.activate_credential(*at.credential(b"s"))
+    assert at.faults.pending == 0
     assert at.in_use() == [[], [], []]
 
 

@@ -135,6 +135,15 @@ def test_schemas_compile() -> None:
         validator({"type": "text"})  # the compiler does look
 
 
+def test_only_evidence_may_grow() -> None:
+    """All other objects have the keys that are described, each of them, and no more."""
+    schemas = DOC["components"]["schemas"]
+    for name in ("Envelope", "Version", "Identity"):
+        assert schemas[name]["required"] == list(schemas[name]["properties"])
+    for name in ("Envelope", "Version", "Identity", "ParameterResults"):
+        assert schemas[name]["additionalProperties"] is False
+
+
 def test_versions_are_the_codes() -> None:
     assert DOC["openapi"].startswith("3.1.")
     assert DOC["info"]["version"] == server.API_VERSION
@@ -282,6 +291,19 @@ SHAPES = {
 @given(pair=st.one_of(*(st.tuples(st.just(n), shape) for n, shape in SHAPES.items())))
 def test_description_and_parser_judge_alike(pair: tuple[str, str]) -> None:
     assert is_parsed(*pair) is is_described(*pair)
+
+
+async def test_unknown_and_repeated_parameters_are_refused_as_described() -> None:
+    description = DOC["info"]["description"]
+    assert "unknown, given twice or ill-formed" in description
+    values = {**MINIMAL, "bank": "sha256", "ima_ml_entry": "0", "vm": VM, "timeout_ms": "1"}
+    assert set(values) == set(PARAMETERS)
+    async with connected(make_door(no_submit)) as wire:
+        for name, value in {**values, "new": "1"}.items():
+            target = f"{QUOTE}?{urlencode([*values.items(), (name, value)])}"
+            reply = await wire.get(target)
+            assert (reply.status, reply.results()) == (400, {"parameter": name})
+            check_reply(QUOTE, reply)
 
 
 # --- statuses ---------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
+from hypothesis import given
+from hypothesis import strategies as st
 
 from provider_proxy.config import TenantRules
 from provider_proxy.errors import HostError, TenantLimitError, UnknownTenantError
@@ -298,3 +300,45 @@ async def test_what_is_remembered_is_bounded(autojump_clock: trio.testing.MockCl
     await trio.sleep(100)
     quotas.enter(SLOW, wants_logs=False)
     assert len(quotas._quotas) == 1
+
+
+@given(
+    st.floats(0.1, 100),
+    st.integers(1, 20),
+    st.lists(st.floats(0, 2), min_size=1, max_size=200),
+)
+def test_no_pattern_of_asking_gets_more_than_rate_and_burst(
+    rate: float, burst: int, gaps: list[float]
+) -> None:
+    """Over any stretch of time: at most burst + rate x time."""
+    now = [0.0]
+    quotas = Quotas(now=lambda: now[0])
+    who = Tenant(name="t", pcr_allow=1, rate=rate, burst=burst, max_inflight=1000)
+    admitted: list[float] = []
+    for gap in gaps:
+        now[0] += gap
+        try:
+            quotas.leave(quotas.enter(who, wants_logs=False))
+        except TenantLimitError:
+            continue
+        admitted.append(now[0])
+    for first in range(len(admitted)):
+        for last in range(first, len(admitted)):
+            span = admitted[last] - admitted[first]
+            assert last - first + 1 <= burst + rate * span + 1e-6
+
+
+@given(st.integers(1, 10), st.lists(st.booleans(), max_size=200))
+def test_in_flight_never_passes_its_limit(limit: int, steps: list[bool]) -> None:
+    quotas = Quotas(now=lambda: 0.0)
+    who = Tenant(name="t", pcr_allow=1, rate=1, burst=1e9, max_inflight=limit)
+    held = []
+    for enters in steps:
+        if enters:
+            try:
+                held.append(quotas.enter(who, wants_logs=False))
+            except TenantLimitError:
+                assert len(held) == limit
+        elif held:
+            quotas.leave(held.pop())
+        assert len(held) <= limit
