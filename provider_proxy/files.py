@@ -31,7 +31,10 @@ def write_private(path: Path, data: bytes) -> None:
     Raises:
         HostError: it cannot be written.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    except ValueError as exc:
+        raise HostError(f"cannot write {path}: it names no file") from exc
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         part.unlink(missing_ok=True)

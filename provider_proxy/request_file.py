@@ -30,8 +30,9 @@ class RequestRecord:
         url: the proxy that was asked; for people.
         answered_after_s: by the tenant's monotonic clock; None before the answer.
         evidence_sha256: of the answer's body; empty before.
-        baseline: the newest state of the pinned host accepted before the question; None where the
-            host is not pinned, or nothing was accepted yet.
+        pinned: the host was pinned, and `baseline` says what was known of it.
+        baseline: the newest state of the pinned host accepted before the question; None where
+            nothing was accepted yet.
     """
 
     request: QuoteRequest
@@ -39,6 +40,7 @@ class RequestRecord:
     url: str = ""
     answered_after_s: float | None = None
     evidence_sha256: bytes = b""
+    pinned: bool = False
     baseline: ClockState | None = None
 
     def age_s(self, evidence: bytes, now_s: float) -> float:
@@ -70,8 +72,9 @@ def encode_request(record: RequestRecord) -> bytes:
         "made_at": record.made_at_s,
         "url": record.url,
     }
-    if record.baseline is not None:
-        values["baseline"] = wire.clock_values(record.baseline)
+    if record.pinned:
+        state = record.baseline
+        values["baseline"] = None if state is None else wire.clock_values(state)
     if record.answered_after_s is not None:
         values["answered_after_s"] = record.answered_after_s
         values["evidence_sha256"] = record.evidence_sha256.hex()
@@ -104,7 +107,10 @@ def parse_request(data: bytes) -> RequestRecord:
             url=fields.text("url", 2048),
             answered_after_s=fields.number("answered_after_s") if answered else None,
             evidence_sha256=fields.hex("evidence_sha256", 32) if answered else b"",
-            baseline=wire.parse_clock(fields.fields("baseline")) if "baseline" in fields else None,
+            pinned="baseline" in fields,
+            baseline=wire.parse_clock(fields.fields("baseline"))
+            if values.get("baseline") is not None
+            else None,
         )
     except (EvidenceFormatError, ParameterError, ValueError) as exc:
         raise UsageError(f"the request file is damaged: {exc}") from exc

@@ -281,7 +281,10 @@ def consequences(
     **limits: int,
 ) -> str:
     times = {kind: ms for kind, ms in (("ecc", ecc), ("rsa", rsa)) if ms is not None}
-    return "\n".join(doctor._consequences(manufacturer, {**GOOD_LIMITS, **limits}, banks, times))
+    lacks = ["ecc"] if ecc is None else []
+    return "\n".join(
+        doctor._consequences(manufacturer, {**GOOD_LIMITS, **limits}, banks, times, lacks)
+    )
 
 
 def test_a_good_chip_of_medium_speed() -> None:

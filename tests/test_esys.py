@@ -52,6 +52,7 @@ from provider_proxy.metrics import Metrics
 from provider_proxy.model import HashAlg
 from provider_proxy.quoters import esys
 from provider_proxy.quoters.opening import TpmOpener
+from provider_proxy.tpm import gate as gate_module
 from provider_proxy.tpm.chip import Chip
 from provider_proxy.tpm.disturb import Action, refusal
 from provider_proxy.tpm.gate import Gate
@@ -464,6 +465,24 @@ async def test_the_time_of_a_quote_follows_the_chip(tmp_path: Path, faults: Faul
         assert opened.expected_s < slow / 2
 
 
+async def test_one_hang_is_not_learnt_as_the_chips_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimates go on as before; a chip that has become slow is learnt all the same."""
+    clock = FakeTime()
+    monkeypatch.setattr("provider_proxy.tpm.gate.time", clock)
+    gate = Gate(1.0)
+
+    def command(seconds: float) -> None:
+        clock.ahead_s += seconds
+
+    for _ in range(5):
+        await gate.run(functools.partial(command, 0.1), learn=True)
+    await gate.run(functools.partial(command, 60.0), learn=True)
+    assert 0.1 <= gate.expected_s < 0.2
+    for _ in range(40):
+        await gate.run(functools.partial(command, 2.0), learn=True)
+    assert gate.expected_s == pytest.approx(2.0, rel=0.2)
+
+
 async def test_a_hang_does_not_keep_the_gate_shut_for_as_long_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -614,7 +633,7 @@ async def test_a_hang_is_told_until_it_ends(
 ) -> None:
     """504 at each one's own deadline; then not ready, and 503 at once; the gate stays shut; then good
     again, in the same process."""
-    monkeypatch.setattr(esys, "HANG_LEAST_S", 0.5)
+    monkeypatch.setattr(gate_module, "HANG_LEAST_S", 0.5)
     hold = Hold()
     async with site(plain_config(tmp_path), faults, count=3) as at:
         try:

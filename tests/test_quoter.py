@@ -49,6 +49,7 @@ from provider_proxy.quoters.ak_store import AkStore
 from provider_proxy.quoters.esys import EsysQuoter
 from provider_proxy.quoters.opening import uuid_of_ek
 from provider_proxy.soft_tpm import SoftTpm
+from provider_proxy.tpm import gate as gate_module
 from provider_proxy.tpm import keys
 from provider_proxy.tpm.broker import Broker
 from provider_proxy.tpm.chip import Chip, open_context
@@ -1035,8 +1036,8 @@ async def test_the_swtpm_outlives_idle_threads(
 async def test_a_hanging_command_is_trouble(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(esys, "HANG_LEAST_S", 0.02)
-    monkeypatch.setattr(esys, "HANG_FACTOR", 1)
+    monkeypatch.setattr(gate_module, "HANG_LEAST_S", 0.02)
+    monkeypatch.setattr(gate_module, "HANG_FACTOR", 1)
     hold = threading.Event()
     armed = False
 

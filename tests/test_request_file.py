@@ -41,8 +41,11 @@ def values_of(record: RequestRecord) -> dict[str, Any]:
         ANSWERED,
         replace(ASKED, request=replace(REQUEST, vm=None, bank=HashAlg.SHA1), url=""),
         replace(ANSWERED, made_at_s=0.0, answered_after_s=0.0),
-        replace(ASKED, baseline=BASELINE),
-        replace(ANSWERED, baseline=ClockState(reset_count=0, restart_count=0, clock_ms=0)),
+        replace(ASKED, pinned=True, baseline=BASELINE),
+        replace(ASKED, pinned=True),
+        replace(
+            ANSWERED, pinned=True, baseline=ClockState(reset_count=0, restart_count=0, clock_ms=0)
+        ),
     ],
 )
 def test_a_record_comes_back(record: RequestRecord) -> None:
@@ -58,7 +61,11 @@ def test_a_record_says_its_format_and_is_for_people_too() -> None:
 
 def test_the_largest_record_comes_back() -> None:
     largest = replace(
-        ANSWERED, request=replace(REQUEST, ima_ml_entry=1 << 31), url="u" * 2048, baseline=BASELINE
+        ANSWERED,
+        request=replace(REQUEST, ima_ml_entry=1 << 31),
+        url="u" * 2048,
+        pinned=True,
+        baseline=BASELINE,
     )
     assert parse_request(encode_request(largest)) == largest
 
@@ -124,7 +131,6 @@ def test_other_evidence_does_not_borrow_the_age() -> None:
         ("answered_after_s", -0.1),
         ("answered_after_s", None),
         ("answered_after_s", "0"),
-        ("baseline", None),
         ("baseline", []),
         ("baseline", {}),
         ("baseline", {"reset_count": 1, "restart_count": 1}),

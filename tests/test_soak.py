@@ -79,7 +79,7 @@ class Weather:
         self._only = 0  # a command's code; 0 for any
         self._stale = False
         self._always: Action | None = None
-        self._answers: dict[int, bytes] = {}
+        self._answers: dict[tuple[int, bytes], bytes] = {}
         self.held: list[threading.Event] = []
 
     def __call__(self, command: int) -> Action | None:
@@ -88,15 +88,18 @@ class Weather:
                 action = self._armed.pop()
                 if not self._stale:
                     return action
-                old = self._answers.get(command, b"")
-                return Action(garble=lambda answer: old or answer)
+                return Action(garble=partial(self._old, command))
             if self._always is not None:
                 return self._always
         return Action(garble=partial(self._remember, command))
 
     def _remember(self, command: int, answer: bytes) -> bytes:
-        self._answers[command] = answer
+        self._answers[command, pcr_digest(command, answer)] = answer
         return answer
+
+    def _old(self, command: int, answer: bytes) -> bytes:
+        """An earlier answer; to a quote one over the same PCRs, in which the nonce alone is wrong."""
+        return self._answers.get((command, pcr_digest(command, answer)), answer)
 
     def arm(self, actions: list[Action], *, only: int = 0, stale: bool = False) -> None:
         with self._lock:
@@ -119,6 +122,14 @@ class Weather:
         self.arm([])
         for event in self.held:
             event.set()
+
+
+def pcr_digest(command: int, answer: bytes) -> bytes:
+    """The end of a quote's TPM2B_ATTEST, which follows header and parameterSize; else nothing."""
+    if command != CC_QUOTE:
+        return b""
+    end = 16 + int.from_bytes(answer[14:16], "big")
+    return answer[end - 32 : end]
 
 
 def cut(answer: bytes, share: float) -> bytes:

@@ -84,12 +84,13 @@ async def _run(args: argparse.Namespace) -> int:
         raise UsageError("--vm must be a UUID") from None
     if args.timeout_ms is not None and not MIN_TIMEOUT_MS <= args.timeout_ms <= MAX_TIMEOUT_MS:
         raise UsageError(f"--timeout-ms must be in {MIN_TIMEOUT_MS}..{MAX_TIMEOUT_MS}")
+    pinned = files.load_pin(args)
     made_at_s = time.time()
     begin = time.monotonic()
     challenge = new_challenge(
         mask=mask,
         now_s=begin,
-        history=files.load_pin(args) or MemoryHistory(),
+        history=pinned or MemoryHistory(),
         bank=parse_bank(args.bank),
         vm=vm,
         timeout_ms=args.timeout_ms,
@@ -98,6 +99,7 @@ async def _run(args: argparse.Namespace) -> int:
         request=challenge.request,
         made_at_s=made_at_s,
         url=args.url,
+        pinned=pinned is not None,
         baseline=challenge.baseline,
     )
     async with http.make_client(args) as client:

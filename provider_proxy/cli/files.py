@@ -8,7 +8,7 @@ import binascii
 import contextlib
 from pathlib import Path
 
-from provider_proxy.attestation_key import insecure_ak_from_pem, parse_ak
+from provider_proxy.attestation_key import insecure_ak_from_pem, parse_ak, parse_public
 from provider_proxy.errors import EvidenceFormatError, UsageError
 from provider_proxy.files import read_file
 from provider_proxy.model import AttestationKey
@@ -17,11 +17,28 @@ from provider_proxy.pins import PinnedHost, PinStore
 MAX_KEY_FILE_BYTES = 64 * 1024
 
 
+def read_public(path: Path) -> bytes:
+    """A TPM2B_PUBLIC from a file, raw or base64, as registrars give it.
+
+    Raises:
+        UsageError: the file holds no such thing.
+        HostError: it cannot be read.
+    """
+    data = read_file(path, MAX_KEY_FILE_BYTES)
+    with contextlib.suppress(binascii.Error):  # raw, then
+        data = base64.b64decode(data.strip(), validate=True)
+    try:
+        parse_public(data)
+    except EvidenceFormatError as exc:
+        raise UsageError(f"{path} is no TPM2B_PUBLIC: {exc}") from exc
+    return data
+
+
 def load_ak(ak_tpm: Path | None, insecure_pem: Path | None) -> AttestationKey:
     """The trusted AK of a command line.
 
     Args:
-        ak_tpm: a TPM2B_PUBLIC, raw or base64, as registrars give it.
+        ak_tpm: a TPM2B_PUBLIC, raw or base64.
         insecure_pem: a PEM, whose attributes nobody has checked.
 
     Raises:
@@ -29,13 +46,7 @@ def load_ak(ak_tpm: Path | None, insecure_pem: Path | None) -> AttestationKey:
         UsageError: no TPM2B_PUBLIC.
     """
     if ak_tpm is not None:
-        data = read_file(ak_tpm, MAX_KEY_FILE_BYTES)
-        with contextlib.suppress(binascii.Error):  # raw, then
-            data = base64.b64decode(data.strip(), validate=True)
-        try:
-            return parse_ak(data)
-        except EvidenceFormatError as exc:
-            raise UsageError(f"{ak_tpm} is no TPM2B_PUBLIC: {exc}") from exc
+        return parse_ak(read_public(ak_tpm))
     assert insecure_pem is not None  # argparse demands one of the two
     return insecure_ak_from_pem(read_file(insecure_pem, MAX_KEY_FILE_BYTES))
 

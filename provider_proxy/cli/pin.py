@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import binascii
-import contextlib
 import json
 from pathlib import Path
 
-from provider_proxy.cli.files import MAX_KEY_FILE_BYTES
-from provider_proxy.files import read_file
+from provider_proxy.cli.files import read_public
 from provider_proxy.pins import PinStore
 
 
@@ -53,10 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add(args: argparse.Namespace) -> int:
-    data = read_file(args.ak_tpm, MAX_KEY_FILE_BYTES)
-    with contextlib.suppress(binascii.Error):  # raw, then
-        data = base64.b64decode(data.strip(), validate=True)
-    pinned = PinStore(args.pins).pin(args.label, data, anew=args.anew)
+    pinned = PinStore(args.pins).pin(args.label, read_public(args.ak_tpm), anew=args.anew)
     name = pinned.host.ak.name.hex()
     print(
         json.dumps({"host": args.label, "ak_name": name}) if args.json else f"{args.label} {name}"

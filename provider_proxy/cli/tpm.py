@@ -16,7 +16,7 @@ from rich.table import Table
 
 from provider_proxy.attestation_key import parse_ak
 from provider_proxy.config import Config, load_config
-from provider_proxy.errors import HostError
+from provider_proxy.errors import HostError, VerificationError
 from provider_proxy.files import write_private
 from provider_proxy.quoters.opening import TpmOpener
 from provider_proxy.tpm import chip, doctor
@@ -134,6 +134,10 @@ def _public(config: Config) -> bytes:
             f"there is no key at tpm.ak_handle {config.tpm.ak_handle:#x}; "
             "`provider-proxy tpm ak create` makes one"
         )
+    try:
+        parse_ak(public)
+    except VerificationError as exc:
+        raise HostError(f"tpm.ak_handle holds a key that is no AK: {exc}") from exc
     return public
 
 

@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
     host = pinned.host if pinned else TrustedHost(ak=_load_ak(args))
     history = pinned or MemoryHistory()
     history.open(record.request.nonce)
-    # A request that noted no baseline is held against all that was accepted since: stricter.
-    baseline = record.baseline or history.newest()
+    # A request made without the pin noted no baseline: it is held against all that was accepted.
+    baseline = record.baseline if record.pinned else history.newest()
     challenge = Challenge(request=record.request, made_at_s=0.0, baseline=baseline)
     quote = Verifier(_policy(args, record.request.bank), max_age_s=args.max_age).verify(
         body,
@@ -123,6 +123,7 @@ def _show(quote: VerifiedQuote, *, as_json: bool) -> None:
         "restart_count": quote.clock.restart_count,
         "clock_ms": quote.clock.clock_ms,
         "clock_safe": quote.clock_safe,
+        "was_reset": quote.was_reset,
         "ak_name": quote.ak_name.hex(),
     }
     if as_json:
@@ -135,3 +136,5 @@ def _show(quote: VerifiedQuote, *, as_json: bool) -> None:
         f"  TPM clock {quote.clock.clock_ms} ms, resets {quote.clock.reset_count}, "
         f"restarts {quote.clock.restart_count}"
     )
+    if quote.was_reset:
+        print("  the host has rebooted since it was last verified")

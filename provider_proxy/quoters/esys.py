@@ -34,8 +34,6 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 PROBE_S = 1.0  # between two looks at a chip that failed: service is back soon after it is
-HANG_FACTOR = 20  # a command of so many times the learnt time hangs; a chip's p99/p50 is 1.02
-HANG_LEAST_S = 5.0  # but no sooner: an RSA key that is made by others takes seconds
 OPEN_TRIES = 10  # some four seconds of a chip that is busy when the daemon starts
 LEARNING_QUOTES = 1  # so that the first tenant's estimate is this chip's
 CLOSE_LIMIT_S = 2.0  # for the command in flight when the daemon ends
@@ -75,8 +73,7 @@ class EsysQuoter:
         """Why no quote can be had now; None while one can."""
         if self._circuit is not None:
             return self._circuit
-        limit = max(HANG_LEAST_S, HANG_FACTOR * self.expected_s)
-        if self.in_flight_s > limit:
+        if self.in_flight_s > self._gate.hang_s:
             return "a TPM command has not returned"
         return None
 

@@ -6,11 +6,10 @@ persistent changes and no authorisation is needed. An RSA key takes a hardware T
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from tpm2_pytss import ESAPI, TSS2_Exception
@@ -20,9 +19,11 @@ from tpm2_pytss.constants import (
 )
 from tpm2_pytss.types import TPM2B_PUBLIC, TPM2B_SENSITIVE_CREATE
 
+from provider_proxy.errors import TpmError
 from provider_proxy.model import HashAlg
 from provider_proxy.tpm.chip import Chip, flush, tss_errors
 from provider_proxy.tpm.keys import AK_ATTRIBUTES, AK_TEMPLATES, EK_CERT_INDEX
+from provider_proxy.tpm.ladder import LAYER_SHIFT, SOFTWARE_LAYERS
 
 QUOTES_MEASURED = 5  # one chip's times hardly vary (TPMScan: p99/p50 = 1.02)
 ALL_PROPERTIES = 256
@@ -54,6 +55,8 @@ SHOWN_OTHERWISE = ("family", "revision", "manufacturer", "vendor_1", "firmware_1
 FIRST_PERSISTENT = 0x81000000
 FIRST_NV = 0x01000000
 SLOW_MS = 150.0  # slower than this, the other kind of AK is worth a look
+RC_COMMAND_CODE = 0x143
+FORMAT_ONE = range(0x80, 0xC0)  # codes about a parameter: Part 2, section 6.6.2
 SMALL_GAP = 255  # 10 of 11 AMD fTPMs, 6 of 33 Nuvotons (TPMScan)
 
 
@@ -95,9 +98,14 @@ def examine(context: ESAPI) -> Report:
         banks = _banks(context)
     limits = {name: values[tag] for name, tag in PT.items() if tag in values}
     quote_ms = {}
+    unsupported = set()
     for kind in AK_TEMPLATES:
-        with contextlib.suppress(_UnsupportedError):
+        try:
             quote_ms[kind] = _measure(context, kind)
+        except _UnsupportedError:
+            unsupported.add(kind)
+        except _NotNowError:
+            continue
     manufacturer = _text(values.get(PT["manufacturer"], 0))
     return Report(
         manufacturer=manufacturer,
@@ -110,12 +118,16 @@ def examine(context: ESAPI) -> Report:
         persistent=persistent,
         ek_certificates=tuple(kind for kind, index in EK_CERT_INDEX.items() if index in nv),
         quote_ms=quote_ms,
-        consequences=tuple(_consequences(manufacturer, limits, banks, quote_ms)),
+        consequences=tuple(_consequences(manufacturer, limits, banks, quote_ms, unsupported)),
     )
 
 
 class _UnsupportedError(Exception):
     """The chip has no such keys."""
+
+
+class _NotNowError(Exception):
+    """The chip makes no key now: it is full, busy or locked."""
 
 
 def _text(value: int) -> str:
@@ -175,13 +187,19 @@ def _measure(context: ESAPI, kind: str) -> float:
 
     Raises:
         _UnsupportedError: the chip makes no such key.
+        _NotNowError: it makes none now.
         TpmError: it makes one, and does not quote with it.
     """
     template = TPM2B_PUBLIC.parse(AK_TEMPLATES[kind], objectAttributes=AK_ATTRIBUTES)
     try:
         key = context.create_primary(TPM2B_SENSITIVE_CREATE(), template, ESYS_TR.NULL)[0]
     except TSS2_Exception as exc:
-        raise _UnsupportedError from exc
+        code = int(exc.error)
+        if code >> LAYER_SHIFT in SOFTWARE_LAYERS:
+            raise TpmError(f"TPM2_CreatePrimary: {exc}", code=code) from exc
+        if code == RC_COMMAND_CODE or code in FORMAT_ONE:  # it says what it does not have
+            raise _UnsupportedError from exc
+        raise _NotNowError from exc
     times = []
     with tss_errors("TPM2_Quote"):
         try:
@@ -196,7 +214,11 @@ def _measure(context: ESAPI, kind: str) -> float:
 
 
 def _consequences(
-    manufacturer: str, limits: dict[str, int], banks: tuple[str, ...], quote_ms: dict[str, float]
+    manufacturer: str,
+    limits: dict[str, int],
+    banks: tuple[str, ...],
+    quote_ms: dict[str, float],
+    unsupported: Collection[str] = (),
 ) -> Iterator[str]:
     """What follows; the facts and their sources are in docs/tpm.md."""
     if manufacturer == "IBM":
@@ -207,13 +229,13 @@ def _consequences(
         ratio = quote_ms["rsa"] / quote_ms["ecc"]
         if ratio > 1 and quote_ms["rsa"] > SLOW_MS:
             yield f'ak_algorithm = "ecc" quotes {ratio:.1f} times as fast as "rsa" here.'
-    elif "rsa" in quote_ms:
+    elif "ecc" in unsupported:
         yield 'The chip makes no P-256 key: set ak_algorithm = "rsa".'
     slowest = max(quote_ms.values(), default=0.0)
     if slowest:
         rate = 1000 / slowest
         yield f"One by one it quotes {rate:.1f} times a second at the most."
-    if limits.get("context_gap_max", 0) <= SMALL_GAP:
+    if limits.get("context_gap_max", SMALL_GAP + 1) <= SMALL_GAP:
         yield "A small context gap: a session that is held while others work becomes unusable."
     if not limits.get("sessions_loaded_free", 1):
         yield "Every session is taken: quotes work, registrations wait."

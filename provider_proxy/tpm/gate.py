@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 EWMA_WEIGHT = 0.2  # a chip's time varies by percents (TPMScan: p99/p50 = 1.02), so few samples do
 DUTY_SPAN_S = 10.0  # over which the duty holds
-LONGEST_USE = 20  # times the learnt time: what took longer hung, and did not use the chip
-LEAST_USE_S = 1.0  # but a key that is made, or the first command, takes as long as it takes
+HANG_FACTOR = 20  # a command of so many times the learnt time hangs; a chip's p99/p50 is 1.02
+HANG_LEAST_S = 5.0  # but no sooner: an RSA key that is made by others takes seconds
 LARGEST_SURPRISE = 3  # one hang must not make all estimates worthless; a slower chip is soon learnt
 FIRST_GUESS_S = 0.25  # the median RSA signature of 139 chips, until our own is measured
 
@@ -51,6 +51,11 @@ class Gate:
     def pause_s(self) -> float:
         """The rest that follows a command of the learnt time."""
         return self.expected_s * self._rest_factor
+
+    @property
+    def hang_s(self) -> float:
+        """A command that runs for longer hangs, in seconds."""
+        return max(HANG_LEAST_S, HANG_FACTOR * self.expected_s)
 
     async def ready(self) -> None:
         """Return when the chip is free and its duty allows a command."""
@@ -85,7 +90,9 @@ class Gate:
                 return result
             finally:
                 now = time.monotonic()
-                used = min(now - begin, max(LEAST_USE_S, LONGEST_USE * self.expected_s))
+                used = now - begin
+                if used > self.hang_s:  # it was waited for, not used
+                    used = self.expected_s
                 rest = min(used * self._rest_factor, self._longest_rest)
                 self._rest_until = now + rest
                 self.in_flight_since = None
