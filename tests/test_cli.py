@@ -125,6 +125,7 @@ def test_verify_json(files: Files) -> None:
         "restart_count": 0,
         "clock_ms": 1000,
         "clock_safe": True,
+        "was_reset": False,
         "ak_name": files.tpm.ak.name.hex(),
     }
 

@@ -153,6 +153,7 @@ class InlineGate:
 
     expected_s = COMMAND_S
     pause_s = 0.0
+    hang_s = 5.0
     in_flight_since: float | None = None
 
     def __init__(self) -> None:

@@ -57,6 +57,16 @@ class Gate:
         """A command that runs for longer hangs, in seconds."""
         return max(HANG_LEAST_S, HANG_FACTOR * self.expected_s)
 
+    def _rest_after(self, seconds: float) -> float:
+        """The rest that a command's time asks for.
+
+        After one that hung the chip is not left alone for as long again: only as long as the duty,
+        plus that command, still needs within its span.
+        """
+        if seconds > self.hang_s:
+            return max(self.pause_s, self._longest_rest - seconds)
+        return min(seconds * self._rest_factor, self._longest_rest)
+
     async def ready(self) -> None:
         """Return when the chip is free and its duty allows a command."""
         while True:
@@ -90,11 +100,7 @@ class Gate:
                 return result
             finally:
                 now = time.monotonic()
-                used = now - begin
-                if used > self.hang_s:  # it was waited for, not used
-                    used = self.expected_s
-                rest = min(used * self._rest_factor, self._longest_rest)
-                self._rest_until = now + rest
+                self._rest_until = now + self._rest_after(now - begin)
                 self.in_flight_since = None
 
         async with self._turn:  # who waits for the rest keeps the others from slipping in after it
