@@ -446,7 +446,7 @@ def _joined(parts: Iterable[bytes]) -> list[bytes]:
 
 def _is_chunked(head: h11.Request) -> bool:
     """Beside a Content-Length, chunks are how requests are smuggled; a GET has no use for them."""
-    return any(name.lower() == b"transfer-encoding" for name, _ in head.headers.raw_items())
+    return b"transfer-encoding" in [name.lower() for name, _ in head.headers.raw_items()]
 
 
 def _to_request(head: h11.Request, peer: Peer) -> Request | Response:

@@ -162,7 +162,7 @@ class TenantBook:
         if peer.uid is not None:
             return self._lookup((f"uid:{peer.uid}",))
         if not self._certificates:
-            return _tenant(peer.name, self._defaults)
+            return self._by_default(peer.name)
         if peer.certificate is None:
             raise UnknownTenantError("a client certificate is needed here")
         certificate = parse_certificate(peer.certificate)
@@ -180,7 +180,10 @@ class TenantBook:
         if not self._defaults.accept_unlisted:
             raise UnknownTenantError(ALL_REFUSED)
         # Identities hold a ':', which no tenant's name does: nobody takes another's name.
-        name = identities[0]
+        return self._by_default(identities[0])
+
+    def _by_default(self, name: str) -> Tenant:
+        """A tenant with no table of its own; remembered, for it asks again."""
         tenant = self._unlisted.get(name)
         if tenant is None:
             if len(self._unlisted) >= MAX_CERTS_REMEMBERED:

@@ -412,7 +412,7 @@ def busy_within(turns: list[tuple[float, float]], begin: float, end: float) -> t
 
 
 @pytest.mark.parametrize("duty", [0.1, 0.25, 0.5, 0.9])
-@pytest.mark.parametrize("slowest_s", [0.3, 4.0, 30.0])
+@pytest.mark.parametrize("slowest_s", [0.3, 4.0, 8.0, 30.0])
 async def test_the_duty_holds_over_every_ten_seconds_whatever_commands_take(
     monkeypatch: pytest.MonkeyPatch, duty: float, slowest_s: float
 ) -> None:
