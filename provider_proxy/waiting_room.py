@@ -136,7 +136,8 @@ class WaitingRoom:
             raise OverloadedError("the queue is full", retry_after_s=self.retry_after_s())
         key = (request.bank, request.mask & self._settings.isolate_mask, tenant.pcr_allow)
         line = self._lines.get(key)
-        if line is None or not line.holds(tenant):
+        many = len(self._lines) >= MAX_LINES_PER_TENANT
+        if many and (line is None or not line.holds(tenant)):
             self._check_lines(tenant, is_new=line is None)
         estimate = self._estimate_s(line)
         if self._tried is None:

@@ -73,7 +73,8 @@ class EsysQuoter:
         """Why no quote can be had now; None while one can."""
         if self._circuit is not None:
             return self._circuit
-        if self.in_flight_s > self._gate.hang_s:
+        since = self._gate.in_flight_since
+        if since is not None and time.monotonic() - since > self._gate.hang_s:
             return "a TPM command has not returned"
         return None
 
