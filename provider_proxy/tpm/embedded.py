@@ -7,6 +7,7 @@ directory; its sockets lie in a short directory of their own, for a Unix socket'
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import shutil
 import socket
@@ -50,7 +51,7 @@ class EmbeddedTpm:
         Raises:
             HostError: as `start`.
         """
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and not _has_ended(self._process.pid):
             return
         if self._process is not None:
             log.error("the embedded swtpm has ended; starting it again")
@@ -91,7 +92,7 @@ class EmbeddedTpm:
         self._process = started.get(timeout=START_LIMIT_S)
         deadline = time.monotonic() + START_LIMIT_S
         while not _answers(path.with_name("tpm.ctrl")):
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            if _has_ended(self._process.pid) or time.monotonic() > deadline:
                 text = log.read_text(errors="replace").strip() if log.exists() else ""
                 self.stop()
                 raise HostError(f"swtpm did not start on {self._state_dir}: {text or 'no reason'}")
@@ -123,6 +124,15 @@ def _answers(control: Path) -> bool:
             return bool(probe.recv(64))
         except OSError:
             return False
+
+
+def _has_ended(pid: int) -> bool:
+    """Asks the kernel: `poll` says nothing while the watching thread has not yet woken."""
+    try:
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, pid, options) is not None
+    except ChildProcessError:
+        return True  # the thread has seen its end
 
 
 def _run(command: list[str], started: queue.SimpleQueue[subprocess.Popen[bytes]]) -> None:
