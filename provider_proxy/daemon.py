@@ -28,7 +28,7 @@ from provider_proxy import http1, listeners, server, sysd, watchdog
 from provider_proxy.audit import AuditLog, records_of
 from provider_proxy.batch import Batch
 from provider_proxy.batcher import Audit, Batcher
-from provider_proxy.config import Config
+from provider_proxy.config_tables import Config
 from provider_proxy.hostlogs import HostLogFiles
 from provider_proxy.metrics import Metrics
 from provider_proxy.quoters.esys import EsysQuoter, open_quoter

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import trio
 
-from provider_proxy.config import Listen, is_loopback, split_address
+from provider_proxy.config import is_loopback, split_address
+from provider_proxy.config_tables import Listen
 from provider_proxy.errors import ConfigError, HostError
 
 BACKLOG = 1024  # a burst of tenants that all begin at once; the kernel caps it at somaxconn

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import trio
 
 from provider_proxy import listeners, sysd
-from provider_proxy.config import Config
+from provider_proxy.config_tables import Config
 from provider_proxy.errors import ConfigError, ProviderProxyError
 from provider_proxy.server import TenantDoor
 from provider_proxy.tenants import TenantBook, load_book

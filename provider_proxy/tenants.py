@@ -20,7 +20,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
-from provider_proxy.config import Listen, TenantRules
+from provider_proxy.config_tables import Listen, TenantRules
 from provider_proxy.errors import HostError, UnknownTenantError
 from provider_proxy.files import read_file
 from provider_proxy.http1 import Peer

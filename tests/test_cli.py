@@ -32,7 +32,7 @@ from helpers import (
     run_here,
 )
 
-from provider_proxy.config import BatchTable, Config, Listen, Logs
+from provider_proxy.config_tables import BatchTable, Config, Listen, Logs
 from provider_proxy.errors import QuoteError
 from provider_proxy.model import HashAlg, Nonce, PcrMask, QuoteRequest
 from provider_proxy.request_file import RequestRecord, encode_request, parse_request

@@ -18,7 +18,7 @@ from helpers import FAKE_EK, HOST_UUID, LIMIT_S, FakeQuoter, daemon_with, make_c
 
 from provider_proxy.attestation_key import parse_ak
 from provider_proxy.client import ClaimedIdentity, ProxyClient
-from provider_proxy.config import BatchTable, Config, Listen, Logs
+from provider_proxy.config_tables import BatchTable, Config, Listen, Logs
 from provider_proxy.errors import (
     EvidenceFormatError,
     PolicyError,

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from provider_proxy import config as module
-from provider_proxy.config import Config, TenantRules, load_config, parse_config, read_secret
+from provider_proxy import config_tables
+from provider_proxy.config import load_config, parse_config, read_secret
+from provider_proxy.config_tables import Config, TenantRules
 from provider_proxy.errors import ConfigError, HostError
 from provider_proxy.model import HashAlg, mask_of
 
@@ -228,7 +230,8 @@ def all_keys() -> list[str]:
             keys.append(field.name)
         elif field.name != "tenants":  # names of the operator's; see below
             keys += [
-                f"{field.name}.{f.name}" for f in dataclasses.fields(module.TABLES[field.name])
+                f"{field.name}.{f.name}"
+                for f in dataclasses.fields(config_tables.TABLES[field.name])
             ]
     return keys
 
@@ -277,7 +280,7 @@ def test_unknown_keys_are_refused_by_name(text: str, key: str) -> None:
         parse_config(tomllib.loads(text))
 
 
-@pytest.mark.parametrize("name", sorted(module.TABLES))
+@pytest.mark.parametrize("name", sorted(config_tables.TABLES))
 def test_a_table_must_be_one(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{name} must be a table$"):
         parse_config({name: 1})

@@ -27,7 +27,19 @@ from urllib.parse import parse_qs
 
 import pytest
 
-from provider_proxy import client, config, daemon, errors, http1, model, query, server, verify, wire
+from provider_proxy import (
+    client,
+    config,
+    config_tables,
+    daemon,
+    errors,
+    http1,
+    model,
+    query,
+    server,
+    verify,
+    wire,
+)
 from provider_proxy.attestation_key import parse_ak
 from provider_proxy.cli import main as cli
 from provider_proxy.errors import ConfigError, QualifyingDataError, SignatureError
@@ -119,10 +131,10 @@ CONFIG_ROWS = rows("docs/configuration.md", "Key", "Type", "Default", "Meaning")
 def config_fields() -> dict[str, dataclasses.Field[Any]]:
     fields = {
         f.name: f
-        for f in dataclasses.fields(config.Config)
-        if f.name not in {*config.TABLES, "tenants"}
+        for f in dataclasses.fields(config_tables.Config)
+        if f.name not in {*config_tables.TABLES, "tenants"}
     }
-    for table, kind in config.TABLES.items():
+    for table, kind in config_tables.TABLES.items():
         fields |= {f"{table}.{f.name}": f for f in dataclasses.fields(kind)}
     return fields
 
@@ -819,11 +831,11 @@ def test_service_unit_has_its_keys() -> None:
     assert service["RestartPreventExitStatus"] == str(cli.EXIT_USAGE)
     assert service["User"] == "provider-proxy"
     assert service["DevicePolicy"] == "closed"
-    assert f"device:{service['DeviceAllow'].removesuffix(' rw')}" == config.Tpm().tcti
-    assert f"/var/lib/{service['StateDirectory']}" == config.DEFAULT_STATE_DIR
+    assert f"device:{service['DeviceAllow'].removesuffix(' rw')}" == config_tables.Tpm().tcti
+    assert f"/var/lib/{service['StateDirectory']}" == config_tables.DEFAULT_STATE_DIR
     assert service["StateDirectoryMode"] == "0700"
     assert "provider-proxy.toml" in service["ExecStart"]
-    limits = config.Limits()
+    limits = config_tables.Limits()
     stop_s = int(service["TimeoutStopSec"].removesuffix("s"))
     assert stop_s > limits.drain_ms / 1000 + daemon.CLOSE_LIMIT_S
     assert int(service["LimitNOFILE"]) > limits.max_connections
@@ -832,7 +844,7 @@ def test_service_unit_has_its_keys() -> None:
 def test_socket_unit_has_its_keys() -> None:
     sockets = unit("provider-proxy.socket")["Socket"]
     assert sockets["Accept"] == "no"
-    assert (sockets["ListenStream"],) == config.Listen().address
+    assert (sockets["ListenStream"],) == config_tables.Listen().address
 
 
 @pytest.mark.real

@@ -45,7 +45,7 @@ from tpm_helpers import (
     until_served,
 )
 
-from provider_proxy.config import Config, Tpm
+from provider_proxy.config_tables import Config, Tpm
 from provider_proxy.daemon import Started
 from provider_proxy.errors import HostError, QuoteError, TpmError
 from provider_proxy.metrics import Metrics

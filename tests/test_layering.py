@@ -20,7 +20,17 @@ PURE = (
 SHARED = ("files", "metrics")
 TENANT = ("pins", "client")
 PROVIDER = (
-    *("merkle", "batch", "audit", "waiting_room", "config_values", "config", "sysd", "hostlogs"),
+    *(
+        "merkle",
+        "batch",
+        "audit",
+        "waiting_room",
+        "config_values",
+        "config_tables",
+        "config",
+        "sysd",
+        "hostlogs",
+    ),
     *("tpm.*", "quoters.*", "quotas", "batcher", "http1", "tenants", "server", "listeners"),
     *("pki", "watchdog", "reload", "daemon"),
 )

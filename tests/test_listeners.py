@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from helpers import LIMIT_S, Certs, connect, get_bytes, listening_socket, make_certs
 
-from provider_proxy.config import Listen
+from provider_proxy.config_tables import Listen
 from provider_proxy.errors import ConfigError, HostError
 from provider_proxy.http1 import ClientStream, Door, Request, Response
 from provider_proxy.listeners import (

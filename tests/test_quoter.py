@@ -39,7 +39,7 @@ from tpm2_pytss.utils import make_credential as make_credential_for
 from provider_proxy import attestation
 from provider_proxy.attestation_key import parse_ak, parse_public
 from provider_proxy.batcher import Quoter
-from provider_proxy.config import Tpm
+from provider_proxy.config_tables import Tpm
 from provider_proxy.errors import HostError, QuoteError, TpmError
 from provider_proxy.files import write_private
 from provider_proxy.metrics import Metrics

@@ -17,7 +17,7 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from provider_proxy.config import TenantRules
+from provider_proxy.config_tables import TenantRules
 from provider_proxy.errors import HostError, TenantLimitError, UnknownTenantError
 from provider_proxy.http1 import Peer
 from provider_proxy.model import Tenant

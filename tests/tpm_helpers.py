@@ -36,7 +36,7 @@ from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_SE
 from tpm2_pytss.types import TPM2B_SENSITIVE_CREATE, TPMT_SYM_DEF
 
 from provider_proxy import attestation, daemon, inclusion, merkle
-from provider_proxy.config import Admin, BatchTable, Config, Limits, Listen, Logs, Tpm
+from provider_proxy.config_tables import Admin, BatchTable, Config, Limits, Listen, Logs, Tpm
 from provider_proxy.daemon import Started
 from provider_proxy.metrics import Metrics
 from provider_proxy.model import (

@@ -20,7 +20,7 @@ import trio
 from provider_proxy.batch import Batch, Waiter, plant_tree
 from provider_proxy.bench import load
 from provider_proxy.bench.process import Target, config_text
-from provider_proxy.config import Tpm
+from provider_proxy.config_tables import Tpm
 from provider_proxy.metrics import Metrics
 from provider_proxy.model import HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
 from provider_proxy.quoters.esys import open_quoter

@@ -19,7 +19,8 @@ from pathlib import Path
 import trio
 
 from provider_proxy import daemon, http1
-from provider_proxy.config import Config, load_config
+from provider_proxy.config import load_config
+from provider_proxy.config_tables import Config
 from provider_proxy.metrics import Metrics
 from provider_proxy.quoters.esys import EsysQuoter, open_quoter
 from provider_proxy.tpm.disturb import Plan, delay_quotes, refuse_some, together

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from provider_proxy.attestation_key import parse_ak
-from provider_proxy.config import Config, load_config
+from provider_proxy.config import load_config
+from provider_proxy.config_tables import Config
 from provider_proxy.errors import HostError, VerificationError
 from provider_proxy.files import write_private
 from provider_proxy.quoters.opening import TpmOpener

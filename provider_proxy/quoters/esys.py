@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import trio
 
-from provider_proxy.config import Tpm
+from provider_proxy.config_tables import Tpm
 from provider_proxy.errors import AkChangedError, HostError, QuoteError, TpmError
 from provider_proxy.metrics import Metrics
 from provider_proxy.model import AttestationKey, HashAlg, Quote

@@ -17,7 +17,8 @@ from pathlib import Path
 from tpm2_pytss import ESAPI
 
 from provider_proxy import attestation
-from provider_proxy.config import EMBEDDED, Tpm, read_secret
+from provider_proxy.config import EMBEDDED, read_secret
+from provider_proxy.config_tables import Tpm
 from provider_proxy.errors import AkChangedError, HostError, TpmError, VerificationError
 from provider_proxy.model import AttestationKey, HashAlg, Quote
 from provider_proxy.quoters.ak_store import AkStore

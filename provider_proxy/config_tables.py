@@ -1,0 +1,223 @@
+"""The tables of the configuration file: a table is a dataclass, a key is a field of it.
+
+A field's metadata says how to read and check the value (`read`) and what it means (`doc`). Nothing
+is read here; `config` does that. docs/configuration.md lists the keys; a test holds it against these.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from provider_proxy.config_values import (
+    Reader,
+    integer,
+    number,
+    one_of,
+    read_addresses,
+    read_banks,
+    read_duty,
+    read_flag,
+    read_handle,
+    read_identities,
+    read_path,
+    read_pcrs,
+    read_text,
+    read_uuid,
+    read_uuids,
+)
+from provider_proxy.model import PCR_COUNT, HashAlg, mask_of
+from provider_proxy.waiting_room import DEFAULT_ISOLATED
+
+C = TypeVar("C")
+
+DEFAULT_STATE_DIR = "/var/lib/provider-proxy"
+DEFAULT_IMA_LOG = "/sys/kernel/security/ima/ascii_runtime_measurements"
+DEFAULT_UEFI_LOG = "/sys/kernel/security/tpm0/binary_bios_measurements"
+ALL_BUT_IMA = tuple(pcr for pcr in range(PCR_COUNT) if pcr != 10)
+
+
+def _key(read: Reader, default: Any, doc: str) -> Any:
+    return field(default=default, metadata={"read": read, "doc": doc})
+
+
+def _table(kind: type[C]) -> C:
+    made: C = field(default_factory=kind)
+    return made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listen:
+    """`[listen]`: the tenants' door."""
+
+    address: tuple[str, ...] = _key(
+        read_addresses, ("127.0.0.1:8890",), 'Where tenants ask; a list, or "unix:/path", is fine.'
+    )
+    tls_cert: Path | None = _key(read_path, None, "The door's certificate chain, PEM.")
+    tls_key: Path | None = _key(read_path, None, "Its private key, PEM; not readable by others.")
+    client_ca: Path | None = _key(
+        read_path, None, "CA of the tenants' certificates; with it, none comes in without one."
+    )
+    client_crl: Path | None = _key(
+        read_path, None, "CRL of client_ca; who is on it stays outside. Read again at SIGHUP."
+    )
+    insecure_plaintext: bool = _key(
+        read_flag, False, "No TLS. On loopback and unix sockets only; for trying things out."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admin:
+    """`[admin]`: the operator's listener, plaintext, never for tenants."""
+
+    address: tuple[str, ...] = _key(
+        read_addresses, (), "Where /healthz, /readyz and /metrics answer; loopback or unix only."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tpm:
+    """`[tpm]`: the chip."""
+
+    tcti: str = _key(
+        read_text, "device:/dev/tpmrm0", 'A tpm2-tss string, or "embedded" for a swtpm of our own.'
+    )
+    ek_handle: int = _key(read_handle, 0x81010001, "Persistent handle of the endorsement key.")
+    ak_handle: int = _key(read_handle, 0x81000100, "Persistent handle of the attestation key.")
+    ak_algorithm: str = _key(
+        one_of("ecc", "rsa"), "ecc", "Kind of the AK when it is made: P-256 or RSA-2048."
+    )
+    banks: tuple[HashAlg, ...] = _key(read_banks, (HashAlg.SHA256,), "PCR banks that are offered.")
+    max_duty: float = _key(
+        read_duty, 0.5, "Share of the chip's time that all our commands together may take."
+    )
+    hang_limit_s: float = _key(
+        number(1, 3600), 120.0, "A command in flight for longer ends the process, in seconds."
+    )
+    owner_auth_file: Path | None = _key(read_path, None, "File with the owner authorisation.")
+    endorsement_auth_file: Path | None = _key(
+        read_path, None, "File with the endorsement authorisation."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuoterTable:
+    """`[quoter]`: who quotes."""
+
+    kind: str = _key(one_of("tpm"), "tpm", "What signs the quotes.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchTable:
+    """`[batch]`: the batching rule."""
+
+    window_ms: float = _key(
+        number(0, 60_000), 50.0, "How long a batch collects after its first request."
+    )
+    max_leaves: int = _key(
+        integer(1, 65_536), 1024, "A batch is sealed when it holds so many requests."
+    )
+    isolate_pcrs: int = _key(
+        read_pcrs,
+        mask_of(DEFAULT_ISOLATED),
+        "PCRs that share a batch only among those who ask for the same of them.",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """`[limits]`: what the door bears."""
+
+    max_queue: int = _key(integer(1, 1_000_000), 8192, "Requests that may wait at once.")
+    max_connections: int = _key(integer(1, 100_000), 4096, "Connections open at once.")
+    max_connections_per_address: int = _key(
+        integer(1, 100_000), 512, "Connections open at once from one IP address."
+    )
+    default_timeout_ms: int = _key(
+        integer(1, 600_000), 30_000, "How long a request waits that names no timeout_ms."
+    )
+    max_timeout_ms: int = _key(integer(1, 600_000), 60_000, "The longest timeout_ms served.")
+    drain_ms: int = _key(integer(0, 600_000), 20_000, "How long a stop waits for those who wait.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantRules:
+    """`[tenant_defaults]` and `[tenants.NAME]`: what a tenant may do."""
+
+    identities: tuple[str, ...] = _key(
+        read_identities,
+        (),
+        "Who this is; only in [tenants.NAME]. See docs/tenants.md for the forms.",
+    )
+    rate: float = _key(number(0.001, 1e6), 50.0, "Requests a second.")
+    burst: int = _key(integer(1, 1_000_000), 100, "Requests that may come at once.")
+    max_inflight: int = _key(integer(1, 1_000_000), 64, "Requests that may wait at once.")
+    pcr_allow: int = _key(
+        read_pcrs, mask_of(ALL_BUT_IMA), "PCRs that may be asked for; 10 brings the IMA log along."
+    )
+    vms: frozenset[uuid.UUID] = _key(
+        read_uuids,
+        frozenset(),
+        "VMs whose link to the host may be asked for; only in [tenants.NAME].",
+    )
+    accept_unlisted: bool = _key(
+        read_flag,
+        True,
+        "Certificates of client_ca with no table of their own; only in the defaults.",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logs:
+    """`[logs]`: the host's event logs, sent along with PCR 10 and the boot PCRs."""
+
+    ima: Path = _key(read_path, Path(DEFAULT_IMA_LOG), "The kernel's IMA list, ASCII.")
+    uefi: Path = _key(read_path, Path(DEFAULT_UEFI_LOG), "The firmware's event log.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditTable:
+    """`[audit]`: a record of each answered request."""
+
+    enabled: bool = _key(read_flag, False, "Whether records are written.")
+    path: Path | None = _key(read_path, None, "File of the records; the log where there is none.")
+    max_mb: int = _key(integer(1, 100_000), 64, "Size at which the file is rotated, in MB.")
+    keep: int = _key(integer(1, 99), 8, "Rotated files that are kept.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole file."""
+
+    state_dir: Path = _key(
+        read_path, Path(DEFAULT_STATE_DIR), "Where the AK's authValue and the embedded TPM live."
+    )
+    host_uuid: uuid.UUID | None = _key(
+        read_uuid, None, "The host's id for tenants; by default derived from its EK."
+    )
+    listen: Listen = _table(Listen)
+    admin: Admin = _table(Admin)
+    tpm: Tpm = _table(Tpm)
+    quoter: QuoterTable = _table(QuoterTable)
+    batch: BatchTable = _table(BatchTable)
+    limits: Limits = _table(Limits)
+    tenant_defaults: TenantRules = _table(TenantRules)
+    tenants: Mapping[str, TenantRules] = field(default_factory=dict)
+    logs: Logs = _table(Logs)
+    audit: AuditTable = _table(AuditTable)
+
+
+TABLES: dict[str, type[Any]] = {
+    "listen": Listen,
+    "admin": Admin,
+    "tpm": Tpm,
+    "quoter": QuoterTable,
+    "batch": BatchTable,
+    "limits": Limits,
+    "tenant_defaults": TenantRules,
+    "logs": Logs,
+    "audit": AuditTable,
+}
