@@ -1,6 +1,7 @@
 # make install   everything that is missing: Debian packages, then Python packages into .venv
 # make demo      200 tenants, one TPM (a swtpm), every answer verified
 # make test      the tests
+# make keylime   the real Keylime that the tests talk to, into .venv-keylime
 # make check     what CI runs: format, lint, types, tests, wheel
 # make soak      faults of all kinds in random order, for ten minutes (SOAK_SECONDS=600)
 # make bench     the figures of this machine
@@ -11,13 +12,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+KEYLIME_VENV := .venv-keylime
+KEYLIME_STAMP := $(KEYLIME_VENV)/.installed
 WHEEL_VENV := .venv-wheel
 DEBIAN := swtpm swtpm-tools tpm2-tools libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv util-linux openssl
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 MISSING = $(shell for p in $(DEBIAN); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done)
 SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: install system demo test check format lint types wheel soak bench clean
+.PHONY: install system keylime demo test check format lint types wheel soak bench clean
 
 install: $(STAMP)
 
@@ -36,10 +39,19 @@ $(STAMP): pyproject.toml constraints.txt | system
 	@$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# The real Keylime for the tests; its dependencies must not meet ours.
+keylime: $(KEYLIME_STAMP)
+
+$(KEYLIME_STAMP): tests/keylime/requirements.txt | system
+	@[ -x $(KEYLIME_VENV)/bin/python ] || $(PYTHON) -m venv $(KEYLIME_VENV)
+	@echo "installing Keylime into $(KEYLIME_VENV), for the tests"
+	@$(KEYLIME_VENV)/bin/python -m pip --disable-pip-version-check install -q -r $<
+	@touch $@
+
 demo: install
 	@$(BIN)/provider-proxy --log-level warning demo
 
-test: install
+test: install keylime
 	$(BIN)/python -m pytest -q
 
 format: install
@@ -68,4 +80,4 @@ bench: install
 	$(BIN)/provider-proxy bench quotes --json
 
 clean:
-	rm -rf $(VENV) $(WHEEL_VENV) dist build *.egg-info
+	rm -rf $(VENV) $(WHEEL_VENV) $(KEYLIME_VENV) dist build *.egg-info

@@ -1,0 +1,1 @@
+"""Stands for the gpg bindings, which keylime imports at start and needs for signed policies only."""

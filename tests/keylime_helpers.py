@@ -1,0 +1,197 @@
+"""The real Keylime registrar and verifier on loopback, for tests.
+
+They run from `.venv-keylime` (`make keylime`), each in a directory and a process group of its own.
+Keylime's registrar cannot do without TLS on its second port; the first one is plain HTTP.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PYTHON = ROOT / ".venv-keylime/bin/python"
+HERE = Path(__file__).parent / "keylime"
+START_S = 60.0  # about 4 s on an idle machine
+
+CA_CONFIG = """\
+[ca]
+version = 2.6
+password = default
+cert_country = US
+cert_ca_name = Test Certificate Authority
+cert_state = MA
+cert_locality = Boston
+cert_organization = provider-proxy tests
+cert_org_unit = 1
+cert_ca_lifetime = 3650
+cert_lifetime = 365
+cert_bits = 2048
+cert_crl_dist = http://localhost:38080/crl
+"""
+REGISTRAR_CONFIG = """\
+[registrar]
+version = 2.6
+ip = 127.0.0.1
+port = {port}
+tls_port = {tls_port}
+tls_dir = default
+server_key = default
+server_key_password =
+server_cert = default
+trusted_client_ca = default
+database_url = sqlite
+database_pool_sz_ovfl = 5,10
+max_workers = 1
+auto_migrate_db = True
+tpm_identity = default
+malformed_cert_action = warn
+durable_attestation_import =
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registrar:
+    """A running registrar. `directory` keeps its database and CA over a restart."""
+
+    directory: Path
+    port: int
+    tls_port: int
+
+    @property
+    def http_url(self) -> str:
+        """Registration and /version."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def https_url(self) -> str:
+        """Registration too, and with a client certificate reading, listing and deleting."""
+        return f"https://127.0.0.1:{self.tls_port}"
+
+    @property
+    def ca(self) -> Path:
+        return self.directory / "cv_ca/cacert.crt"
+
+    @property
+    def client_cert(self) -> Path:
+        return self.directory / "cv_ca/client-cert.crt"
+
+    @property
+    def client_key(self) -> Path:
+        return self.directory / "cv_ca/client-private.pem"
+
+    def client_context(self) -> ssl.SSLContext:
+        """TLS as a client of the registrar's with its client certificate."""
+        context = ssl.create_default_context(cafile=str(self.ca))
+        context.load_cert_chain(self.client_cert, self.client_key)
+        return context
+
+
+def free_port() -> int:
+    """A port that nobody had a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def keylime_environment(directory: Path) -> dict[str, str]:
+    """The environment of a Keylime program that keeps everything inside `directory`."""
+    assert PYTHON.exists(), "the real Keylime is missing: make keylime"
+    config = directory / "ca.conf"
+    config.write_text(CA_CONFIG)
+    (directory / "run").mkdir(exist_ok=True)
+    return {
+        "PATH": f"{PYTHON.parent}:{os.environ['PATH']}",
+        "HOME": str(directory),
+        "LANG": "C.UTF-8",
+        "PYTHONPATH": str(HERE / "stub"),
+        "KEYLIME_DIR": str(directory),
+        "KEYLIME_CA_CONFIG": str(config),
+        "XDG_RUNTIME_DIR": str(directory / "run"),
+    }
+
+
+def make_keylime_ca(directory: Path) -> None:
+    """Keylime's CA with a server's and a client's certificate, in `directory`/cv_ca; once."""
+    if not (directory / "cv_ca/server-cert.crt").exists():
+        (directory / "cv_ca").mkdir(exist_ok=True)
+        subprocess.run(
+            [PYTHON, HERE / "make_ca.py", directory / "cv_ca"],
+            env=keylime_environment(directory),
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+
+
+@contextmanager
+def running_registrar(
+    directory: Path, *, port: int | None = None, tls_port: int | None = None
+) -> Iterator[Registrar]:
+    """A registrar on loopback; the same directory and ports again are the same registrar restarted."""
+    registrar = Registrar(
+        directory=directory, port=port or free_port(), tls_port=tls_port or free_port()
+    )
+    make_keylime_ca(directory)
+    config = directory / "registrar.conf"
+    config.write_text(REGISTRAR_CONFIG.format(port=registrar.port, tls_port=registrar.tls_port))
+    environment = keylime_environment(directory) | {"KEYLIME_REGISTRAR_CONFIG": str(config)}
+    with running_keylime("keylime_registrar", directory, environment, registrar.http_url):
+        yield registrar
+
+
+@contextmanager
+def running_keylime(
+    program: str, directory: Path, environment: dict[str, str], url: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A Keylime program in its own process group, up when `url`/version answers."""
+    log_path = directory / f"{program}.log"
+    with log_path.open("ab") as log:
+        process = subprocess.Popen(
+            [PYTHON.parent / program],
+            env=environment,
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            _await_version(process, url, log_path)
+            yield process
+        finally:
+            stop_group(process)
+
+
+def _await_version(process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
+    context = ssl._create_unverified_context()  # is somebody there? nothing is believed
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/version", timeout=2, context=context).close()
+        except OSError:
+            assert process.poll() is None, log_path.read_text()[-4000:]
+            assert time.monotonic() < deadline, log_path.read_text()[-4000:]
+            time.sleep(0.1)
+        else:
+            return
+
+
+def stop_group(process: subprocess.Popen[bytes]) -> None:
+    """Stop a program and its workers: TERM to the parent alone leaves Keylime's running."""
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=5)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=10)
