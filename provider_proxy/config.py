@@ -1,7 +1,8 @@
-"""The configuration file: TOML in, frozen values out, and every complaint names its key.
+"""The configuration: TOML in, frozen values out, and every complaint names its key and place.
 
-Unknown tables and keys are refused: a misspelt limit must not pass for its default. Secrets are
-named by path only; a file that others can read is refused. `config_tables` says which keys there are.
+`config_files` reads and merges the files, `config_env` the environment; here values are checked.
+Unknown tables and keys are refused: a misspelt limit must not pass for its default. Secrets are named
+by path only; a file that others can read is refused. `config_tables` says which keys there are.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import ipaddress
 import os
 import re
 import stat
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from provider_proxy.config_env import apply_environment
+from provider_proxy.config_files import DEFAULT, Document, Origin, read_document
 from provider_proxy.config_tables import TABLES, Config, TenantRules
 from provider_proxy.config_values import fail
 from provider_proxy.errors import ConfigError, HostError
@@ -23,48 +25,44 @@ from provider_proxy.errors import ConfigError, HostError
 C = TypeVar("C")
 
 EMBEDDED = "embedded"
-MAX_CONFIG_BYTES = 1 << 20
 MAX_SECRET_BYTES = 4096
 TENANT_NAME_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)  # no ':', see tenants.py
-DROP_INS = "tenants.d"  # beside the configuration file
-MAX_DROP_INS = 10_000
 
 
-def load_config(path: Path) -> Config:
-    """Read a configuration file, and the tenants in `tenants.d/*.toml` beside it.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A configuration, and where each of its values came from."""
+
+    config: Config
+    document: Document
+
+    def origin(self, key: str) -> Origin:
+        """Where the value of a key, "batch.window_ms" or "tenants.acme.rate", came from."""
+        found = self.document.values.get(key)
+        if found is None and key.startswith("tenants."):  # what a tenant does not say
+            found = self.document.values.get(f"tenant_defaults.{key.rpartition('.')[2]}")
+        return found or DEFAULT
+
+
+def load(path: Path, environ: Mapping[str, str] = os.environ) -> Loaded:
+    """Read a configuration file, `conf.d` and `tenants.d` beside it, and `PROVIDER_PROXY_*`.
 
     Raises:
-        HostError: a file is missing or cannot be read.
-        ConfigError: not TOML, or a value is wrong; the message names the file or the key.
+        HostError: a file is missing, cannot be read, or could be written by anybody.
+        ConfigError: not TOML, or a value is wrong; the message names the file and line, or the
+            variable.
     """
-    data = _read_toml(path)
-    tenants = data.get("tenants", {})
-    drop_ins = sorted((path.parent / DROP_INS).glob("*.toml"))[: MAX_DROP_INS + 1]
-    if len(drop_ins) > MAX_DROP_INS:
-        raise ConfigError(f"more than {MAX_DROP_INS} files in {DROP_INS}")
-    for extra in drop_ins:
-        part = _read_toml(extra)
-        more = part.get("tenants")
-        if set(part) != {"tenants"} or not isinstance(more, dict) or not isinstance(tenants, dict):
-            raise ConfigError(f"{extra}: holds [tenants.NAME] tables and nothing else")
-        twice = sorted(set(tenants) & set(more))
-        if twice:
-            raise ConfigError(f"{extra}: tenants.{twice[0]} is there already")
-        tenants = tenants | more
-    if tenants:
-        data["tenants"] = tenants
-    return parse_config(data)
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
+    document = apply_environment(read_document(path), environ)
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise HostError(f"cannot read {path}: {exc.strerror}") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{path}: {exc}") from exc
+        return Loaded(config=parse_config(document.data), document=document)
+    except ConfigError as exc:
+        place = document.origin(exc.key) or Origin(file=path)
+        raise ConfigError(f"{place}: {exc}", key=exc.key) from exc
+
+
+def load_config(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
+    """The configuration alone; see `load`."""
+    return load(path, environ).config
 
 
 def parse_config(data: Mapping[str, object]) -> Config:
@@ -92,7 +90,7 @@ def _read_tenants(
     for name, table in tenants.items():
         key = f"tenants.{name}"
         if not TENANT_NAME_RE.fullmatch(name):
-            raise ConfigError(f"{key} must be a name of letters, digits, '.', '_' and '-'")
+            raise fail(key, "a name of letters, digits, '.', '_' and '-'")
         if not isinstance(table, dict):
             raise fail(key, "a table")
         if "accept_unlisted" in table:
@@ -119,7 +117,8 @@ def _read_table(kind: type[C], data: Mapping[str, object], prefix: str) -> C:
     for name, value in data.items():
         key = prefix + name
         if name not in fields:
-            raise ConfigError(f"{key} is not a key; known are {', '.join(sorted(fields))}")
+            known = ", ".join(sorted(fields))
+            raise ConfigError(f"{key} is not a key; known are {known}", key=key)
         if "read" in fields[name].metadata:
             values[name] = fields[name].metadata["read"](key, value)
         elif isinstance(value, dict):
@@ -146,7 +145,8 @@ def _check_whole(config: Config) -> None:
     if listen.client_crl is not None and listen.client_ca is None:
         raise ConfigError("listen.client_crl needs listen.client_ca")
     if config.tenant_defaults.identities or config.tenant_defaults.vms:
-        raise ConfigError("identities and vms belong in tenants.NAME, not in tenant_defaults")
+        key = "tenant_defaults." + ("identities" if config.tenant_defaults.identities else "vms")
+        raise ConfigError(f"{key} belongs in [tenants.NAME], not in [tenant_defaults]")
     check_local("admin.address", config.admin.address)
     if config.limits.default_timeout_ms > config.limits.max_timeout_ms:
         raise ConfigError("limits.default_timeout_ms must be <= limits.max_timeout_ms")

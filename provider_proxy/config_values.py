@@ -5,6 +5,7 @@ A reader takes the key and the TOML value, and gives the value that the program 
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Callable
@@ -25,7 +26,36 @@ IDENTITY_RE = re.compile(
 
 def fail(key: str, must: str) -> ConfigError:
     """The error of a key whose value is not as it must be."""
-    return ConfigError(f"{key} must be {must}")
+    return ConfigError(f"{key} must be {must}", key=key)
+
+
+def as_toml(read: Reader, value: object) -> str:
+    """A value that a reader gave, as the configuration file writes it.
+
+    Raises:
+        TypeError: the value is of a kind that no reader here gives.
+    """
+    if read is read_pcrs and isinstance(value, int):
+        return json.dumps([pcr for pcr in range(PCR_COUNT) if value >> pcr & 1])
+    if read is read_handle and isinstance(value, int):
+        return hex(value)
+    return json.dumps(_plain(value), ensure_ascii=False)
+
+
+def _plain(value: object) -> object:
+    """What JSON, and so TOML, writes the same way."""
+    if isinstance(value, HashAlg):
+        return value.label
+    if isinstance(value, Path | uuid.UUID):
+        return str(value)
+    if isinstance(value, tuple | frozenset):
+        listed = [_plain(item) for item in value]
+        return sorted(listed, key=str) if isinstance(value, frozenset) else listed
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"as_toml does not know {type(value).__name__}")
 
 
 def read_text(key: str, value: object) -> str:

@@ -38,7 +38,15 @@ class UsageError(ProviderProxyError):
 
 
 class ConfigError(UsageError):
-    """A configuration value is wrong; the message names its key."""
+    """A configuration value is wrong; the message names its key.
+
+    Attributes:
+        key: the key, "batch.window_ms"; by default the message's first word.
+    """
+
+    def __init__(self, message: str, *, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = message.partition(" ")[0].rstrip(":") if key is None else key
 
 
 class HostError(ProviderProxyError):

@@ -329,7 +329,7 @@ def test_a_missing_key_or_policy_is_the_environments_fault(files: Files) -> None
         "fetch",
         "fetch http://127.0.0.1:1",
         "fetch http://127.0.0.1:1 --mask 0x1 --pcrs 0",
-        "serve",
+        "serve --port 1",
         "identity",
     ],
 )

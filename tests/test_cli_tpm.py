@@ -246,8 +246,8 @@ def test_bad_configurations(tmp_path: Path, words: tuple[str, ...]) -> None:
     [
         "tpm",
         "tpm ak",
-        "tpm doctor",
-        "tpm ak show",
+        "tpm doctor c.toml",
+        "tpm ak show c.toml",
         "tpm ak export --config c",
         "tpm ak export --config c --out x --format der",
         "tpm ak destroy --config c",

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from provider_proxy import config as module
 from provider_proxy import config_tables
-from provider_proxy.config import load_config, parse_config, read_secret
+from provider_proxy.config import parse_config, read_secret
 from provider_proxy.config_tables import Config, TenantRules
 from provider_proxy.errors import ConfigError, HostError
 from provider_proxy.model import HashAlg, mask_of
@@ -421,62 +420,18 @@ def test_forms_of_an_identity(identity: str) -> None:
         ),
         (
             '[tenant_defaults]\nidentities = ["uid:1"]',
-            "identities and vms belong in tenants.NAME",
+            "tenant_defaults.identities belongs in [tenants.NAME]",
         ),
-        (f'[tenant_defaults]\nvms = ["{UUID}"]', "identities and vms belong in tenants.NAME"),
+        (
+            f'[tenant_defaults]\nvms = ["{UUID}"]',
+            "tenant_defaults.vms belongs in [tenants.NAME]",
+        ),
     ],
 )
 def test_tenants_that_are_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config({**tomllib.loads(PLAIN), **tomllib.loads(text)})
     assert str(caught.value).startswith(message)
-
-
-def drop_in(folder: Path, name: str, text: str) -> Path:
-    (folder / "tenants.d").mkdir(exist_ok=True)
-    path = folder / "tenants.d" / name
-    path.write_text(text)
-    return path
-
-
-def test_drop_ins_are_read_beside_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "c.toml"
-    path.write_text(PLAIN + ALICE)
-    drop_in(tmp_path, "bob.toml", '[tenants.bob]\nidentities = ["uid:1"]\n')
-    drop_in(tmp_path, "carol.toml", '[tenants.carol]\nidentities = ["uid:2"]\n')
-    drop_in(tmp_path, "ignored.toml~", "nonsense")
-    assert sorted(load_config(path).tenants) == ["alice", "bob", "carol"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (ALICE, "tenants.alice is there already"),
-        ("[limits]\nmax_queue = 1", "holds [tenants.NAME] tables and nothing else"),
-        ("", "holds [tenants.NAME] tables and nothing else"),
-        ("tenants = 1", "holds [tenants.NAME] tables and nothing else"),
-        ("[tenants", ""),
-    ],
-)
-def test_drop_ins_that_are_refused_are_named(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "c.toml"
-    path.write_text(PLAIN + ALICE)
-    extra = drop_in(tmp_path, "x.toml", text)
-    with pytest.raises(ConfigError) as caught:
-        load_config(path)
-    assert str(caught.value).startswith(f"{extra}: {message}")
-
-
-def test_drop_ins_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_DROP_INS", 2)
-    path = tmp_path / "c.toml"
-    path.write_text(PLAIN)
-    for number in range(3):
-        drop_in(tmp_path, f"{number}.toml", f'[tenants.t{number}]\nidentities = ["uid:{number}"]')
-        if number < 2:
-            assert len(load_config(path).tenants) == number + 1
-    with pytest.raises(ConfigError, match="more than 2 files"):
-        load_config(path)
 
 
 # --- what two keys say together ---------------------------------------------------------------------
@@ -506,43 +461,6 @@ def test_values_are_frozen() -> None:
     config = parse_config(tomllib.loads(PLAIN))
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.batch.window_ms = 1.0  # type: ignore[misc]
-
-
-# --- files ------------------------------------------------------------------------------------------
-
-
-def test_load(tmp_path: Path) -> None:
-    path = tmp_path / "c.toml"
-    path.write_text(PLAIN + "[batch]\nwindow_ms = 7\n")
-    assert load_config(path).batch.window_ms == 7.0
-
-
-def test_a_missing_file_is_the_hosts_fault(tmp_path: Path) -> None:
-    path = tmp_path / "none.toml"
-    with pytest.raises(HostError) as caught:
-        load_config(path)
-    assert str(caught.value) == f"cannot read {path}: No such file or directory"
-
-
-def test_a_directory_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(HostError, match="cannot read"):
-        load_config(tmp_path)
-
-
-@pytest.mark.parametrize("data", [b"[listen", b"x = \xff", b"a = 1\na = 2"])
-def test_what_is_no_toml_names_the_file(tmp_path: Path, data: bytes) -> None:
-    path = tmp_path / "c.toml"
-    path.write_bytes(data)
-    with pytest.raises(ConfigError) as caught:
-        load_config(path)
-    assert str(caught.value).startswith(f"{path}: ")
-
-
-def test_a_huge_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "c.toml"
-    path.write_bytes(b"#" * (module.MAX_CONFIG_BYTES + 1))
-    with pytest.raises(ConfigError, match="larger than"):
-        load_config(path)
 
 
 # --- secrets ----------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ PROVIDER = (
         "waiting_room",
         "config_values",
         "config_tables",
+        "config_files",
+        "config_env",
         "config",
         "sysd",
         "hostlogs",

@@ -82,7 +82,7 @@ def main() -> None:
             plans.append(refuse_some(args.fault_share, args.seed))
         if args.quote_delay_ms:
             plans.append(delay_quotes(args.quote_delay_ms / 1000))
-        trio.run(_serve_daemon, load_config(args.config), plans)
+        trio.run(_serve_daemon, load_config(args.config, environ={}), plans)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import ssl
@@ -31,6 +32,7 @@ from provider_proxy.attestation import parse_attest
 from provider_proxy.attestation_key import parse_ak
 from provider_proxy.bench.process import config_text
 from provider_proxy.client import ProxyClient
+from provider_proxy.config_env import PREFIX
 from provider_proxy.errors import HostError, ReplyError, UsageError, VerificationError
 from provider_proxy.model import TrustedHost
 from provider_proxy.policy import UnsafeAcceptAny
@@ -125,6 +127,7 @@ def _daemon(directory: Path, chip: str | None) -> Iterator[str]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
+            env={k: v for k, v in os.environ.items() if not k.startswith(PREFIX)},
             process_group=0,  # a Ctrl-C is ours; the daemon is stopped below
         )
     try:

@@ -14,6 +14,7 @@ from provider_proxy.files import read_file
 from provider_proxy.model import AttestationKey
 from provider_proxy.pins import PinnedHost, PinStore
 
+DEFAULT_CONFIG = Path("/etc/provider-proxy/provider-proxy.toml")
 MAX_KEY_FILE_BYTES = 64 * 1024
 
 
@@ -77,3 +78,14 @@ def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ca", type=Path, metavar="FILE", help="CA of the proxy's certificate")
     parser.add_argument("--cert", type=Path, metavar="FILE", help="own certificate, PEM")
     parser.add_argument("--key", type=Path, metavar="FILE", help="its private key, PEM")
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """`--config`, by default where a package puts the configuration."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=DEFAULT_CONFIG,
+        metavar="FILE",
+        help="the daemon's configuration, TOML (default: %(default)s)",
+    )

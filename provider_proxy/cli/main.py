@@ -28,6 +28,7 @@ EXIT_ENVIRONMENT = 3
 
 SUBCOMMANDS = {
     "serve": "run the daemon",
+    "check-config": "show every setting and the file and line that it came from",
     "fetch": "ask a proxy for a quote; save the request and the evidence",
     "verify": "verify saved evidence, offline",
     "identity": "show what a proxy says of its host's keys",
@@ -69,7 +70,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
             name, help=help_text, description=help_text[0].upper() + help_text[1:] + "."
         )
         if only in (None, name):
-            module = importlib.import_module(f"provider_proxy.cli.{name}")
+            module = importlib.import_module(f"provider_proxy.cli.{name.replace('-', '_')}")
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
     return parser

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 import trio
 
 from provider_proxy import daemon
+from provider_proxy.cli.files import add_config_argument
 from provider_proxy.config import load_config
 from provider_proxy.errors import ProviderProxyError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="the configuration, TOML"
-    )
+    add_config_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:

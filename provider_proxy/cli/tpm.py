@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from provider_proxy.attestation_key import parse_ak
+from provider_proxy.cli.files import add_config_argument
 from provider_proxy.config import load_config
 from provider_proxy.config_tables import Config
 from provider_proxy.errors import HostError, VerificationError
@@ -46,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="the daemon's configuration"
-    )
+    add_config_argument(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
 

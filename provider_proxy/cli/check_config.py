@@ -1,0 +1,97 @@
+"""`provider-proxy check-config`: every value that the daemon would use, and where it came from.
+
+Reads what `serve` reads, in the same way, and starts nothing. What it prints is TOML again. Secrets
+appear as the paths that the configuration names them by; no file that it names is opened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+
+from provider_proxy.cli.files import add_config_argument
+from provider_proxy.config import Loaded, load
+from provider_proxy.config_files import Origin
+from provider_proxy.config_values import as_toml
+from provider_proxy.errors import ProviderProxyError
+
+BARE_KEY_RE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
+MAX_COLUMN = 60  # where the origins stand, unless a value is longer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_config_argument(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read and print.
+
+    Raises:
+        HostError: a file cannot be read.
+        ConfigError: a value is wrong; the message names its file and line, or its variable.
+    """
+    try:
+        loaded = load(args.config)
+    except ProviderProxyError as exc:
+        if args.json:
+            print(json.dumps({"ok": False, "error": str(exc)}))
+        raise
+    if args.json:
+        print(json.dumps(_as_json(loaded)))
+    else:
+        _print(loaded)
+    return 0
+
+
+def effective(loaded: Loaded) -> Iterator[tuple[tuple[str, ...], str | None, Origin]]:
+    """Each key's parts, its value as TOML (None where it is not set), and where it came from."""
+
+    def table(
+        value: object, names: tuple[str, ...]
+    ) -> Iterator[tuple[tuple[str, ...], str | None]]:
+        assert dataclasses.is_dataclass(value)
+        for field in dataclasses.fields(value):
+            inner, key = getattr(value, field.name), (*names, field.name)
+            if "read" in field.metadata:
+                read = field.metadata["read"]
+                yield key, None if inner is None else as_toml(read, inner)
+            elif isinstance(inner, Mapping):  # tables with names of the operator's
+                for name in sorted(inner):
+                    yield from table(inner[name], (*key, name))
+            else:
+                yield from table(inner, key)
+
+    for key, text in table(loaded.config, ()):
+        if key[0] != "tenants" or key[-1] != "accept_unlisted":  # the defaults' alone
+            yield key, text, loaded.origin(".".join(key))
+
+
+def _as_json(loaded: Loaded) -> dict[str, object]:
+    keys: dict[str, object] = {}
+    for key, text, origin in effective(loaded):
+        value = None if text is None else tomllib.loads(f"value = {text}")["value"]
+        place: dict[str, object] = {"from": "default"}
+        if origin.file is not None:
+            place = {"from": "file", "file": str(origin.file), "line": origin.line}
+        elif origin.variable is not None:
+            place = {"from": "environment", "variable": origin.variable}
+        keys[".".join(key)] = {"value": value, **place}
+    return {"ok": True, "files": [str(path) for path in loaded.document.files], "keys": keys}
+
+
+def _print(loaded: Loaded) -> None:
+    lines = []
+    for key, text, origin in effective(loaded):
+        name = ".".join(part if BARE_KEY_RE.fullmatch(part) else json.dumps(part) for part in key)
+        shown = f"# {name} is not set" if text is None else f"{name} = {text}"
+        lines.append((shown, "" if text is None else f"# {origin}"))
+    width = max(len(shown) for shown, _ in lines if len(shown) <= MAX_COLUMN)
+    print("# read: " + ", ".join(str(path) for path in loaded.document.files))
+    for shown, place in lines:
+        print(f"{shown:{width}}  {place}".rstrip())
