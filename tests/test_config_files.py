@@ -177,13 +177,16 @@ def test_tables_merge_key_by_key_and_a_later_file_wins(path: Path) -> None:
     path.write_text(PLAIN + '[batch]\nwindow_ms = 1\nmax_leaves = 2\n[tpm]\nbanks = ["sha1"]\n')
     later = drop_in(path, "20.toml", 'tpm.banks = ["sha256", "sha384"]\nbatch.max_leaves = 4\n')
     first = drop_in(path, "10.toml", "[batch]\nmax_leaves = 3\n\nwindow_ms = 9\n")
+    empty = drop_in(
+        path, "15.toml", ""
+    )  # neither made first nor last, whatever a folder's order is
     drop_in(path, "30.toml~", "nonsense")
     drop_in(path, ".#40.toml", "nonsense")
     loaded = load(path, NO_ENVIRONMENT)
     assert loaded.config.batch.window_ms == 9.0
     assert loaded.config.batch.max_leaves == 4
     assert [bank.label for bank in loaded.config.tpm.banks] == ["sha256", "sha384"]
-    assert loaded.document.files == (path, first, later)
+    assert loaded.document.files == (path, first, empty, later)
     assert loaded.origin("batch.window_ms") == Origin(file=first, line=4)
     assert loaded.origin("batch.max_leaves") == Origin(file=later, line=2)
     assert loaded.origin("listen.insecure_plaintext") == Origin(file=path, line=2)
