@@ -13,7 +13,7 @@ import ssl
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,19 +146,25 @@ def running_registrar(
     config = directory / "registrar.conf"
     config.write_text(REGISTRAR_CONFIG.format(port=registrar.port, tls_port=registrar.tls_port))
     environment = keylime_environment(directory) | {"KEYLIME_REGISTRAR_CONFIG": str(config)}
-    with running_keylime("keylime_registrar", directory, environment, registrar.http_url):
+    program = PYTHON.parent / "keylime_registrar"
+    with running_keylime([program], directory, environment, registrar.http_url):
         yield registrar
 
 
 @contextmanager
 def running_keylime(
-    program: str, directory: Path, environment: dict[str, str], url: str
+    command: Sequence[Path],
+    directory: Path,
+    environment: dict[str, str],
+    url: str,
+    *,
+    context: ssl.SSLContext | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A Keylime program in its own process group, up when `url`/version answers."""
-    log_path = directory / f"{program}.log"
+    log_path = directory / f"{command[-1].stem}.log"
     with log_path.open("ab") as log:
         process = subprocess.Popen(
-            [PYTHON.parent / program],
+            command,
             env=environment,
             cwd=directory,
             stdin=subprocess.DEVNULL,
@@ -167,14 +173,19 @@ def running_keylime(
             start_new_session=True,
         )
         try:
-            _await_version(process, url, log_path)
+            _await_version(process, url, log_path, context or _trusting())
             yield process
         finally:
             stop_group(process)
 
 
-def _await_version(process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
-    context = ssl._create_unverified_context()  # is somebody there? nothing is believed
+def _trusting() -> ssl.SSLContext:
+    return ssl._create_unverified_context()  # is somebody there? nothing is believed
+
+
+def _await_version(
+    process: subprocess.Popen[bytes], url: str, log_path: Path, context: ssl.SSLContext
+) -> None:
     deadline = time.monotonic() + START_S
     while True:
         try:

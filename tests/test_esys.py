@@ -50,9 +50,9 @@ from provider_proxy.daemon import Started
 from provider_proxy.errors import HostError, QuoteError, TpmError
 from provider_proxy.metrics import Metrics
 from provider_proxy.model import HashAlg
-from provider_proxy.quoters import esys
+from provider_proxy.quoters import circuit, esys
 from provider_proxy.quoters.opening import TpmOpener
-from provider_proxy.tpm import gate as gate_module
+from provider_proxy.tpm import pace
 from provider_proxy.tpm.chip import Chip
 from provider_proxy.tpm.disturb import Action, refusal
 from provider_proxy.tpm.gate import Gate
@@ -114,7 +114,7 @@ async def test_what_may_pass_for_a_fatal_code_is_an_outage_until_the_next_probe(
     tmp_path: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch, command: int
 ) -> None:
     """tpm2-tss reads on in its own buffer where an answer is too short, and finds some code there."""
-    monkeypatch.setattr(esys, "PROBE_S", 0.01)
+    monkeypatch.setattr(circuit, "PROBE_S", 0.01)
     async with open_quoter("embedded", tmp_path, faults=faults) as opened:
         for action in LIKE_A_CODE.values():
             if command == CC_READ_PUBLIC:
@@ -369,7 +369,7 @@ async def test_all_our_commands_together_keep_the_duty(
     turns: list[tuple[float, float]] = []
     monkeypatch.setattr(RecordingGate, "turns", turns)
     monkeypatch.setattr(esys, "Gate", RecordingGate)
-    monkeypatch.setattr(esys, "PROBE_S", 0.02)
+    monkeypatch.setattr(circuit, "PROBE_S", 0.02)
     dice = random.Random(7)
     slow = Action(delay_s=0.01)
     async with open_quoter("embedded", tmp_path, faults=faults, max_duty=duty) as opened:
@@ -477,10 +477,10 @@ async def test_one_hang_is_not_learnt_as_the_chips_pace(monkeypatch: pytest.Monk
     for _ in range(5):
         await gate.run(functools.partial(command, 0.1), learn=True)
     await gate.run(functools.partial(command, 60.0), learn=True)
-    assert 0.1 <= gate.expected_s < 0.2
+    assert 0.1 <= gate.pace.expected_s < 0.2
     for _ in range(40):
         await gate.run(functools.partial(command, 2.0), learn=True)
-    assert gate.expected_s == pytest.approx(2.0, rel=0.2)
+    assert gate.pace.expected_s == pytest.approx(2.0, rel=0.2)
 
 
 async def test_a_hang_does_not_keep_the_gate_shut_for_as_long_again(
@@ -589,7 +589,7 @@ async def test_another_tpm_in_its_place_is_not_served(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has an AK of its own at that very handle. The tenants know the first one's name."""
-    monkeypatch.setattr(esys, "PROBE_S", 0.2)
+    monkeypatch.setattr(circuit, "PROBE_S", 0.2)
     with swtpm_at(tmp_path / "other") as tpm:
         async with open_quoter(tpm.tcti, tmp_path / "t") as opened:
             other = opened.ak.name
@@ -633,7 +633,7 @@ async def test_a_hang_is_told_until_it_ends(
 ) -> None:
     """504 at each one's own deadline; then not ready, and 503 at once; the gate stays shut; then good
     again, in the same process."""
-    monkeypatch.setattr(gate_module, "HANG_LEAST_S", 0.5)
+    monkeypatch.setattr(pace, "HANG_LEAST_S", 0.5)
     hold = Hold()
     async with site(plain_config(tmp_path), faults, count=3) as at:
         try:

@@ -12,7 +12,8 @@ import trio
 from helpers import LIMIT_S, until
 
 from provider_proxy.errors import TpmError
-from provider_proxy.tpm.gate import FIRST_GUESS_S, Gate
+from provider_proxy.tpm.gate import Gate
+from provider_proxy.tpm.pace import FIRST_GUESS_S
 
 COMMAND_S = 0.02
 TICK_S = 0.002  # clocks and sleeps are no finer
@@ -170,7 +171,7 @@ async def test_ready_waits_for_the_rest() -> None:
 
 async def test_full_duty_rests_not_at_all() -> None:
     gate = Gate(1.0)
-    assert gate.pause_s == 0
+    assert gate.pace.pause_s == 0
     with trio.fail_after(LIMIT_S):
         for _ in range(50):
             await gate.run(lambda: None)
@@ -178,19 +179,19 @@ async def test_full_duty_rests_not_at_all() -> None:
 
 async def test_the_time_of_a_quote_is_learnt() -> None:
     gate, chip = Gate(0.5), Chip()
-    assert gate.expected_s == FIRST_GUESS_S
-    assert gate.pause_s == FIRST_GUESS_S
+    assert gate.pace.expected_s == FIRST_GUESS_S
+    assert gate.pace.pause_s == FIRST_GUESS_S
     await gate.run(chip.command())  # no quote
-    assert gate.expected_s == FIRST_GUESS_S
+    assert gate.pace.expected_s == FIRST_GUESS_S
     await gate.run(chip.command(), learn=True)  # the first is believed
-    first = gate.expected_s
+    first = gate.pace.expected_s
     begin, end = chip.spans[-1]
     assert COMMAND_S - TICK_S <= first < FIRST_GUESS_S
     assert first == pytest.approx(end - begin, abs=0.01)
-    assert gate.pause_s == pytest.approx(first)
+    assert gate.pace.pause_s == pytest.approx(first)
     await gate.run(chip.command(seconds=3 * COMMAND_S), learn=True)  # later ones in part
     begin, end = chip.spans[-1]
-    assert first < gate.expected_s < end - begin
+    assert first < gate.pace.expected_s < end - begin
 
 
 async def test_a_failed_quote_teaches_nothing() -> None:
@@ -201,7 +202,7 @@ async def test_a_failed_quote_teaches_nothing() -> None:
 
     with pytest.raises(TpmError):
         await gate.run(fail, learn=True)
-    assert gate.expected_s == FIRST_GUESS_S
+    assert gate.pace.expected_s == FIRST_GUESS_S
 
 
 async def test_close_waits_for_the_command_in_flight() -> None:

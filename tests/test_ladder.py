@@ -28,7 +28,8 @@ from provider_proxy.errors import (
 )
 from provider_proxy.metrics import Metrics
 from provider_proxy.model import HashAlg, Nonce, PcrMask, Quote, QuoteRequest, Tenant
-from provider_proxy.quoters.esys import PROBE_S, EsysQuoter
+from provider_proxy.quoters.circuit import PROBE_S
+from provider_proxy.quoters.esys import EsysQuoter
 from provider_proxy.quoters.opening import HostIdentity, TpmOpener
 from provider_proxy.soft_tpm import SoftTpm
 from provider_proxy.tpm import chip
@@ -42,6 +43,7 @@ from provider_proxy.tpm.ladder import (
     step_for,
     wait_s,
 )
+from provider_proxy.tpm.pace import Pace
 from provider_proxy.waiting_room import BatchSettings
 
 T = TypeVar("T")
@@ -151,12 +153,11 @@ def test_a_wait_stays_a_wait_after_any_number_of_tries(step: Step, tries: int) -
 class InlineGate:
     """A `Gate` without threads: a command takes `COMMAND_S` of trio's clock."""
 
-    expected_s = COMMAND_S
-    pause_s = 0.0
-    hang_s = 5.0
     in_flight_since: float | None = None
 
     def __init__(self) -> None:
+        self.pace = Pace(1.0)
+        self.pace.expected_s = COMMAND_S
         self._one = trio.Lock()
         self.learnt = 0
 
@@ -666,8 +667,8 @@ async def test_estimate_and_retry_after_follow_the_learnt_time(
     autojump_clock: trio.testing.MockClock, bench: Bench, quote_s: float, lines: int
 ) -> None:
     """A quote and its rest for each line that waits; spread, so that not all come back at once."""
-    bench.gate.expected_s = quote_s
-    bench.gate.pause_s = 3 * quote_s
+    bench.gate.pace = Pace(0.25)  # rests three times as long as it quotes
+    bench.gate.pace.expected_s = quote_s
     turn_s = 4 * quote_s
     async with batching(bench) as tenants:
         for number in range(lines):

@@ -44,13 +44,12 @@ from provider_proxy.errors import HostError, QuoteError, TpmError
 from provider_proxy.files import write_private
 from provider_proxy.metrics import Metrics
 from provider_proxy.model import AttestationKey, HashAlg, Quote, pcrs_of
-from provider_proxy.quoters import esys
+from provider_proxy.quoters import circuit, esys
 from provider_proxy.quoters.ak_store import AkStore
 from provider_proxy.quoters.esys import EsysQuoter
 from provider_proxy.quoters.opening import uuid_of_ek
 from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.tpm import gate as gate_module
-from provider_proxy.tpm import keys
+from provider_proxy.tpm import keys, pace
 from provider_proxy.tpm.broker import Broker
 from provider_proxy.tpm.chip import Chip, open_context
 from provider_proxy.tpm.disturb import CC_QUOTE, Action
@@ -887,7 +886,7 @@ async def test_others_who_hold_every_session_do_not_stop_quotes(tmp_path: Path) 
 async def test_a_fatal_code_opens_the_circuit_until_the_chip_is_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    monkeypatch.setattr(esys, "PROBE_S", 0.05)
+    monkeypatch.setattr(circuit, "PROBE_S", 0.05)
     ill = False
     asked = 0
     metrics = Metrics()
@@ -937,7 +936,7 @@ async def test_a_tpm_that_comes_back_with_another_ak_is_not_served(
 ) -> None:
     """Cleared while we ran: no quote under a key that the tenants do not know, though it takes our
     authValue."""
-    monkeypatch.setattr(esys, "PROBE_S", 0.02)
+    monkeypatch.setattr(circuit, "PROBE_S", 0.02)
     tpm = EmbeddedTpm(tmp_path / "chip")
     tpm.start()
     ill = False
@@ -1036,8 +1035,8 @@ async def test_the_swtpm_outlives_idle_threads(
 async def test_a_hanging_command_is_trouble(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate_module, "HANG_LEAST_S", 0.02)
-    monkeypatch.setattr(gate_module, "HANG_FACTOR", 1)
+    monkeypatch.setattr(pace, "HANG_LEAST_S", 0.02)
+    monkeypatch.setattr(pace, "HANG_FACTOR", 1)
     hold = threading.Event()
     armed = False
 

@@ -21,9 +21,10 @@ from typing import TypeVar
 import trio
 
 from provider_proxy.config_tables import Tpm
-from provider_proxy.errors import AkChangedError, HostError, QuoteError, TpmError
+from provider_proxy.errors import HostError, QuoteError, TpmError
 from provider_proxy.metrics import Metrics
 from provider_proxy.model import AttestationKey, HashAlg, Quote
+from provider_proxy.quoters.circuit import PROBE_S, Circuit
 from provider_proxy.quoters.opening import HostIdentity, TpmOpener
 from provider_proxy.tpm import chip
 from provider_proxy.tpm.gate import Gate
@@ -33,7 +34,6 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-PROBE_S = 1.0  # between two looks at a chip that failed: service is back soon after it is
 OPEN_TRIES = 10  # some four seconds of a chip that is busy when the daemon starts
 LEARNING_QUOTES = 1  # so that the first tenant's estimate is this chip's
 CLOSE_LIMIT_S = 2.0  # for the command in flight when the daemon ends
@@ -47,20 +47,19 @@ class EsysQuoter:
         self._chip: chip.Chip | None = opened
         self._gate = gate
         self._metrics = metrics
-        self._circuit: str | None = None  # why it is open
-        self._opened_circuit = trio.Event()
+        self._circuit = Circuit(metrics, "the TPM")
         self.ak: AttestationKey = opener.ak
         self.identity: HostIdentity = opener.identity
 
     @property
     def expected_s(self) -> float:
         """Learnt time of a quote, in seconds."""
-        return self._gate.expected_s
+        return self._gate.pace.expected_s
 
     @property
     def pause_s(self) -> float:
         """Rest after a quote, in seconds."""
-        return self._gate.pause_s
+        return self._gate.pace.pause_s
 
     @property
     def in_flight_s(self) -> float:
@@ -71,16 +70,16 @@ class EsysQuoter:
     @property
     def trouble(self) -> str | None:
         """Why no quote can be had now; None while one can."""
-        if self._circuit is not None:
-            return self._circuit
+        if self._circuit.why is not None:
+            return self._circuit.why
         since = self._gate.in_flight_since
-        if since is not None and time.monotonic() - since > self._gate.hang_s:
+        if since is not None and time.monotonic() - since > self._gate.pace.hang_s:
             return "a TPM command has not returned"
         return None
 
     async def ready(self) -> None:
         """Return when the chip is free and rested, or in trouble."""
-        if self._circuit is None:
+        if self._circuit.why is None:
             await self._gate.ready()
         else:
             await trio.lowlevel.checkpoint()
@@ -125,7 +124,7 @@ class EsysQuoter:
         """Try a command until it succeeds, is fatal, or the caller's deadline cancels."""
         tries = 0
         reopen = False
-        while self._circuit is None:
+        while self._circuit.why is None:
             try:
                 return await self._gate.run(
                     lambda again=reopen: command(self._fresh(again)),  # type: ignore[misc]
@@ -136,13 +135,13 @@ class EsysQuoter:
                 self._metrics.tpm_errors.labels(name_of(exc.code), step.value).inc()
                 if step is Step.FATAL or isinstance(exc, _ReopenError):
                     if breaks_circuit:
-                        self._break_circuit(str(exc))
+                        self._circuit.open(str(exc))
                     raise QuoteError("the TPM refused", retry_after_s=PROBE_S) from exc
                 tries += 1
                 reopen = step is Step.CLEAN
                 log.warning("TPM: %s; %s, try %d", exc, step.value, tries + 1)
                 await trio.sleep(wait_s(step, tries))
-        raise QuoteError("the TPM is out of order", retry_after_s=PROBE_S)
+        raise QuoteError(self._circuit.why, retry_after_s=PROBE_S)
 
     def _fresh(self, reopen: bool) -> chip.Chip:
         """The open chip, opened anew where asked (in the gate's thread).
@@ -167,28 +166,9 @@ class EsysQuoter:
                 self._chip.close()
             self._chip = None
 
-    def _break_circuit(self, why: str) -> None:
-        if self._circuit is None:
-            log.critical("TPM out of order, tenants get 503: %s", why)
-            self._metrics.tpm_circuit_open.set(1)
-            self._circuit = "the TPM is out of order"
-            self._opened_circuit.set()
-
     async def run(self) -> None:
         """Probe an open circuit until the TPM quotes again, for ever."""
-        while True:
-            await self._opened_circuit.wait()
-            await trio.sleep(PROBE_S)
-            try:
-                await self._gate.run(self._probe)
-            except HostError as exc:
-                level = logging.CRITICAL if isinstance(exc, AkChangedError) else logging.WARNING
-                log.log(level, "TPM still out of order: %s", exc)
-                continue
-            log.warning("TPM in order again")
-            self._metrics.tpm_circuit_open.set(0)
-            self._circuit = None
-            self._opened_circuit = trio.Event()
+        await self._circuit.run(lambda: self._gate.run(self._probe))
 
     def _probe(self) -> None:
         """Open anew, find the same AK, quote (in the gate's thread)."""

@@ -16,14 +16,9 @@ from typing import TypeVar
 
 import trio
 
-T = TypeVar("T")
+from provider_proxy.tpm.pace import Pace
 
-EWMA_WEIGHT = 0.2  # a chip's time varies by percents (TPMScan: p99/p50 = 1.02), so few samples do
-DUTY_SPAN_S = 10.0  # over which the duty holds
-HANG_FACTOR = 20  # a command of so many times the learnt time hangs; a chip's p99/p50 is 1.02
-HANG_LEAST_S = 5.0  # but no sooner: an RSA key that is made by others takes seconds
-LARGEST_SURPRISE = 3  # one hang must not make all estimates worthless; a slower chip is soon learnt
-FIRST_GUESS_S = 0.25  # the median RSA signature of 139 chips, until our own is measured
+T = TypeVar("T")
 
 
 class Gate:
@@ -33,39 +28,16 @@ class Gate:
         max_duty: share of time that our commands may take, above 0 and at most 1.
 
     Attributes:
-        expected_s: learnt time of a learning command (a quote), in seconds.
+        pace: what a quote takes, and the rest that follows.
         in_flight_since: `time.monotonic()` when the running command began; None while idle.
     """
 
     def __init__(self, max_duty: float) -> None:
-        self._rest_factor = 1 / max_duty - 1
-        self._longest_rest = DUTY_SPAN_S * (1 - max_duty)
+        self.pace = Pace(max_duty)
         self._limiter = trio.CapacityLimiter(1)
         self._turn = trio.Lock()
         self._rest_until = 0.0
-        self._learnt = False
-        self.expected_s = FIRST_GUESS_S
         self.in_flight_since: float | None = None
-
-    @property
-    def pause_s(self) -> float:
-        """The rest that follows a command of the learnt time."""
-        return self.expected_s * self._rest_factor
-
-    @property
-    def hang_s(self) -> float:
-        """A command that runs for longer hangs, in seconds."""
-        return max(HANG_LEAST_S, HANG_FACTOR * self.expected_s)
-
-    def _rest_after(self, seconds: float) -> float:
-        """The rest that a command's time asks for.
-
-        After one that hung the chip is not left alone for as long again: only as long as the duty,
-        plus that command, still needs within its span.
-        """
-        if seconds > self.hang_s:
-            return max(self.pause_s, self._longest_rest - seconds)
-        return min(seconds * self._rest_factor, self._longest_rest)
 
     async def ready(self) -> None:
         """Return when the chip is free and its duty allows a command."""
@@ -96,11 +68,11 @@ class Gate:
             try:
                 result = command()
                 if learn:
-                    self._learn(time.monotonic() - begin)
+                    self.pace.learn(time.monotonic() - begin)
                 return result
             finally:
                 now = time.monotonic()
-                self._rest_until = now + self._rest_after(now - begin)
+                self._rest_until = now + self.pace.rest_after(now - begin)
                 self.in_flight_since = None
 
         async with self._turn:  # who waits for the rest keeps the others from slipping in after it
@@ -108,13 +80,6 @@ class Gate:
             return await trio.to_thread.run_sync(
                 timed, limiter=self._limiter, abandon_on_cancel=True
             )
-
-    def _learn(self, seconds: float) -> None:
-        if not self._learnt:
-            self.expected_s = seconds
-        seconds = min(seconds, LARGEST_SURPRISE * self.expected_s)
-        self.expected_s += EWMA_WEIGHT * (seconds - self.expected_s)
-        self._learnt = True
 
     async def close(self) -> None:
         """Take the gate for good, after the command in flight: then the context may be closed."""

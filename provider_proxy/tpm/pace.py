@@ -1,0 +1,60 @@
+"""How long a quote takes here, and how long whoever quotes rests after it.
+
+A chip is shared with the kernel's IMA, so all our commands together may take at most `max_duty` of its
+time: after a command of `t` seconds comes a rest of `t * (1/max_duty - 1)`. Times are learnt, because
+they differ from chip to chip by a hundredfold and hardly at all on one chip. No clock of its own.
+"""
+
+from __future__ import annotations
+
+EWMA_WEIGHT = 0.2  # a chip's time varies by percents (TPMScan: p99/p50 = 1.02), so few samples do
+DUTY_SPAN_S = 10.0  # over which the duty holds
+HANG_FACTOR = 20  # a command of so many times the learnt time hangs; a chip's p99/p50 is 1.02
+HANG_LEAST_S = 5.0  # but no sooner: an RSA key that is made by others takes seconds
+LARGEST_SURPRISE = 3  # one hang must not make all estimates worthless; a slower chip is soon learnt
+FIRST_GUESS_S = 0.25  # the median RSA signature of 139 chips, until our own is measured
+
+
+class Pace:
+    """The learnt time, and what follows from it.
+
+    Args:
+        max_duty: share of time that our commands may take, above 0 and at most 1.
+
+    Attributes:
+        expected_s: learnt time of a quote, in seconds.
+    """
+
+    def __init__(self, max_duty: float) -> None:
+        self._rest_factor = 1 / max_duty - 1
+        self._longest_rest = DUTY_SPAN_S * (1 - max_duty)
+        self._learnt = False
+        self.expected_s = FIRST_GUESS_S
+
+    @property
+    def pause_s(self) -> float:
+        """The rest that follows a command of the learnt time."""
+        return self.expected_s * self._rest_factor
+
+    @property
+    def hang_s(self) -> float:
+        """A command that runs for longer hangs, in seconds."""
+        return max(HANG_LEAST_S, HANG_FACTOR * self.expected_s)
+
+    def rest_after(self, seconds: float) -> float:
+        """The rest that a command's time asks for.
+
+        After one that hung the chip is not left alone for as long again: only as long as the duty,
+        plus that command, still needs within its span.
+        """
+        if seconds > self.hang_s:
+            return max(self.pause_s, self._longest_rest - seconds)
+        return min(seconds * self._rest_factor, self._longest_rest)
+
+    def learn(self, seconds: float) -> None:
+        """Take a quote's time into account."""
+        if not self._learnt:
+            self.expected_s = seconds
+        seconds = min(seconds, LARGEST_SURPRISE * self.expected_s)
+        self.expected_s += EWMA_WEIGHT * (seconds - self.expected_s)
+        self._learnt = True

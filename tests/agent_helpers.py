@@ -1,0 +1,154 @@
+"""The real agent of Keylime 6.6.0 on a swtpm of its own, for tests.
+
+It runs from `.venv-keylime-agent` (`make keylime`), in a directory and a process group of its own.
+"""
+
+from __future__ import annotations
+
+import ssl
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from keylime_helpers import (
+    HERE,
+    ROOT,
+    Registrar,
+    free_port,
+    keylime_environment,
+    running_keylime,
+)
+from tpm_helpers import Swtpm
+
+PYTHON = ROOT / ".venv-keylime-agent/bin/python"
+
+AGENT_CONFIG = """\
+[agent]
+version = 2.0
+uuid = {agent_id}
+ip = 127.0.0.1
+port = {port}
+contact_ip = 127.0.0.1
+contact_port = {port}
+registrar_ip = 127.0.0.1
+registrar_port = {registrar_port}
+tls_dir = default
+server_key = default
+server_key_password =
+server_cert = default
+trusted_client_ca = ['{client_ca}']
+enable_agent_mtls = {mtls}
+enc_keyname = derived_tci_key
+dec_payload_file = decrypted_payload
+secure_size = 1m
+tpm_ownerpassword =
+extract_payload_zip = False
+enable_revocation_notifications = False
+revocation_notification_ip = 127.0.0.1
+revocation_notification_port = 18992
+revocation_cert = default
+revocation_actions =
+payload_script =
+enable_insecure_payload = False
+measure_payload_pcr = -1
+exponential_backoff = True
+retry_interval = 2
+max_retries = 2
+tpm_hash_alg = sha256
+tpm_encryption_alg = rsa
+tpm_signing_alg = rsassa
+ek_handle = generate
+run_as =
+"""
+LOGGING_CONFIG = """\
+[loggers]
+keys = root
+[handlers]
+keys = console
+[formatters]
+keys = line
+[formatter_line]
+format = %(levelname)s %(message)s
+[logger_root]
+level = INFO
+handlers = console
+[handler_console]
+class = StreamHandler
+level = INFO
+formatter = line
+args = (sys.stderr,)
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agent:
+    """A running agent, registered at a registrar. Its logs are plain files that a test may write."""
+
+    agent_id: uuid.UUID
+    port: int
+    tcti: str
+    swtpm: Swtpm
+    ima_list: Path
+    uefi_log: Path
+    mtls: bool
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.mtls else 'http'}://127.0.0.1:{self.port}"
+
+
+@contextmanager
+def running_agent(
+    directory: Path, registrar: Registrar, *, mtls: bool = True, port: int | None = None
+) -> Iterator[Agent]:
+    """An agent that has registered and serves quotes.
+
+    Its clients show the certificate of the registrar's CA: `registrar.client_cert`.
+    """
+    assert PYTHON.exists(), "the real Keylime agent is missing: make keylime"
+    environment = keylime_environment(directory)
+    swtpm = Swtpm(directory / "swtpm")
+    agent = Agent(
+        agent_id=uuid.uuid4(),
+        port=port or free_port(),
+        tcti=swtpm.tcti,
+        swtpm=swtpm,
+        ima_list=directory / "ima",
+        uefi_log=directory / "uefi",
+        mtls=mtls,
+    )
+    agent.ima_list.touch()
+    agent.uefi_log.write_bytes(b"not a real firmware log")
+    config = directory / "agent.conf"
+    config.write_text(
+        AGENT_CONFIG.format(
+            agent_id=agent.agent_id,
+            port=agent.port,
+            registrar_port=registrar.port,
+            client_ca=registrar.ca,
+            mtls=mtls,
+        )
+    )
+    logging = directory / "logging.conf"
+    logging.write_text(LOGGING_CONFIG)
+    environment |= {
+        "KEYLIME_AGENT_CONFIG": str(config),
+        "KEYLIME_LOGGING_CONFIG": str(logging),
+        "TPM2TOOLS_TCTI": agent.tcti,
+        "TEST_IMA_LIST": str(agent.ima_list),
+        "TEST_UEFI_LOG": str(agent.uefi_log),
+    }
+    context = registrar.client_context() if mtls else None
+    if context is not None:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE  # self-signed; what tests need is its first answer
+    swtpm.start()
+    try:
+        with running_keylime(
+            [PYTHON, HERE / "run_agent.py"], directory, environment, agent.url, context=context
+        ):
+            yield agent
+    finally:
+        swtpm.close()
