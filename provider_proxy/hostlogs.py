@@ -42,31 +42,10 @@ class HostLogFiles:
         lines: list[str] | None = None
         uefi: bytes | None = None
         if wants_ima and (data := await self._read_file(self._ima, MAX_LIST_BYTES)) is not None:
-            # By line feeds alone: str.splitlines would cut at what a file's name may hold.
-            lines = [line + "\n" for line in data.decode("utf-8", "backslashreplace").split("\n")]
-            lines.pop()  # behind the last line feed is nothing, or what the limit cut
+            lines = lines_of(data.decode("utf-8", "backslashreplace"))
         if wants_uefi:
             uefi = await self._read_file(self._uefi, MAX_UEFI_BYTES)
-        if lines is None and uefi is None:
-            return (None,) * len(requests)
-        parts: dict[int, tuple[str, int]] = {}
-        return tuple(self._logs_of(request, lines, uefi, parts) for request in requests)
-
-    def _logs_of(
-        self,
-        request: QuoteRequest,
-        lines: list[str] | None,
-        uefi: bytes | None,
-        parts: dict[int, tuple[str, int]],
-    ) -> HostLogs | None:
-        wants_uefi = uefi is not None and request.mask & BOOT_PCRS
-        own_uefi = uefi if wants_uefi else None
-        if lines is None or not request.mask >> IMA_PCR & 1:
-            return HostLogs(uefi=own_uefi) if wants_uefi else None
-        if request.ima_ml_entry not in parts:
-            parts[request.ima_ml_entry] = _from_entry(lines, request.ima_ml_entry)
-        ima, entry = parts[request.ima_ml_entry]
-        return HostLogs(ima=ima, ima_entry=entry, uefi=own_uefi)
+        return share_out(requests, lines, uefi)
 
     async def _read_file(self, path: Path, limit: int) -> bytes | None:
         try:
@@ -79,6 +58,45 @@ class HostLogFiles:
             return None
         self._missing.discard(path)
         return data
+
+
+def lines_of(text: str) -> list[str]:
+    """The whole lines of an IMA list, each with its line feed."""
+    # By line feeds alone: str.splitlines would cut at what a file's name may hold.
+    lines = [line + "\n" for line in text.split("\n")]
+    lines.pop()  # behind the last line feed is nothing, or what a limit cut
+    return lines
+
+
+def share_out(
+    requests: tuple[QuoteRequest, ...], lines: list[str] | None, uefi: bytes | None
+) -> tuple[HostLogs | None, ...]:
+    """For each request the logs that its mask asks for; None where it asks for none.
+
+    Args:
+        lines: of the whole IMA list; None where the host has none.
+        uefi: the firmware's log; None where the host has none.
+    """
+    if lines is None and uefi is None:
+        return (None,) * len(requests)
+    parts: dict[int, tuple[str, int]] = {}
+    return tuple(_logs_of(request, lines, uefi, parts) for request in requests)
+
+
+def _logs_of(
+    request: QuoteRequest,
+    lines: list[str] | None,
+    uefi: bytes | None,
+    parts: dict[int, tuple[str, int]],
+) -> HostLogs | None:
+    wants_uefi = uefi is not None and request.mask & BOOT_PCRS
+    own_uefi = uefi if wants_uefi else None
+    if lines is None or not request.mask >> IMA_PCR & 1:
+        return HostLogs(uefi=own_uefi) if wants_uefi else None
+    if request.ima_ml_entry not in parts:
+        parts[request.ima_ml_entry] = _from_entry(lines, request.ima_ml_entry)
+    ima, entry = parts[request.ima_ml_entry]
+    return HostLogs(ima=ima, ima_entry=entry, uefi=own_uefi)
 
 
 def _from_entry(lines: list[str], entry: int) -> tuple[str, int]:

@@ -1,0 +1,236 @@
+"""Speaks to a Keylime agent: version negotiation and `quotes/integrity`, one request at a time.
+
+What comes back is untrusted: bounded, parsed strictly, and judged by the quoter. Every failure is an
+`AgentError` with its rung of the ladder. Source: Keylime's agent API 2.0 to 2.6.
+
+    AGAIN   408, 500 and 502: the agent did not get a quote out of its TPM this time
+    CLEAN   no connection, a broken or garbled answer, an API version that it no longer speaks
+    SLOW    429 and 503: it asks for fewer requests
+    FATAL   any other refusal: no retry can help before somebody does something
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from dataclasses import dataclass
+
+import httpx
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from provider_proxy.errors import EvidenceFormatError, HostError
+from provider_proxy.model import Quote
+from provider_proxy.tpm.ladder import Step
+from provider_proxy.wire import Fields, parse_json_object, parse_quote
+
+API_VERSIONS = ("2.6", "2.5", "2.4", "2.3", "2.2", "2.1", "2.0")  # best first; alike in what we ask
+MAX_VERSION_BYTES = 64 * 1024
+MAX_QUOTE_BYTES = 160 * 1024 * 1024  # the whole IMA list once, escaped
+MAX_QUOTE_CHARS = 64 * 1024  # a quote string; 24 PCRs and RSA-4096 are 4 kB
+MAX_UEFI_BYTES = 1024 * 1024
+MAX_IMA_ENTRIES = 10_000_000
+CONNECT_S = 5.0
+ANSWER_S = 60.0  # Keylime's own request_timeout: an agent on a slow TPM with a queue before it
+STEP_OF_STATUS = {
+    408: Step.AGAIN,
+    500: Step.AGAIN,
+    502: Step.AGAIN,
+    504: Step.AGAIN,
+    429: Step.SLOW,
+    503: Step.SLOW,
+}
+UNSUPPORTED_RE = re.compile(r"version not supported", re.IGNORECASE)
+
+
+class AgentError(HostError):
+    """The agent gave no usable quote.
+
+    Attributes:
+        step: what to do about it.
+        cause: for metrics, from a bounded set of names.
+    """
+
+    def __init__(self, message: str, *, step: Step, cause: str) -> None:
+        super().__init__(message)
+        self.step = step
+        self.cause = cause
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentReply:
+    """An agent's answer, parsed and not judged.
+
+    Attributes:
+        ima: lines of its IMA list from entry `ima_entry` on; None where it sent none.
+        uefi: the firmware's event log; None where it sent none.
+    """
+
+    quote: Quote
+    ima: str | None
+    ima_entry: int
+    uefi: bytes | None
+
+
+class AgentClient:
+    """One agent, one pooled connection.
+
+    Args:
+        url: "https://127.0.0.1:9002".
+        context: see `pinned_context`; None for a plaintext agent on loopback.
+    """
+
+    def __init__(self, url: str, context: ssl.SSLContext | None) -> None:
+        self._url = url.rstrip("/")
+        self._version: str | None = None
+        self._http = httpx.AsyncClient(
+            verify=context or True,
+            trust_env=False,
+            timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
+            limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
+            headers={"Accept-Encoding": "identity"},
+        )
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._http.aclose()
+
+    async def quote(self, nonce: str, mask: int, ima_entry: int) -> AgentReply:
+        """Ask for a quote over the AK's bank.
+
+        Args:
+            nonce: what becomes the quote's qualifying data; letters and digits, 64 at most.
+            ima_entry: the first entry of the IMA list that is wanted.
+
+        Raises:
+            AgentError: there is none.
+        """
+        version = self._version or await self._negotiate()
+        status, body = await self._get(
+            f"/v{version}/quotes/integrity?nonce={nonce}&mask={mask:#x}&partial=1"
+            f"&ima_ml_entry={ima_entry}",
+            MAX_QUOTE_BYTES,
+        )
+        if status != 200:
+            raise self._refusal(status, body)
+        try:
+            return _parse_reply(body)
+        except EvidenceFormatError as exc:
+            raise AgentError(
+                f"the agent's answer is no quote: {exc}", step=Step.CLEAN, cause="UNREADABLE"
+            ) from exc
+
+    async def _negotiate(self) -> str:
+        status, body = await self._get("/version", MAX_VERSION_BYTES)
+        if status != 200:
+            raise self._refusal(status, body)
+        try:
+            spoken = _parse_versions(body)
+        except EvidenceFormatError as exc:
+            raise AgentError(
+                f"the agent does not say its version: {exc}", step=Step.CLEAN, cause="UNREADABLE"
+            ) from exc
+        for version in API_VERSIONS:
+            if version in spoken:
+                self._version = version
+                return version
+        raise AgentError(
+            "the agent speaks no API version that we know", step=Step.FATAL, cause="VERSION"
+        )
+
+    def _refusal(self, status: int, body: bytes) -> AgentError:
+        reason = _reason(body)
+        step = STEP_OF_STATUS.get(status, Step.FATAL)
+        if status == 400 and UNSUPPORTED_RE.search(reason):
+            self._version = None  # it was replaced by another release: ask again
+            step = Step.CLEAN
+        return AgentError(
+            f"the agent answered {status}: {reason}", step=step, cause=f"HTTP_{status}"
+        )
+
+    async def _get(self, path: str, limit: int) -> tuple[int, bytes]:
+        body = bytearray()
+        try:
+            async with self._http.stream("GET", self._url + path) as response:
+                async for chunk in response.aiter_raw():
+                    body += chunk
+                    if len(body) > limit:
+                        raise AgentError(
+                            f"the agent's answer is larger than {limit} bytes",
+                            step=Step.FATAL,
+                            cause="TOO_LARGE",
+                        )
+        except httpx.HTTPError as exc:
+            self._version = None  # another agent may come up in its place
+            raise AgentError(
+                f"no answer from the agent: {str(exc) or type(exc).__name__}",
+                step=Step.CLEAN,
+                cause="IO",
+            ) from exc
+        return response.status_code, bytes(body)
+
+
+def pinned_context(server_cert: bytes, client_cert: str, client_key: str) -> ssl.SSLContext:
+    """TLS to a server whose certificate is known beforehand, whatever its names say.
+
+    Args:
+        server_cert: PEM, from the registrar's record; agents sign their own.
+
+    Raises:
+        HostError: a file is missing or is no certificate or key.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # this one certificate is the anchor
+    try:
+        pem = x509.load_pem_x509_certificate(server_cert).public_bytes(Encoding.PEM)
+        context.load_verify_locations(cadata=pem.decode("ascii"))
+    except (ValueError, ssl.SSLError) as exc:
+        raise HostError("the agent's certificate at the registrar is none") from exc
+    try:
+        context.load_cert_chain(client_cert, client_key)
+    except (OSError, ssl.SSLError) as exc:
+        raise HostError(f"keylime_agent.client_cert, client_key: {exc}") from exc
+    return context
+
+
+def _parse_versions(body: bytes) -> set[str]:
+    results = Fields(parse_json_object(body, "version"), "version").fields("results")
+    spoken = {results.text("supported_version", 16)}
+    if "supported_versions" in results:
+        listed = parse_json_object(body, "version")["results"]
+        assert isinstance(listed, dict)  # `fields` has looked
+        versions = listed["supported_versions"]
+        if not isinstance(versions, list):
+            raise EvidenceFormatError("version.results.supported_versions is not a list")
+        spoken |= {version for version in versions if isinstance(version, str)}
+    return spoken
+
+
+def _parse_reply(body: bytes) -> AgentReply:
+    results = Fields(parse_json_object(body, "agent"), "agent").fields("results")
+    ima = None
+    entry = 0
+    if "ima_measurement_list" in results:
+        ima = results.text("ima_measurement_list", MAX_QUOTE_BYTES)
+        entry = results.integer("ima_measurement_list_entry", MAX_IMA_ENTRIES)
+    return AgentReply(
+        quote=parse_quote(results.text("quote", MAX_QUOTE_CHARS)),
+        ima=ima,
+        ima_entry=entry,
+        uefi=results.base64("mb_measurement_list", MAX_UEFI_BYTES)
+        if "mb_measurement_list" in results
+        else None,
+    )
+
+
+def _reason(body: bytes) -> str:
+    """The envelope's status, fit for a log: one short printable line."""
+    try:
+        text = Fields(parse_json_object(body[:MAX_VERSION_BYTES], "refusal"), "refusal").text(
+            "status", 1000
+        )
+    except EvidenceFormatError:
+        return "no reason given"
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
