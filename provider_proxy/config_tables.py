@@ -16,6 +16,7 @@ from provider_proxy.config_values import (
     Reader,
     integer,
     number,
+    number_of,
     one_of,
     read_addresses,
     read_banks,
@@ -140,6 +141,11 @@ class Limits:
         integer(1, 600_000), 30_000, "How long a request waits that names no timeout_ms."
     )
     max_timeout_ms: int = _key(integer(1, 600_000), 60_000, "The longest timeout_ms served.")
+    busy_status: int = _key(
+        number_of(503, 408, 500),
+        503,
+        'HTTP status of "ask again"; 408 or 500 for verifiers with Keylime\'s retry rule.',
+    )
     drain_ms: int = _key(integer(0, 600_000), 20_000, "How long a stop waits for those who wait.")
 
 

@@ -124,6 +124,17 @@ def one_of(*choices: str) -> Reader:
     return read
 
 
+def number_of(*choices: int) -> Reader:
+    """A reader of some whole numbers."""
+
+    def read(key: str, value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or value not in choices:
+            raise fail(key, "one of " + ", ".join(map(str, choices)))
+        return value
+
+    return read
+
+
 def read_duty(key: str, value: object) -> float:
     """A share above 0 and at most 1."""
     share: float = number(0, 1)(key, value)

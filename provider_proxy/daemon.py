@@ -88,6 +88,7 @@ async def run(
             observe=metrics.count_request,
             max_connections=config.limits.max_connections,
             max_per_address=config.limits.max_connections_per_address,
+            busy_status=config.limits.busy_status,
         )
         admin = http1.Door(
             server.AdminDoor(metrics, lambda: "draining" if draining.is_set() else quoter.trouble),

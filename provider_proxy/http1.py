@@ -54,6 +54,7 @@ REASONS = {
     403: b"Forbidden",
     404: b"Not Found",
     405: b"Method Not Allowed",
+    408: b"Request Timeout",
     414: b"URI Too Long",
     429: b"Too Many Requests",
     431: b"Request Header Fields Too Large",
@@ -112,18 +113,27 @@ class Response:
     closes: bool = False
 
 
+BUSY_STATUSES = (429, 503, 504)
+
 Handler = Callable[[Request], Awaitable[Response]]
 Observer = Callable[[int, str], None]
 """Called with status and reason of each response."""
 
 
-def error_response(error: ProviderProxyError) -> Response:
-    """An error of ours as a response in Keylime's envelope."""
+def error_response(error: ProviderProxyError, busy_status: int = 503) -> Response:
+    """An error of ours as a response in Keylime's envelope.
+
+    Args:
+        busy_status: for everything that may be asked again as it stands. Keylime's verifier tries
+            again after 408 and 500 alone and gives an agent up after 429, 503 and 504.
+    """
     status, headers, closes = 500, [], False
     results: dict[str, object] = {}
     retry_after_s: float | None = getattr(error, "retry_after_s", None)
     if isinstance(error, RequestError | ServiceError):
         status, closes = error.status, error.closes
+    if busy_status != 503 and status in BUSY_STATUSES:
+        status = busy_status
     if isinstance(error, RequestError) and error.parameter is not None:
         results["parameter"] = error.parameter
     if retry_after_s is not None:
@@ -161,6 +171,7 @@ class Door:
         max_connections: one more closes the one that has been idle, or slow, the longest; where
             all others are being answered it is closed itself.
         max_per_address: one more from the same IP address is closed.
+        busy_status: see `error_response`.
     """
 
     def __init__(
@@ -170,8 +181,10 @@ class Door:
         observe: Observer,
         max_connections: int = 4096,
         max_per_address: int = 4096,
+        busy_status: int = 503,
     ) -> None:
         self.handler = handler
+        self.busy_status = busy_status
         self.observe = observe
         self.closing = False
         self._max_connections = max_connections
@@ -308,7 +321,7 @@ class _Connection:
         while self._scope.cancelled_caught and self._stage in (_Stage.ANSWERING, _Stage.LATE):
             # The request's own deadline. Its connection goes on, under a new scope.
             if self._stage is _Stage.ANSWERING:
-                self._compose(error_response(DeadlineError(TIMED_OUT)))
+                self._compose(error_response(DeadlineError(TIMED_OUT), self._door.busy_status))
             with trio.CancelScope() as self._scope:
                 await self._send()
                 if self._next_cycle():
@@ -329,7 +342,7 @@ class _Connection:
                 try:
                     response = await self._door.handler(incoming)
                 except ProviderProxyError as exc:
-                    response = error_response(exc)
+                    response = error_response(exc, self._door.busy_status)
             else:
                 response = incoming
             self._compose(response)

@@ -72,6 +72,7 @@ KEYS: dict[str, tuple[Any, list[tuple[str, Any]]]] = {
     "limits.max_connections_per_address": (512, [("1", 1), ("100000", 100_000)]),
     "limits.default_timeout_ms": (30_000, [("51", 51), ("60000", 60_000)]),
     "limits.max_timeout_ms": (60_000, [("30000", 30_000), ("600000", 600_000)]),
+    "limits.busy_status": (503, [("408", 408), ("500", 500), ("503", 503)]),
     "limits.drain_ms": (20_000, [("0", 0), ("600000", 600_000)]),
     "tenant_defaults.pcr_allow": (0xFFFFFF & ~(1 << 10), [("[0, 10]", 1 | 1 << 10), ("[]", 0)]),
     "tenant_defaults.identities": ((), [("[]", ())]),  # more belongs in [tenants.NAME], see below
@@ -177,6 +178,8 @@ BAD: list[tuple[str, str, str]] = [
     ("limits.max_connections_per_address", "0", ">= 1"),
     ("limits.default_timeout_ms", "0", ">= 1"),
     ("limits.max_timeout_ms", "600001", "<= 600000"),
+    ("limits.busy_status", "200", "one of 503, 408, 500"),
+    ("limits.busy_status", "true", "one of 503, 408, 500"),
     ("limits.drain_ms", "-1", ">= 0"),
     ("limits.drain_ms", "600001", "<= 600000"),
     ("tenant_defaults.pcr_allow", "[24]", PCRS),

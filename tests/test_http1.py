@@ -510,6 +510,28 @@ async def test_errors_as_responses(
     assert site.seen[0] == (status, type(site.error).__name__)
 
 
+@pytest.mark.parametrize("case", ERRORS, ids=lambda case: f"{type(case[0]).__name__}-{case[1]}")
+async def test_busy_in_the_words_of_keylimes_verifier(
+    site: Site, case: tuple[ProviderProxyError, int, str, dict[str, str], bool]
+) -> None:
+    """It tries again after 408 alone; what no second try can better stays what it is."""
+    site.error, status, _, headers, closes = case
+    site.door.busy_status = 408
+    async with pair(site) as wire:
+        reply = await wire.get("/error")
+    expected = 408 if status in (429, 503, 504) else status
+    assert reply.status == reply.envelope()["code"] == expected
+    assert reply.header("Retry-After") == headers.get("Retry-After")
+    assert reply.closes == closes
+    assert site.seen[0] == (expected, type(site.error).__name__)
+
+
+async def test_a_request_that_is_late_is_busy_too(site: Site) -> None:
+    site.door.busy_status = 500
+    async with pair(site) as wire:
+        assert (await wire.get("/limit?0.01")).status == 500
+
+
 async def test_a_private_cause_stays_private(site: Site) -> None:
     site.error = QuoteError("the TPM gave no quote")
     site.error.__cause__ = HostError("secret detail")

@@ -43,7 +43,7 @@ ORDER = (*PURE, *SHARED, *TENANT, *PROVIDER, *PROGRAMS)
 THIRD_PARTY = {
     "cryptography": ("*",),
     "trio": (*PROVIDER, "bench.*", "cli.*"),
-    "httpx": ("client", "cli.*"),
+    "httpx": ("client", "quoters.*", "cli.*"),
     "h11": ("http1",),
     "merklelib": ("merkle",),
     "tpm2_pytss": ("tpm.*", "quoters.*"),
