@@ -5,6 +5,7 @@ It runs from `.venv-keylime-agent` (`make keylime`), in a directory and a proces
 
 from __future__ import annotations
 
+import base64
 import ssl
 import uuid
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 from keylime_helpers import (
     HERE,
     ROOT,
@@ -21,6 +23,11 @@ from keylime_helpers import (
     running_keylime,
 )
 from tpm_helpers import Swtpm
+
+from provider_proxy.attestation_key import parse_ak
+from provider_proxy.quoters.agent_http import AgentClient, pinned_context
+from provider_proxy.quoters.keylime_agent import AgentBinding, Bind
+from provider_proxy.quoters.opening import HostIdentity
 
 PYTHON = ROOT / ".venv-keylime-agent/bin/python"
 
@@ -43,7 +50,7 @@ enable_agent_mtls = {mtls}
 enc_keyname = derived_tci_key
 dec_payload_file = decrypted_payload
 secure_size = 1m
-tpm_ownerpassword =
+tpm_ownerpassword = keylime
 extract_payload_zip = False
 enable_revocation_notifications = False
 revocation_notification_ip = 127.0.0.1
@@ -101,9 +108,12 @@ class Agent:
 
 @contextmanager
 def running_agent(
-    directory: Path, registrar: Registrar, *, mtls: bool = True, port: int | None = None
+    directory: Path, registrar: Registrar, *, mtls: bool = True, again: Agent | None = None
 ) -> Iterator[Agent]:
     """An agent that has registered and serves quotes.
+
+    Args:
+        again: the agent that ran in this directory before, to be started once more.
 
     Its clients show the certificate of the registrar's CA: `registrar.client_cert`.
     """
@@ -111,8 +121,8 @@ def running_agent(
     environment = keylime_environment(directory)
     swtpm = Swtpm(directory / "swtpm")
     agent = Agent(
-        agent_id=uuid.uuid4(),
-        port=port or free_port(),
+        agent_id=again.agent_id if again else uuid.uuid4(),
+        port=again.port if again else free_port(),
         tcti=swtpm.tcti,
         swtpm=swtpm,
         ima_list=directory / "ima",
@@ -152,3 +162,33 @@ def running_agent(
             yield agent
     finally:
         swtpm.close()
+
+
+def binding_of(agent: Agent, registrar: Registrar) -> Bind:
+    """The registrar's record of an agent, believed: for tests of what comes after."""
+
+    async def bind() -> AgentBinding:
+        async with httpx.AsyncClient(verify=registrar.client_context()) as http:
+            answer = await http.get(f"{registrar.https_url}/v2.6/agents/{agent.agent_id}")
+        record = answer.raise_for_status().json()["results"]
+        context = None
+        if agent.mtls:
+            context = pinned_context(
+                record["mtls_cert"].encode("ascii"),
+                str(registrar.client_cert),
+                str(registrar.client_key),
+            )
+        ak_public = base64.b64decode(record["aik_tpm"])
+        return AgentBinding(
+            ak=parse_ak(ak_public),
+            identity=HostIdentity(
+                ak_public=ak_public,
+                ek_public=base64.b64decode(record["ek_tpm"]),
+                ek_cert=None,
+                host_uuid=agent.agent_id,
+                software=True,
+            ),
+            client=AgentClient(agent.url, context),
+        )
+
+    return bind

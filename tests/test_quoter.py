@@ -1,5 +1,4 @@
-"""The quoter over a real swtpm: keys, authorisations, refusals, quotes; and the contract that the fake
-one keeps too."""
+"""The quoter over a real swtpm: keys, authorisations, refusals, quotes."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ import signal
 import subprocess
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from hashlib import sha256
@@ -21,8 +20,7 @@ from typing import Any
 import pytest
 import trio
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import rsa
-from helpers import LIMIT_S, FakeQuoter, children_of, is_alive, until
+from helpers import LIMIT_S, children_of, is_alive, until
 from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE
 from tpm2_pytss.types import (
@@ -38,7 +36,6 @@ from tpm2_pytss.utils import make_credential as make_credential_for
 
 from provider_proxy import attestation
 from provider_proxy.attestation_key import parse_ak, parse_public
-from provider_proxy.batcher import Quoter
 from provider_proxy.config_tables import Tpm
 from provider_proxy.errors import HostError, QuoteError, TpmError
 from provider_proxy.files import write_private
@@ -48,7 +45,6 @@ from provider_proxy.quoters import circuit, esys
 from provider_proxy.quoters.ak_store import AkStore
 from provider_proxy.quoters.esys import EsysQuoter
 from provider_proxy.quoters.opening import uuid_of_ek
-from provider_proxy.soft_tpm import SoftTpm
 from provider_proxy.tpm import keys, pace
 from provider_proxy.tpm.broker import Broker
 from provider_proxy.tpm.chip import Chip, open_context
@@ -81,85 +77,7 @@ def check(quote: Quote, ak: AttestationKey, qualifying: bytes, bank: HashAlg, ma
     assert [pcr for pcr, _ in quote.pcrs.values] == list(pcrs_of(mask))
 
 
-# --- the contract -----------------------------------------------------------------------------------
-
 REAL = pytest.mark.real
-QUOTERS = ["fake-ecc", "fake-rsa", *(pytest.param(n, marks=REAL) for n in ("real-ecc", "real-rsa"))]
-
-
-@pytest.fixture(params=QUOTERS)
-async def quoter(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Quoter]:
-    kind, algorithm = request.param.split("-")
-    if kind == "fake":
-        key = rsa.generate_private_key(65537, 2048) if algorithm == "rsa" else None
-        yield FakeQuoter(SoftTpm(key=key, pcrs={0: b"boot"}), delay_s=0.002)
-        return
-    settings = Tpm(tcti="embedded", max_duty=1.0, ak_algorithm=algorithm)
-    async with open_quoter(settings, tmp_path) as opened:
-        yield opened
-
-
-async def test_contract_a_quote_is_over_what_was_asked(quoter: Quoter) -> None:
-    for bank in BANKS:
-        for mask in (0x1, 0x800000, 0x10081, ALL):
-            with trio.fail_after(LIMIT_S):
-                quote = await quoter.quote(QUALIFYING, bank, mask)
-            check(quote, quoter.ak, QUALIFYING, bank, mask)
-
-
-async def test_contract_the_key_says_what_it_is(quoter: Quoter) -> None:
-    is_rsa = isinstance(quoter.ak.public_key, rsa.RSAPublicKey)
-    assert quoter.ak.sign_alg == ("rsassa" if is_rsa else "ecdsa")
-    assert quoter.ak.signature_hash is HashAlg.SHA256
-    assert quoter.ak.name[:2] == b"\x00\x0b"
-    assert len(quoter.ak.name) == 34
-
-
-async def test_contract_the_clock_never_goes_back(quoter: Quoter) -> None:
-    clocks = []
-    for number in range(5):
-        quote = await quoter.quote(b"%032d" % number, HashAlg.SHA256, 1)
-        clocks.append(attestation.parse_attest(quote.attest).clock)
-    assert clocks == sorted(clocks)
-
-
-async def test_contract_many_at_once_are_all_served(quoter: Quoter) -> None:
-    done: dict[bytes, Quote] = {}
-
-    async def one(qualifying: bytes) -> None:
-        done[qualifying] = await quoter.quote(qualifying, HashAlg.SHA256, 1)
-
-    wanted = [b"%032d" % number for number in range(8)]
-    with trio.fail_after(LIMIT_S):
-        async with trio.open_nursery() as nursery:
-            for qualifying in wanted:
-                nursery.start_soon(one, qualifying)
-    assert sorted(done) == wanted
-    for qualifying, quote in done.items():
-        check(quote, quoter.ak, qualifying, HashAlg.SHA256, 1)
-
-
-async def test_contract_ready_returns_and_times_are_no_nonsense(quoter: Quoter) -> None:
-    with trio.fail_after(LIMIT_S):
-        await quoter.quote(QUALIFYING, HashAlg.SHA256, 1)
-        await quoter.ready()
-    assert 0 < quoter.expected_s < LIMIT_S
-    assert quoter.pause_s >= 0
-
-
-async def test_contract_a_cancelled_quote_does_no_harm(quoter: Quoter) -> None:
-    with trio.CancelScope() as scope:
-        scope.cancel()
-        await quoter.quote(QUALIFYING, HashAlg.SHA256, 1)
-    assert scope.cancelled_caught
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(quoter.quote, QUALIFYING, HashAlg.SHA256, 1)
-        await trio.lowlevel.checkpoint()
-        await trio.lowlevel.checkpoint()
-        nursery.cancel_scope.cancel()
-    with trio.fail_after(LIMIT_S):
-        quote = await quoter.quote(QUALIFYING, HashAlg.SHA256, 3)
-    check(quote, quoter.ak, QUALIFYING, HashAlg.SHA256, 3)
 
 
 # --- keys -------------------------------------------------------------------------------------------

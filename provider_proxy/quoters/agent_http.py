@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import re
 import ssl
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
+from typing import cast
 
 import httpx
 from cryptography import x509
@@ -30,6 +33,7 @@ MAX_QUOTE_BYTES = 160 * 1024 * 1024  # the whole IMA list once, escaped
 MAX_QUOTE_CHARS = 64 * 1024  # a quote string; 24 PCRs and RSA-4096 are 4 kB
 MAX_UEFI_BYTES = 1024 * 1024
 MAX_IMA_ENTRIES = 10_000_000
+MAX_CAUSES = 16  # httpx, httpcore, anyio and trio each wrap once
 CONNECT_S = 5.0
 ANSWER_S = 60.0  # Keylime's own request_timeout: an agent on a slow TPM with a queue before it
 STEP_OF_STATUS = {
@@ -78,13 +82,21 @@ class AgentClient:
     Args:
         url: "https://127.0.0.1:9002".
         context: see `pinned_context`; None for a plaintext agent on loopback.
+        transport: what carries requests; tests put an agent of theirs there.
     """
 
-    def __init__(self, url: str, context: ssl.SSLContext | None) -> None:
+    def __init__(
+        self,
+        url: str,
+        context: ssl.SSLContext | None,
+        *,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
         self._url = url.rstrip("/")
         self._version: str | None = None
         self._http = httpx.AsyncClient(
             verify=context or True,
+            transport=transport,
             trust_env=False,
             timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
             limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
@@ -152,20 +164,29 @@ class AgentClient:
         body = bytearray()
         try:
             async with self._http.stream("GET", self._url + path) as response:
-                async for chunk in response.aiter_raw():
-                    body += chunk
-                    if len(body) > limit:
-                        raise AgentError(
-                            f"the agent's answer is larger than {limit} bytes",
-                            step=Step.FATAL,
-                            cause="TOO_LARGE",
-                        )
+                if (
+                    "content-encoding" in response.headers
+                ):  # a bomb, or a server that does not listen
+                    raise AgentError(
+                        "the agent's answer is compressed", step=Step.FATAL, cause="ENCODING"
+                    )
+                parts = cast(AsyncGenerator[bytes, None], response.aiter_bytes())
+                async with aclosing(parts) as chunks:
+                    async for chunk in chunks:
+                        body += chunk
+                        if len(body) > limit:
+                            raise AgentError(
+                                f"the agent's answer is larger than {limit} bytes",
+                                step=Step.FATAL,
+                                cause="TOO_LARGE",
+                            )
         except httpx.HTTPError as exc:
             self._version = None  # another agent may come up in its place
+            is_stranger = _is_certificate_refused(exc)  # only the registrar can tell who it is now
             raise AgentError(
                 f"no answer from the agent: {str(exc) or type(exc).__name__}",
-                step=Step.CLEAN,
-                cause="IO",
+                step=Step.FATAL if is_stranger else Step.CLEAN,
+                cause="CERTIFICATE" if is_stranger else "IO",
             ) from exc
         return response.status_code, bytes(body)
 
@@ -193,6 +214,17 @@ def pinned_context(server_cert: bytes, client_cert: str, client_key: str) -> ssl
     except (OSError, ssl.SSLError) as exc:
         raise HostError(f"keylime_agent.client_cert, client_key: {exc}") from exc
     return context
+
+
+def _is_certificate_refused(error: BaseException | None) -> bool:
+    """True where the agent did not show the certificate of its record."""
+    for _ in range(MAX_CAUSES):
+        if error is None:
+            break
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _parse_versions(body: bytes) -> set[str]:
