@@ -57,6 +57,70 @@ tpm_identity = default
 malformed_cert_action = warn
 durable_attestation_import =
 """
+VERIFIER_CONFIG = """\
+[verifier]
+version = 2.6
+uuid = default
+ip = 127.0.0.1
+port = {port}
+registrar_ip = 127.0.0.1
+registrar_port = {registrar_port}
+enable_agent_mtls = False
+tls_dir = default
+server_key = default
+server_key_password =
+server_cert = default
+cert_subject_alternative_names =
+trusted_client_ca = default
+client_key = default
+client_key_password =
+client_cert = default
+trusted_server_ca = default
+authorization_provider = simple
+database_url = sqlite
+database_pool_sz_ovfl = 5,10
+auto_migrate_db = True
+num_workers = 1
+max_workers = 1
+exponential_backoff = False
+retry_interval = 1
+max_retries = 3
+quote_interval = 1
+max_upload_size = 104857600
+request_timeout = 60.0
+measured_boot_policy_name = accept-all
+measured_boot_imports = []
+measured_boot_evaluate = once
+severity_labels = ["info", "notice", "warning", "error", "critical", "alert", "emergency"]
+severity_policy = [{{"event_id": ".*", "severity_label": "emergency"}}]
+ignore_tomtou_errors = False
+durable_attestation_import =
+persistent_store_url =
+transparency_log_url =
+time_stamp_authority_url =
+time_stamp_authority_certs_path =
+persistent_store_format = json
+persistent_store_encoding =
+transparency_log_sign_algo = sha256
+signed_attributes =
+require_allow_list_signatures = False
+mode = pull
+challenge_lifetime = 1800
+verification_timeout = 0
+session_create_rate_limit_per_ip = 50
+session_create_rate_limit_window_ip = 60
+session_create_rate_limit_per_agent = 15
+session_create_rate_limit_window_agent = 60
+session_lifetime = 180
+extend_token_on_attestation = True
+auto_recover_attestation_failures = False
+shutdown_drain_timeout = 10
+[revocations]
+enabled_revocation_notifications = []
+zmq_ip = 127.0.0.1
+zmq_port = 8992
+webhook_url =
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +158,18 @@ class Registrar:
         context = ssl.create_default_context(cafile=str(self.ca))
         context.load_cert_chain(self.client_cert, self.client_key)
         return context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeylimeVerifier:
+    """A running verifier; HTTPS only, with the CA of its registrar."""
+
+    port: int
+    ca: Path
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.port}"
 
 
 def free_port() -> int:
@@ -149,6 +225,21 @@ def running_registrar(
     program = PYTHON.parent / "keylime_registrar"
     with running_keylime([program], directory, environment, registrar.http_url):
         yield registrar
+
+
+@contextmanager
+def running_verifier(registrar: Registrar) -> Iterator[KeylimeVerifier]:
+    """The tenant's own unmodified verifier, in the registrar's directory."""
+    verifier = KeylimeVerifier(port=free_port(), ca=registrar.ca)
+    config = registrar.directory / "verifier.conf"
+    config.write_text(
+        VERIFIER_CONFIG.format(port=verifier.port, registrar_port=registrar.tls_port)
+    )
+    environment = keylime_environment(registrar.directory)
+    environment |= {"KEYLIME_VERIFIER_CONFIG": str(config)}
+    program = PYTHON.parent / "keylime_verifier"
+    with running_keylime([program], registrar.directory, environment, verifier.url):
+        yield verifier
 
 
 @contextmanager
