@@ -13,7 +13,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 KEYLIME_VENV := .venv-keylime
-KEYLIME_STAMP := $(KEYLIME_VENV)/.installed
 WHEEL_VENV := .venv-wheel
 DEBIAN := swtpm swtpm-tools tpm2-tools libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv util-linux openssl
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -39,14 +38,21 @@ $(STAMP): pyproject.toml constraints.txt | system
 	@$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# The real Keylime for the tests; its dependencies must not meet ours.
-keylime: $(KEYLIME_STAMP)
+# The real Keylime for the tests; its dependencies must not meet ours. The last agent in Python is older.
+keylime: $(KEYLIME_VENV)/.installed $(KEYLIME_VENV)-agent/.installed
 
-$(KEYLIME_STAMP): tests/keylime/requirements.txt | system
-	@[ -x $(KEYLIME_VENV)/bin/python ] || $(PYTHON) -m venv $(KEYLIME_VENV)
-	@echo "installing Keylime into $(KEYLIME_VENV), for the tests"
-	@$(KEYLIME_VENV)/bin/python -m pip --disable-pip-version-check install -q -r $<
-	@touch $@
+$(KEYLIME_VENV)/.installed: tests/keylime/requirements.txt | system
+	$(call into_venv,$(KEYLIME_VENV),$<)
+
+$(KEYLIME_VENV)-agent/.installed: tests/keylime/agent_requirements.txt | system
+	$(call into_venv,$(KEYLIME_VENV)-agent,$<)
+
+define into_venv
+	@[ -x $(1)/bin/python ] || $(PYTHON) -m venv $(1)
+	@echo "installing Keylime into $(1), for the tests"
+	@$(1)/bin/python -m pip --disable-pip-version-check install -q -r $(2)
+	@touch $(1)/.installed
+endef
 
 demo: install
 	@$(BIN)/provider-proxy --log-level warning demo
@@ -80,4 +86,4 @@ bench: install
 	$(BIN)/provider-proxy bench quotes --json
 
 clean:
-	rm -rf $(VENV) $(WHEEL_VENV) $(KEYLIME_VENV) dist build *.egg-info
+	rm -rf $(VENV) $(WHEEL_VENV) $(KEYLIME_VENV) $(KEYLIME_VENV)-agent dist build *.egg-info
