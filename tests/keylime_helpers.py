@@ -232,9 +232,7 @@ def running_verifier(registrar: Registrar) -> Iterator[KeylimeVerifier]:
     """The tenant's own unmodified verifier, in the registrar's directory."""
     verifier = KeylimeVerifier(port=free_port(), ca=registrar.ca)
     config = registrar.directory / "verifier.conf"
-    config.write_text(
-        VERIFIER_CONFIG.format(port=verifier.port, registrar_port=registrar.tls_port)
-    )
+    config.write_text(VERIFIER_CONFIG.format(port=verifier.port, registrar_port=registrar.tls_port))
     environment = keylime_environment(registrar.directory)
     environment |= {"KEYLIME_VERIFIER_CONFIG": str(config)}
     program = PYTHON.parent / "keylime_verifier"

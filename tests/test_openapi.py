@@ -334,7 +334,9 @@ def statuses_of_the_code() -> set[int]:
 
 def test_statuses_are_the_codes() -> None:
     described = {code_of(resolve(r)) for r in DOC["components"]["responses"].values()}
-    assert described | {200} == statuses_of_the_code() == set(http1.REASONS) - {NEVER_SENT, CONFIGURED}
+    assert (
+        described | {200} == statuses_of_the_code() == set(http1.REASONS) - {NEVER_SENT, CONFIGURED}
+    )
     used = {int(status) for op in OPERATIONS.values() for status in op["responses"]}
     assert used == statuses_of_the_code() - {NOT_OF_GET}
 
