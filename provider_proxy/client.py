@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import httpx
 
 from provider_proxy.errors import EvidenceFormatError, ReplyError
+from provider_proxy.http_body import IDENTITY, read_body
 from provider_proxy.model import HashAlg, QuoteRequest, TrustedHost, VerifiedQuote
 from provider_proxy.query import encode_quote_query
 from provider_proxy.verify import HostHistory, Verifier, new_challenge
@@ -115,22 +116,20 @@ class ProxyClient:
             history.spend(challenge.request.nonce)  # unanswered or refused: never good again
 
     async def _get(self, path: str, limit: int) -> bytes:
-        body = bytearray()
         try:
-            async with self._http.stream("GET", self._base_url + path) as response:
-                async for chunk in response.aiter_bytes():
-                    body += chunk
-                    if len(body) > limit:
-                        raise ReplyError(f"the proxy's answer is larger than {limit} bytes")
+            async with self._http.stream(
+                "GET", self._base_url + path, headers=IDENTITY
+            ) as response:
+                body = await read_body(response, limit, "the proxy")
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
             raise ReplyError(f"the proxy gave no answer: {str(exc) or type(exc).__name__}") from exc
         if response.status_code != 200:
             raise ReplyError(
-                f"the proxy answered {response.status_code}: {_status_text(bytes(body))}",
+                f"the proxy answered {response.status_code}: {_status_text(body)}",
                 status=response.status_code,
                 retry_after_s=_retry_after(response),
             )
-        return bytes(body)
+        return body
 
 
 def _status_text(body: bytes) -> str:

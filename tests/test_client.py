@@ -196,11 +196,11 @@ def test_logs_may_be_larger(pcr: int, has_logs: bool) -> None:
 
 
 @HTTPX_LEAVES_GENERATORS
-def test_a_compressed_bomb_is_cut_off(run: Run[object]) -> None:
+def test_a_compressed_bomb_is_not_opened(run: Run[object]) -> None:
     bomb = gzip.compress(bytes(200 * MAX_EVIDENCE_BYTES))
     headers = {"Content-Encoding": "gzip"}
     error = refusal(run, lambda request: httpx.Response(200, headers=headers, content=bomb))
-    assert "larger than" in str(error)
+    assert "compressed" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ PURE = (
     *("errors", "model", "tpm_bytes", "inclusion", "attestation_key", "attestation"),
     *("wire", "query", "policy", "verify", "request_file", "soft_tpm"),
 )
-SHARED = ("files", "metrics")
-TENANT = ("pins", "client")
+SHARED = ("files", "metrics", "http_body")
+TENANT = ("pins", "client", "keylime")
 PROVIDER = (
     *(
         "merkle",
@@ -43,7 +43,7 @@ ORDER = (*PURE, *SHARED, *TENANT, *PROVIDER, *PROGRAMS)
 THIRD_PARTY = {
     "cryptography": ("*",),
     "trio": (*PROVIDER, "bench.*", "cli.*"),
-    "httpx": ("client", "quoters.*", "cli.*"),
+    "httpx": ("http_body", "client", "keylime", "quoters.*", "cli.*"),
     "h11": ("http1",),
     "merklelib": ("merkle",),
     "tpm2_pytss": ("tpm.*", "quoters.*"),

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass
-from typing import cast
 
 import httpx
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from provider_proxy.errors import EvidenceFormatError, HostError
+from provider_proxy.errors import EvidenceFormatError, HostError, ReplyError
+from provider_proxy.http_body import IDENTITY, read_body
 from provider_proxy.model import Quote
 from provider_proxy.tpm.ladder import Step
 from provider_proxy.wire import Fields, parse_json_object, parse_quote
@@ -100,7 +98,7 @@ class AgentClient:
             trust_env=False,
             timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
             limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
-            headers={"Accept-Encoding": "identity"},
+            headers=IDENTITY,
         )
 
     async def close(self) -> None:
@@ -161,25 +159,11 @@ class AgentClient:
         )
 
     async def _get(self, path: str, limit: int) -> tuple[int, bytes]:
-        body = bytearray()
         try:
             async with self._http.stream("GET", self._url + path) as response:
-                if (
-                    "content-encoding" in response.headers
-                ):  # a bomb, or a server that does not listen
-                    raise AgentError(
-                        "the agent's answer is compressed", step=Step.FATAL, cause="ENCODING"
-                    )
-                parts = cast(AsyncGenerator[bytes, None], response.aiter_bytes())
-                async with aclosing(parts) as chunks:
-                    async for chunk in chunks:
-                        body += chunk
-                        if len(body) > limit:
-                            raise AgentError(
-                                f"the agent's answer is larger than {limit} bytes",
-                                step=Step.FATAL,
-                                cause="TOO_LARGE",
-                            )
+                body = await read_body(response, limit, "the agent")
+        except ReplyError as exc:
+            raise AgentError(str(exc), step=Step.FATAL, cause="TOO_LARGE") from exc
         except httpx.HTTPError as exc:
             self._version = None  # another agent may come up in its place
             is_stranger = _is_certificate_refused(exc)  # only the registrar can tell who it is now
@@ -188,7 +172,7 @@ class AgentClient:
                 step=Step.FATAL if is_stranger else Step.CLEAN,
                 cause="CERTIFICATE" if is_stranger else "IO",
             ) from exc
-        return response.status_code, bytes(body)
+        return response.status_code, body
 
 
 def pinned_context(server_cert: bytes, client_cert: str, client_key: str) -> ssl.SSLContext:

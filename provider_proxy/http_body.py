@@ -1,0 +1,42 @@
+"""Reads the body of an answer, bounded: whoever answers may be hostile, or broken.
+
+Works under trio and asyncio. Sizes are those of what arrives: a compressed body is refused, because a
+few bytes of it can be gigabytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import cast
+
+import httpx
+
+from provider_proxy.errors import ReplyError
+
+IDENTITY = {"Accept-Encoding": "identity"}
+"""Headers of a request whose answer `read_body` reads."""
+
+
+async def read_body(response: httpx.Response, limit: int, who: str) -> bytes:
+    """The body of a streamed response.
+
+    Args:
+        limit: in bytes.
+        who: answers, for messages: "the proxy".
+
+    Raises:
+        ReplyError: it is larger, or compressed.
+        httpx.HTTPError: it does not come whole.
+    """
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise ReplyError(f"{who} sends a compressed answer, which nobody asked for")
+    body = bytearray()
+    # Closed at once where we stop in the middle; httpx annotates its generators as iterators.
+    parts = cast(AsyncGenerator[bytes, None], response.aiter_bytes())
+    async with aclosing(parts) as chunks:
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > limit:
+                raise ReplyError(f"{who} sends an answer larger than {limit} bytes")
+    return bytes(body)

@@ -1,0 +1,260 @@
+"""A tenant's own, unmodified Keylime verifier judges the host's quote.
+
+Two judges, one verdict. Keylime checks a quote and knows the tenant's policies, but it takes one nonce
+for one quote: it cannot see that the tenant's nonce is a leaf under what was signed, nor compare the
+signed PCR selection with what was asked. Our `Verifier` checks just that, always first, and hands on
+only what has passed: then `POST /v2.x/verify/evidence` with `nonce` = the qualifying data.
+
+Sources: Keylime 7.14, `VerifyEvidenceHandler` and `process_verify_attestation`; API 2.5 and 2.6.
+Does not check: the host's clock at Keylime (our `Verifier` does); revocation.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import httpx
+
+from provider_proxy import attestation
+from provider_proxy.client import ProxyClient
+from provider_proxy.errors import (
+    PolicyError,
+    ReplyError,
+    UsageError,
+    VerificationError,
+)
+from provider_proxy.http_body import IDENTITY, read_body
+from provider_proxy.model import Evidence, TrustedHost, VerifiedQuote, mask_of
+from provider_proxy.policy import parse_tpm_policy
+from provider_proxy.verify import HostHistory, Verifier, new_challenge
+from provider_proxy.wire import encode_quote, parse_evidence
+
+IMA_PCR = 10
+BOOT_PCRS = (*range(10), *range(11, 16))  # what Keylime's measured-boot policies may read
+API_VERSION = "2.6"  # 3.0 answers 500 (7.14.3)
+MAX_POLICY_BYTES = 64 * 1024 * 1024  # runtime policies of tens of thousands of files are 20 MB
+MAX_ANSWER_BYTES = 256 * 1024 * 1024  # it sends back all that it was sent
+MAX_REASONS = 64
+
+
+class KeylimeRefusedError(VerificationError):
+    """Keylime's verifier refused the quote.
+
+    Attributes:
+        reasons: Keylime's own, "pcr_validation.invalid_pcr_0: …" each.
+    """
+
+    check = PolicyError.check
+
+    def __init__(self, reasons: tuple[str, ...]) -> None:
+        super().__init__("Keylime's verifier refuses: " + "; ".join(reasons))
+        self.reasons = reasons
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeylimePolicies:
+    """What the tenant gives its verifier for this host, each as JSON text; at least one.
+
+    Attributes:
+        tpm: `tpm_policy`, {"0": ["hex", …]}.
+        runtime: `runtime_policy`, for the IMA list.
+        measured_boot: `mb_policy`, for the firmware's log.
+
+    Raises:
+        UsageError: none is there, or one is no JSON object, or above its size.
+    """
+
+    tpm: str | None = None
+    runtime: str | None = None
+    measured_boot: str | None = None
+
+    def __post_init__(self) -> None:
+        given = {"tpm": self.tpm, "runtime": self.runtime, "measured-boot": self.measured_boot}
+        if not any(given.values()):
+            raise UsageError("Keylime's verifier needs at least one policy")
+        for name, text in given.items():
+            if text is not None:
+                _check_policy(f"the {name} policy", text)
+        if self.tpm is not None:
+            parse_tpm_policy(json.loads(self.tpm))
+
+    @property
+    def mask(self) -> int:
+        """The PCRs that these policies read."""
+        mask = 0
+        if self.tpm is not None:
+            mask |= parse_tpm_policy(json.loads(self.tpm)).needed_mask
+        if self.runtime is not None:
+            mask |= 1 << IMA_PCR
+        if self.measured_boot is not None:
+            mask |= mask_of(BOOT_PCRS)
+        return mask
+
+
+def _check_policy(what: str, text: str) -> None:
+    if len(text) > MAX_POLICY_BYTES:
+        raise UsageError(f"{what} is larger than {MAX_POLICY_BYTES} bytes")
+    try:
+        is_object = isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError) as exc:
+        raise UsageError(f"{what} is not JSON: {exc}") from exc
+    if not is_object:
+        raise UsageError(f"{what} is not a JSON object")
+
+
+class KeylimeVerifier:
+    """The tenant's verifier.
+
+    Args:
+        http: the caller's client, which trusts the verifier's CA; the caller closes it.
+        base_url: "https://verifier:8881".
+    """
+
+    def __init__(self, http: httpx.AsyncClient, base_url: str) -> None:
+        self._http = http
+        self._base_url = base_url.rstrip("/")
+
+    async def judge(
+        self, evidence: Evidence, policies: KeylimePolicies, *, ek_public: bytes, ak_public: bytes
+    ) -> None:
+        """Return where Keylime accepts the quote.
+
+        Does not check: that the tenant's nonce is in it; give only what `Verifier.verify` accepted.
+
+        Args:
+            ek_public, ak_public: TPM2B_PUBLIC, from the tenant's own registrar.
+
+        Raises:
+            KeylimeRefusedError: it does not accept it.
+            UsageError: it takes these policies for none.
+            ReplyError: no answer, or none that can be understood.
+        """
+        body = json.dumps(
+            {
+                "type": "tpm",
+                "data": _request_data(evidence, policies, ek_public, ak_public),
+            }
+        ).encode("utf-8")
+        status, answer = await self._post(f"/v{API_VERSION}/verify/evidence", body)
+        if status != 200:
+            raise ReplyError(f"the verifier answered {status}", status=status)
+        reasons = _parse_verdict(answer)
+        if reasons is not None:
+            raise KeylimeRefusedError(reasons)
+
+    async def _post(self, path: str, body: bytes) -> tuple[int, bytes]:
+        try:
+            async with self._http.stream(
+                "POST",
+                self._base_url + path,
+                content=body,
+                headers=IDENTITY | {"Content-Type": "application/json"},
+            ) as response:
+                received = await read_body(response, MAX_ANSWER_BYTES, "the verifier")
+        except (httpx.HTTPError, httpx.InvalidURL) as exc:
+            why = str(exc) or type(exc).__name__
+            raise ReplyError(f"the verifier gave no answer: {why}") from exc
+        return response.status_code, received
+
+
+def _request_data(
+    evidence: Evidence, policies: KeylimePolicies, ek_public: bytes, ak_public: bytes
+) -> Mapping[str, str]:
+    nonce = attestation.parse_attest(evidence.quote.attest).extra_data
+    data = {
+        "quote": encode_quote(evidence.quote),
+        "nonce": nonce.decode("ascii"),
+        "hash_alg": evidence.hash_alg.label,
+        "tpm_ek": base64.b64encode(ek_public).decode("ascii"),
+        "tpm_ak": base64.b64encode(ak_public).decode("ascii"),
+        "tpm_policy": policies.tpm or "",
+        "runtime_policy": policies.runtime or "",
+        "mb_policy": policies.measured_boot or "",
+    }
+    if evidence.logs.ima is not None:
+        data["ima_measurement_list"] = evidence.logs.ima
+    if evidence.logs.uefi is not None:
+        data["mb_log"] = base64.b64encode(evidence.logs.uefi).decode("ascii")
+    return data
+
+
+def _parse_verdict(answer: bytes) -> tuple[str, ...] | None:
+    """None where it is good, and says so in every way that it has; its reasons otherwise."""
+    try:  # it is the tenant's own, and repeats a policy that may have a million parts
+        values = json.loads(answer)
+    except (ValueError, RecursionError) as exc:
+        raise ReplyError("the verifier's answer is not JSON") from exc
+    results = values.get("results") if isinstance(values, dict) else None
+    failures = results.get("failures") if isinstance(results, dict) else None
+    if not isinstance(results, dict) or not isinstance(failures, list):
+        raise ReplyError("the verifier's answer holds no verdict")
+    if results.get("valid") is True and not failures:
+        return None
+    return tuple(map(_reason, failures[:MAX_REASONS])) or ("it gives no reason",)
+
+
+def _reason(failure: object) -> str:
+    """One failure in one short printable line."""
+    kind, context = failure, None
+    if isinstance(failure, dict):
+        kind, context = failure.get("type"), failure.get("context")
+    text = str(kind) if context is None else f"{kind}: {json.dumps(context, sort_keys=True)}"
+    return "".join(c if c.isprintable() else "?" for c in text[:500])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegisteredHost:
+    """A host as the tenant's own registrar recorded it; see `bindings`.
+
+    Attributes:
+        ek_public, ak_public: TPM2B_PUBLIC.
+    """
+
+    host: TrustedHost
+    history: HostHistory
+    ek_public: bytes
+    ak_public: bytes
+
+
+async def check_host(
+    proxy: ProxyClient,
+    registered: RegisteredHost,
+    verifier: Verifier,
+    keylime: KeylimeVerifier,
+    policies: KeylimePolicies,
+    *,
+    mask: int = 0,
+    timeout_ms: int | None = None,
+    now: Callable[[], float] = time.monotonic,
+) -> VerifiedQuote:
+    """Ask the proxy, check the inclusion, then let the tenant's Keylime judge: good, or an error.
+
+    Args:
+        verifier: its policy may be `UnsafeAcceptAny`: Keylime has the policies.
+        mask: PCRs to ask for beyond those that the policies read.
+
+    Raises:
+        VerificationError: our checks refuse it (Keylime was not asked), or Keylime's do.
+        ReplyError: proxy or verifier gave no answer.
+        UsageError: see `KeylimeVerifier.judge`.
+    """
+    history = registered.history
+    challenge = new_challenge(
+        mask=mask | policies.mask, now_s=now(), history=history, timeout_ms=timeout_ms
+    )
+    try:
+        body = await proxy.fetch(challenge.request)
+        verified = verifier.verify(body, challenge, registered.host, history, now_s=now())
+    finally:
+        history.spend(challenge.request.nonce)  # unanswered or refused: never good again
+    await keylime.judge(
+        parse_evidence(body),
+        policies,
+        ek_public=registered.ek_public,
+        ak_public=registered.ak_public,
+    )
+    return verified

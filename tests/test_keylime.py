@@ -1,0 +1,363 @@
+"""Stock Keylime as the judge: what it is given, how its answers are read; and the real verifier."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from hashlib import sha1, sha256
+from pathlib import Path
+
+import httpx
+import pytest
+import trio
+from helpers import LIMIT_S, make_evidence
+from keylime_helpers import KeylimeVerifier as RealVerifier
+from keylime_helpers import Registrar, running_registrar, running_verifier
+from tpm_helpers import daemon_over, plain_config, swtpm_at, tool
+
+from provider_proxy.attestation_key import parse_ak
+from provider_proxy.client import ProxyClient
+from provider_proxy.config_tables import Logs, TenantRules
+from provider_proxy.errors import (
+    InclusionError,
+    PolicyError,
+    QualifyingDataError,
+    ReplyError,
+    SignatureError,
+    UsageError,
+    VerificationError,
+)
+from provider_proxy.keylime import (
+    KeylimePolicies,
+    KeylimeRefusedError,
+    KeylimeVerifier,
+    RegisteredHost,
+    check_host,
+)
+from provider_proxy.model import HashAlg, TrustedHost, VerifiedQuote
+from provider_proxy.policy import UnsafeAcceptAny
+from provider_proxy.query import parse_quote_query
+from provider_proxy.soft_tpm import SoftTpm
+from provider_proxy.verify import MemoryHistory, Verifier
+
+GOOD = {"0": ["00" * 32]}
+EK = b"\x00\x04fake"
+IMA_LINES = [("/usr/bin/one", b"one"), ("/usr/bin/two", b"two")]
+
+
+def text(values: object) -> str:
+    return json.dumps(values)
+
+
+# --- policies ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policies", "mask"),
+    [
+        (KeylimePolicies(tpm=text(GOOD)), 0x1),
+        (KeylimePolicies(tpm=text({"0": "00" * 32, "7": ["11" * 32]})), 0x81),
+        (KeylimePolicies(runtime="{}"), 0x400),
+        (KeylimePolicies(measured_boot="{}"), 0xFBFF),
+        (KeylimePolicies(tpm=text(GOOD), runtime="{}"), 0x401),
+    ],
+)
+def test_the_pcrs_that_policies_read(policies: KeylimePolicies, mask: int) -> None:
+    assert policies.mask == mask
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "at least one policy"),
+        ({"tpm": ""}, "at least one policy"),
+        ({"tpm": "[]"}, "not a JSON object"),
+        ({"tpm": "{"}, "not JSON"),
+        ({"runtime": "7"}, "not a JSON object"),
+        ({"measured_boot": "no"}, "not JSON"),
+        ({"tpm": "{}"}, "at least one PCR"),
+        ({"tpm": text({"24": "00" * 32})}, "PCR 24"),
+    ],
+)
+def test_policies_that_are_none(given: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        KeylimePolicies(**given)
+
+
+# --- both judges, with answers of our own -----------------------------------------------------------
+
+
+class Site:
+    """A proxy over a software TPM, and a verifier that answers what it is told."""
+
+    def __init__(self) -> None:
+        self.tpm = SoftTpm(pcrs={0: b"boot"})
+        self.verdict = httpx.Response(200, json={"results": {"valid": True, "failures": []}})
+        self.asked: list[dict[str, str]] = []
+        self.spoil: Callable[[bytes], bytes] = lambda body: body
+        self.registered = RegisteredHost(
+            host=TrustedHost(ak=self.tpm.ak),
+            history=MemoryHistory(),
+            ek_public=EK,
+            ak_public=self.tpm.ak_public,
+        )
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/verifier/quote":
+            asked = parse_quote_query(request.url.query.decode("ascii"))
+            return httpx.Response(200, content=self.spoil(make_evidence(self.tpm, asked)))
+        assert (request.method, request.url.path) == ("POST", "/v2.6/verify/evidence")
+        body = json.loads(request.content)
+        assert body["type"] == "tpm"
+        self.asked.append(body["data"])
+        return self.verdict
+
+    async def check(self, policies: KeylimePolicies | None = None) -> VerifiedQuote:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(self)) as http:
+            return await check_host(
+                ProxyClient(http, "https://proxy"),
+                self.registered,
+                Verifier(UnsafeAcceptAny()),
+                KeylimeVerifier(http, "https://verifier/"),
+                policies or KeylimePolicies(tpm=text(GOOD)),
+            )
+
+
+async def test_good_where_both_are_content() -> None:
+    site = Site()
+    verified = await site.check()
+    assert set(verified.pcrs) == {0}
+    (data,) = site.asked
+    assert data["hash_alg"] == "sha256"
+    assert data["tpm_policy"] == text(GOOD)
+    assert len(data["nonce"]) == 32
+    assert data["quote"].startswith("r")
+    assert data["tpm_ek"] == "AARmYWtl"
+
+
+VERDICTS: dict[str, tuple[httpx.Response, type[Exception], str]] = {
+    "refused": (
+        httpx.Response(
+            200,
+            json={
+                "results": {
+                    "valid": False,
+                    "failures": [{"type": "pcr_validation.invalid_pcr_0", "context": {"got": "x"}}],
+                }
+            },
+        ),
+        KeylimeRefusedError,
+        'pcr_validation.invalid_pcr_0: {"got": "x"}',
+    ),
+    "no reason": (
+        httpx.Response(200, json={"results": {"valid": False, "failures": []}}),
+        KeylimeRefusedError,
+        "it gives no reason",
+    ),
+    "both": (
+        httpx.Response(200, json={"results": {"valid": True, "failures": ["x\n"]}}),
+        KeylimeRefusedError,
+        "refuses: x\\?",
+    ),
+    "truthy": (
+        httpx.Response(200, json={"results": {"valid": 1, "failures": []}}),
+        KeylimeRefusedError,
+        "it gives no reason",
+    ),
+    "no failures": (
+        httpx.Response(200, json={"results": {"valid": True}}),
+        ReplyError,
+        "holds no verdict",
+    ),
+    "no results": (httpx.Response(200, json={"valid": True}), ReplyError, "holds no verdict"),
+    "a list": (httpx.Response(200, json=[]), ReplyError, "holds no verdict"),
+    "no json": (httpx.Response(200, content=b"<html>"), ReplyError, "not JSON"),
+    "400": (httpx.Response(400, json={"results": {}}), ReplyError, "answered 400"),
+    "500": (
+        httpx.Response(500, json={"results": {"valid": True, "failures": []}}),
+        ReplyError,
+        "answered 500",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+async def test_anything_but_a_clear_yes_is_no(name: str) -> None:
+    site = Site()
+    site.verdict, kind, message = VERDICTS[name]
+    with pytest.raises(kind, match=message):
+        await site.check()
+
+
+async def test_a_long_answer_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("provider_proxy.keylime.MAX_ANSWER_BYTES", 10)
+    with pytest.raises(ReplyError, match="larger than 10 bytes"):
+        await Site().check()
+
+
+def another_salt(body: bytes) -> bytes:
+    values = json.loads(body)
+    values["results"]["merkle"]["salt"] = "00" * 15 + "ff"
+    return json.dumps(values).encode()
+
+
+def a_path_too_long(body: bytes) -> bytes:
+    values = json.loads(body)
+    values["results"]["merkle"]["path"] *= 2
+    return json.dumps(values).encode()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind"),
+    [
+        (another_salt, QualifyingDataError),
+        (a_path_too_long, InclusionError),
+        (lambda _: b"{}", VerificationError),
+    ],
+)
+async def test_keylime_never_sees_what_we_refuse(
+    spoil: Callable[[bytes], bytes], kind: type[VerificationError]
+) -> None:
+    site = Site()
+    site.spoil = spoil
+    with pytest.raises(kind):
+        await site.check()
+    assert site.asked == []
+
+
+async def test_another_ak_than_the_registered_one() -> None:
+    site = Site()
+    site.registered = replace(site.registered, host=TrustedHost(ak=SoftTpm().ak))
+    with pytest.raises(SignatureError):
+        await site.check()
+    assert site.asked == []
+
+
+async def test_a_nonce_is_never_left_open() -> None:
+    site = Site()
+    history = MemoryHistory()
+    site.registered = replace(site.registered, history=history)
+    site.spoil = another_salt
+    with pytest.raises(QualifyingDataError):
+        await site.check()
+    assert not history._open
+
+
+# --- the real verifier ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tenant:
+    """A tenant's Keylime."""
+
+    registrar: Registrar
+    verifier: RealVerifier
+
+
+@pytest.fixture(scope="module")
+def tenant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenant]:
+    with (
+        running_registrar(tmp_path_factory.mktemp("keylime")) as registrar,
+        running_verifier(registrar) as verifier,
+    ):
+        yield Tenant(registrar=registrar, verifier=verifier)
+
+
+def ima_entry(path: str, content: bytes) -> tuple[str, bytes]:
+    """A line of an ima-ng list, and what the kernel extends PCR 10's SHA-256 bank with."""
+    digest = b"sha256:\0" + sha256(content).digest()
+    name = path.encode() + b"\0"
+    template = struct.pack("<I", len(digest)) + digest + struct.pack("<I", len(name)) + name
+    line = f"10 {sha1(template).hexdigest()} ima-ng sha256:{sha256(content).hexdigest()} {path}\n"
+    return line, sha256(template).digest()
+
+
+def runtime_policy(entries: list[tuple[str, bytes]]) -> str:
+    return text(
+        {
+            "meta": {"version": 1, "generator": 0},
+            "release": 0,
+            "digests": {path: [sha256(content).hexdigest()] for path, content in entries},
+            "excludes": [],
+            "keyrings": {},
+            "ima": {"ignored_keyrings": [], "log_hash_alg": "sha1", "dm_policy": None},
+            "ima-buf": {},
+            "verification-keys": "",
+        }
+    )
+
+
+@asynccontextmanager
+async def host(tmp_path: Path) -> AsyncIterator[tuple[str, dict[int, str]]]:
+    """A daemon on a swtpm whose kernel has run two programs; its URL and its PCRs."""
+    ima = tmp_path / "ima"
+    with swtpm_at(tmp_path / "tpm") as chip:
+        with ima.open("w") as lines:
+            for path, content in IMA_LINES:
+                line, digest = ima_entry(path, content)
+                lines.write(line)
+                tool(chip.tcti, "tpm2_pcrextend", f"10:sha256={digest.hex()}")
+        tool(chip.tcti, "tpm2_pcrextend", f"4:sha256={'ab' * 32}")
+        values = {4: sha256(bytes(32) + b"\xab" * 32).hexdigest(), 0: "00" * 32}
+        config = replace(
+            plain_config(tmp_path / "state", chip.tcti),
+            logs=Logs(ima=ima, uefi=tmp_path / "none"),
+            tenant_defaults=TenantRules(pcr_allow=0xFFFFFF),
+        )
+        async with daemon_over(config) as started:
+            yield f"http://{started.addresses[0]}", values
+
+
+async def judged(
+    tenant: Tenant, url: str, policies: KeylimePolicies, *, ak_public: bytes | None = None
+) -> VerifiedQuote:
+    async with (
+        httpx.AsyncClient(trust_env=False) as http,
+        httpx.AsyncClient(
+            verify=tenant.registrar.client_context(), trust_env=False, timeout=30
+        ) as keylime,
+    ):
+        proxy = ProxyClient(http, url)
+        identity = await proxy.identity()
+        ak_public = ak_public or identity.ak_public
+        with trio.fail_after(LIMIT_S):
+            return await check_host(
+                proxy,
+                RegisteredHost(
+                    host=TrustedHost(ak=parse_ak(ak_public)),
+                    history=MemoryHistory(),
+                    ek_public=identity.ek_public,
+                    ak_public=ak_public,
+                ),
+                Verifier(UnsafeAcceptAny()),
+                KeylimeVerifier(keylime, tenant.verifier.url),
+                policies,
+            )
+
+
+@pytest.mark.real
+async def test_the_real_verifier_and_the_policies_that_it_has(
+    tenant: Tenant, tmp_path: Path
+) -> None:
+    async with host(tmp_path) as (url, values):
+        tpm = text({str(pcr): [value] for pcr, value in values.items()})
+        verified = await judged(tenant, url, KeylimePolicies(tpm=tpm))
+        assert verified.pcrs[4].hex() == values[4]
+        assert verified.bank is HashAlg.SHA256
+
+        wrong = text({"4": ["00" * 32]})
+        with pytest.raises(KeylimeRefusedError, match="invalid_pcr_4") as refused:
+            await judged(tenant, url, KeylimePolicies(tpm=wrong))
+        assert isinstance(refused.value, VerificationError)
+        assert refused.value.check == PolicyError.check
+
+        good = KeylimePolicies(tpm=tpm, runtime=runtime_policy(IMA_LINES))
+        assert 10 in (await judged(tenant, url, good)).pcrs
+        with pytest.raises(KeylimeRefusedError, match="ima"):
+            await judged(tenant, url, KeylimePolicies(runtime=runtime_policy(IMA_LINES[:1])))
+
+        with pytest.raises(SignatureError):
+            await judged(tenant, url, good, ak_public=SoftTpm().ak_public)
