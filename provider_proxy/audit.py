@@ -1,35 +1,26 @@
-"""The audit log: a line of JSON for each request of a finished batch, and proofs from such lines.
+"""The audit log's records: a line of JSON for each request of a finished batch, and proofs from them.
 
 A record holds what its own tenant needs to show, with its nonce, that the request is a leaf under
-a root that the TPM signed; without the nonce it shows nobody anything. Records are pure values.
-`AuditLog` appends them in a worker thread, a batch at once; nothing that befalls its file or its
-disk reaches the caller. What is read back is untrusted bytes: a line that is no record is reported
-and skipped.
+a root that the TPM signed; without the nonce it shows nobody anything. Records are pure values;
+`audit_file` writes and reads them. A line that is read back is untrusted bytes.
 
-Invariants: a nonce, a VM's name, a PCR value or a claim is never written. Reading and proving need
-`cryptography` alone, so that a tenant can do both; trio is imported where records are written.
-docs/audit.md has the fields, and what they do not prove.
+Invariants: a nonce, a VM's name, a PCR value or a claim is never written. docs/audit.md has the
+fields, and what they do not prove.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
-import logging
-import os
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING
 
 from provider_proxy import attestation, inclusion
 from provider_proxy.errors import (
     EvidenceFormatError,
-    HostError,
     InclusionError,
     ParameterError,
 )
@@ -53,19 +44,13 @@ from provider_proxy.wire import PATH_LIMIT, Fields, parse_json_object
 if TYPE_CHECKING:
     from provider_proxy.batch import Batch
 
-log = logging.getLogger(__name__)  # "provider_proxy.audit": records without a file go there too
-
 FORMAT = "provider-proxy/audit/1"
 REQUEST_LABEL = b"provider-proxy/audit-request/1\x00"
 OK = "ok"
-DEFAULT_MAX_BYTES = 64 << 20  # some 50,000 records a file
-DEFAULT_KEEP = 8
-MAX_KEEP = 99  # how many names a reader tries; dates behind a dot (.20260101) stay untouched
 MAX_LINE_BYTES = 8192  # the longest name, all of it escaped, and a path of 20 make 5.2 kB
 MAX_TENANT_CHARS = 256  # names of tables have 63, those made of an identity a few more
 MAX_AK_NAME_BYTES = 66  # a SHA-512 name
 MAX_TIME_S = 253402300800.0  # the year 10000, where calendars end
-WRITE_LIMIT_S = 5.0  # an append takes milliseconds; a disk that hangs must not hold the batches up
 MAX_NAME_CHARS = 96
 _NAME_RE = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_NAME_CHARS}}}", re.ASCII)
 
@@ -364,161 +349,3 @@ def _root_fault(leaf: RecordedLeaf) -> str | None:
     except InclusionError as exc:
         return str(exc)
     return None if root == leaf.root else "the path does not lead from leaf_hash to root"
-
-
-class AuditLog:
-    """Appends records to a file that it rotates, or gives them to the logger.
-
-    The file is opened anew for each batch, so that it may be moved or removed at any time.
-
-    Args:
-        path: the file; None for the logger "provider_proxy.audit", at INFO.
-        max_bytes: the file grows no further, but for a batch that alone is larger.
-        keep: how many older files stay, `path.1` the youngest.
-        in_worker: runs the append; a thread, but for tests of timing.
-
-    Attributes:
-        failures: batches that could not be recorded, or not wholly.
-    """
-
-    def __init__(
-        self,
-        path: Path | None,
-        *,
-        max_bytes: int = DEFAULT_MAX_BYTES,
-        keep: int = DEFAULT_KEEP,
-        in_worker: Callable[..., Awaitable[Any]] | None = None,
-    ) -> None:
-        import trio  # here and in `write` alone: who reads a log has not got it
-
-        if max_bytes < 1 or not 1 <= keep <= MAX_KEEP:
-            raise ValueError(f"max_bytes must be at least 1, keep 1 to {MAX_KEEP}")
-        self.failures = 0
-        self._path, self._max_bytes, self._keep = path, max_bytes, keep
-        self._one = trio.CapacityLimiter(1)
-        self._in_worker = in_worker or functools.partial(
-            trio.to_thread.run_sync, abandon_on_cancel=True, limiter=self._one
-        )
-        self._streak = 0
-        self._hangs = False
-
-    async def write(self, records: Sequence[AuditRecord]) -> None:
-        """Record a batch. Raises nothing for a file or disk that fails: it is logged and counted.
-
-        Not cancelled before its end, so that the last batch at drain is recorded, and back after
-        `WRITE_LIMIT_S` whatever the disk does. No records at all try whether the file opens.
-        """
-        import trio
-
-        if self._hangs and not self._one.available_tokens:
-            self._failed("the last append has not come back")
-            await trio.lowlevel.checkpoint()
-            return
-        with trio.CancelScope(deadline=trio.current_time() + WRITE_LIMIT_S, shield=True):
-            try:
-                await self._in_worker(self._write, records)
-            except OSError as exc:
-                self._failed(exc.strerror or str(exc))
-            else:
-                self._succeeded()
-            return
-        self._hangs = True
-        self._failed(f"an append takes longer than {WRITE_LIMIT_S:g} s")
-
-    def _failed(self, problem: str) -> None:
-        self.failures += 1
-        self._streak += 1
-        if self._streak == 1:
-            log.error("the audit log cannot be written, records are lost: %s", problem)
-
-    def _succeeded(self) -> None:
-        self._hangs = False
-        if self._streak:
-            log.warning("the audit log is written again; batches not in it: %d", self._streak)
-            self._streak = 0
-
-    def _write(self, records: Sequence[AuditRecord]) -> None:
-        """In the worker. Raises: OSError."""
-        lines = [encode_record(record) for record in records]
-        if self._path is not None:
-            self._append(self._path, b"".join(lines))
-            return
-        for line in lines:
-            log.info("%s", line.decode("ascii").rstrip())
-
-    def _append(self, path: Path, data: bytes) -> None:
-        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            size = os.fstat(fd).st_size
-            if size and os.pread(fd, 1, size - 1) != b"\n":  # torn by a crash, or by a full disk
-                data = b"\n" + data
-            is_full = size > 0 and size + len(data) > self._max_bytes
-            while data and not is_full:
-                data = data[os.write(fd, data) :]
-        finally:
-            os.close(fd)
-        if is_full:
-            self._rotate(path)
-            self._append(path, data.removeprefix(b"\n"))  # to an empty file, which is never full
-
-    def _rotate(self, path: Path) -> None:
-        """Move each file one number up, as far as the first gap: a crash in here leaves one."""
-        gap = next((n for n in range(1, self._keep) if not _older(path, n).exists()), self._keep)
-        for number in range(gap, 1, -1):
-            _older(path, number - 1).replace(_older(path, number))
-        path.replace(_older(path, 1))
-        for number in range(self._keep + 1, MAX_KEEP + 1):
-            _older(path, number).unlink(missing_ok=True)
-
-
-def _older(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.name}.{number}")
-
-
-OnDamage = Callable[[Path, int, str], None]
-"""Told of a line that is no record: file, line number from 1, and why. Never what it holds."""
-
-
-def warn_of_damage(path: Path, number: int, problem: str) -> None:
-    """The usual `OnDamage`."""
-    log.warning("%s:%d is skipped: %s", path, number, problem)
-
-
-def read_records(path: Path, on_damage: OnDamage = warn_of_damage) -> Iterator[AuditRecord]:
-    """The records of a log and its older files, oldest first; untrusted bytes.
-
-    May run while the log is rotated: what was there and stays is given, and once.
-
-    Raises:
-        HostError: there is no such log, or it cannot be read.
-    """
-    with contextlib.ExitStack() as stack:
-        # The newest is opened first: what is rotated meanwhile turns up again under the next name.
-        files: dict[tuple[int, int], tuple[Path, BinaryIO]] = {}
-        try:
-            for name in (path, *(_older(path, number) for number in range(1, MAX_KEEP + 1))):
-                with contextlib.suppress(FileNotFoundError):
-                    file: BinaryIO = stack.enter_context(name.open("rb"))
-                    stat = os.fstat(file.fileno())
-                    files.setdefault((stat.st_dev, stat.st_ino), (name, file))
-            if not files:
-                raise HostError(f"cannot read {path}: there is no such file")
-            for name, file in reversed(files.values()):
-                for number, line in enumerate(_lines(file), 1):
-                    try:
-                        record = parse_record(line)
-                    except EvidenceFormatError as exc:
-                        on_damage(name, number, str(exc))
-                    else:
-                        yield record
-        except OSError as exc:
-            raise HostError(f"cannot read {path}: {exc.strerror}") from exc
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines; of one that is too long its beginning, which is too long as well."""
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        rest = line
-        while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-            rest = file.readline(MAX_LINE_BYTES + 1)
-        yield line

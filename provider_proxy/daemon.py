@@ -25,7 +25,8 @@ import trio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from provider_proxy import http1, listeners, server, sysd, watchdog
-from provider_proxy.audit import AuditLog, records_of
+from provider_proxy.audit import records_of
+from provider_proxy.audit_file import AuditLog
 from provider_proxy.batch import Batch
 from provider_proxy.batcher import Audit, Batcher
 from provider_proxy.config_tables import Config

@@ -27,18 +27,17 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_imports import CRYPTOGRAPHY, brought_by
 
-from provider_proxy import audit, inclusion
+from provider_proxy import audit, audit_file, inclusion
 from provider_proxy.audit import (
-    AuditLog,
     AuditRecord,
     encode_record,
     leaf_hash_of,
     parse_record,
     prove,
-    read_records,
     records_of,
     request_hash,
 )
+from provider_proxy.audit_file import AuditLog, read_records
 from provider_proxy.batch import Answer, Batch, Waiter, check_batch, plant_tree
 from provider_proxy.errors import EvidenceFormatError, HostError, QuoteError, SelfCheckError
 from provider_proxy.model import (
@@ -631,7 +630,9 @@ async def test_a_smaller_keep_drops_what_is_older_and_nothing_else(tmp_path: Pat
     assert len(names(tmp_path)) == 3 + len(others)
 
 
-@pytest.mark.parametrize("change", [{"max_bytes": 0}, {"keep": 0}, {"keep": audit.MAX_KEEP + 1}])
+@pytest.mark.parametrize(
+    "change", [{"max_bytes": 0}, {"keep": 0}, {"keep": audit_file.MAX_KEEP + 1}]
+)
 async def test_impossible_settings_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="max_bytes"):
         AuditLog(tmp_path / "audit.jsonl", **change)
@@ -871,7 +872,7 @@ async def test_a_disk_that_hangs_holds_nobody_up(
         comes_back.wait(20)
         return write(fd, data)
 
-    monkeypatch.setattr(audit, "WRITE_LIMIT_S", 0.05)
+    monkeypatch.setattr(audit_file, "WRITE_LIMIT_S", 0.05)
     path = tmp_path / "audit.jsonl"
     log = AuditLog(path)
     with monkeypatch.context() as patch:
@@ -891,7 +892,7 @@ async def test_a_disk_that_hangs_holds_nobody_up(
         with trio.fail_after(10):
             while not path.exists() or path.stat().st_size < LINE:  # noqa: ASYNC110
                 await trio.sleep(0.001)
-    monkeypatch.setattr(audit, "WRITE_LIMIT_S", 10.0)
+    monkeypatch.setattr(audit_file, "WRITE_LIMIT_S", 10.0)
     with trio.fail_after(10):
         while numbers(collect(path)[0])[-1] != 200:  # the thread may not be quite back
             await log.write([of_time(200)])
@@ -1001,7 +1002,7 @@ def test_reading_is_bounded_in_memory(tmp_path: Path) -> None:
 
     with path.open("rb") as source:
         source.seek((1 << 30) - 10 * audit.MAX_LINE_BYTES)
-        lines = list(audit._lines(Watched(source)))  # type: ignore[arg-type]
+        lines = list(audit_file._lines(Watched(source)))  # type: ignore[arg-type]
     assert len(lines) == 2
     assert max(asked) <= audit.MAX_LINE_BYTES + 1
     assert max(map(len, lines)) <= audit.MAX_LINE_BYTES + 1
@@ -1289,11 +1290,11 @@ def test_every_key_of_a_record_is_documented() -> None:
 def test_documented_limits_are_the_code_s() -> None:
     assert f"at most {audit.MAX_LINE_BYTES} bytes" in DOCUMENT
     assert f"cut to {audit.MAX_TENANT_CHARS} characters" in DOCUMENT
-    assert f"({audit.DEFAULT_MAX_BYTES >> 20} MiB by default)" in DOCUMENT
-    assert audit.DEFAULT_KEEP == 8
-    assert f"{audit.MAX_KEEP} at the most" in DOCUMENT
-    assert f"`FILE.{audit.MAX_KEEP}`" in DOCUMENT
-    assert f"given {audit.WRITE_LIMIT_S:g} s" in DOCUMENT
+    assert f"({audit_file.DEFAULT_MAX_BYTES >> 20} MiB by default)" in DOCUMENT
+    assert audit_file.DEFAULT_KEEP == 8
+    assert f"{audit_file.MAX_KEEP} at the most" in DOCUMENT
+    assert f"`FILE.{audit_file.MAX_KEEP}`" in DOCUMENT
+    assert f"given {audit_file.WRITE_LIMIT_S:g} s" in DOCUMENT
     assert audit.REQUEST_LABEL == b"provider-proxy/audit-request/1\0"
     assert f'"{audit.REQUEST_LABEL[:-1].decode()}" || 0x00' in DOCUMENT
 

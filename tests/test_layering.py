@@ -24,6 +24,7 @@ PROVIDER = (
         "merkle",
         "batch",
         "audit",
+        "audit_file",
         "waiting_room",
         "config_values",
         "config_tables",

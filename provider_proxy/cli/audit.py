@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from provider_proxy.audit import AuditRecord, Proof, prove, read_records, record_values
-from provider_proxy.audit import warn_of_damage as warn
+from provider_proxy.audit import AuditRecord, Proof, prove, record_values
+from provider_proxy.audit_file import read_records
+from provider_proxy.audit_file import warn_of_damage as warn
 from provider_proxy.errors import ParameterError
 from provider_proxy.files import read_file
 from provider_proxy.model import parse_bank, parse_mask, parse_nonce
