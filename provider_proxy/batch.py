@@ -6,6 +6,7 @@ long computations of a batch, some 10 microseconds a leaf each, and run in a wor
 
 from __future__ import annotations
 
+import enum
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,6 +47,15 @@ class Answer:
         )
 
 
+class SealedBy(enum.Enum):
+    """Why a batch was sealed when it was."""
+
+    WINDOW = "window"  # its window was over, and the chip was ready
+    CHIP = "chip"  # its window was over sooner: the chip was busy, or rested to keep its duty
+    FULL = "full"  # it held `max_leaves`
+    DRAIN = "drain"
+
+
 SORT_KEY_BYTES = 8  # two equal keys among a thousand: once in 10^13 batches, and harmless
 
 BatchKey = tuple[HashAlg, int, int]
@@ -76,17 +86,30 @@ class Waiter:
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """A sealed batch. `quote` and `proofs` come as the work goes on; times are the batcher's."""
+    """A sealed batch. `quote` and `proofs` come as the work goes on; times are the batcher's.
+
+    Attributes:
+        sealed_by: what made it ripe, or kept it open for longer than its window.
+        quote_s: how long the quote took, or was tried; 0 where none was asked for.
+        error: what all its waiters were told; None while, or where, they get answers.
+    """
 
     number: int
     bank: HashAlg
     waiters: list[Waiter]
     opened: float
     sealed: float
+    sealed_by: SealedBy = SealedBy.WINDOW
     quote: Quote | None = None
     quote_s: float = 0.0
     size: int = 0
     proofs: tuple[InclusionProof, ...] = ()
+    error: ProviderProxyError | None = None
+
+    @property
+    def outcome(self) -> str:
+        """ "ok", or the name of the error's class."""
+        return "ok" if self.error is None else type(self.error).__name__
 
     @property
     def deadline(self) -> float:
@@ -101,6 +124,7 @@ class Batch:
         return mask
 
     def refuse(self, error: ProviderProxyError) -> None:
+        self.error = self.error or error
         for waiter in self.waiters:
             waiter.refuse(error)
 

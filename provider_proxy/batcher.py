@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import trio
 
 from provider_proxy import inclusion
-from provider_proxy.batch import Answer, Batch, Waiter, check_batch, plant_tree
+from provider_proxy.batch import Answer, Batch, SealedBy, Waiter, check_batch, plant_tree
 from provider_proxy.errors import (
     ClientGoneError,
     DeadlineError,
@@ -37,6 +38,7 @@ from provider_proxy.errors import (
     ServiceError,
     VerificationError,
 )
+from provider_proxy.journal import Event
 from provider_proxy.metrics import Metrics
 from provider_proxy.model import AttestationKey, HashAlg, HostLogs, Quote, QuoteRequest, Tenant
 from provider_proxy.waiting_room import BatchSettings, WaitingRoom
@@ -98,6 +100,24 @@ ClaimsSource = Callable[[Tenant, QuoteRequest], bytes]
 Audit = Callable[[Batch], Awaitable[None]]
 """Records a batch that was answered, or refused."""
 
+Observe = Callable[[Batch], None]
+"""Sees each batch once its waiters have their answers, or their error. Quick; raises nothing."""
+
+CHIP_SLACK_S = 0.005  # a batch sealed so much after its window waited for the chip, not for a timer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queue:
+    """What waits for a batch now.
+
+    Attributes:
+        oldest_s: for how long the first of them has waited; 0 where nobody waits.
+    """
+
+    waiting: int
+    lines: int
+    oldest_s: float
+
 
 class Batcher:
     """Answers tenants' requests out of shared quotes. `run` must be running in a nursery.
@@ -107,6 +127,7 @@ class Batcher:
         logs: where the host's logs come from; None where it has none.
         boottime: of the host, seconds since the epoch; None where unknown.
         audit: records each batch after its waiters were answered; None where nobody wants records.
+        observe: sees each batch, for status; None where nobody wants to.
         in_worker: runs the two long computations of a batch; a thread, but for tests of timing.
     """
 
@@ -120,10 +141,12 @@ class Batcher:
         logs: LogSource | None = None,
         boottime: int | None = None,
         audit: Audit | None = None,
+        observe: Observe | None = None,
         in_worker: Callable[..., Awaitable[Any]] = trio.to_thread.run_sync,
     ) -> None:
         self._in_worker = in_worker
         self._audit = audit
+        self._observe_batch = observe
         self._quoter = quoter
         self._metrics = metrics
         self._claims = claims
@@ -134,6 +157,7 @@ class Batcher:
             turn_s=lambda: quoter.expected_s + quoter.pause_s,
             quote_s=lambda: quoter.expected_s,
         )
+        self._settings = settings
         metrics.queue.set_function(lambda: self._room.waiting)
         self._batches = 0
         self._sealed: set[Batch] = set()
@@ -196,6 +220,17 @@ class Batcher:
             raise NotFoundError("no such VM runs here for you")
         return self._claims(tenant, request)
 
+    @property
+    def queue(self) -> Queue:
+        """Who waits for a batch now."""
+        room = self._room
+        oldest = room.ripe_at() - self._settings.window_s  # infinite where nobody waits
+        return Queue(
+            waiting=room.waiting,
+            lines=room.lines,
+            oldest_s=max(0.0, trio.current_time() - oldest),
+        )
+
     async def run(self) -> None:
         """Batch until cancelled; then let go of everybody."""
         send, receive = trio.open_memory_channel[Batch](1)
@@ -251,7 +286,15 @@ class Batcher:
         if not waiters:
             return None
         self._batches += 1
-        return Batch(self._batches, ripe[0][0], waiters, opened, now)
+        by = self._why_now(len(taken), now - opened)
+        return Batch(self._batches, ripe[0][0], waiters, opened, now, by)
+
+    def _why_now(self, taken: int, waited_s: float) -> SealedBy:
+        if waited_s > self._settings.window_s + CHIP_SLACK_S:
+            return SealedBy.CHIP
+        if taken >= self._settings.max_leaves:
+            return SealedBy.FULL
+        return SealedBy.DRAIN if self._drain.is_set() else SealedBy.WINDOW
 
     def _stays(self, waiter: Waiter) -> bool:
         """Fix a waiter's claims; False where it hung up, or its VM has gone."""
@@ -283,10 +326,9 @@ class Batcher:
         except ServiceError as exc:
             error = exc
         else:
-            batch.quote_s = trio.current_time() - begin
             return
-        log.error("batch=%d no quote: %s", batch.number, error.__cause__ or error)
-        self._metrics.batches.labels(type(error).__name__).inc()
+        finally:
+            batch.quote_s = trio.current_time() - begin
         batch.refuse(error)
 
     async def _flush(self, receive: trio.MemoryReceiveChannel[Batch]) -> None:
@@ -294,6 +336,7 @@ class Batcher:
             if batch.quote is not None:
                 await self._finish(batch)
             self._sealed.discard(batch)
+            self._observe(batch)
             if self._audit is not None:
                 await self._audit(batch)
 
@@ -304,10 +347,10 @@ class Batcher:
         try:
             await self._in_worker(check_batch, batch, quote, quoter.ak)
         except VerificationError as exc:
-            log.critical("batch=%d failed our own check: %s", batch.number, exc)
             self._metrics.selfcheck_failures.inc()
-            self._metrics.batches.labels("SelfCheckError").inc()
-            batch.refuse(SelfCheckError("the quote failed the proxy's own verification"))
+            error = SelfCheckError("the quote failed the proxy's own verification")
+            error.__cause__ = exc
+            batch.refuse(error)
             return
         requests = tuple(waiter.request for waiter in batch.waiters)
         logs: tuple[HostLogs | None, ...] = (None,) * len(requests)
@@ -331,24 +374,36 @@ class Batcher:
                 queued_s=batch.sealed - waiter.arrived,
             )
             waiter.done.set()
-        self._observe(batch)
 
     def _observe(self, batch: Batch) -> None:
+        """Count a batch and log its one line."""
         wait_s = batch.sealed - batch.opened
-        self._metrics.batches.labels("ok").inc()
-        self._metrics.leaves.observe(len(batch.waiters))
-        self._metrics.quote_seconds.observe(batch.quote_s)
-        self._metrics.wait_seconds.observe(wait_s)
-        log.info(
-            "batch=%d leaves=%d size=%d bank=%s mask=%#x wait_ms=%.1f quote_ms=%.1f",
-            batch.number,
-            len(batch.waiters),
-            batch.size,
-            batch.bank.label,
-            batch.mask,
-            wait_s * 1000,
-            batch.quote_s * 1000,
-        )
+        metrics = self._metrics
+        metrics.batches.labels(batch.outcome).inc()
+        metrics.sealed.labels(batch.sealed_by.value).inc()
+        metrics.wait_seconds.observe(wait_s)
+        if batch.error is None:
+            metrics.leaves.observe(len(batch.waiters))
+            metrics.quote_seconds.observe(batch.quote_s)
+        if self._observe_batch is not None:
+            self._observe_batch(batch)
+        fields: dict[str, object] = {
+            "batch": batch.number,
+            "leaves": len(batch.waiters),
+            "size": batch.size,
+            "bank": batch.bank.label,
+            "mask": hex(batch.mask),
+            "wait_ms": round(wait_s * 1000, 1),
+            "quote_ms": round(batch.quote_s * 1000, 1),
+            "sealed_by": batch.sealed_by.value,
+            "outcome": batch.outcome,
+        }
+        level = logging.INFO
+        if batch.error is not None:
+            fields["reason"] = str(batch.error.__cause__ or batch.error)
+            is_ours = isinstance(batch.error, SelfCheckError)
+            level = logging.CRITICAL if is_ours else logging.ERROR
+        log.log(level, Event("batch", fields))
 
 
 def _again(error: ProviderProxyError) -> ProviderProxyError:

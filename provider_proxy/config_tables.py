@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from provider_proxy import journal
 from provider_proxy.config_values import (
     Reader,
     integer,
@@ -75,7 +76,7 @@ class Admin:
     """`[admin]`: the operator's listener, plaintext, never for tenants."""
 
     address: tuple[str, ...] = _key(
-        read_addresses, (), "Where /healthz, /readyz and /metrics answer; loopback or unix only."
+        read_addresses, (), "Where status, health and metrics are; loopback or unix only."
     )
 
 
@@ -185,6 +186,16 @@ class Logs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogTable:
+    """`[log]`: the daemon's own log, on stderr."""
+
+    format: str = _key(
+        one_of(*journal.FORMATS), journal.TEXT, "key=value text, or a JSON object a line."
+    )
+    level: str = _key(one_of(*journal.LEVELS), "info", "The least important that is written.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AuditTable:
     """`[audit]`: a record of each answered request."""
 
@@ -214,6 +225,7 @@ class Config:
     tenants: Mapping[str, TenantRules] = field(default_factory=dict)
     logs: Logs = _table(Logs)
     audit: AuditTable = _table(AuditTable)
+    log: LogTable = _table(LogTable)
 
 
 TABLES: dict[str, type[Any]] = {
@@ -226,4 +238,5 @@ TABLES: dict[str, type[Any]] = {
     "tenant_defaults": TenantRules,
     "logs": Logs,
     "audit": AuditTable,
+    "log": LogTable,
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import platform
 import secrets
 import signal
 import time
@@ -25,6 +26,7 @@ import trio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from provider_proxy import http1, listeners, server, sysd, watchdog
+from provider_proxy.admin import AdminDoor
 from provider_proxy.audit import records_of
 from provider_proxy.audit_file import AuditLog
 from provider_proxy.batch import Batch
@@ -33,7 +35,9 @@ from provider_proxy.config_tables import Config
 from provider_proxy.hostlogs import HostLogFiles
 from provider_proxy.metrics import Metrics
 from provider_proxy.quoters.esys import EsysQuoter, open_quoter
+from provider_proxy.recent import Recent
 from provider_proxy.reload import ReadConfig, Reloader
+from provider_proxy.status import StatusBoard
 from provider_proxy.tenants import TenantBook, load_book
 from provider_proxy.waiting_room import BatchSettings
 
@@ -81,18 +85,22 @@ async def run(
     adopted = listeners.adopt_listeners(inherited, context)
     metrics = Metrics()
     async with open_quoter(config, metrics) as quoter:
-        batcher = _make_batcher(config, quoter, metrics)
+        recent = Recent()
+        batcher = _make_batcher(config, quoter, metrics, recent)
         draining = trio.Event()
-        tenant_door = _tenant_door(config, quoter, batcher, book)
+        tenant_door = _tenant_door(config, quoter, batcher, book, recent)
         tenants = http1.Door(
             tenant_door,
             observe=metrics.count_request,
+            observe_handshake=metrics.count_handshake,
             max_connections=config.limits.max_connections,
             max_per_address=config.limits.max_connections_per_address,
             busy_status=config.limits.busy_status,
         )
+        metrics.connections.set_function(lambda: tenants.connections)
+        board = _status_board(config, quoter, batcher, recent, metrics, draining)
         admin = http1.Door(
-            server.AdminDoor(metrics, lambda: "draining" if draining.is_set() else quoter.trouble),
+            AdminDoor(metrics, board.not_ready, board.results),
             observe=lambda status, reason: None,
         )
         async with (
@@ -149,7 +157,7 @@ def tune_gc() -> None:
     gc.set_threshold(GC_THRESHOLD, 20, 100)
 
 
-def _make_batcher(config: Config, quoter: EsysQuoter, metrics: Metrics) -> Batcher:
+def _make_batcher(config: Config, quoter: EsysQuoter, metrics: Metrics, recent: Recent) -> Batcher:
     settings = BatchSettings(
         window_s=config.batch.window_ms / 1000,
         max_leaves=config.batch.max_leaves,
@@ -163,6 +171,36 @@ def _make_batcher(config: Config, quoter: EsysQuoter, metrics: Metrics) -> Batch
         logs=HostLogFiles(config.logs.ima, config.logs.uefi),
         boottime=_boottime(),
         audit=_make_audit(config, quoter),
+        observe=recent.batch_done,
+    )
+
+
+def _status_board(
+    config: Config,
+    quoter: EsysQuoter,
+    batcher: Batcher,
+    recent: Recent,
+    metrics: Metrics,
+    draining: trio.Event,
+) -> StatusBoard:
+    program = program_version()
+    metrics.duty.set_function(lambda: quoter.duty)
+    metrics.max_duty.set(config.tpm.max_duty)
+    metrics.learnt_quote_seconds.set_function(lambda: quoter.expected_s)
+    metrics.build_info.labels(program, platform.python_version()).set(1)
+    return StatusBoard(
+        config,
+        quoter,
+        lambda: batcher.queue,
+        recent,
+        metrics,
+        draining=draining.is_set,
+        host={
+            "uuid": str(quoter.identity.host_uuid),
+            "ak_name": quoter.ak.name.hex(),
+            "software": quoter.identity.software,
+        },
+        program=program,
     )
 
 
@@ -187,7 +225,7 @@ def _boottime() -> int:
 
 
 def _tenant_door(
-    config: Config, quoter: EsysQuoter, batcher: Batcher, book: TenantBook
+    config: Config, quoter: EsysQuoter, batcher: Batcher, book: TenantBook, recent: Recent
 ) -> server.TenantDoor:
     identity = quoter.identity
     return server.TenantDoor(
@@ -208,6 +246,7 @@ def _tenant_door(
         banks=config.tpm.banks,
         default_timeout_ms=config.limits.default_timeout_ms,
         max_timeout_ms=config.limits.max_timeout_ms,
+        count=recent.count,
     )
 
 

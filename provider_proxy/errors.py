@@ -11,6 +11,7 @@
     │   ├── UnknownTenantError     403, the connection closes
     │   ├── NotFoundError          404
     │   ├── MethodError            405
+    │   ├── WrongHostError         421, the admin door was asked under a foreign name
     │   └── TenantLimitError       429, the tenant's own limit, with Retry-After
     ├── ServiceError               the provider cannot answer now                           (HTTP 5xx)
     │   ├── OverloadedError        503, with Retry-After
@@ -118,6 +119,13 @@ class MethodError(RequestError):
     """The path exists, but not with this method."""
 
     status = 405
+
+
+class WrongHostError(RequestError):
+    """The client calls this listener by a name that is not its own: a web page that rebinds DNS."""
+
+    status = 421
+    closes = True
 
 
 class TenantLimitError(RequestError):

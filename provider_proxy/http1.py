@@ -17,6 +17,7 @@ import itertools
 import logging
 import select
 import socket
+import ssl
 import struct
 import time
 from collections import Counter
@@ -46,6 +47,7 @@ LINGER_READS = 16  # 256 kB of a refused body
 JOIN_BYTES = 64 * 1024  # one write for what is small; an IMA list is not copied once more
 TIMED_OUT = "no quote within the request's timeout"
 JSON = b"application/json"
+HTML = b"text/html; charset=utf-8"
 TEXT = b"text/plain; version=0.0.4; charset=utf-8"
 
 REASONS = {
@@ -56,6 +58,7 @@ REASONS = {
     405: b"Method Not Allowed",
     408: b"Request Timeout",
     414: b"URI Too Long",
+    421: b"Misdirected Request",
     429: b"Too Many Requests",
     431: b"Request Header Fields Too Large",
     500: b"Internal Server Error",
@@ -88,12 +91,17 @@ class Peer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A request without body: path and query of its target, still percent-encoded."""
+    """A request without body: path and query of its target, still percent-encoded.
+
+    Attributes:
+        host: the Host header: what the client calls this server. Untrusted.
+    """
 
     method: str
     path: str
     query: str
     peer: Peer
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +126,10 @@ BUSY_STATUSES = (429, 503, 504)
 Handler = Callable[[Request], Awaitable[Response]]
 Observer = Callable[[int, str], None]
 """Called with status and reason of each response."""
+ObserveHandshake = Callable[[str], None]
+"""Called after each TLS handshake, with "ok" or why it failed: one of `HANDSHAKE_FAILURES`."""
+
+HANDSHAKE_FAILURES = ("timeout", "client_gone", "no_certificate", "bad_certificate", "protocol")
 
 
 def error_response(error: ProviderProxyError, busy_status: int = 503) -> Response:
@@ -168,6 +180,7 @@ class Door:
     Args:
         handler: answers requests; a `ProviderProxyError` of it becomes its response.
         observe: counts responses.
+        observe_handshake: counts TLS handshakes.
         max_connections: one more closes the one that has been idle, or slow, the longest; where
             all others are being answered it is closed itself.
         max_per_address: one more from the same IP address is closed.
@@ -179,6 +192,7 @@ class Door:
         handler: Handler,
         *,
         observe: Observer,
+        observe_handshake: ObserveHandshake = lambda reason: None,
         max_connections: int = 4096,
         max_per_address: int = 4096,
         busy_status: int = 503,
@@ -186,6 +200,7 @@ class Door:
         self.handler = handler
         self.busy_status = busy_status
         self.observe = observe
+        self.observe_handshake = observe_handshake
         self.closing = False
         self._max_connections = max_connections
         self._max_per_address = max_per_address
@@ -236,6 +251,11 @@ class Door:
         min(slow, key=lambda c: c.since).cut_off()
         self.observe(0, "made room")
         return True
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._open)
 
     async def finish(self) -> None:
         """Close connections that wait for a request; return when the others had their answer."""
@@ -314,7 +334,7 @@ class _Connection:
         with self._scope:
             if isinstance(self._stream, trio.SSLStream):
                 self._enter(_Stage.READING, HANDSHAKE_LIMIT_S)
-                await self._stream.do_handshake()
+                await self._shake_hands(self._stream)
                 certificate = self._stream.getpeercert(binary_form=True)
                 peer = dataclasses.replace(peer, certificate=certificate)
             await self._converse(peer)
@@ -326,6 +346,18 @@ class _Connection:
                 await self._send()
                 if self._next_cycle():
                     await self._converse(peer)
+
+    async def _shake_hands(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
+        """TLS's handshake, counted."""
+        reason = "timeout"  # whoever else cancels, to make room or to end, has waited too
+        try:
+            await stream.do_handshake()
+            reason = "ok"
+        except trio.BrokenResourceError as exc:
+            reason = _handshake_failure(exc.__cause__)
+            raise
+        finally:
+            self._door.observe_handshake(reason)
 
     def _limit(self, seconds: float) -> None:
         """The handler says how long it may take."""
@@ -442,6 +474,17 @@ class _Connection:
                 return
 
 
+def _handshake_failure(cause: BaseException | None) -> str:
+    """Why a handshake failed, from a bounded set of words."""
+    if not isinstance(cause, ssl.SSLError) or isinstance(cause, ssl.SSLEOFError):
+        return "client_gone"
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return "bad_certificate"
+    if cause.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+        return "no_certificate"
+    return "protocol"
+
+
 def _joined(parts: Iterable[bytes]) -> list[bytes]:
     """Small parts in one write; large ones, an IMA list, uncopied."""
     chunks: list[bytes] = []
@@ -469,7 +512,15 @@ def _to_request(head: h11.Request, peer: Peer) -> Request | Response:
     if target.startswith(("http://", "https://")):  # absolute form: RFC 9112, section 3.2.2
         target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
     path, _, query = target.partition("?")
-    return Request(method=head.method.decode("ascii"), path=path, query=query, peer=peer)
+    # h11 has seen to it that there is one, or none in HTTP/1.0.
+    host = next((value for name, value in head.headers if name == b"host"), b"")
+    return Request(
+        method=head.method.decode("ascii"),
+        path=path,
+        query=query,
+        peer=peer,
+        host=host.decode("ascii", "replace"),
+    )
 
 
 def _peer_of(sock: trio.socket.SocketType, limit: Callable[[float], None]) -> Peer:

@@ -46,6 +46,12 @@ class Metrics:
             buckets=SECONDS_BUCKETS,
             registry=self.registry,
         )
+        self.sealed = Counter(
+            prefix + "batches_sealed",
+            "Batches, by what sealed them: window, chip, full or drain.",
+            ["by"],
+            registry=self.registry,
+        )
         self.queue = Gauge(
             prefix + "queue", "Requests waiting for a batch.", registry=self.registry
         )
@@ -60,9 +66,43 @@ class Metrics:
             ["code", "step"],
             registry=self.registry,
         )
+        self.tpm_retries = Counter(
+            prefix + "tpm_retries",
+            "TPM commands that were tried again, by step of the ladder.",
+            ["step"],
+            registry=self.registry,
+        )
         self.tpm_circuit_open = Gauge(
             prefix + "tpm_circuit_open",
             "1 while the TPM is out of order and tenants are refused at once.",
+            registry=self.registry,
+        )
+        self.duty = Gauge(
+            prefix + "duty",
+            "Share of the last 10 s in which the chip worked for us, 0 to 1.",
+            registry=self.registry,
+        )
+        self.max_duty = Gauge(
+            prefix + "max_duty", "The cap of the duty: tpm.max_duty.", registry=self.registry
+        )
+        self.learnt_quote_seconds = Gauge(
+            prefix + "learnt_quote_seconds",
+            "Learnt time of a quote: estimates, Retry-After and the hang limit come from it.",
+            registry=self.registry,
+        )
+        self.tls_handshakes = Counter(
+            prefix + "tls_handshakes",
+            "TLS handshakes at the tenants' door, by result (ok, failed) and reason.",
+            ["result", "reason"],
+            registry=self.registry,
+        )
+        self.connections = Gauge(
+            prefix + "connections", "Tenants' connections that are open.", registry=self.registry
+        )
+        self.build_info = Gauge(
+            prefix + "build_info",
+            "Always 1; the labels name the versions of the program and of Python.",
+            ["version", "python"],
             registry=self.registry,
         )
         self.selfcheck_failures = Counter(
@@ -77,6 +117,25 @@ class Metrics:
         if counter is None:
             counter = self._responses[status, reason] = self.requests.labels(status, reason)
         counter.inc()
+
+    def count_handshake(self, reason: str) -> None:
+        """Count a TLS handshake; "ok" is the reason of those that came through."""
+        self.tls_handshakes.labels("ok" if reason == "ok" else "failed", reason).inc()
+
+    def tpm_error_counts(self) -> dict[str, int]:
+        """How often each TPM response code came, by its name."""
+        found: dict[str, int] = {}
+        for family in self.tpm_errors.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    code = sample.labels["code"]
+                    found[code] = found.get(code, 0) + int(sample.value)
+        return found
+
+    def selfcheck_failure_count(self) -> int:
+        """How many batches failed the self-check."""
+        name = "provider_proxy_selfcheck_failures_total"
+        return int(self.registry.get_sample_value(name) or 0)
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -1,4 +1,4 @@
-"""The tenants' door and the operator's: routes, and what each answers.
+"""The tenants' door: routes, and what each answers.
 
 Hands a checked request to `Submit` and gives its answer, or the error's status, to `http1`. Never
 decides when a quote is taken, and knows a tenant only by what `identify` says of the connection.
@@ -11,17 +11,22 @@ from collections.abc import Awaitable, Callable, Mapping
 from importlib import resources
 from typing import Protocol, TypeVar
 
+import trio
+
 from provider_proxy import http1
 from provider_proxy.batch import Answer
 from provider_proxy.errors import (
+    DeadlineError,
     MethodError,
     NotFoundError,
     ParameterError,
+    ProviderProxyError,
+    UnknownTenantError,
 )
-from provider_proxy.metrics import Metrics
 from provider_proxy.model import HashAlg, QuoteRequest, Tenant
 from provider_proxy.query import parse_quote_query
 from provider_proxy.quotas import Quotas
+from provider_proxy.recent import STRANGERS
 from provider_proxy.wire import FORMAT, encode_envelope
 
 API_VERSION = "1.0"
@@ -45,6 +50,9 @@ class Submit(Protocol):
 
 R = TypeVar("R")
 
+Count = Callable[[str, str], None]
+"""Told what became of a tenant's request: the tenant's name, and "ok" or an error's class."""
+
 Identify = Callable[[http1.Peer], Tenant]
 """Says who a connection's tenant is. Raises `RequestError` for one that may not come in."""
 
@@ -56,6 +64,7 @@ class TenantDoor:
         identify: who a connection's tenant is; the attribute may be replaced, for those who come after.
         identity: results of `GET /verifier/identity`.
         version: of this program.
+        count: told what became of each request of a known tenant.
     """
 
     def __init__(
@@ -68,7 +77,9 @@ class TenantDoor:
         banks: tuple[HashAlg, ...],
         default_timeout_ms: int,
         max_timeout_ms: int,
+        count: Count = lambda tenant, reason: None,
     ) -> None:
+        self._count = count
         self._submit = submit
         self._quotas = Quotas()
         self.identify = identify
@@ -100,8 +111,18 @@ class TenantDoor:
         Raises:
             RequestError, ServiceError: `http1` makes the response of them.
         """
-        tenant = self.identify(request.peer)
-        return await _route(self._routes, request)(request, tenant)
+        try:
+            tenant = self.identify(request.peer)
+        except UnknownTenantError as exc:
+            self._count(STRANGERS, type(exc).__name__)
+            raise
+        try:
+            response = await route(self._routes, request)(request, tenant)
+        except ProviderProxyError as exc:
+            self._count(tenant.name, type(exc).__name__)
+            raise
+        self._count(tenant.name, response.reason)
+        return response
 
     async def _quote(self, request: http1.Request, tenant: Tenant) -> http1.Response:
         asked = parse_quote_query(request.query)
@@ -113,66 +134,40 @@ class TenantDoor:
             raise ParameterError("timeout_ms", f"must be at most {self._max_timeout_ms}")
         quota = self._quotas.enter(tenant, wants_logs=bool(asked.mask >> IMA_PCR & 1))
         body: tuple[bytes, ...] = ()
+        deadline = trio.current_time() + timeout_ms / 1000
         try:
             request.peer.limit(timeout_ms / 1000)
             answer = await self._submit(
                 asked, tenant, timeout_s=timeout_ms / 1000, is_gone=request.peer.is_gone
             )
             body = answer.body()
+        except trio.Cancelled:
+            if trio.current_time() >= deadline:  # `http1` tells the tenant
+                self._count(tenant.name, DeadlineError.__name__)
+            raise
         finally:
             self._quotas.leave(quota, log_bytes=sum(map(len, body[1:])))
         return http1.Response(body=body)
 
     async def _get_identity(self, request: http1.Request, _tenant: Tenant) -> http1.Response:
-        _no_query(request)
+        no_query(request)
         return http1.Response(body=(self._identity,))
 
     async def _get_version(self, request: http1.Request, _tenant: Tenant) -> http1.Response:
-        _no_query(request)
+        no_query(request)
         return http1.Response(body=(self._version,))
 
     async def _get_description(self, request: http1.Request, _tenant: Tenant) -> http1.Response:
-        _no_query(request)
+        no_query(request)
         return http1.Response(body=(self._description,))
 
 
-class AdminDoor:
-    """The handler of the operator's listeners.
+def route(routes: Mapping[str, R], request: http1.Request) -> R:
+    """The handler of a request's path.
 
-    Args:
-        not_ready: why the daemon cannot serve now; None while it can.
+    Raises:
+        NotFoundError, MethodError: there is none, or not with this method.
     """
-
-    def __init__(self, metrics: Metrics, not_ready: Callable[[], str | None]) -> None:
-        self._metrics = metrics
-        self._not_ready = not_ready
-        self._routes = {
-            "/healthz": self._health,
-            "/readyz": self._ready,
-            "/metrics": self._get_metrics,
-        }
-
-    async def __call__(self, request: http1.Request) -> http1.Response:
-        """Answer a request. Raises: RequestError."""
-        return await _route(self._routes, request)(request)
-
-    async def _health(self, _request: http1.Request) -> http1.Response:
-        return http1.Response(body=(encode_envelope(200, "alive", {}),))
-
-    async def _ready(self, _request: http1.Request) -> http1.Response:
-        why = self._not_ready()
-        status = 200 if why is None else 503
-        return http1.Response(
-            status=status,
-            body=(encode_envelope(status, why or "ready", {}),),
-            reason="ok" if why is None else "not ready",
-        )
-
-    async def _get_metrics(self, _request: http1.Request) -> http1.Response:
-        return http1.Response(body=(self._metrics.text(),), content_type=http1.TEXT)
-
-
-def _route(routes: Mapping[str, R], request: http1.Request) -> R:
     found = routes.get(request.path)
     if found is None:
         raise NotFoundError("no such path")
@@ -181,7 +176,8 @@ def _route(routes: Mapping[str, R], request: http1.Request) -> R:
     return found
 
 
-def _no_query(request: http1.Request) -> None:
+def no_query(request: http1.Request) -> None:
+    """Raises: ParameterError where a path that takes no parameters was given some."""
     if request.query:
         raise ParameterError("query", "this path takes no parameters")
 

@@ -105,6 +105,11 @@ class WaitingRoom:
         self._tried: float | None = None
         self.waiting = 0
 
+    @property
+    def lines(self) -> int:
+        """How many kinds of requests wait."""
+        return len(self._lines)
+
     def admit(
         self,
         request: QuoteRequest,

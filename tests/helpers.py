@@ -126,6 +126,7 @@ class FakeQuoter:
         self.error: ProviderProxyError | None = None
         self.trouble: str | None = None
         self.in_flight_s = 0.0
+        self.duty = 0.0
         self._one = trio.Semaphore(1)
         self._rested_at = 0.0
         self.identity = HostIdentity(
@@ -327,7 +328,7 @@ class Wire:
 
 def get_bytes(target: str, *headers: str, method: str = "GET", version: str = "1.1") -> bytes:
     """A request without body."""
-    lines = (f"{method} {target} HTTP/{version}", "Host: proxy.test", *headers, "", "")
+    lines = (f"{method} {target} HTTP/{version}", "Host: localhost", *headers, "", "")
     return "\r\n".join(lines).encode("ascii")
 
 

@@ -28,6 +28,7 @@ from urllib.parse import parse_qs
 import pytest
 
 from provider_proxy import (
+    admin,
     client,
     config,
     config_tables,
@@ -531,7 +532,7 @@ TENANT_DOOR = server.TenantDoor(
     default_timeout_ms=1,
     max_timeout_ms=1,
 )
-ADMIN_DOOR = server.AdminDoor(Metrics(), lambda: None)
+ADMIN_DOOR = admin.AdminDoor(Metrics(), lambda: None, dict)
 
 
 def test_documented_routes_are_those_of_the_doors() -> None:

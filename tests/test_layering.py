@@ -17,12 +17,13 @@ PURE = (
     *("errors", "model", "tpm_bytes", "inclusion", "attestation_key", "attestation"),
     *("wire", "query", "policy", "verify", "request_file", "soft_tpm"),
 )
-SHARED = ("files", "metrics", "http_body")
+SHARED = ("files", "metrics", "journal", "http_body")
 TENANT = ("pins", "client", "keylime")
 PROVIDER = (
     *(
         "merkle",
         "batch",
+        "recent",
         "audit",
         "audit_file",
         "waiting_room",
@@ -35,6 +36,7 @@ PROVIDER = (
         "hostlogs",
     ),
     *("tpm.*", "quoters.*", "quotas", "batcher", "http1", "tenants", "server", "listeners"),
+    *("status", "admin"),
     *("pki", "watchdog", "reload", "daemon"),
 )
 PROGRAMS = ("bench.*", "cli.*", "__main__")

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import sys
 import traceback
 from collections.abc import Sequence
 
+from provider_proxy import journal
 from provider_proxy.errors import (
     ProviderProxyError,
     RequestError,
@@ -29,6 +29,8 @@ EXIT_ENVIRONMENT = 3
 SUBCOMMANDS = {
     "serve": "run the daemon",
     "check-config": "show every setting and the file and line that it came from",
+    "status": "what a running daemon does: its TPM, queue, batches, tenants",
+    "top": "the same, live in the terminal",
     "fetch": "ask a proxy for a quote; save the request and the evidence",
     "verify": "verify saved evidence, offline",
     "identity": "show what a proxy says of its host's keys",
@@ -60,9 +62,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--log-level",
-        default="info",
-        choices=["debug", "info", "warning", "error"],
-        help="what goes to stderr (default: info)",
+        choices=journal.LEVELS,
+        help="what goes to stderr (default: info; for serve, what log.level says)",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in SUBCOMMANDS.items():
@@ -84,10 +85,7 @@ def run(argv: Sequence[str]) -> int:
     """Run a subcommand; returns the exit code."""
     try:
         args = build_parser(_command_in(argv)).parse_args(argv)
-        logging.basicConfig(
-            level=args.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(message)s"
-        )
-        logging.getLogger("httpx").setLevel(logging.WARNING)
+        journal.set_up(args.log_level or "info")
         code: int = args.run(args)
     except ModuleNotFoundError as exc:
         extra = EXTRA_OF.get((exc.name or "").partition(".")[0])

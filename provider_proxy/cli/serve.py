@@ -7,7 +7,7 @@ from functools import partial
 
 import trio
 
-from provider_proxy import daemon
+from provider_proxy import daemon, journal
 from provider_proxy.cli.files import add_config_argument
 from provider_proxy.config import load_config
 from provider_proxy.errors import ProviderProxyError
@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
         HostError, ConfigError: it cannot start; the message says why.
     """
     config = load_config(args.config)
+    journal.set_up(args.log_level or config.log.level, config.log.format)
     try:
         trio.run(partial(daemon.run, config, read_config=partial(load_config, args.config)))
     except BaseExceptionGroup as group:

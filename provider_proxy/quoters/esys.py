@@ -62,6 +62,11 @@ class EsysQuoter:
         return self._gate.pace.pause_s
 
     @property
+    def duty(self) -> float:
+        """Share of the last 10 s in which the chip worked for us."""
+        return self._gate.duty
+
+    @property
     def in_flight_s(self) -> float:
         """For how long the present command has been running; 0 while none is."""
         since = self._gate.in_flight_since
@@ -139,6 +144,7 @@ class EsysQuoter:
                     raise QuoteError("the TPM refused", retry_after_s=PROBE_S) from exc
                 tries += 1
                 reopen = step is Step.CLEAN
+                self._metrics.tpm_retries.labels(step.value).inc()
                 log.warning("TPM: %s; %s, try %d", exc, step.value, tries + 1)
                 await trio.sleep(wait_s(step, tries))
         raise QuoteError(self._circuit.why, retry_after_s=PROBE_S)

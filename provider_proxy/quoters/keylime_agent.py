@@ -128,6 +128,11 @@ class AgentQuoter:
         return self._pace.pause_s
 
     @property
+    def duty(self) -> float:
+        """Share of the last 10 s in which the agent was at work for us."""
+        return self._pace.duty(time.monotonic())
+
+    @property
     def trouble(self) -> str | None:
         """Why no quote can be had now; None while one can."""
         return self._circuit.why
@@ -165,6 +170,7 @@ class AgentQuoter:
                     self._circuit.open(str(exc))
                     raise QuoteError("the agent refused", retry_after_s=PROBE_S) from exc
                 tries += 1
+                self._metrics.tpm_retries.labels(exc.step.value).inc()
                 log.warning("agent: %s; %s, try %d", exc, exc.step.value, tries + 1)
                 await trio.sleep(wait_s(exc.step, tries))
         raise QuoteError(self._circuit.why, retry_after_s=PROBE_S)
@@ -187,6 +193,7 @@ class AgentQuoter:
             finally:  # cancelled or not: the chip was at work
                 took = time.monotonic() - begin
                 self._rest_until = begin + took + self._pace.rest_after(took)
+                self._pace.worked(begin, begin + took)
             self._pace.learn(took)
         self._check(reply.quote, qualifying, mask)
         if not self.logs.take(reply):

@@ -39,6 +39,11 @@ class Gate:
         self._rest_until = 0.0
         self.in_flight_since: float | None = None
 
+    @property
+    def duty(self) -> float:
+        """Share of the last 10 s in which commands ran, the present one included."""
+        return self.pace.duty(time.monotonic(), self.in_flight_since)
+
     async def ready(self) -> None:
         """Return when the chip is free and its duty allows a command."""
         while True:
@@ -73,6 +78,7 @@ class Gate:
             finally:
                 now = time.monotonic()
                 self._rest_until = now + self.pace.rest_after(now - begin)
+                self.pace.worked(begin, now)
                 self.in_flight_since = None
 
         async with self._turn:  # who waits for the rest keeps the others from slipping in after it

@@ -15,6 +15,30 @@ LARGEST_SURPRISE = 3  # one hang must not make all estimates worthless; a slower
 FIRST_GUESS_S = 0.25  # the median RSA signature of 139 chips, until our own is measured
 
 
+class BusyTime:
+    """How many seconds of each of the last few were spent on the chip. One thread adds, any reads."""
+
+    def __init__(self) -> None:
+        self._seconds = [(0, 0.0)] * (int(DUTY_SPAN_S) + 1)  # which second, and its busy part
+
+    def add(self, begin: float, end: float) -> None:
+        """Count a command that ran from `begin` to `end`, monotonic seconds."""
+        begin = max(begin, end - DUTY_SPAN_S)
+        while begin < end:
+            second = int(begin)
+            until = min(end, second + 1.0)
+            place = second % len(self._seconds)
+            known, busy = self._seconds[place]
+            self._seconds[place] = (second, until - begin + (busy if known == second else 0.0))
+            begin = until
+
+    def share(self, now: float) -> float:
+        """The busy share of the last `DUTY_SPAN_S`, to a second."""
+        oldest = int(now) - DUTY_SPAN_S
+        busy = sum(busy for second, busy in tuple(self._seconds) if second > oldest)
+        return min(1.0, busy / DUTY_SPAN_S)
+
+
 class Pace:
     """The learnt time, and what follows from it.
 
@@ -22,6 +46,7 @@ class Pace:
         max_duty: share of time that our commands may take, above 0 and at most 1.
 
     Attributes:
+        max_duty: the cap.
         expected_s: learnt time of a quote, in seconds.
     """
 
@@ -29,6 +54,8 @@ class Pace:
         self._rest_factor = 1 / max_duty - 1
         self._longest_rest = DUTY_SPAN_S * (1 - max_duty)
         self._learnt = False
+        self._busy = BusyTime()
+        self.max_duty = max_duty
         self.expected_s = FIRST_GUESS_S
 
     @property
@@ -50,6 +77,19 @@ class Pace:
         if seconds > self.hang_s:
             return max(self.pause_s, self._longest_rest - seconds)
         return min(seconds * self._rest_factor, self._longest_rest)
+
+    def worked(self, begin: float, end: float) -> None:
+        """Count a command that ran from `begin` to `end`, monotonic seconds."""
+        self._busy.add(begin, end)
+
+    def duty(self, now: float, since: float | None = None) -> float:
+        """Share of the last 10 s in which the chip worked for us.
+
+        Args:
+            since: when the command began that runs now; None while none does.
+        """
+        running = 0.0 if since is None else min(now - since, DUTY_SPAN_S)
+        return min(1.0, self._busy.share(now) + running / DUTY_SPAN_S)
 
     def learn(self, seconds: float) -> None:
         """Take a quote's time into account."""

@@ -1,0 +1,130 @@
+"""The operator's door: health, metrics, and status as JSON and as a page.
+
+Everything here only reads. The listener has no password, so it is for loopback and unix sockets
+alone (`config` sees to that), and a web page that an operator happens to have open must not read
+it by way of a name that it points at 127.0.0.1: a request under a foreign name is refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from importlib import resources
+
+from provider_proxy import http1
+from provider_proxy.config import is_loopback
+from provider_proxy.errors import WrongHostError
+from provider_proxy.metrics import Metrics
+from provider_proxy.server import no_query, route
+from provider_proxy.wire import encode_envelope
+
+PAGE = "status.html"
+_INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
+_PORT = re.compile(r":[0-9]{1,5}$", re.ASCII)
+
+
+class AdminDoor:
+    """The handler of the operator's listeners.
+
+    Args:
+        not_ready: why the daemon cannot serve now; None while it can.
+        status: what `GET /status` tells.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        not_ready: Callable[[], str | None],
+        status: Callable[[], Mapping[str, object]],
+    ) -> None:
+        self._metrics = metrics
+        self._not_ready = not_ready
+        self._status = status
+        self._page = resources.files("provider_proxy").joinpath(PAGE).read_bytes()
+        self._page_headers = page_headers(self._page)
+        self._routes = {
+            "/": self._get_page,
+            "/status": self._get_status,
+            "/healthz": self._health,
+            "/readyz": self._ready,
+            "/metrics": self._get_metrics,
+        }
+
+    async def __call__(self, request: http1.Request) -> http1.Response:
+        """Answer a request. Raises: RequestError."""
+        if request.peer.uid is None:  # a browser cannot be made to speak to a unix socket
+            check_host(request.host)
+        return await route(self._routes, request)(request)
+
+    async def _get_page(self, request: http1.Request) -> http1.Response:
+        no_query(request)
+        return http1.Response(
+            body=(self._page,), content_type=http1.HTML, headers=self._page_headers
+        )
+
+    async def _get_status(self, request: http1.Request) -> http1.Response:
+        no_query(request)
+        return http1.Response(
+            body=(encode_envelope(200, "Success", self._status()),), headers=(NO_SNIFF,)
+        )
+
+    async def _health(self, _request: http1.Request) -> http1.Response:
+        return http1.Response(body=(encode_envelope(200, "alive", {}),))
+
+    async def _ready(self, _request: http1.Request) -> http1.Response:
+        why = self._not_ready()
+        status = 200 if why is None else 503
+        return http1.Response(
+            status=status,
+            body=(encode_envelope(status, why or "ready", {}),),
+            reason="ok" if why is None else "not ready",
+        )
+
+    async def _get_metrics(self, _request: http1.Request) -> http1.Response:
+        return http1.Response(body=(self._metrics.text(),), content_type=http1.TEXT)
+
+
+NO_SNIFF = (b"X-Content-Type-Options", b"nosniff")
+
+
+def check_host(host: str) -> None:
+    """Refuse a name that is not this machine's own.
+
+    Args:
+        host: the Host header, untrusted; empty where an old client sent none, which no browser does.
+
+    Raises:
+        WrongHostError: neither "localhost" nor an address on loopback.
+    """
+    name = _PORT.sub("", host)
+    if host and not is_loopback(name.removeprefix("[").removesuffix("]")):
+        raise WrongHostError("ask for this listener as localhost or by its address on loopback")
+
+
+def page_headers(page: bytes) -> tuple[tuple[bytes, bytes], ...]:
+    """The headers that let the page run its own script and style, talk to us, and nothing else."""
+    allowed: dict[bytes, list[bytes]] = {b"script": [], b"style": []}
+    for kind, text in _INLINE.findall(page):
+        allowed[kind].append(b"'sha256-" + base64.b64encode(sha256(text).digest()) + b"'")
+    policy = (
+        b"default-src 'none'",
+        b"script-src " + b" ".join(allowed[b"script"]),
+        b"style-src " + b" ".join(allowed[b"style"]),
+        b"connect-src 'self'",
+        b"img-src data:",  # its icon
+        b"base-uri 'none'",
+        b"form-action 'none'",
+        b"frame-ancestors 'none'",
+        b"require-trusted-types-for 'script'",
+    )
+    return (
+        (b"Content-Security-Policy", b"; ".join(policy)),
+        NO_SNIFF,
+        (b"Referrer-Policy", b"no-referrer"),
+        (b"X-Frame-Options", b"DENY"),
+        (b"Cross-Origin-Opener-Policy", b"same-origin"),
+        (b"Cross-Origin-Resource-Policy", b"same-origin"),
+        (b"Permissions-Policy", b"camera=(), geolocation=(), microphone=()"),
+    )

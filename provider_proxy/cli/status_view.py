@@ -1,0 +1,212 @@
+"""A status as people read it in a terminal, in colour or not, wide or narrow.
+
+Names that tenants chose are shown with control characters escaped and never as markup. Nothing here
+asks anybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from provider_proxy.errors import ReplyError
+from provider_proxy.journal import escaped
+
+Pressed = Callable[[float], str]
+"""Waits so many seconds for a key; "" where none came."""
+
+SPARKS = " ▁▂▃▄▅▆▇█"
+BAR_CELLS = 20
+MOST_NAME_CHARS = 40
+STYLES = {"ready": "bold green", "draining": "bold yellow", "trouble": "bold red"}
+SEALED_BY = {
+    "window": "window over",
+    "chip": "chip was busy",
+    "full": "full",
+    "drain": "drain",
+}
+
+
+def render(
+    status: Mapping[str, Any],
+    *,
+    batches: int,
+    tenants: int,
+    width: int,
+    problem: str = "",
+    footer: str = "",
+) -> RenderableType:
+    """The whole picture.
+
+    Args:
+        batches, tenants: how many of them there is room for.
+        width: columns.
+        problem: why the last look failed; what is shown is older then.
+
+    Raises:
+        ReplyError: the status has not the keys that it must have.
+    """
+    try:
+        parts: list[RenderableType] = [
+            _head(status, problem),
+            Text(),
+            _facts(status, width),
+            Text(),
+        ]
+        parts += [_batches(status, batches, width), Text(), _tenants(status, tenants)]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as exc:
+        raise ReplyError("the status lacks something, or holds something strange") from exc
+    if footer:
+        parts += [Text(), Text(footer, style="dim")]
+    return Group(*parts)
+
+
+def _name(text: object) -> str:
+    name = escaped(str(text))
+    return name if len(name) <= MOST_NAME_CHARS else name[: MOST_NAME_CHARS - 1] + "…"
+
+
+def _head(status: Mapping[str, Any], problem: str) -> Text:
+    state = str(status["state"])
+    head = Text(overflow="fold")
+    head.append(f" {_name(state).upper()} ", style=STYLES.get(state, "bold") + " reverse")
+    if status["why"] is not None:
+        head.append(f" {_name(status['why'])}", style=STYLES.get(state, ""))
+    head.append(f"  provider-proxy {_name(status['program'])}", style="bold")
+    head.append(f" on host {_name(status['host']['uuid'])}, up {_span(status)}")
+    if status["host"]["software"]:
+        head.append("  the TPM is software", style="yellow")
+    if problem:
+        head.append(f"\n{escaped(problem)}; asking again", style="bold red")
+    return head
+
+
+def _span(status: Mapping[str, Any]) -> str:
+    seconds = max(0, int(status["now"] - status["started"]))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+def _bar(share: float, cap: float) -> Text:
+    """A gauge of the duty with its cap."""
+    filled = round(min(1.0, share) * BAR_CELLS)
+    limit = min(BAR_CELLS - 1, round(cap * BAR_CELLS))
+    style = "yellow" if share >= 0.9 * cap else "green"
+    bar = Text()
+    for cell in range(BAR_CELLS):
+        mark = "█" if cell < filled else "░"
+        if cell == limit and cell >= filled and cap < 1:
+            mark = "┃"
+        bar.append(mark, style=style if cell < filled else "dim")
+    return bar
+
+
+def _facts(status: Mapping[str, Any], width: int) -> Table:
+    chip, queue, batching = status["chip"], status["queue"], status["batching"]
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold cyan", no_wrap=True)
+    grid.add_column(overflow="fold")
+    duty = _bar(chip["duty"], chip["max_duty"])
+    duty.append(f"  busy {chip['duty']:.0%} of the last 10 s, at most {chip['max_duty']:.0%}")
+    grid.add_row("chip", duty)
+    quote = (
+        f"a quote takes {_ms(chip['learnt_quote_ms'])} (learnt), and {_ms(chip['rest_ms'])} rest"
+    )
+    if chip["in_flight_ms"]:
+        quote += f"; a command has run for {_ms(chip['in_flight_ms'])}"
+    grid.add_row("", quote)
+    if chip["errors"]:
+        errors = ", ".join(f"{_name(code)} {count:d}" for code, count in chip["errors"].items())
+        grid.add_row("", Text(f"errors since the start: {errors}", style="yellow"))
+    if status["selfcheck_failures"]:
+        failed = f"{status['selfcheck_failures']:d} batches failed the self-check"
+        grid.add_row("", Text(failed, style="bold red"))
+    if queue["waiting"]:
+        lines = "1 line" if queue["lines"] == 1 else f"{queue['lines']:d} lines"
+        waits = f"{queue['waiting']:d} waiting in {lines}, the first for {_ms(queue['oldest_ms'])}"
+    else:
+        waits = "nobody waits"
+    grid.add_row("queue", f"{waits}; room for {queue['max_queue']:d}")
+    rule = f"{batching['window_ms']:g} ms, then when the chip is ready; {batching['max_leaves']:d} at most"
+    grid.add_row("window", rule)
+    registrations = status.get("registrations")
+    if isinstance(registrations, list) and registrations:
+        grid.add_row("registrars", ", ".join(_registration(one) for one in registrations))
+    history = status["batches"][-max(10, min(120, width - 16)) :]
+    if history:
+        grid.add_row("leaves", _sparks([batch["leaves"] for batch in history]))
+        grid.add_row("ms", _sparks([batch["wait_ms"] + batch["quote_ms"] for batch in history]))
+    return grid
+
+
+def _registration(one: Mapping[str, Any]) -> str:
+    return f"{_name(one.get('registrar', one.get('name')))} {_name(one.get('state'))}"
+
+
+def _sparks(values: list[float]) -> Text:
+    top = max([*values, 1])
+    marks = "".join(SPARKS[min(8, max(1, round(value / top * 8)))] for value in values)
+    return Text(f"{marks} {top:.0f} at most", style="blue", no_wrap=True, overflow="crop")
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f} ms" if value >= 10 else f"{value:.1f} ms"
+
+
+def _batches(status: Mapping[str, Any], most: int, width: int) -> RenderableType:
+    shown = status["batches"][: -most - 1 : -1]
+    if not shown:
+        return Text("No batches yet: nobody has asked for a quote.", style="dim")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold cyan", pad_edge=False)
+    wide = width >= 90
+    table.add_column("BATCH", justify="right")
+    if wide:
+        table.add_column("AT")
+    for head in ("LEAVES", "WAIT", "QUOTE"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("SEALED: WHY", no_wrap=True)
+    if wide:
+        table.add_column("PCRS", no_wrap=True)
+    table.add_column("OUTCOME", overflow="fold")
+    for batch in shown:
+        good = batch["outcome"] == "ok"
+        row = [str(batch["number"])]
+        if wide:
+            row.append(datetime.fromtimestamp(batch["sealed"]).strftime("%H:%M:%S"))
+        row += [str(batch["leaves"]), _ms(batch["wait_ms"]), _ms(batch["quote_ms"])]
+        row.append(SEALED_BY.get(batch["sealed_by"], _name(batch["sealed_by"])))
+        if wide:
+            row.append(_name(f"{batch['bank']} {batch['mask']}"))
+        outcome = _name(batch["outcome"])
+        row.append(outcome if good else f"{outcome}: {escaped(str(batch['reason']))}")
+        table.add_row(*map(Text, row), style="" if good else "red")
+    return table
+
+
+def _tenants(status: Mapping[str, Any], most: int) -> RenderableType:
+    tenants = status["tenants"]
+    minutes = int(tenants["span_s"]) // 60
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold cyan", pad_edge=False)
+    table.add_column(f"TENANT, LAST {minutes} MIN")
+    table.add_column("ANSWERED", justify="right")
+    table.add_column("REFUSED", overflow="fold")
+    for tenant in tenants["listed"][:most]:
+        why = ", ".join(f"{_name(reason)} {count:d}" for reason, count in tenant["refused"].items())
+        table.add_row(
+            Text(_name(tenant["name"])),
+            str(tenant["answered"]),
+            Text(why or "-", style="yellow" if why else "dim"),
+        )
+    rest = len(tenants["listed"][most:]) + tenants["more"]
+    if rest:
+        table.add_row(Text(f"and {rest} more", style="dim"), "", "")
+    if not tenants["listed"]:
+        return Text(f"No tenant has asked in the last {minutes} minutes.", style="dim")
+    return table

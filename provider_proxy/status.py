@@ -1,0 +1,145 @@
+"""What `GET /status` tells the operator: one object, put together from those who know.
+
+Read-only, and for the operator alone: it names tenants. Nothing secret is in it: no nonces, salts,
+PCR values or claims. `VERSION` rises when a key changes its meaning or goes; new keys may come.
+docs/http-api.md lists the keys; a test holds it against these.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from provider_proxy.batcher import Queue
+from provider_proxy.config_tables import Config
+from provider_proxy.metrics import Metrics
+from provider_proxy.model import pcrs_of
+from provider_proxy.recent import Recent
+
+VERSION = 1
+READY = "ready"
+DRAINING = "draining"
+TROUBLE = "trouble"
+
+Section = Callable[[], object]
+"""Makes a part of the status that another module knows: values that JSON has."""
+
+
+class Chip(Protocol):
+    """The quoter, as far as status asks it."""
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no quote can be had now; None while one can."""
+        ...
+
+    @property
+    def expected_s(self) -> float:
+        """Learnt time of a quote, in seconds."""
+        ...
+
+    @property
+    def pause_s(self) -> float:
+        """Rest that follows a quote, in seconds."""
+        ...
+
+    @property
+    def in_flight_s(self) -> float:
+        """For how long the present command has been running; 0 while none is."""
+        ...
+
+    @property
+    def duty(self) -> float:
+        """Share of the last 10 s in which the chip worked for us."""
+        ...
+
+
+class StatusBoard:
+    """Makes the status.
+
+    Args:
+        queue: who waits now.
+        draining: True once the daemon is going down.
+        host: facts of the host that stay: its id, its AK's name, whether the TPM is software.
+        sections: further parts, by their keys.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        chip: Chip,
+        queue: Callable[[], Queue],
+        recent: Recent,
+        metrics: Metrics,
+        *,
+        draining: Callable[[], bool],
+        host: Mapping[str, object],
+        program: str,
+        sections: Mapping[str, Section] | None = None,
+    ) -> None:
+        self._config = config
+        self._chip = chip
+        self._queue = queue
+        self._recent = recent
+        self._metrics = metrics
+        self._draining = draining
+        self._host = dict(host)
+        self._program = program
+        self._sections = dict(sections or {})
+        self._started = time.time()
+
+    def not_ready(self) -> str | None:
+        """Why the daemon takes no requests now; None while it does."""
+        return DRAINING if self._draining() else self._chip.trouble
+
+    def results(self) -> dict[str, object]:
+        """The status as of now."""
+        now = time.time()
+        why = self.not_ready()
+        state = READY if why is None else DRAINING if self._draining() else TROUBLE
+        return {
+            "version": VERSION,
+            "program": self._program,
+            "now": round(now, 3),
+            "started": round(self._started, 3),
+            "state": state,
+            "why": why,
+            "host": self._host,
+            "chip": self._chip_values(),
+            "batching": self._batching_values(),
+            "queue": self._queue_values(),
+            "batches": self._recent.batches(),
+            "tenants": self._recent.tenants(),
+            "selfcheck_failures": self._metrics.selfcheck_failure_count(),
+            **{key: make() for key, make in self._sections.items()},
+        }
+
+    def _chip_values(self) -> dict[str, object]:
+        chip = self._chip
+        return {
+            "trouble": chip.trouble,
+            "duty": round(chip.duty, 3),
+            "max_duty": self._config.tpm.max_duty,
+            "learnt_quote_ms": round(chip.expected_s * 1000, 1),
+            "rest_ms": round(chip.pause_s * 1000, 1),
+            "in_flight_ms": round(chip.in_flight_s * 1000, 1),
+            "errors": self._metrics.tpm_error_counts(),
+        }
+
+    def _batching_values(self) -> dict[str, object]:
+        batch = self._config.batch
+        return {
+            "window_ms": batch.window_ms,
+            "max_leaves": batch.max_leaves,
+            "isolate_pcrs": list(pcrs_of(batch.isolate_pcrs)),
+        }
+
+    def _queue_values(self) -> dict[str, object]:
+        queue = self._queue()
+        return {
+            "waiting": queue.waiting,
+            "lines": queue.lines,
+            "oldest_ms": round(queue.oldest_s * 1000, 1),
+            "max_queue": self._config.limits.max_queue,
+        }
