@@ -26,7 +26,7 @@ MOST_NAME_CHARS = 40
 STYLES = {"ready": "bold green", "draining": "bold yellow", "trouble": "bold red"}
 SEALED_BY = {
     "window": "window over",
-    "chip": "chip was busy",
+    "chip": "chip ready",
     "full": "full",
     "drain": "drain",
 }
@@ -134,15 +134,15 @@ def _facts(status: Mapping[str, Any], width: int) -> Table:
     else:
         waits = "nobody waits"
     grid.add_row("queue", f"{waits}; room for {queue['max_queue']:d}")
-    rule = f"{batching['window_ms']:g} ms, then when the chip is ready; {batching['max_leaves']:d} at most"
-    grid.add_row("window", rule)
+    rule = f"{batching['window_ms']:g} ms, then when the chip is ready"
+    grid.add_row("window", f"{rule}; {batching['max_leaves']:d} requests at most")
     registrations = status.get("registrations")
     if isinstance(registrations, list) and registrations:
         grid.add_row("registrars", ", ".join(_registration(one) for one in registrations))
     history = status["batches"][-max(10, min(120, width - 16)) :]
     if history:
         grid.add_row("leaves", _sparks([batch["leaves"] for batch in history]))
-        grid.add_row("ms", _sparks([batch["wait_ms"] + batch["quote_ms"] for batch in history]))
+        grid.add_row("time, ms", _sparks([batch["wait_ms"] + batch["quote_ms"] for batch in history]))
     return grid
 
 
@@ -171,7 +171,7 @@ def _batches(status: Mapping[str, Any], most: int, width: int) -> RenderableType
         table.add_column("AT")
     for head in ("LEAVES", "WAIT", "QUOTE"):
         table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("SEALED: WHY", no_wrap=True)
+    table.add_column("SEALED WHEN", no_wrap=True)
     if wide:
         table.add_column("PCRS", no_wrap=True)
     table.add_column("OUTCOME", overflow="fold")

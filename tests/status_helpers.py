@@ -1,0 +1,156 @@
+"""Statuses for tests of what shows them, made by the real `StatusBoard` over batches that never were."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+
+from provider_proxy.batch import Batch, SealedBy, Waiter
+from provider_proxy.batcher import Queue
+from provider_proxy.config_tables import BatchTable, Config, Listen, Tpm
+from provider_proxy.errors import ProviderProxyError, QuoteError
+from provider_proxy.metrics import Metrics
+from provider_proxy.model import HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
+from provider_proxy.recent import Recent
+from provider_proxy.status import StatusBoard
+
+NONCE = "nonce-that-must-not-be-shown"
+TENANT = Tenant(name="acme", pcr_allow=0xFFFFFF)
+HOST = {"uuid": "0ddba11c-0ffe-4bad-8bad-00000c0ffee0", "ak_name": "000b" + "5c" * 32}
+HOSTILE = "<img src=x onerror=alert(1)> \x1b[31mred\x1b[0m\n<6>batch=1"
+
+
+@dataclass(slots=True, kw_only=True)
+class FakeChip:
+    """A `status.Chip`."""
+
+    trouble: str | None = None
+    expected_s: float = 0.188
+    pause_s: float = 0.188
+    in_flight_s: float = 0.0
+    duty: float = 0.31
+
+
+def make_batch(
+    number: int,
+    *,
+    leaves: int = 3,
+    opened: float = 0.0,
+    wait_s: float = 0.05,
+    quote_s: float = 0.188,
+    by: SealedBy = SealedBy.WINDOW,
+    error: ProviderProxyError | None = None,
+    mask: int = 0xFF,
+) -> Batch:
+    """A batch that is over."""
+    request = QuoteRequest(nonce=Nonce(NONCE.encode()), mask=PcrMask(mask))
+    waiters = [
+        Waiter(request, TENANT, (HashAlg.SHA256, 0, 0), opened, opened + 30, None)
+        for _ in range(leaves)
+    ]
+    size = 1 << max(1, (leaves - 1).bit_length())
+    batch = Batch(number, HashAlg.SHA256, waiters, opened, opened + wait_s, by)
+    batch.quote_s, batch.size = quote_s, size
+    if error is not None:
+        batch.refuse(error)
+    return batch
+
+
+def make_board(
+    recent: Recent,
+    *,
+    chip: FakeChip | None = None,
+    queue: Queue | None = None,
+    metrics: Metrics | None = None,
+    draining: bool = False,
+    software: bool = False,
+    max_duty: float = 0.5,
+) -> StatusBoard:
+    config = Config(
+        listen=Listen(insecure_plaintext=True), batch=BatchTable(), tpm=Tpm(max_duty=max_duty)
+    )
+    return StatusBoard(
+        config,
+        chip or FakeChip(),
+        lambda: queue or Queue(waiting=0, lines=0, oldest_s=0.0),
+        recent,
+        metrics or Metrics(),
+        draining=lambda: draining,
+        host={**HOST, "software": software},
+        program="0.1.0",
+    )
+
+
+class Past:
+    """Batches one after the other, up to now, remembered by a `Recent`."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._end = time.time()
+        self._late = 0.0
+        self.recent = Recent(clock=lambda: self._end + self._now, monotonic=lambda: self._now)
+
+    def add(self, batch: Batch, *, rest_s: float = 0.0) -> None:
+        self._now = batch.sealed + batch.quote_s
+        self.recent.batch_done(batch)
+        self._now += rest_s
+
+    def shift_to_now(self) -> None:
+        """Make the last batch one of this moment."""
+        self._end -= self._now
+
+    @property
+    def now(self) -> float:
+        return self._now
+
+
+def make_past(count: int, *, seed: int = 1, load: float = 40.0, rest_s: float = 0.188) -> Recent:
+    """So many batches of a loaded chip.
+
+    Args:
+        load: requests a second, more or less.
+    """
+    dice = random.Random(seed)
+    past = Past()
+    lengths = []
+    now = 0.0
+    for number in range(1, count + 1):
+        wait = 0.05 + rest_s * dice.uniform(0.85, 1.15) * (dice.random() < 0.9)
+        quote = 0.188 * dice.uniform(0.97, 1.05)
+        lengths.append((now, wait, quote))
+        now += wait + quote
+    past._end = time.time() - now
+    for number, (opened, wait, quote) in enumerate(lengths, 1):
+        leaves = max(1, round(load * (wait + quote) * dice.uniform(0.6, 1.5)))
+        by = SealedBy.CHIP if wait > 0.06 else SealedBy.WINDOW
+        error = QuoteError("the TPM gave no quote") if number == count - 17 else None
+        if error is not None:
+            error.__cause__ = QuoteError("TPM2_Quote: TPM_RC_RETRY (0x922), tried until the deadline")
+        past.add(
+            make_batch(
+                4000 + number,
+                leaves=leaves,
+                opened=opened,
+                wait_s=wait,
+                quote_s=quote,
+                by=by,
+                error=error,
+                mask=0x8FF if number % 5 else 0xFF,
+            )
+        )
+    return past.recent
+
+
+def count_crowd(recent: Recent) -> None:
+    """Some tenants, one of them with a name that means harm."""
+    for name, answered, refused in (
+        ("acme", 1840, {}),
+        ("globex", 912, {"TenantLimitError": 318, "ParameterError": 2}),
+        ("spiffe://example.org/verifier/initech", 204, {"OverloadedError": 4}),
+        ("uid:1000", 17, {}),
+        (HOSTILE, 1, {"ParameterError": 1}),
+    ):
+        for reason, count in {"ok": answered, **refused}.items():
+            for _ in range(count):
+                recent.count(name, reason)
