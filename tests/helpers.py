@@ -9,6 +9,7 @@ import gc
 import io
 import json
 import os
+import re
 import socket
 import ssl
 import subprocess
@@ -501,7 +502,7 @@ class Serving:
 
     @property
     def addresses(self) -> list[str]:
-        return [line.split()[-1] for line in self.log.splitlines() if " listening on " in line]
+        return re.findall(r"\blistening on ([^\s\"]+)", self.log)
 
     @property
     def address(self) -> str:
@@ -509,9 +510,7 @@ class Serving:
 
     @property
     def admin(self) -> str:
-        return next(
-            line.split()[-1] for line in self.log.splitlines() if "admin listens on" in line
-        )
+        return str(re.findall(r"\badmin listens on ([^\s\"]+)", self.log)[0])
 
     @property
     def swtpm(self) -> int:

@@ -83,26 +83,20 @@ def make_board(
 
 
 class Past:
-    """Batches one after the other, up to now, remembered by a `Recent`."""
+    """Batches one after the other, remembered by a `Recent`; the last one ends now.
 
-    def __init__(self) -> None:
+    Args:
+        seconds: how long all of it took.
+    """
+
+    def __init__(self, seconds: float) -> None:
         self._now = 0.0
-        self._end = time.time()
-        self._late = 0.0
-        self.recent = Recent(clock=lambda: self._end + self._now, monotonic=lambda: self._now)
+        self._begin = time.time() - seconds
+        self.recent = Recent(clock=lambda: self._begin + self._now, monotonic=lambda: self._now)
 
-    def add(self, batch: Batch, *, rest_s: float = 0.0) -> None:
+    def add(self, batch: Batch) -> None:
         self._now = batch.sealed + batch.quote_s
         self.recent.batch_done(batch)
-        self._now += rest_s
-
-    def shift_to_now(self) -> None:
-        """Make the last batch one of this moment."""
-        self._end -= self._now
-
-    @property
-    def now(self) -> float:
-        return self._now
 
 
 def make_past(count: int, *, seed: int = 1, load: float = 40.0, rest_s: float = 0.188) -> Recent:
@@ -112,21 +106,22 @@ def make_past(count: int, *, seed: int = 1, load: float = 40.0, rest_s: float = 
         load: requests a second, more or less.
     """
     dice = random.Random(seed)
-    past = Past()
     lengths = []
     now = 0.0
-    for number in range(1, count + 1):
+    for _ in range(count):
         wait = 0.05 + rest_s * dice.uniform(0.85, 1.15) * (dice.random() < 0.9)
         quote = 0.188 * dice.uniform(0.97, 1.05)
         lengths.append((now, wait, quote))
         now += wait + quote
-    past._end = time.time() - now
+    past = Past(now)
     for number, (opened, wait, quote) in enumerate(lengths, 1):
         leaves = max(1, round(load * (wait + quote) * dice.uniform(0.6, 1.5)))
         by = SealedBy.CHIP if wait > 0.06 else SealedBy.WINDOW
         error = QuoteError("the TPM gave no quote") if number == count - 17 else None
         if error is not None:
-            error.__cause__ = QuoteError("TPM2_Quote: TPM_RC_RETRY (0x922), tried until the deadline")
+            error.__cause__ = QuoteError(
+                "TPM2_Quote: TPM_RC_RETRY (0x922), tried until the deadline"
+            )
         past.add(
             make_batch(
                 4000 + number,

@@ -69,7 +69,7 @@ def tenant(name: str = "t", pcr_allow: int = ALL) -> Tenant:
 async def running(
     quoter: FakeQuoter, *, metrics: Metrics | None = None, **settings: Any
 ) -> AsyncIterator[Batcher]:
-    extra = {key: settings.pop(key) for key in ("claims", "logs") if key in settings}
+    extra = {key: settings.pop(key) for key in ("claims", "logs", "observe") if key in settings}
     batcher = Batcher(
         quoter,
         BatchSettings(**{"window_s": WINDOW_S, **settings}),

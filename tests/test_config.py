@@ -85,6 +85,8 @@ KEYS: dict[str, tuple[Any, list[tuple[str, Any]]]] = {
     "audit.path": (None, [('"/tmp/audit"', Path("/tmp/audit"))]),
     "audit.max_mb": (64, [("1", 1), ("100000", 100_000)]),
     "audit.keep": (8, [("1", 1), ("99", 99)]),
+    "log.format": ("text", [('"json"', "json"), ('"text"', "text")]),
+    "log.level": ("info", [('"debug"', "debug"), ('"warning"', "warning"), ('"error"', "error")]),
     "logs.ima": (
         Path("/sys/kernel/security/ima/ascii_runtime_measurements"),
         [('"/tmp/ima"', Path("/tmp/ima"))],
@@ -203,6 +205,9 @@ BAD: list[tuple[str, str, str]] = [
     ("audit.path", "1", TEXT),
     ("audit.max_mb", "0", ">= 1"),
     ("audit.keep", "100", "<= 99"),
+    ("log.format", '"xml"', 'one of "text", "json"'),
+    ("log.level", '"INFO"', 'one of "debug", "info", "warning", "error"'),
+    ("log.level", "6", 'one of "debug", "info", "warning", "error"'),
     ("logs.ima", "false", TEXT),
     ("logs.uefi", '""', PATH),
 ]

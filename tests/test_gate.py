@@ -13,7 +13,7 @@ from helpers import LIMIT_S, until
 
 from provider_proxy.errors import TpmError
 from provider_proxy.tpm.gate import Gate
-from provider_proxy.tpm.pace import FIRST_GUESS_S
+from provider_proxy.tpm.pace import FIRST_GUESS_S, BusyTime
 
 COMMAND_S = 0.02
 TICK_S = 0.002  # clocks and sleeps are no finer
@@ -47,6 +47,31 @@ class Chip:
             (end - begin, following - end)
             for (begin, end), (following, _) in zip(self.spans, self.spans[1:], strict=False)
         ]
+
+
+def test_busy_time_is_that_of_the_last_ten_seconds() -> None:
+    busy = BusyTime()
+    assert busy.share(1000.0) == 0
+    busy.add(1000.25, 1000.75)
+    busy.add(1001.5, 1003.5)  # over three seconds
+    assert busy.share(1003.5) == pytest.approx(0.25)
+    assert busy.share(1010.9) == pytest.approx(0.2)  # the first is over
+    assert busy.share(1012.5) == pytest.approx(0.05)
+    assert busy.share(1020.0) == 0
+    busy.add(1020.0, 1090.0)  # one that hung
+    assert 0.9 <= busy.share(1090.0) <= 1.0
+
+
+async def test_the_duty_is_seen_while_a_command_runs() -> None:
+    gate, chip = Gate(0.5), Chip()
+    assert (gate.duty, gate.pace.max_duty) == (0, 0.5)
+    await gate.run(chip.command(seconds=0.05))
+    assert 0.004 < gate.duty < 0.5
+    before, release = gate.duty, threading.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(gate.run, lambda: release.wait(LIMIT_S))
+        await until(lambda: gate.duty > before + 0.002)
+        release.set()
 
 
 async def test_a_command_gives_its_result_or_its_error() -> None:

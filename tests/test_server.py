@@ -12,6 +12,7 @@ import trio.testing
 from helpers import FakeQuoter, Wire, connected, get_bytes, make_answer, until
 
 from provider_proxy import server
+from provider_proxy.admin import AdminDoor
 from provider_proxy.batch import Answer
 from provider_proxy.batcher import Batcher
 from provider_proxy.errors import (
@@ -467,7 +468,7 @@ async def test_documents_take_no_parameters(submit: FakeSubmit, path: str) -> No
 async def test_the_admin_door() -> None:
     metrics = Metrics()
     why: list[str | None] = [None]
-    door = Door(server.AdminDoor(metrics, lambda: why[0]), observe=lambda status, reason: None)
+    door = Door(AdminDoor(metrics, lambda: why[0], dict), observe=lambda status, reason: None)
     metrics.requests.labels(503, "OverloadedError").inc(3)
     async with connected(door) as wire:
         health = await wire.get("/healthz")

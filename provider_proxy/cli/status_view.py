@@ -46,6 +46,7 @@ def render(
     Args:
         batches, tenants: how many of them there is room for.
         width: columns.
+        footer: the last line of a live view, whose batches have a line each.
         problem: why the last look failed; what is shown is older then.
 
     Raises:
@@ -58,7 +59,11 @@ def render(
             _facts(status, width),
             Text(),
         ]
-        parts += [_batches(status, batches, width), Text(), _tenants(status, tenants)]
+        parts += [
+            _batches(status, batches, width, live=bool(footer)),
+            Text(),
+            _tenants(status, tenants),
+        ]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as exc:
         raise ReplyError("the status lacks something, or holds something strange") from exc
     if footer:
@@ -142,7 +147,9 @@ def _facts(status: Mapping[str, Any], width: int) -> Table:
     history = status["batches"][-max(10, min(120, width - 16)) :]
     if history:
         grid.add_row("leaves", _sparks([batch["leaves"] for batch in history]))
-        grid.add_row("time, ms", _sparks([batch["wait_ms"] + batch["quote_ms"] for batch in history]))
+        grid.add_row(
+            "time, ms", _sparks([batch["wait_ms"] + batch["quote_ms"] for batch in history])
+        )
     return grid
 
 
@@ -160,7 +167,7 @@ def _ms(value: float) -> str:
     return f"{value:.0f} ms" if value >= 10 else f"{value:.1f} ms"
 
 
-def _batches(status: Mapping[str, Any], most: int, width: int) -> RenderableType:
+def _batches(status: Mapping[str, Any], most: int, width: int, *, live: bool) -> RenderableType:
     shown = status["batches"][: -most - 1 : -1]
     if not shown:
         return Text("No batches yet: nobody has asked for a quote.", style="dim")
@@ -174,7 +181,7 @@ def _batches(status: Mapping[str, Any], most: int, width: int) -> RenderableType
     table.add_column("SEALED WHEN", no_wrap=True)
     if wide:
         table.add_column("PCRS", no_wrap=True)
-    table.add_column("OUTCOME", overflow="fold")
+    table.add_column("OUTCOME", no_wrap=live, overflow="ellipsis" if live else "fold")
     for batch in shown:
         good = batch["outcome"] == "ok"
         row = [str(batch["number"])]

@@ -75,7 +75,11 @@ def _stream(client: ask_admin.AdminClient, first: ask_admin.Values, interval: fl
 def _screen(client: ask_admin.AdminClient, first: ask_admin.Values, interval: float) -> int:
     console = Console(highlight=False)
     seen, problem = first, ""
-    with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        _keys() as pressed,
+        Live(console=console, screen=True, auto_refresh=False) as live,
+    ):
         while True:
             room = max(6, console.height - ROWS_OF_HEAD)
             tenants = max(2, room // 3)
@@ -94,6 +98,7 @@ def _screen(client: ask_admin.AdminClient, first: ask_admin.Values, interval: fl
                 seen, problem = client.status(), ""
             except (HostError, ReplyError) as exc:
                 problem = str(exc)
+    return 0
 
 
 @contextlib.contextmanager

@@ -1,0 +1,278 @@
+"""The dashboard and the alert rules speak of metrics that exist, and each alert fires when it should."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_docs import DOCS, read
+
+from provider_proxy import http1
+from provider_proxy.metrics import Metrics
+
+RULES: list[dict[str, Any]] = [
+    rule for group in yaml.safe_load(read("docs/alerts.yml"))["groups"] for rule in group["rules"]
+]
+DASHBOARD: dict[str, Any] = json.loads(read("docs/grafana-dashboard.json"))
+PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
+TARGETS = [(panel["title"], t["expr"]) for panel in PANELS for t in panel.get("targets", ())]
+SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+PROMTOOL = shutil.which("promtool")
+needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")
+
+
+def series() -> dict[str, set[str]]:
+    """Each name that Prometheus can ask for, and its labels."""
+    metrics = Metrics()
+    found = {}
+    for collector in list(metrics.registry._collector_to_names):
+        for family in collector.describe():  # type: ignore[attr-defined]
+            for suffix in SUFFIXES[family.type]:
+                labels = set(getattr(collector, "_labelnames", ()))
+                found[family.name + suffix] = labels | ({"le"} if suffix == "_bucket" else set())
+    return found
+
+
+SERIES = series()
+OF_PROMETHEUS = {"instance", "job"}
+
+
+def check_names(expr: str) -> None:
+    """Raises: AssertionError where an expression names what does not exist."""
+    names = re.findall(r"provider_proxy_\w+", expr)
+    assert names
+    known: set[str] = set()
+    for name in names:
+        assert name in SERIES, name
+        known |= SERIES[name]
+    used = {
+        label
+        for part in re.findall(r"\{([^}]*)\}", expr)
+        for label in re.findall(r"(\w+)[=!]", part)
+    }
+    used |= {label for part in re.findall(r"by \(([^)]*)\)", expr) for label in part.split(", ")}
+    assert used <= known | OF_PROMETHEUS, used
+
+
+def promtool(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(PROMTOOL), *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        cwd=cwd,
+    )
+
+
+# --- the rules ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_a_rule_names_metrics_that_exist_and_is_explained(rule: dict[str, Any]) -> None:
+    if rule["alert"] != "ProviderProxyDown":
+        check_names(rule["expr"])
+    assert rule["labels"]["severity"] in ("info", "warning", "critical")
+    assert rule["annotations"]["summary"]
+    page, anchor = rule["annotations"]["runbook"].split("#")
+    assert page == "docs/monitoring.md"
+    assert anchor == rule["alert"].lower()
+
+
+def test_each_rule_has_a_section_and_no_more() -> None:
+    listed = re.findall(r"^### (ProviderProxy\w+)$", read("docs/monitoring.md"), re.MULTILINE)
+    assert listed == list(dict.fromkeys(listed))
+    assert sorted(listed) == sorted(rule["alert"] for rule in RULES)
+
+
+def test_a_name_that_does_not_exist_is_seen() -> None:
+    for expr in (
+        "provider_proxy_queues",
+        "provider_proxy_requests",  # a counter is asked for with _total
+        'provider_proxy_requests_total{outcome="x"}',
+        "sum by (code) (provider_proxy_queue)",
+    ):
+        with pytest.raises(AssertionError):
+            check_names(expr)
+
+
+def test_reasons_in_rules_are_those_of_the_code() -> None:
+    text = read("docs/alerts.yml")
+    for reason in re.findall(r'reason="(\w+)"', text):
+        assert f"`{reason}`" in read("docs/http-api.md")
+    for reason in http1.HANDSHAKE_FAILURES:
+        assert f"`{reason}`" in read("docs/monitoring.md")
+
+
+@needs_promtool
+def test_promtool_takes_the_rules() -> None:
+    done = promtool("check", "rules", DOCS / "alerts.yml")
+    assert done.returncode == 0, done.stderr
+    assert f"{len(RULES)} rules found" in done.stdout
+
+
+LABELS = 'instance="a", job="provider-proxy"'
+# alert: series that make it fire, and labels of the alert beside `instance`
+FIRES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "ProviderProxyDown": ({"up": "0x120"}, {"job": "provider-proxy"}),
+    "ProviderProxySelfCheckFailed": (
+        {"provider_proxy_selfcheck_failures_total": "0x100 1x20"},
+        {"job": "provider-proxy"},
+    ),
+    "ProviderProxyTpmOutOfOrder": (
+        {"provider_proxy_tpm_circuit_open": "1x120"},
+        {"job": "provider-proxy"},
+    ),
+    "ProviderProxyBatchesFail": (
+        {
+            'provider_proxy_batches_total{outcome="ok"}': "0+90x120",
+            'provider_proxy_batches_total{outcome="QuoteError"}': "0+10x120",
+        },
+        {},
+    ),
+    "ProviderProxyTpmErrors": (
+        {'provider_proxy_tpm_errors_total{code="RETRY", step="again"}': "0+6x120"},
+        {"code": "RETRY"},
+    ),
+    "ProviderProxyOverloaded": (
+        {
+            'provider_proxy_requests_total{reason="ok", status="200"}': "0+90x120",
+            'provider_proxy_requests_total{reason="OverloadedError", status="503"}': "0+10x120",
+        },
+        {},
+    ),
+    "ProviderProxyDutyAtCap": (
+        {"provider_proxy_duty": "0.49x120", "provider_proxy_max_duty": "0.5x120"},
+        {"job": "provider-proxy"},
+    ),
+    "ProviderProxyWaitsLong": (
+        {
+            'provider_proxy_wait_seconds_bucket{le="3.2"}': "0+5x120",
+            'provider_proxy_wait_seconds_bucket{le="6.4"}': "0+10x120",
+            'provider_proxy_wait_seconds_bucket{le="+Inf"}': "0+10x120",
+        },
+        {},
+    ),
+    "ProviderProxyQuoteSlower": (
+        {"provider_proxy_learnt_quote_seconds": "0.1x100 0.9x20"},
+        {"job": "provider-proxy"},
+    ),
+    "ProviderProxyTenantsLimited": (
+        {'provider_proxy_requests_total{reason="TenantLimitError", status="429"}': "0+120x120"},
+        {},
+    ),
+    "ProviderProxyHandshakesFail": (
+        {
+            'provider_proxy_tls_handshakes_total{result="ok", reason="ok"}': "0+5x120",
+            'provider_proxy_tls_handshakes_total{result="failed", reason="protocol"}': "0+5x120",
+        },
+        {},
+    ),
+}
+# All of these at once, and nothing fires: a proxy that is well.
+WELL = {
+    "up": "1x120",
+    "provider_proxy_selfcheck_failures_total": "0x120",
+    "provider_proxy_tpm_circuit_open": "0x120",
+    'provider_proxy_batches_total{outcome="ok"}': "0+90x120",
+    'provider_proxy_batches_total{outcome="QuoteError"}': "0x60 1x60",
+    'provider_proxy_tpm_errors_total{code="RETRY", step="again"}': "0+1x120",
+    'provider_proxy_requests_total{reason="ok", status="200"}': "0+900x120",
+    'provider_proxy_requests_total{reason="OverloadedError", status="503"}': "0+1x120",
+    'provider_proxy_requests_total{reason="TenantLimitError", status="429"}': "0+10x120",
+    "provider_proxy_duty": "0.4x120",
+    "provider_proxy_max_duty": "0.5x120",
+    'provider_proxy_wait_seconds_bucket{le="0.4"}': "0+10x120",
+    'provider_proxy_wait_seconds_bucket{le="+Inf"}': "0+10x120",
+    "provider_proxy_learnt_quote_seconds": "0.1x100 0.15x20",
+    'provider_proxy_tls_handshakes_total{result="ok", reason="ok"}': "0+50x120",
+    'provider_proxy_tls_handshakes_total{result="failed", reason="protocol"}': "0+5x120",
+}
+
+
+def labelled(name: str) -> str:
+    bare, _, labels = name.rstrip("}").partition("{")
+    return f"{bare}{{{LABELS}{', ' + labels if labels else ''}}}"
+
+
+def rule_test(values: dict[str, str], alert: str, expected: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "interval": "1m",
+        "input_series": [
+            {"series": labelled(name), "values": points} for name, points in values.items()
+        ],
+        "alert_rule_test": [{"eval_time": "119m", "alertname": alert, "exp_alerts": expected}],
+    }
+
+
+@needs_promtool
+def test_each_alert_fires_and_none_without_cause(tmp_path: Path) -> None:
+    assert set(FIRES) == {rule["alert"] for rule in RULES}
+    cases = []
+    for rule in RULES:
+        alert = rule["alert"]
+        values, labels = FIRES[alert]
+        own = {"instance": "a", **labels, **rule["labels"]}
+        summary = rule["annotations"]["summary"].replace("{{ $labels.instance }}", "a")
+        summary = summary.replace("{{ $labels.code }}", labels.get("code", ""))
+        annotations = {**rule["annotations"], "summary": summary}
+        cases.append(
+            rule_test(values, alert, [{"exp_labels": own, "exp_annotations": annotations}])
+        )
+        cases.append(rule_test(WELL, alert, []))
+    shutil.copy(DOCS / "alerts.yml", tmp_path)
+    document = {"rule_files": ["alerts.yml"], "evaluation_interval": "1m", "tests": cases}
+    (tmp_path / "test.yml").write_text(json.dumps(document))  # YAML, too
+    done = promtool("test", "rules", "test.yml", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- the dashboard --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("title", "expr"), TARGETS)
+def test_a_panel_asks_for_metrics_that_exist(title: str, expr: str) -> None:
+    check_names(expr)
+
+
+def test_the_dashboard_can_be_imported() -> None:
+    assert DASHBOARD["title"] == "provider-proxy"
+    assert DASHBOARD["schemaVersion"] >= 36
+    assert "id" not in DASHBOARD  # another instance's number would overwrite a dashboard there
+    ids = [panel["id"] for panel in PANELS]
+    assert len(ids) == len(set(ids))
+    variables = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
+    used = set(re.findall(r"\$\{?(\w+)\}?", json.dumps(PANELS))) - {"__rate_interval"}
+    assert used == variables == {"datasource", "instance"}
+    cells: set[tuple[int, int]] = set()
+    for panel in PANELS:
+        at = panel["gridPos"]
+        own = {
+            (x, y)
+            for x in range(at["x"], at["x"] + at["w"])
+            for y in range(at["y"], at["y"] + at["h"])
+        }
+        assert max(x for x, _ in own) < 24
+        assert not own & cells, f"{panel['title']} lies over another panel"
+        cells |= own
+
+
+@needs_promtool
+def test_promtool_can_read_each_panel_s_question(tmp_path: Path) -> None:
+    rules = [
+        {
+            "record": f"panel:{number}",
+            "expr": expr.replace("$__rate_interval", "5m").replace("$instance", ".*"),
+        }
+        for number, (_, expr) in enumerate(TARGETS)
+    ]
+    path = tmp_path / "panels.yml"
+    path.write_text(json.dumps({"groups": [{"name": "panels", "rules": rules}]}))
+    done = promtool("check", "rules", path)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,396 @@
+"""The status page in a real Chromium: what it shows, light and dark, by keyboard, without an error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import trio
+from helpers import LIMIT_S, wait_until
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.keys import Keys
+from status_helpers import (
+    HOSTILE,
+    NONCE,
+    FakeChip,
+    count_crowd,
+    make_batch,
+    make_board,
+    make_past,
+)
+
+from provider_proxy.admin import AdminDoor
+from provider_proxy.batcher import Queue
+from provider_proxy.http1 import Door
+from provider_proxy.metrics import Metrics
+from provider_proxy.recent import Recent
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="chromium is not installed"),
+]
+LOOK_S = 2.0  # between two looks of the page
+FOREIGN = "rebound.example"
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    f"--host-resolver-rules=MAP {FOREIGN} 127.0.0.1",
+)
+BUSY_QUEUE = Queue(waiting=14, lines=2, oldest_s=0.131)
+# Relative luminance and contrast, WCAG 2.2, of a text's colour on what is behind it.
+CONTRASTS = """
+const lum = (c) => c.map((v) => v / 255).map((v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+  .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+const behind = (e) => {
+  for (; e; e = e.parentElement) {
+    const c = parse(getComputedStyle(e).backgroundColor);
+    if (c.length < 4 || c[3] > 0) return c;
+  }
+  return [255, 255, 255];
+};
+const found = [];
+for (const e of document.querySelectorAll("main *, header *")) {
+  const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+  if (!own || !e.checkVisibility() || e.closest(".skip")) continue;
+  const style = getComputedStyle(e), inSvg = e instanceof SVGElement;
+  const front = parse(inSvg ? style.fill : style.color);
+  const back = behind(inSvg ? e.closest("svg").parentElement : e);
+  const [a, b] = [lum(front.slice(0, 3)), lum(back.slice(0, 3))].sort((x, y) => y - x);
+  found.push([(a + .05) / (b + .05), e.textContent.trim().slice(0, 40)]);
+}
+return found;
+"""
+
+
+class Site:
+    """An admin door in a thread of its own; what it says is put into `status`.
+
+    Attributes:
+        url: of the page.
+    """
+
+    def __init__(self) -> None:
+        self.status: Callable[[], Mapping[str, object]] = dict
+        self.url = ""
+        self._started = threading.Event()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._scope = trio.CancelScope()
+        self._thread = threading.Thread(target=trio.run, args=(self._serve,))
+        self._thread.start()
+        assert self._started.wait(LIMIT_S)
+
+    async def _serve(self) -> None:
+        door = Door(
+            AdminDoor(Metrics(), lambda: None, lambda: self.status()),
+            observe=lambda status, reason: None,
+        )
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        self.url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}/"
+        self._token = trio.lowlevel.current_trio_token()
+        with self._scope:
+            self._started.set()
+            await trio.serve_listeners(door.serve, [listener])
+
+    def close(self) -> None:
+        if self._token is not None:
+            with contextlib.suppress(trio.RunFinishedError):
+                trio.from_thread.run_sync(self._scope.cancel, trio_token=self._token)
+        self._thread.join(LIMIT_S)
+        self._token = None
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    made = Site()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    options = Options()
+    options.binary_location = str(CHROMIUM)
+    profile = tmp_path_factory.mktemp("chromium")
+    for flag in (*FLAGS, f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    made = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
+    made.set_page_load_timeout(LIMIT_S)
+    yield made
+    made.quit()
+
+
+class Page:
+    """The page as a person meets it."""
+
+    def __init__(self, driver: webdriver.Chrome, site: Site) -> None:
+        self.driver, self.site = driver, site
+        self.media("light")
+        self.size(1180)
+
+    def media(self, scheme: str) -> None:
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    def size(self, width: int, height: int = 900) -> None:
+        self.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
+        )
+
+    def open(self, status: Callable[[], Mapping[str, object]]) -> None:
+        """Load it, and wait for its first answer."""
+        self.site.status = status
+        self.driver.get(self.site.url)
+        wait_until(lambda: self.text("state") != "asking", "the first answer")
+
+    def run(self, script: str, *args: object) -> Any:
+        return self.driver.execute_script(script, *args)
+
+    def text(self, name: str) -> str:
+        return str(self.run("return document.getElementById(arguments[0]).textContent", name))
+
+    def rows(self, name: str) -> list[list[str]]:
+        """The cells of a table's body."""
+        rows: list[list[str]] = self.run(
+            "return [...document.getElementById(arguments[0]).rows]"
+            ".map((row) => [...row.cells].map((cell) => cell.textContent))",
+            name,
+        )
+        return rows
+
+    def press(self, *keys: str) -> None:
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def active(self, script: str) -> Any:
+        return self.run(f"return document.activeElement.{script}")
+
+    def errors(self) -> list[str]:
+        """What the console holds, but for notes."""
+        return [
+            entry["message"]
+            for entry in self.driver.get_log("browser")  # type: ignore[no-untyped-call]
+            if entry["level"] in ("SEVERE", "WARNING")
+        ]
+
+    def contrasts(self) -> list[tuple[float, str]]:
+        return [(ratio, text) for ratio, text in self.run(CONTRASTS)]
+
+
+@pytest.fixture
+def page(driver: webdriver.Chrome, site: Site) -> Iterator[Page]:
+    made = Page(driver, site)
+    made.errors()  # forget another test's
+    yield made
+    assert made.errors() == []
+
+
+def busy() -> Callable[[], Mapping[str, object]]:
+    recent = make_past(120)
+    count_crowd(recent)
+    return make_board(recent, chip=FakeChip(duty=0.47), queue=BUSY_QUEUE).results
+
+
+def out_of_order() -> Callable[[], Mapping[str, object]]:
+    metrics = Metrics()
+    metrics.tpm_errors.labels("FAILURE", "fatal").inc()
+    chip = FakeChip(trouble="the TPM is out of order")
+    return make_board(make_past(30), chip=chip, metrics=metrics).results
+
+
+def empty() -> Callable[[], Mapping[str, object]]:
+    recent = Recent(monotonic=lambda: 0.0)
+    return make_board(recent, chip=FakeChip(duty=0.0), software=True).results
+
+
+SCENES = {"busy": busy, "out of order": out_of_order, "empty": empty}
+
+
+def test_a_busy_proxy_is_explained(page: Page) -> None:
+    page.open(busy())
+    assert page.text("state") == "Ready"
+    why = page.text("why")
+    assert re.search(r"[\d,]+ requests were answered with 119 quotes", why)
+    assert re.search(r"waits 2\d\d ms on average: 50 ms for its window, and 1\d\d ms until", why)
+    assert "tpm.max_duty (now 0.5)" in page.text("advice")
+    assert (page.text("duty"), page.text("cap")) == ("47 %", "of at most 50 %")
+    assert (page.text("learnt"), page.text("waiting")) == ("188 ms", "14")
+    bars = page.run("return document.querySelectorAll('#chart g.bar').length")
+    assert 40 < bars <= 72
+    meter = "return document.querySelector('[role=meter]').getAttribute('aria-valuetext')"
+    assert page.run(meter) == "47 %, cap 50 %"
+
+
+def test_stacks_are_as_long_as_the_times(page: Page) -> None:
+    recent = Recent(clock=lambda: 2e9, monotonic=lambda: 0.0)
+    recent.batch_done(make_batch(1, leaves=5, wait_s=0.15, quote_s=0.2, opened=0.0))
+    page.open(make_board(recent).results)
+    height = "return +document.querySelector(`#chart .${arguments[0]}`).getAttribute('height')"
+    window, chip, quote = (page.run(height, name) for name in ("window", "chip", "quote"))
+    # A pixel is left between two parts.
+    assert window == pytest.approx(chip / 2, abs=1.5)
+    assert quote == pytest.approx(2 * chip, abs=2.5)
+
+
+def test_tenants_and_why_they_were_refused(page: Page) -> None:
+    page.open(busy())
+    rows = page.rows("tenants")
+    assert rows[0] == [
+        "globex",
+        "912",
+        "318\u00d7 over a limit of its own2\u00d7 a parameter was wrong or not allowed",
+    ]
+    assert HOSTILE in [row[0] for row in rows]  # as text
+    assert page.run("return document.querySelector('#tenants img')") is None
+    assert NONCE not in page.driver.page_source
+
+
+def test_a_tpm_out_of_order(page: Page) -> None:
+    page.open(out_of_order())
+    assert page.text("state") == "Not serving"
+    assert page.text("why") == "Nobody gets a quote now: the TPM is out of order."
+    assert "FAILURE 1\u00d7" in page.text("tpm")
+
+
+def test_nobody_has_asked(page: Page) -> None:
+    page.open(empty())
+    assert page.text("why") == "The proxy is ready, and nobody has asked for a quote yet."
+    assert "No batches yet" in page.text("chart")
+    assert "software, for trials" in page.text("tpm")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scene", SCENES)
+def test_text_can_be_read(page: Page, scene: str, scheme: str) -> None:
+    page.media(scheme)
+    page.open(SCENES[scene]())
+    ratios = page.contrasts()
+    assert len(ratios) > 20
+    assert [found for found in ratios if found[0] < 4.5] == []  # WCAG 2.2, 1.4.3
+    back = page.run("return getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", back))) < 120) == (scheme == "dark")
+
+
+def test_the_keyboard_reaches_everything(page: Page) -> None:
+    page.open(busy())
+    seen = []
+    for _ in range(8):
+        page.press(Keys.TAB)
+        seen.append(
+            page.active(
+                "id || document.activeElement.className.baseVal || document.activeElement.tagName"
+            )
+        )
+    assert seen[0] == "A"  # to skip to the batches
+    assert "pause" in seen
+    assert "SUMMARY" in seen
+    assert sum("bar" in name for name in seen) == 1  # the chart is one stop
+    page.run("document.querySelector('#chart g[tabindex=\"0\"]').focus()")
+    newest = int(page.active("dataset.number"))
+    assert f"Batch {newest}" in page.text("detail")
+    page.press(Keys.ARROW_LEFT)
+    assert int(page.active("dataset.number")) == newest - 1
+    assert "chosen" in page.active("getAttribute('class')")
+    assert f"Batch {newest - 1}, sealed at" in page.text("detail")
+    assert f"Batch {newest - 1}, sealed at" in page.active("getAttribute('aria-label')")
+    page.press(Keys.HOME)
+    assert int(page.active("dataset.number")) < newest - 40
+    page.press(Keys.ARROW_LEFT)  # nowhere to go
+    page.press(Keys.END)
+    assert int(page.active("dataset.number")) == newest
+
+
+def test_the_choice_and_the_focus_outlive_an_update(page: Page) -> None:
+    recent = make_past(50)
+    page.open(make_board(recent).results)
+    page.run("document.querySelector('#chart g[tabindex=\"0\"]').focus()")
+    page.press(Keys.ARROW_LEFT)
+    chosen = page.active("dataset.number")
+    recent.batch_done(make_batch(9999))
+    newest = "return document.querySelector('#chart g.bar:last-of-type').dataset.number"
+    wait_until(lambda: bool(page.run(newest) == "9999"), "the next look")
+    assert page.active("dataset.number") == chosen
+    assert f"Batch {chosen}" in page.text("detail")
+
+
+def test_the_table_says_the_same(page: Page) -> None:
+    page.open(busy())
+    page.run("document.querySelector('#as-table summary').click()")
+    wait_until(lambda: page.text("rows") != "", "the table")
+    rows = page.rows("rows")
+    status: Any = page.site.status()
+    assert [row[0] for row in rows] == [str(b["number"]) for b in reversed(status["batches"])]
+    failed = next(row for row in rows if row[-1] != "answered")
+    assert "TPM_RC_RETRY" in failed[-1]
+    assert rows[0][7] in ("0\u20137", "0\u20137, 11")
+
+
+@pytest.mark.parametrize("width", [320, 700, 1180])
+def test_nothing_is_wider_than_the_window(page: Page, width: int) -> None:
+    page.size(width)
+    page.open(busy())
+    widths = "return [document.documentElement.scrollWidth, innerWidth]"
+    scroll, window = page.run(widths)
+    assert window == width
+    assert scroll <= width
+    assert page.run("return document.querySelectorAll('#chart g.bar').length") >= 12
+
+
+def test_pause_stops_asking(page: Page) -> None:
+    asked: list[int] = []
+    inner = empty()
+
+    def counted() -> Mapping[str, object]:
+        asked.append(1)
+        return inner()
+
+    page.open(counted)
+    page.run("document.getElementById('pause').click()")
+    assert page.text("pause") == "Resume"
+    assert page.run("return document.getElementById('pause').ariaPressed") == "true"
+    before = len(asked)
+    time.sleep(LOOK_S + 0.3)
+    assert len(asked) == before
+    page.run("document.getElementById('pause').click()")
+    wait_until(lambda: len(asked) > before, "another look")
+
+
+def test_the_policy_stops_what_is_not_the_page_s(driver: webdriver.Chrome, site: Site) -> None:
+    """A script that got in would not run, and the page may not talk to others."""
+    page = Page(driver, site)
+    page.open(empty())
+    page.run(
+        "const s = document.createElement('script'); s.append('window.bad = 1'); document.body.append(s)"
+    )
+    assert page.run("return window.bad === undefined")
+    page.run("window.seen = 0; fetch('http://127.0.0.1:9/').catch(() => { window.seen = 1 })")
+    wait_until(lambda: page.run("return window.seen") == 1, "the refusal")
+    refused = json.dumps(page.errors())
+    assert "Content Security Policy" in refused
+    assert "connect-src" in refused
+
+
+def test_a_daemon_that_goes_away_is_said(driver: webdriver.Chrome) -> None:
+    own = Site()
+    try:
+        page = Page(driver, own)
+        page.open(busy())
+        own.close()
+        wait_until(lambda: "does not answer" in page.text("lost"), "the notice")
+        assert "is old" in page.text("lost")
+        assert page.text("state") == "Ready"  # what was last known stays
+        page.errors()  # the browser itself notes the connection
+    finally:
+        own.close()
