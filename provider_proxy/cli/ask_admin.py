@@ -13,11 +13,11 @@ from typing import Any
 
 import httpx
 
+from provider_proxy.cli.files import DEFAULT_CONFIG
 from provider_proxy.config import check_local, load_config, split_address
 from provider_proxy.config_values import read_addresses
 from provider_proxy.errors import HostError, ReplyError, UsageError
 
-DEFAULT_CONFIG = Path("/etc/provider-proxy/provider-proxy.toml")
 TIMEOUT_S = 5.0  # the daemon answers in milliseconds, or is too busy to be asked
 MAX_STATUS_BYTES = 4 * 1024 * 1024  # 240 batches and 100 tenants with long names make some 200 kB
 VERSION = 1
