@@ -16,7 +16,6 @@ that `verify` would refuse. Knows no sockets, no files and no TPM.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,6 +24,7 @@ import trio
 
 from provider_proxy import inclusion
 from provider_proxy.batch import Answer, Batch, SealedBy, Waiter, check_batch, plant_tree
+from provider_proxy.batch_report import report
 from provider_proxy.errors import (
     ClientGoneError,
     DeadlineError,
@@ -38,13 +38,10 @@ from provider_proxy.errors import (
     ServiceError,
     VerificationError,
 )
-from provider_proxy.journal import Event
 from provider_proxy.metrics import Metrics
 from provider_proxy.model import AttestationKey, HashAlg, HostLogs, Quote, QuoteRequest, Tenant
 from provider_proxy.waiting_room import BatchSettings, WaitingRoom
 from provider_proxy.wire import EvidenceEncoder
-
-log = logging.getLogger(__name__)
 
 STOPPED = "the proxy stopped while it worked on this"
 
@@ -376,34 +373,9 @@ class Batcher:
             waiter.done.set()
 
     def _observe(self, batch: Batch) -> None:
-        """Count a batch and log its one line."""
-        wait_s = batch.sealed - batch.opened
-        metrics = self._metrics
-        metrics.batches.labels(batch.outcome).inc()
-        metrics.sealed.labels(batch.sealed_by.value).inc()
-        metrics.wait_seconds.observe(wait_s)
-        if batch.error is None:
-            metrics.leaves.observe(len(batch.waiters))
-            metrics.quote_seconds.observe(batch.quote_s)
+        report(batch, self._metrics)
         if self._observe_batch is not None:
             self._observe_batch(batch)
-        fields: dict[str, object] = {
-            "batch": batch.number,
-            "leaves": len(batch.waiters),
-            "size": batch.size,
-            "bank": batch.bank.label,
-            "mask": hex(batch.mask),
-            "wait_ms": round(wait_s * 1000, 1),
-            "quote_ms": round(batch.quote_s * 1000, 1),
-            "sealed_by": batch.sealed_by.value,
-            "outcome": batch.outcome,
-        }
-        level = logging.INFO
-        if batch.error is not None:
-            fields["reason"] = str(batch.error.__cause__ or batch.error)
-            is_ours = isinstance(batch.error, SelfCheckError)
-            level = logging.CRITICAL if is_ours else logging.ERROR
-        log.log(level, Event("batch", fields))
 
 
 def _again(error: ProviderProxyError) -> ProviderProxyError:

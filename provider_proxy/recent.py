@@ -21,6 +21,7 @@ SPAN_MINUTES = 5
 MAX_PAIRS = 4096  # (tenant, reason) counted a minute; the rest of a crowd goes under OTHERS
 MAX_LISTED = 100  # tenants in a status
 MAX_NAME_CHARS = 128
+FRESH_S = 0.5  # a crowd takes milliseconds to sum up, and pollers may be many
 OTHERS = "(others)"
 STRANGERS = "(no tenant)"
 OK = "ok"
@@ -90,6 +91,7 @@ class Recent:
         self._clock = clock
         self._monotonic = monotonic
         self._batches: deque[PastBatch] = deque(maxlen=RING)
+        self._summary: tuple[float, dict[str, object]] | None = None
         self._minutes: deque[tuple[int, dict[tuple[str, str], int]]] = deque(maxlen=SPAN_MINUTES)
 
     def batch_done(self, batch: Batch) -> None:
@@ -133,11 +135,18 @@ class Recent:
     def tenants(self) -> dict[str, object]:
         """Who was answered and who was refused, and why; those who were refused most come first.
 
+        Half a second old at most.
+
         Returns:
             `span_s`, `answered`, `refused`, `listed` (name, answered, refused by reason) and `more`,
             the number of tenants that `listed` leaves out.
         """
-        first = int(self._monotonic()) // 60 - SPAN_MINUTES
+        now = self._monotonic()
+        if self._summary is None or not 0 <= now - self._summary[0] < FRESH_S:
+            self._summary = now, self._sum_up(int(now) // 60 - SPAN_MINUTES)
+        return self._summary[1]
+
+    def _sum_up(self, first: int) -> dict[str, object]:
         found: dict[str, dict[str, int]] = {}
         for minute, counts in self._minutes:
             if minute <= first:

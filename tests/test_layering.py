@@ -23,6 +23,7 @@ PROVIDER = (
     *(
         "merkle",
         "batch",
+        "batch_report",
         "recent",
         "audit",
         "audit_file",

@@ -394,3 +394,14 @@ def test_a_daemon_that_goes_away_is_said(driver: webdriver.Chrome) -> None:
         page.errors()  # the browser itself notes the connection
     finally:
         own.close()
+
+
+def test_a_name_that_was_pointed_at_us_reads_nothing(driver: webdriver.Chrome, site: Site) -> None:
+    """DNS rebinding: the browser believes that a foreign name is this machine."""
+    page = Page(driver, site)
+    site.status = busy()
+    for path in ("", "status"):
+        driver.get(site.url.replace("127.0.0.1", FOREIGN) + path)
+        assert "globex" not in driver.page_source
+        assert '"code":421' in driver.page_source
+    page.errors()

@@ -123,6 +123,17 @@ def test_what_is_old_is_forgotten() -> None:
     assert tenants_of(recent)["listed"] == []
 
 
+def test_many_who_look_cost_one_sum() -> None:
+    clock = Clock()
+    recent = clock.recent()
+    recent.count("acme", "ok")
+    assert tenants_of(recent)["answered"] == 1
+    recent.count("acme", "ok")
+    assert recent.tenants() is recent.tenants()
+    clock.monotonic += module.FRESH_S
+    assert tenants_of(recent)["answered"] == 2
+
+
 def test_a_crowd_is_bounded() -> None:
     recent = Clock().recent()
     for number in range(MAX_PAIRS + 50):
@@ -205,7 +216,7 @@ async def test_a_batch_is_one_line_of_the_log(
         quoter.error = QuoteError('refused\nINFO batch=9 "x"')
         await asker.ask()
         await trio.sleep(1)
-    lines = [r.getMessage() for r in caplog.records if r.name == "provider_proxy.batcher"]
+    lines = [r.getMessage() for r in caplog.records if r.name == "provider_proxy.batch_report"]
     assert lines == [
         "batch=1 leaves=3 size=4 bank=sha256 mask=0x81 wait_ms=50.0 quote_ms=200.0 "
         "sealed_by=window outcome=ok",

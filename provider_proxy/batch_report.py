@@ -1,0 +1,43 @@
+"""A batch that is over, in the metrics and in its one line of the log.
+
+Once a batch and not once a request. The line has numbers, the union of the masks and, where there
+were no answers, why; never a nonce, a salt or a PCR value.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from provider_proxy.batch import Batch
+from provider_proxy.errors import SelfCheckError
+from provider_proxy.journal import Event
+from provider_proxy.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+
+def report(batch: Batch, metrics: Metrics) -> None:
+    """Count a batch whose waiters have their answers, or their error, and log it."""
+    wait_s = batch.sealed - batch.opened
+    metrics.batches.labels(batch.outcome).inc()
+    metrics.sealed.labels(batch.sealed_by.value).inc()
+    metrics.wait_seconds.observe(wait_s)
+    if batch.error is None:
+        metrics.leaves.observe(len(batch.waiters))
+        metrics.quote_seconds.observe(batch.quote_s)
+    fields: dict[str, object] = {
+        "batch": batch.number,
+        "leaves": len(batch.waiters),
+        "size": batch.size,
+        "bank": batch.bank.label,
+        "mask": hex(batch.mask),
+        "wait_ms": round(wait_s * 1000, 1),
+        "quote_ms": round(batch.quote_s * 1000, 1),
+        "sealed_by": batch.sealed_by.value,
+        "outcome": batch.outcome,
+    }
+    level = logging.INFO
+    if batch.error is not None:
+        fields["reason"] = str(batch.error.__cause__ or batch.error)
+        level = logging.CRITICAL if isinstance(batch.error, SelfCheckError) else logging.ERROR
+    log.log(level, Event("batch", fields))
