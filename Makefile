@@ -1,6 +1,6 @@
 # make install   everything that is missing: Debian packages, then Python packages into .venv
 # make demo      200 tenants, one TPM (a swtpm), every answer verified
-# make test      the tests
+# make test      the tests (fetches a Chromium and promtool for them)
 # make keylime   the real Keylime that the tests talk to, into .venv-keylime
 # make check     what CI runs: format, lint, types, tests, wheel
 # make soak      faults of all kinds in random order, for ten minutes (SOAK_SECONDS=600)
@@ -14,21 +14,40 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 KEYLIME_VENV := .venv-keylime
 WHEEL_VENV := .venv-wheel
-DEBIAN := swtpm swtpm-tools tpm2-tools libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv util-linux openssl chromium chromium-driver prometheus
+DEBIAN := swtpm swtpm-tools tpm2-tools libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv util-linux openssl
+# For the tests alone: a browser for the status page.
+DEBIAN_TESTS := chromium chromium-driver
+PROMTOOL := .promtool/usr/bin/promtool
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-MISSING = $(shell for p in $(DEBIAN); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done)
+missing = $(shell for p in $(1); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done)
 SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: install system keylime demo test check format lint types wheel soak bench clean
+.PHONY: install system browser promtool keylime demo test check format lint types wheel soak bench clean
 
 install: $(STAMP)
 
 system:
-	@missing="$(MISSING)"; if [ -n "$$missing" ]; then \
+	$(call into_system,$(DEBIAN))
+
+browser:
+	$(call into_system,$(DEBIAN_TESTS))
+
+define into_system
+	@missing="$(call missing,$(1))"; if [ -n "$$missing" ]; then \
 	  echo "installing Debian packages: $$missing"; \
 	  $(SUDO) apt-get update -qq && \
 	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; \
 	fi
+endef
+
+# Checks the alert rules. Taken out of its package: to install that would start a Prometheus here.
+promtool: $(PROMTOOL)
+
+$(PROMTOOL): | system
+	@echo "unpacking promtool, for the tests"
+	@mkdir -p .promtool && cd .promtool && rm -f prometheus_*.deb && \
+	  { apt-get download -qq -o APT::Sandbox::User=root prometheus || { $(SUDO) apt-get update -qq && apt-get download -qq -o APT::Sandbox::User=root prometheus; }; } && \
+	  dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool && rm prometheus_*.deb
 
 $(STAMP): pyproject.toml constraints.txt | system
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -57,7 +76,7 @@ endef
 demo: install
 	@$(BIN)/provider-proxy --log-level warning demo
 
-test: install keylime
+test: install keylime browser promtool
 	$(BIN)/python -m pytest -q
 
 format: install
@@ -86,4 +105,4 @@ bench: install
 	$(BIN)/provider-proxy bench quotes --json
 
 clean:
-	rm -rf $(VENV) $(WHEEL_VENV) $(KEYLIME_VENV) $(KEYLIME_VENV)-agent dist build *.egg-info
+	rm -rf .promtool $(VENV) $(WHEEL_VENV) $(KEYLIME_VENV) $(KEYLIME_VENV)-agent dist build *.egg-info

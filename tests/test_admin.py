@@ -22,6 +22,7 @@ from helpers import (
     make_certs,
     plain_toml,
     quote_over,
+    run_command,
     serving,
     trusted_ak,
 )
@@ -195,7 +196,7 @@ async def test_a_unix_socket_takes_any_name() -> None:
 
 # --- the real daemon ------------------------------------------------------------------------------
 
-TABLES = '[admin]\naddress = ["127.0.0.1:0"]\n[batch]\nwindow_ms = 1\n'
+TABLES = '[admin]\naddress = ["127.0.0.1:0", "unix:{}"]\n[batch]\nwindow_ms = 1\n'
 
 
 def value_of(text: str, name: str) -> float:
@@ -206,7 +207,9 @@ def value_of(text: str, name: str) -> float:
 
 @pytest.mark.real
 async def test_a_daemon_s_status_and_metrics(tmp_path: Any) -> None:
-    async with serving(tmp_path, plain_toml(tmp_path / "s", tables=TABLES)) as serve:
+    path = tmp_path / "admin"
+    toml = plain_toml(tmp_path / "s", tables=TABLES.format(path))
+    async with serving(tmp_path, toml) as serve:
         tenant = Asker(await trusted_ak(serve.address))
         async with connect(serve.address) as wire:
             for _ in range(5):
@@ -214,6 +217,13 @@ async def test_a_daemon_s_status_and_metrics(tmp_path: Any) -> None:
             assert (await wire.get("/verifier/quote?mask=0x1")).status == 400
             status: dict[str, Any] = (await get(serve.admin, "/status")).results()
             text = (await get(serve.admin, "/metrics")).body.decode()
+            for words in (("--admin", f"unix:{path}"), ("--config", tmp_path / "d0.toml")):
+                shown = await trio.to_thread.run_sync(run_command, "status", *words)
+                if "--admin" in words:
+                    assert (shown.returncode, shown.stderr) == (0, "")
+                    assert " READY " in shown.stdout
+                else:
+                    assert "has port 0" in shown.stderr
     assert status["state"] == "ready"
     assert status["host"]["ak_name"] == tenant.host.ak.name.hex()
     assert status["host"]["software"] is True

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_docs import DOCS, read
+from test_docs import DOCS, ROOT, read
 
 from provider_proxy import http1
 from provider_proxy.metrics import Metrics
@@ -23,7 +23,7 @@ DASHBOARD: dict[str, Any] = json.loads(read("docs/grafana-dashboard.json"))
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
 TARGETS = [(panel["title"], t["expr"]) for panel in PANELS for t in panel.get("targets", ())]
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
-PROMTOOL = shutil.which("promtool")
+PROMTOOL = shutil.which("promtool") or shutil.which(ROOT / ".promtool/usr/bin/promtool")
 needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")
 
 

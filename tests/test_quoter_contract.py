@@ -131,6 +131,8 @@ async def test_ready_returns_and_times_are_no_nonsense(kind: Kind) -> None:
         await kind.quoter.ready()
     assert 0 < kind.quoter.expected_s < LIMIT_S
     assert kind.quoter.pause_s >= 0
+    assert 0 <= kind.quoter.duty <= 1
+    assert kind.quoter.in_flight_s == 0
 
 
 async def test_a_cancelled_quote_does_no_harm(kind: Kind) -> None:

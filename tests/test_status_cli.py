@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 from helpers import LIMIT_S, command, run_command, run_here
 from rich.console import Console
-from status_helpers import HOSTILE, FakeChip, count_crowd, make_board, make_past
+from status_helpers import HOSTILE, FakeChip, count_crowd, make_batch, make_board, make_past
 from test_page import Site
 
 from provider_proxy.batcher import Queue
 from provider_proxy.cli import ask_admin, status_view
-from provider_proxy.errors import ReplyError
+from provider_proxy.errors import QuoteError, ReplyError
 from provider_proxy.metrics import Metrics
 from provider_proxy.recent import Recent
 
@@ -92,9 +92,25 @@ def test_nothing_yet() -> None:
     assert "nobody waits" in text
 
 
-@pytest.mark.parametrize("width", [40, 60, 80, 200])
-def test_it_fits_the_terminal(width: int) -> None:
-    assert max(map(len, shown(busy(), width).splitlines())) <= width
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_it_fits_the_terminal(width: int, live: bool) -> None:
+    recent = Recent(clock=lambda: 2e9, monotonic=lambda: 0.0)
+    error = QuoteError("the TPM gave no quote")
+    error.__cause__ = QuoteError("TPM2_Quote: " + "a reason that has many words " * 5)
+    for number in range(4050, 4060):
+        recent.batch_done(make_batch(number, error=error if number == 4055 else None))
+    status = make_board(recent).results()
+    lines = shown(status, width, footer="q quits" if live else "").splitlines()
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    assert re.search(r"BATCH.* LEAVES +WAIT +QUOTE +SEALED WHEN .*OUTCOME", text)
+    assert re.search(r"^ ?4059 .* 3 +50 ms +188 ms +window over .*ok *$", text, re.MULTILINE)
+    failed = [line for line in lines if "QuoteErr" in line]
+    assert len(failed) == 1
+    if live:  # a line a batch, or the picture would not fit its screen
+        assert lines.index(failed[0]) + 1 == next(n for n, x in enumerate(lines) if "4054 " in x)
+    assert not any("…" in line for line in lines if line not in failed)
 
 
 def test_names_cannot_paint_the_terminal() -> None:

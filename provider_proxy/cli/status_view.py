@@ -24,6 +24,10 @@ SPARKS = " ▁▂▃▄▅▆▇█"
 BAR_CELLS = 20
 MOST_NAME_CHARS = 40
 STYLES = {"ready": "bold green", "draining": "bold yellow", "trouble": "bold red"}
+WIDE = 90  # columns from which on all is shown
+COLUMNS = ["BATCH", "AT", "LEAVES", "WAIT", "QUOTE", "SEALED WHEN", "PCRS"]
+NUMBERS = ("BATCH", "LEAVES", "WAIT", "QUOTE")
+MIN_OUTCOME = 8
 SEALED_BY = {
     "window": "window over",
     "chip": "chip ready",
@@ -144,7 +148,7 @@ def _facts(status: Mapping[str, Any], width: int) -> Table:
     registrations = status.get("registrations")
     if isinstance(registrations, list) and registrations:
         grid.add_row("registrars", ", ".join(_registration(one) for one in registrations))
-    history = status["batches"][-max(10, min(120, width - 16)) :]
+    history = status["batches"][-max(10, min(120, width - 30)) :]
     if history:
         grid.add_row("leaves", _sparks([batch["leaves"] for batch in history]))
         grid.add_row(
@@ -171,30 +175,44 @@ def _batches(status: Mapping[str, Any], most: int, width: int, *, live: bool) ->
     shown = status["batches"][: -most - 1 : -1]
     if not shown:
         return Text("No batches yet: nobody has asked for a quote.", style="dim")
+    columns = COLUMNS if width >= WIDE else [name for name in COLUMNS if name not in ("AT", "PCRS")]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold cyan", pad_edge=False)
-    wide = width >= 90
-    table.add_column("BATCH", justify="right")
-    if wide:
-        table.add_column("AT")
-    for head in ("LEAVES", "WAIT", "QUOTE"):
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("SEALED WHEN", no_wrap=True)
-    if wide:
-        table.add_column("PCRS", no_wrap=True)
-    table.add_column("OUTCOME", no_wrap=live, overflow="ellipsis" if live else "fold")
-    for batch in shown:
+    rows = [[_cell(name, batch) for name in columns] for batch in shown]
+    # What is left for the outcome: rich would shorten the other columns, too.
+    others = sum(
+        max(len(name), *(len(row[n]) for row in rows)) + 2 for n, name in enumerate(columns)
+    )
+    rest = max(MIN_OUTCOME, width - others)
+    for name in columns:
+        table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=True)
+    table.add_column("OUTCOME", overflow="fold", max_width=rest)
+    for batch, row in zip(shown, rows, strict=True):
         good = batch["outcome"] == "ok"
-        row = [str(batch["number"])]
-        if wide:
-            row.append(datetime.fromtimestamp(batch["sealed"]).strftime("%H:%M:%S"))
-        row += [str(batch["leaves"]), _ms(batch["wait_ms"]), _ms(batch["quote_ms"])]
-        row.append(SEALED_BY.get(batch["sealed_by"], _name(batch["sealed_by"])))
-        if wide:
-            row.append(_name(f"{batch['bank']} {batch['mask']}"))
         outcome = _name(batch["outcome"])
-        row.append(outcome if good else f"{outcome}: {escaped(str(batch['reason']))}")
-        table.add_row(*map(Text, row), style="" if good else "red")
+        if not good:
+            outcome += f": {escaped(str(batch['reason']))}"
+        if live and len(outcome) > rest:
+            outcome = outcome[: rest - 1] + "…"
+        table.add_row(*map(Text, [*row, outcome]), style="" if good else "red")
     return table
+
+
+def _cell(column: str, batch: Mapping[str, Any]) -> str:
+    match column:
+        case "BATCH":
+            return f"{batch['number']:d}"
+        case "AT":
+            return datetime.fromtimestamp(batch["sealed"]).strftime("%H:%M:%S")
+        case "LEAVES":
+            return f"{batch['leaves']:d}"
+        case "WAIT":
+            return _ms(batch["wait_ms"])
+        case "QUOTE":
+            return _ms(batch["quote_ms"])
+        case "SEALED WHEN":
+            return SEALED_BY.get(batch["sealed_by"], _name(batch["sealed_by"]))
+        case _:
+            return _name(f"{batch['bank']} {batch['mask']}")
 
 
 def _tenants(status: Mapping[str, Any], most: int) -> RenderableType:
