@@ -349,7 +349,9 @@ class RecordingGate(Gate):
 
     turns: list[tuple[float, float]] = []  # noqa: RUF012  # each test sets its own
 
-    async def run(self, command: Callable[[], T], *, learn: bool = False) -> T:
+    async def run(
+        self, command: Callable[[], T], *, learn: bool = False, gives_way: bool = False
+    ) -> T:
         def recorded() -> T:
             begin = time.monotonic()
             try:
@@ -357,7 +359,7 @@ class RecordingGate(Gate):
             finally:
                 self.turns.append((begin, time.monotonic()))
 
-        return await super().run(recorded, learn=learn)
+        return await super().run(recorded, learn=learn, gives_way=gives_way)
 
 
 @pytest.mark.parametrize("duty", [0.25, 0.5])

@@ -3,9 +3,11 @@ orders and lower bounds are asserted."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import trio
@@ -246,3 +248,61 @@ async def test_after_close_nothing_runs() -> None:
         await gate.run(chip.command("late", 0))
     assert scope.cancelled_caught
     assert chip.names == []
+
+
+# --- rank ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("duty", [1.0, 0.5])
+async def test_a_batch_waits_for_one_command_of_low_rank_at_most(duty: float) -> None:
+    """Many registrars' activations wait; whenever a quote is wanted, at most one goes before it."""
+    gate, chip = Gate(duty), Chip()
+    async with trio.open_nursery() as nursery:
+        for _ in range(12):
+            nursery.start_soon(partial(gate.run, chip.command("low"), gives_way=True))
+        for _ in range(5):
+            await until(lambda: gate.in_flight_since is not None, "one of low rank in flight")
+            before = len(chip.names)
+            await gate.ready()
+            await trio.sleep(TICK_S)  # the batch's tree
+            await gate.run(chip.command("quote"))
+            assert chip.names[before:] == ["low", "quote"], chip.names
+        nursery.cancel_scope.cancel()
+
+
+async def test_commands_of_low_rank_are_not_starved_by_quotes() -> None:
+    gate, chip = Gate(1.0), Chip()
+    async with trio.open_nursery() as nursery:
+
+        async def quotes() -> None:
+            while True:
+                await gate.ready()
+                await gate.run(chip.command("quote", 0.005))
+
+        nursery.start_soon(quotes)
+        with trio.fail_after(LIMIT_S):
+            for _ in range(5):
+                await gate.run(chip.command("low", 0.005), gives_way=True)
+        nursery.cancel_scope.cancel()
+    where = [n for n, name in enumerate(chip.names) if name == "low"]
+    assert all(b - a >= 2 for a, b in itertools.pairwise(where)), chip.names
+
+
+async def test_commands_of_low_rank_go_on_where_nobody_wants_a_quote() -> None:
+    gate, chip = Gate(0.5), Chip()
+    with trio.fail_after(LIMIT_S):
+        for _ in range(3):
+            await gate.run(chip.command("low"), gives_way=True)
+    assert chip.names == ["low"] * 3
+    for took, rest in chip.rests():  # they count in the duty
+        assert rest >= took - TICK_S
+
+
+async def test_who_gives_way_and_is_cancelled_lets_the_next_one_go() -> None:
+    gate, chip = Gate(1.0), Chip()
+    await gate.run(chip.command("low"), gives_way=True)
+    with trio.move_on_after(TICK_S):
+        await gate.run(chip.command("cancelled"), gives_way=True)
+    with trio.fail_after(LIMIT_S):
+        await gate.run(chip.command("next"), gives_way=True)
+    assert chip.names == ["low", "next"]

@@ -165,7 +165,9 @@ class InlineGate:
         async with self._one:
             pass
 
-    async def run(self, command: Callable[[], T], *, learn: bool = False) -> T:
+    async def run(
+        self, command: Callable[[], T], *, learn: bool = False, gives_way: bool = False
+    ) -> T:
         async with self._one:
             await trio.sleep(COMMAND_S)
             result = command()

@@ -103,7 +103,7 @@ class EsysQuoter:
         """TPM2_ActivateCredential: proves that EK and AK live in one TPM.
 
         Needs two sessions; where others hold them all it waits its turn. Leaves none behind,
-        cancelled or not. Cancel it at your deadline.
+        cancelled or not. A batch waits for one of these at most. Cancel it at your deadline.
 
         Args:
             credential: TPM2B_ID_OBJECT.
@@ -116,7 +116,9 @@ class EsysQuoter:
             QuoteError: the TPM refuses, because the credential is not for these keys for example.
         """
         return await self._climb(
-            lambda opened: opened.activate_credential(credential, secret), breaks_circuit=False
+            lambda opened: opened.activate_credential(credential, secret),
+            breaks_circuit=False,
+            gives_way=True,
         )
 
     async def _climb(
@@ -125,6 +127,7 @@ class EsysQuoter:
         *,
         learn: bool = False,
         breaks_circuit: bool = True,
+        gives_way: bool = False,
     ) -> T:
         """Try a command until it succeeds, is fatal, or the caller's deadline cancels."""
         tries = 0
@@ -134,6 +137,7 @@ class EsysQuoter:
                 return await self._gate.run(
                     lambda again=reopen: command(self._fresh(again)),  # type: ignore[misc]
                     learn=learn and not reopen,
+                    gives_way=gives_way,
                 )
             except TpmError as exc:
                 step = step_for(exc)
