@@ -1,4 +1,4 @@
-"""The operator's door: health, metrics, and status as JSON and as a page.
+"""The operator's door: health, metrics, and status as JSON and as a page, registrations.
 
 Everything here only reads. The listener has no password, so it is for loopback and unix sockets
 alone (`config` sees to that), and a web page that an operator happens to have open must not read
@@ -17,7 +17,7 @@ from provider_proxy import http1
 from provider_proxy.config import is_loopback
 from provider_proxy.errors import WrongHostError
 from provider_proxy.metrics import Metrics
-from provider_proxy.server import no_query, route
+from provider_proxy.server import Registrations, no_query, route
 from provider_proxy.wire import encode_envelope
 
 PAGE = "status.html"
@@ -31,6 +31,7 @@ class AdminDoor:
     Args:
         not_ready: why the daemon cannot serve now; None while it can.
         status: what `GET /status` tells.
+        registrations: what `GET /registrations` tells.
     """
 
     def __init__(
@@ -38,10 +39,12 @@ class AdminDoor:
         metrics: Metrics,
         not_ready: Callable[[], str | None],
         status: Callable[[], Mapping[str, object]],
+        registrations: Callable[[], Registrations] = tuple,
     ) -> None:
         self._metrics = metrics
         self._not_ready = not_ready
         self._status = status
+        self._registrations = registrations
         self._page = resources.files("provider_proxy").joinpath(PAGE).read_bytes()
         self._page_headers = page_headers(self._page)
         self._routes = {
@@ -50,6 +53,7 @@ class AdminDoor:
             "/healthz": self._health,
             "/readyz": self._ready,
             "/metrics": self._get_metrics,
+            "/registrations": self._get_registrations,
         }
 
     async def __call__(self, request: http1.Request) -> http1.Response:
@@ -84,6 +88,11 @@ class AdminDoor:
 
     async def _get_metrics(self, _request: http1.Request) -> http1.Response:
         return http1.Response(body=(self._metrics.text(),), content_type=http1.TEXT)
+
+    async def _get_registrations(self, request: http1.Request) -> http1.Response:
+        no_query(request)
+        results = {"registrations": list(self._registrations())}
+        return http1.Response(body=(encode_envelope(200, "Success", results),), headers=(NO_SNIFF,))
 
 
 NO_SNIFF = (b"X-Content-Type-Options", b"nosniff")

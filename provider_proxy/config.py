@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 from provider_proxy.config_env import apply_environment
 from provider_proxy.config_files import DEFAULT, Document, Origin, read_document
-from provider_proxy.config_tables import TABLES, Config, TenantRules
+from provider_proxy.config_registrars import check_registrars
+from provider_proxy.config_tables import NAMED_TABLES, TABLES, Config, TenantRules
 from provider_proxy.config_values import fail
 from provider_proxy.errors import ConfigError, HostError
 
@@ -26,7 +27,7 @@ C = TypeVar("C")
 
 EMBEDDED = "embedded"
 MAX_SECRET_BYTES = 4096
-TENANT_NAME_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)  # no ':', see tenants.py
+NAME_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)  # no ':', see tenants.py
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,28 +72,41 @@ def parse_config(data: Mapping[str, object]) -> Config:
     Raises:
         ConfigError: the message names the key.
     """
-    rest = {key: value for key, value in data.items() if key != "tenants"}
+    rest = {key: value for key, value in data.items() if key not in NAMED_TABLES}
     config = _read_table(Config, rest, "")
-    tenants = data.get("tenants", {})
-    if not isinstance(tenants, dict):
-        raise fail("tenants", "tables, [tenants.NAME]")
-    config = dataclasses.replace(config, tenants=_read_tenants(tenants, config.tenant_defaults))
+    config = dataclasses.replace(
+        config,
+        tenants=_read_tenants(_named(data, "tenants"), config.tenant_defaults),
+        registrars={
+            name: _read_table(NAMED_TABLES["registrars"], table, f"registrars.{name}.")
+            for name, table in _named(data, "registrars").items()
+        },
+    )
     _check_whole(config)
     return config
 
 
+def _named(data: Mapping[str, object], key: str) -> dict[str, dict[str, object]]:
+    """The tables of a table of tables, by their names."""
+    tables = data.get(key, {})
+    if not isinstance(tables, dict):
+        raise fail(key, f"tables, [{key}.NAME]")
+    for name, table in tables.items():
+        if not NAME_RE.fullmatch(name):
+            raise fail(f"{key}.{name}", "a name of letters, digits, '.', '_' and '-'")
+        if not isinstance(table, dict):
+            raise fail(f"{key}.{name}", "a table")
+    return tables
+
+
 def _read_tenants(
-    tenants: Mapping[str, object], defaults: TenantRules
+    tenants: Mapping[str, dict[str, object]], defaults: TenantRules
 ) -> Mapping[str, TenantRules]:
     """Tenants' tables; what one does not say, the defaults say."""
     found: dict[str, TenantRules] = {}
     owner: dict[str, str] = {}
     for name, table in tenants.items():
         key = f"tenants.{name}"
-        if not TENANT_NAME_RE.fullmatch(name):
-            raise fail(key, "a name of letters, digits, '.', '_' and '-'")
-        if not isinstance(table, dict):
-            raise fail(key, "a table")
         if "accept_unlisted" in table:
             raise ConfigError(f"{key}.accept_unlisted belongs in tenant_defaults")
         own = _read_table(TenantRules, table, key + ".")
@@ -154,6 +168,7 @@ def _check_whole(config: Config) -> None:
         raise ConfigError("batch.window_ms must be < limits.default_timeout_ms")
     if config.tpm.ek_handle == config.tpm.ak_handle:
         raise ConfigError("tpm.ak_handle must differ from tpm.ek_handle")
+    check_registrars(config.registrars, config.tenants, quoter=config.quoter.kind)
 
 
 def check_local(key: str, addresses: tuple[str, ...]) -> None:

@@ -20,7 +20,9 @@ from provider_proxy.config_values import (
     number_of,
     one_of,
     read_addresses,
+    read_agent_id,
     read_banks,
+    read_contact,
     read_duty,
     read_flag,
     read_handle,
@@ -28,6 +30,7 @@ from provider_proxy.config_values import (
     read_path,
     read_pcrs,
     read_text,
+    read_url,
     read_uuid,
     read_uuids,
 )
@@ -178,6 +181,37 @@ class TenantRules:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RegistrarTable:
+    """`[registrars.NAME]`: a tenant's registrar, in which the host is registered."""
+
+    url: str = _key(read_url, None, "Where it answers; must be set.")
+    ca: Path | None = _key(
+        read_path, None, "CA of its certificate, PEM; by default those that the system trusts."
+    )
+    client_cert: Path | None = _key(
+        read_path, None, "Own certificate, PEM; a registrar lets nobody read without one."
+    )
+    client_key: Path | None = _key(
+        read_path, None, "Its private key, PEM, not encrypted; not readable by others."
+    )
+    insecure_plaintext: bool = _key(
+        read_flag, False, "The URL is http://: nothing can be read back, nor who answers be known."
+    )
+    tenant: str | None = _key(
+        read_text, None, "Whose it is; this tenant sees the registration in /verifier/identity."
+    )
+    contact: str | None = _key(
+        read_contact, None, "IP address and port that the record names, for the tenant's verifier."
+    )
+    agent_id: str | None = _key(
+        read_agent_id, None, "The host's id there; by default from the host's id, NAME and URL."
+    )
+    interval_s: float = _key(
+        number(10, 86_400), 300.0, "How often the record is looked at, in seconds."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Logs:
     """`[logs]`: the host's event logs, sent along with PCR 10 and the boot PCRs."""
 
@@ -223,6 +257,7 @@ class Config:
     limits: Limits = _table(Limits)
     tenant_defaults: TenantRules = _table(TenantRules)
     tenants: Mapping[str, TenantRules] = field(default_factory=dict)
+    registrars: Mapping[str, RegistrarTable] = field(default_factory=dict)
     logs: Logs = _table(Logs)
     audit: AuditTable = _table(AuditTable)
     log: LogTable = _table(LogTable)
@@ -240,3 +275,6 @@ TABLES: dict[str, type[Any]] = {
     "audit": AuditTable,
     "log": LogTable,
 }
+
+NAMED_TABLES: dict[str, type[Any]] = {"tenants": TenantRules, "registrars": RegistrarTable}
+"""Tables of tables: `[tenants.NAME]`. The names are the operator's."""

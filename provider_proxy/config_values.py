@@ -5,12 +5,14 @@ A reader takes the key and the TOML value, and gives the value that the program 
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from provider_proxy.errors import ConfigError
 from provider_proxy.model import PCR_COUNT, HashAlg, mask_of
@@ -22,6 +24,8 @@ IDENTITY_RE = re.compile(
     r"spiffe://[^\s]{1,2000}|dns:[a-z0-9._-]{1,253}|email:[^\s]{3,254}|cn:[^\n]{1,64}"
     r"|sha256:[0-9a-f]{64}|uid:[0-9]{1,10}"
 )
+AGENT_ID_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", re.ASCII)  # Keylime keeps 80
+MAX_URL_CHARS = 1024
 
 
 def fail(key: str, must: str) -> ConfigError:
@@ -201,3 +205,55 @@ def read_uuids(key: str, value: object) -> frozenset[uuid.UUID]:
     if not isinstance(value, list):
         raise fail(key, "a list of UUIDs")
     return frozenset(read_uuid(key, item) for item in value)
+
+
+def read_url(key: str, value: object) -> str:
+    """An http or https URL without user, query and fragment; without a final slash."""
+    text = read_text(key, value)
+    must = '"https://host:port"'
+    if len(text) > MAX_URL_CHARS or not text.isascii() or not text.isprintable() or " " in text:
+        raise fail(key, must)
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise fail(key, must) from None
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or port == 0
+        or set(text) & set("@?#\\")
+    ):
+        raise fail(key, must)
+    return text.rstrip("/")
+
+
+def read_agent_id(key: str, value: object) -> str:
+    """An agent's id in a registrar."""
+    text = read_text(key, value)
+    if not AGENT_ID_RE.fullmatch(text):
+        raise fail(key, "1 to 80 letters, digits, '.', '_' and '-'")
+    return text
+
+
+def read_contact(key: str, value: object) -> str:
+    """An IP address and a port, as "192.0.2.7:8890" or "[2001:db8::7]:8890"."""
+    text = read_text(key, value)
+    host, _, port = text.rpartition(":")
+    try:
+        version = ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).version
+    except ValueError:
+        version = None
+    if (
+        version is None
+        or (version == 6) != (host.startswith("[") and host.endswith("]"))
+        or not (port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) <= 65535)
+    ):
+        raise fail(key, '"address:port" with an IP address')
+    return text
+
+
+def split_contact(contact: str) -> tuple[str, int]:
+    """The address and the port of what `read_contact` gave."""
+    host, _, port = contact.rpartition(":")
+    return str(ipaddress.ip_address(host.strip("[]"))), int(port)

@@ -2,6 +2,7 @@
 
     run ─┬─ batcher.run         fill and flush
          ├─ doors               a listener each; a task a connection
+         ├─ registrations       a task a tenant's registrar; none keeps READY or a quote waiting
          ├─ watchdog            ends the process where a TPM command hangs
          └─ signals             SIGTERM and SIGINT begin the drain, SIGHUP reloads
 
@@ -36,6 +37,7 @@ from provider_proxy.hostlogs import HostLogFiles
 from provider_proxy.metrics import Metrics
 from provider_proxy.quoters.esys import EsysQuoter, open_quoter
 from provider_proxy.recent import Recent
+from provider_proxy.registrations import Registrations
 from provider_proxy.reload import ReadConfig, Reloader
 from provider_proxy.status import StatusBoard
 from provider_proxy.tenants import TenantBook, load_book
@@ -87,8 +89,12 @@ async def run(
     async with open_quoter(config, metrics) as quoter:
         recent = Recent()
         batcher = _make_batcher(config, quoter, metrics, recent)
+        registrations = Registrations(
+            quoter, metrics, host_uuid=quoter.identity.host_uuid, state_dir=config.state_dir
+        )
+        registrations.replace(await trio.to_thread.run_sync(registrations.make, config.registrars))
         draining = trio.Event()
-        tenant_door = _tenant_door(config, quoter, batcher, book, recent)
+        tenant_door = _tenant_door(config, quoter, batcher, book, recent, registrations)
         tenants = http1.Door(
             tenant_door,
             observe=metrics.count_request,
@@ -100,7 +106,7 @@ async def run(
         metrics.connections.set_function(lambda: tenants.connections)
         board = _status_board(config, quoter, batcher, recent, metrics, draining)
         admin = http1.Door(
-            AdminDoor(metrics, board.not_ready, board.results),
+            AdminDoor(metrics, board.not_ready, board.results, registrations.for_provider),
             observe=lambda status, reason: None,
         )
         async with (
@@ -121,11 +127,16 @@ async def run(
             tune_gc()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(batcher.run)
+                registrations.start(nursery)
                 nursery.start_soon(watchdog.run, quoter, config.tpm.hang_limit_s)
                 for listener in open_admin:
                     nursery.start_soon(_accept, admin, listener)
                 reloader = Reloader(
-                    config, read_config or (lambda: config), tenant_door, open_doors
+                    config,
+                    read_config or (lambda: config),
+                    tenant_door,
+                    open_doors,
+                    registrations,
                 )
                 await nursery.start(_reload_at_signal, reloader)
                 with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -225,7 +236,12 @@ def _boottime() -> int:
 
 
 def _tenant_door(
-    config: Config, quoter: EsysQuoter, batcher: Batcher, book: TenantBook, recent: Recent
+    config: Config,
+    quoter: EsysQuoter,
+    batcher: Batcher,
+    book: TenantBook,
+    recent: Recent,
+    registrations: Registrations,
 ) -> server.TenantDoor:
     identity = quoter.identity
     return server.TenantDoor(
@@ -242,6 +258,7 @@ def _tenant_door(
             host_uuid=str(identity.host_uuid),
             software=identity.software,
         ),
+        registrations=lambda tenant: registrations.for_tenant(tenant.name),
         version=program_version(),
         banks=config.tpm.banks,
         default_timeout_ms=config.limits.default_timeout_ms,

@@ -21,6 +21,7 @@
     │   ├── SelfCheckError         502, the quote failed our own verification
     │   └── DeadlineError          504
     ├── ReplyError                 the tenant's side got no evidence: network, HTTP status  (exit 3)
+    ├── RegistrarError             a registrar gave no usable answer                        (exit 3)
     └── VerificationError          evidence refused; a class for each numbered check        (exit 1)
 
 `str(error)` is the public message: it may be shown to the other side. What only we may see hangs
@@ -84,6 +85,18 @@ class ReplyError(ProviderProxyError):
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
+
+
+class RegistrarError(ProviderProxyError):
+    """A registrar gave no usable answer: unreachable, an HTTP error, or no proper reply.
+
+    Attributes:
+        status: the HTTP status, where there was one.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class RequestError(ProviderProxyError):

@@ -1,7 +1,8 @@
-"""Files read within a limit, and written whole or not at all."""
+"""Files read within a limit, written whole or not at all, and locked among processes."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -51,3 +52,43 @@ def write_private(path: Path, data: bytes) -> None:
             os.close(directory)
     except OSError as exc:
         raise HostError(f"cannot write {path}: {exc.strerror}") from exc
+
+
+class FileLock:
+    """A lock among this host's processes; the kernel lets it go when its holder ends.
+
+    Args:
+        path: of a file that is made where it is missing, and stays.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd: int | None = None
+
+    def take(self) -> bool:
+        """Take it, without waiting; False where another holds it.
+
+        Raises:
+            HostError: the file cannot be made.
+        """
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as exc:
+            raise HostError(f"cannot lock {self._path}: {exc.strerror}") from exc
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        except OSError as exc:
+            os.close(fd)
+            raise HostError(f"cannot lock {self._path}: {exc.strerror}") from exc
+        self._fd = fd
+        return True
+
+    def release(self) -> None:
+        """Let it go."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None

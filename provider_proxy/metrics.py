@@ -6,6 +6,8 @@ test process do not share numbers. One counter per reason, so that "refused" can
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 LEAVES_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -105,6 +107,12 @@ class Metrics:
             ["version", "python"],
             registry=self.registry,
         )
+        self.registrations = Gauge(
+            prefix + "registrations",
+            "1 for the state that each registration is in, 0 for the others.",
+            ["registrar", "state"],
+            registry=self.registry,
+        )
         self.selfcheck_failures = Counter(
             prefix + "selfcheck_failures",
             "Batches that failed the tenants' own checks here. Must stay 0.",
@@ -136,6 +144,16 @@ class Metrics:
         """How many batches failed the self-check."""
         name = "provider_proxy_selfcheck_failures_total"
         return int(self.registry.get_sample_value(name) or 0)
+
+    def set_registration(self, registrar: str, state: str, states: Iterable[str]) -> None:
+        """Say in which of all its states a registration is."""
+        for each in states:
+            self.registrations.labels(registrar, each).set(each == state)
+
+    def forget_registration(self, registrar: str, states: Iterable[str]) -> None:
+        """Drop what was said of a registrar that is configured no more."""
+        for each in states:
+            self.registrations.remove(registrar, each)
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -1,4 +1,5 @@
-"""SIGHUP: reads the configuration, the tenants, the certificates and the CRL again, and loses nothing.
+"""SIGHUP: reads the configuration, the tenants, the registrars, the certificates and the CRL again, and
+loses nothing.
 
 The new state is made as a whole before any of it is used; where a part of it is bad, the old one goes on.
 Connections stay: those that come after get the new TLS context, and every request asks the new book.
@@ -19,13 +20,15 @@ import trio
 from provider_proxy import listeners, sysd
 from provider_proxy.config_tables import Config
 from provider_proxy.errors import ConfigError, ProviderProxyError
+from provider_proxy.registration import Registration
+from provider_proxy.registrations import Registrations
 from provider_proxy.server import TenantDoor
 from provider_proxy.tenants import TenantBook, load_book
 
 log = logging.getLogger(__name__)
 
 ReadConfig = Callable[[], Config]
-RELOADED = ("tenants", "tenant_defaults")
+RELOADED = ("tenants", "tenant_defaults", "registrars")
 RELOADED_LISTEN = ("tls_cert", "tls_key", "client_ca", "client_crl")
 
 
@@ -36,6 +39,7 @@ class _Fresh:
     config: Config
     book: TenantBook
     context: ssl.SSLContext | None
+    registrations: Sequence[Registration]
 
 
 class Reloader:
@@ -52,10 +56,12 @@ class Reloader:
         read_config: ReadConfig,
         door: TenantDoor,
         doors: Sequence[listeners.Listener],
+        registrations: Registrations,
     ) -> None:
         self._config = config
         self._read_config = read_config
         self._door = door
+        self._registrations = registrations
         self._tls = [door for door in doors if isinstance(door, listeners.TlsListener)]
 
     async def run(self, signals: AsyncIterator[int]) -> None:
@@ -81,7 +87,12 @@ class Reloader:
         if fresh.context is not None:
             for listener in self._tls:
                 listener.context = fresh.context
-        log.info("reloaded: %d tenants", len(fresh.config.tenants))
+        self._registrations.replace(fresh.registrations)
+        log.info(
+            "reloaded: %d tenants, %d registrars",
+            len(fresh.config.tenants),
+            len(fresh.registrations),
+        )
 
     def _load(self) -> _Fresh:
         config = self._read_config()
@@ -91,6 +102,7 @@ class Reloader:
             config=config,
             book=load_book(config.listen, config.tenant_defaults, config.tenants),
             context=listeners.tls_context(config.listen),
+            registrations=self._registrations.make(config.registrars),
         )
 
 

@@ -7,7 +7,7 @@ decides when a quote is taken, and knows a tenant only by what `identify` says o
 from __future__ import annotations
 
 import base64
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib import resources
 from typing import Protocol, TypeVar
 
@@ -53,6 +53,9 @@ R = TypeVar("R")
 Count = Callable[[str, str], None]
 """Told what became of a tenant's request: the tenant's name, and "ok" or an error's class."""
 
+Registrations = Sequence[Mapping[str, object]]
+"""What is told of some registrations."""
+
 Identify = Callable[[http1.Peer], Tenant]
 """Says who a connection's tenant is. Raises `RequestError` for one that may not come in."""
 
@@ -65,6 +68,7 @@ class TenantDoor:
         identity: results of `GET /verifier/identity`.
         version: of this program.
         count: told what became of each request of a known tenant.
+        registrations: those of a tenant, for its `GET /verifier/identity`.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class TenantDoor:
         identify: Identify,
         *,
         identity: Mapping[str, object],
+        registrations: Callable[[Tenant], Registrations] = lambda tenant: (),
         version: str,
         banks: tuple[HashAlg, ...],
         default_timeout_ms: int,
@@ -84,6 +89,8 @@ class TenantDoor:
         self._quotas = Quotas()
         self.identify = identify
         self._identity = encode_envelope(200, "Success", identity)
+        self._identity_results = identity
+        self._registrations = registrations
         self._version = encode_envelope(
             200,
             "Success",
@@ -149,9 +156,13 @@ class TenantDoor:
             self._quotas.leave(quota, log_bytes=sum(map(len, body[1:])))
         return http1.Response(body=body)
 
-    async def _get_identity(self, request: http1.Request, _tenant: Tenant) -> http1.Response:
+    async def _get_identity(self, request: http1.Request, tenant: Tenant) -> http1.Response:
         no_query(request)
-        return http1.Response(body=(self._identity,))
+        own = list(self._registrations(tenant))
+        if not own:
+            return http1.Response(body=(self._identity,))
+        results = {**self._identity_results, "registrations": own}
+        return http1.Response(body=(encode_envelope(200, "Success", results),))
 
     async def _get_version(self, request: http1.Request, _tenant: Tenant) -> http1.Response:
         no_query(request)

@@ -14,7 +14,9 @@ import pytest
 
 from provider_proxy import config_tables
 from provider_proxy.config import parse_config, read_secret
-from provider_proxy.config_tables import Config, TenantRules
+from provider_proxy.config_registrars import agent_id_of, check_registrars
+from provider_proxy.config_tables import Config, RegistrarTable, TenantRules
+from provider_proxy.config_values import split_contact
 from provider_proxy.errors import ConfigError, HostError
 from provider_proxy.model import HashAlg, mask_of
 
@@ -81,6 +83,31 @@ KEYS: dict[str, tuple[Any, list[tuple[str, Any]]]] = {
     "tenant_defaults.burst": (100, [("1", 1), ("1000000", 1_000_000)]),
     "tenant_defaults.max_inflight": (64, [("1", 1), ("1000000", 1_000_000)]),
     "tenant_defaults.accept_unlisted": (True, [("false", False)]),
+    "registrars.NAME.url": (
+        None,
+        [
+            ('"https://registrar.example"', "https://registrar.example"),
+            ('"https://registrar.example:8891/"', "https://registrar.example:8891"),
+            ('"https://[::1]:8891/keylime"', "https://[::1]:8891/keylime"),
+        ],
+    ),
+    "registrars.NAME.ca": (None, [('"/etc/ca"', Path("/etc/ca"))]),
+    "registrars.NAME.client_cert": (None, []),  # see the registrars' rules below
+    "registrars.NAME.client_key": (None, []),
+    "registrars.NAME.insecure_plaintext": (False, [("false", False)]),
+    "registrars.NAME.tenant": (None, [('"dns:acme.example"', "dns:acme.example")]),
+    "registrars.NAME.contact": (
+        None,
+        [
+            ('"192.0.2.7:8890"', "192.0.2.7:8890"),
+            ('"[2001:db8::7]:65535"', "[2001:db8::7]:65535"),
+        ],
+    ),
+    "registrars.NAME.agent_id": (
+        None,
+        [(f'"{UUID}"', UUID), ('"host-a.example"', "host-a.example"), (f'"{"a" * 80}"', "a" * 80)],
+    ),
+    "registrars.NAME.interval_s": (300.0, [("10", 10.0), ("86400", 86_400.0)]),
     "audit.enabled": (False, [("true", True)]),
     "audit.path": (None, [('"/tmp/audit"', Path("/tmp/audit"))]),
     "audit.max_mb": (64, [("1", 1), ("100000", 100_000)]),
@@ -105,6 +132,9 @@ PATH = "a path"
 HANDLE = "a persistent handle, 0x81000000 to 0x81ffffff"
 PCRS = "a list of PCR numbers, 0 to 23"
 ADDRESS = '"host:port", "[ipv6]:port" or "unix:/path"'
+URL = '"https://host:port"'
+CONTACT = '"address:port" with an IP address'
+AGENT_ID = "1 to 80 letters, digits, '.', '_' and '-'"
 BANK = 'one of "sha1", "sha256", "sha384", "sha512"'
 
 # key, a bad value as TOML, what the message says the value must be
@@ -201,6 +231,40 @@ BAD: list[tuple[str, str, str]] = [
     ("tenant_defaults.burst", "1.5", WHOLE),
     ("tenant_defaults.max_inflight", "0", ">= 1"),
     ("tenant_defaults.accept_unlisted", "0", FLAG),
+    ("registrars.NAME.url", "1", TEXT),
+    ("registrars.NAME.url", '""', URL),
+    ("registrars.NAME.url", '"registrar.example:8891"', URL),
+    ("registrars.NAME.url", '"ftp://registrar.example"', URL),
+    ("registrars.NAME.url", '"https://"', URL),
+    ("registrars.NAME.url", '"https://registrar.example:65536"', URL),
+    ("registrars.NAME.url", '"https://registrar.example:0"', URL),
+    ("registrars.NAME.url", '"https://user:word@registrar.example"', URL),
+    ("registrars.NAME.url", '"https://registrar.example/?x"', URL),
+    ("registrars.NAME.url", '"https://registrar.example/#x"', URL),
+    ("registrars.NAME.url", '"https://registrar.example/a b"', URL),
+    ("registrars.NAME.url", '"https://registr\u00e4r.example"', URL),
+    ("registrars.NAME.url", '"https://[::1"', URL),
+    ("registrars.NAME.url", f'"https://{"a" * 1024}"', URL),
+    ("registrars.NAME.ca", "1", TEXT),
+    ("registrars.NAME.client_cert", '""', PATH),
+    ("registrars.NAME.client_key", "true", TEXT),
+    ("registrars.NAME.insecure_plaintext", "1", FLAG),
+    ("registrars.NAME.tenant", "1", TEXT),
+    ("registrars.NAME.contact", "8890", TEXT),
+    ("registrars.NAME.contact", '"192.0.2.7"', CONTACT),
+    ("registrars.NAME.contact", '"192.0.2.7:0"', CONTACT),
+    ("registrars.NAME.contact", '"192.0.2.7:65536"', CONTACT),
+    ("registrars.NAME.contact", '"host.example:8890"', CONTACT),
+    ("registrars.NAME.contact", '"2001:db8::7:8890"', CONTACT),
+    ("registrars.NAME.contact", '"[192.0.2.7]:8890"', CONTACT),
+    ("registrars.NAME.contact", f'"192.0.2.7:{"1" * 5000}"', CONTACT),
+    ("registrars.NAME.agent_id", "1", TEXT),
+    ("registrars.NAME.agent_id", '""', AGENT_ID),
+    ("registrars.NAME.agent_id", '"../agents"', AGENT_ID),
+    ("registrars.NAME.agent_id", '"a/b"', AGENT_ID),
+    ("registrars.NAME.agent_id", f'"{"a" * 81}"', AGENT_ID),
+    ("registrars.NAME.interval_s", "9", ">= 10"),
+    ("registrars.NAME.interval_s", "86401", "<= 86400"),
     ("audit.enabled", "1", FLAG),
     ("audit.path", "1", TEXT),
     ("audit.max_mb", "0", ">= 1"),
@@ -213,19 +277,25 @@ BAD: list[tuple[str, str, str]] = [
 ]
 
 
+REGISTRAR_URL = "https://registrar.example:8891"
+
+
 def document(key: str, value: str) -> dict[str, Any]:
     """A good file with one key set to a value, written as TOML."""
     data = tomllib.loads(PLAIN)
-    table, _, name = key.rpartition(".")
-    parsed = tomllib.loads(f"v = {value}")["v"]
-    (data.setdefault(table, {}) if table else data)[name] = parsed
+    data["registrars"] = {"NAME": {"url": REGISTRAR_URL}}
+    *tables, name = key.split(".")
+    at = data
+    for table in tables:
+        at = at.setdefault(table, {})
+    at[name] = tomllib.loads(f"v = {value}")["v"]
     return data
 
 
 def value_of(config: Config, key: str) -> Any:
     value: Any = config
     for name in key.split("."):
-        value = getattr(value, name)
+        value = value[name] if isinstance(value, Mapping) else getattr(value, name)
     return value
 
 
@@ -233,13 +303,14 @@ def all_keys() -> list[str]:
     """Every key that the dataclasses declare."""
     keys = []
     for field in dataclasses.fields(Config):
+        kind = config_tables.TABLES.get(field.name)
         if "read" in field.metadata:
             keys.append(field.name)
-        elif field.name != "tenants":  # names of the operator's; see below
-            keys += [
-                f"{field.name}.{f.name}"
-                for f in dataclasses.fields(config_tables.TABLES[field.name])
-            ]
+        elif kind is not None:
+            keys += [f"{field.name}.{f.name}" for f in dataclasses.fields(kind)]
+        elif field.name != "tenants":  # which have the keys of tenant_defaults; see below
+            kind = config_tables.NAMED_TABLES[field.name]
+            keys += [f"{field.name}.NAME.{f.name}" for f in dataclasses.fields(kind)]
     return keys
 
 
@@ -249,10 +320,13 @@ def test_every_key_is_tested() -> None:
 
 
 def test_defaults() -> None:
-    config = parse_config(tomllib.loads(PLAIN))
+    config = parse_config(document("listen.insecure_plaintext", "true"))
     defaults = {key: value_of(config, key) for key in KEYS}
     wanted: dict[str, Any] = {key: default for key, (default, _) in KEYS.items()}
-    assert defaults == wanted | {"listen.insecure_plaintext": True}
+    assert defaults == wanted | {
+        "listen.insecure_plaintext": True,
+        "registrars.NAME.url": REGISTRAR_URL,
+    }
 
 
 GOOD = [(key, text, value) for key, (_, values) in KEYS.items() for text, value in values]
@@ -440,6 +514,83 @@ def test_tenants_that_are_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config({**tomllib.loads(PLAIN), **tomllib.loads(text)})
     assert str(caught.value).startswith(message)
+
+
+# --- registrars -------------------------------------------------------------------------------------
+
+ONE = f'[registrars.one]\nurl = "{REGISTRAR_URL}"\n'
+PLAIN_ONE = '[registrars.one]\nurl = "http://registrar.example:8890"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("registrars = 1", "registrars must be tables, [registrars.NAME]"),
+        ("[registrars]\none = 1", "registrars.one must be a table"),
+        ('[registrars."a/b"]\nurl = "https://r"', "registrars.a/b must be a name of letters"),
+        (ONE + "verify = false", "registrars.one.verify is not a key; known are "),
+        ("[registrars.one]", "registrars.one.url must be set"),
+        (PLAIN_ONE, "registrars.one.url must begin with https:// (or set registrars.one.insecure"),
+        (
+            PLAIN_ONE + "insecure_plaintext = true\nca = '/ca'",
+            "registrars.one.insecure_plaintext must not stand beside TLS files",
+        ),
+        (
+            ONE + "insecure_plaintext = true",
+            "registrars.one.insecure_plaintext must not stand beside an https:// URL",
+        ),
+        (ONE + "client_cert = '/c'", "registrars.one.client_cert and registrars.one.client_key"),
+        (ONE + "client_key = '/k'", "registrars.one.client_cert and registrars.one.client_key"),
+        (ONE + "tenant = 'nobody'", "registrars.one.tenant must be a [tenants.NAME]"),
+        (
+            ONE + "agent_id = 'host-a'\n" + ONE.replace("one", "two") + "agent_id = 'HOST-A'",
+            "registrars.two.agent_id is that of registrars.one too",
+        ),
+    ],
+)
+def test_registrars_that_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**tomllib.loads(PLAIN), **tomllib.loads(text)})
+    assert str(caught.value).startswith(message)
+
+
+def test_contacts_are_split() -> None:
+    assert split_contact("192.0.2.7:8890") == ("192.0.2.7", 8890)
+    assert split_contact("[2001:DB8::7]:1") == ("2001:db8::7", 1)
+
+
+def test_an_agents_keys_are_not_ours_to_register() -> None:
+    table = RegistrarTable(url=REGISTRAR_URL)
+    check_registrars({"one": table}, {}, quoter="tpm")
+    check_registrars({}, {}, quoter="keylime-agent")
+    with pytest.raises(ConfigError, match=r'^registrars.one needs quoter.kind = "tpm"$'):
+        check_registrars({"one": table}, {}, quoter="keylime-agent")
+
+
+def test_registrars() -> None:
+    text = PLAIN + ALICE + ONE + "client_cert = '/c'\nclient_key = '/k'\ntenant = 'alice'\n"
+    text += PLAIN_ONE.replace("one", "two") + "insecure_plaintext = true\n"
+    registrars = parse_config(tomllib.loads(text)).registrars
+    assert list(registrars) == ["one", "two"]
+    assert registrars["one"].client_cert == Path("/c")
+    assert registrars["one"].tenant == "alice"
+    assert registrars["two"].insecure_plaintext
+
+
+def test_ids_differ_by_host_name_and_url_and_stay() -> None:
+    host, other = uuid.UUID(UUID), uuid.UUID(int=1)
+    table = RegistrarTable(url=REGISTRAR_URL)
+    ids = [
+        agent_id_of("one", table, host),
+        agent_id_of("two", table, host),
+        agent_id_of("one", RegistrarTable(url="https://elsewhere.example"), host),
+        agent_id_of("one", table, other),
+    ]
+    assert len(set(ids)) == 4
+    assert all(str(uuid.UUID(each)) == each for each in ids)
+    # Known to tenants: it must never change.
+    assert ids[0] == "543aea66-c0f2-52a8-b116-44d585a8a283"
+    assert agent_id_of("one", RegistrarTable(url=REGISTRAR_URL, agent_id="mine"), host) == "mine"
 
 
 # --- what two keys say together ---------------------------------------------------------------------

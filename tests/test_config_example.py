@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import tomllib
@@ -10,7 +11,7 @@ from typing import Any
 
 from provider_proxy.config import parse_config
 from provider_proxy.config_env import known_keys
-from provider_proxy.config_tables import Config
+from provider_proxy.config_tables import Config, RegistrarTable
 from provider_proxy.config_values import as_toml
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "docs" / "provider-proxy.example.toml"
@@ -52,7 +53,10 @@ def test_what_is_commented_out_holds_already() -> None:
 def test_opened_up_it_is_a_configuration() -> None:
     """With the examples of what has no default; so no key is there that the daemon does not know."""
     config = parse_config(DATA)
-    assert list(config.tenants) == ["acme"]
+    assert list(config.tenants) == list(config.registrars) == ["acme"]
+    assert DATA["registrars"]["acme"].keys() == {
+        field.name for field in dataclasses.fields(RegistrarTable)
+    }
     assert config.batch == Config().batch
 
 

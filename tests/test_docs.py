@@ -133,10 +133,13 @@ def config_fields() -> dict[str, dataclasses.Field[Any]]:
     fields = {
         f.name: f
         for f in dataclasses.fields(config_tables.Config)
-        if f.name not in {*config_tables.TABLES, "tenants"}
+        if f.name not in {*config_tables.TABLES, *config_tables.NAMED_TABLES}
     }
     for table, kind in config_tables.TABLES.items():
         fields |= {f"{table}.{f.name}": f for f in dataclasses.fields(kind)}
+    for table, kind in config_tables.NAMED_TABLES.items():
+        if table != "tenants":  # which have the keys of tenant_defaults
+            fields |= {f"{table}.NAME.{f.name}": f for f in dataclasses.fields(kind)}
     return fields
 
 
@@ -174,7 +177,7 @@ def test_documented_bounds_are_the_code_s() -> None:
         if row[1].startswith("whole"):
             with pytest.raises(ConfigError):
                 read_value("key", float(bounds[1]) + 0.5)
-    assert seen == 14
+    assert seen == 15
 
 
 def test_documented_duty_bounds_are_the_code_s() -> None:
@@ -194,7 +197,11 @@ def test_toml_blocks_are_configurations(doc: Path, block: str) -> None:
 
 
 def test_toml_blocks_are_there() -> None:
-    assert {doc.name for doc, _ in TOML_BLOCKS} == {"README.md", "configuration.md"}
+    assert {doc.name for doc, _ in TOML_BLOCKS} == {
+        "README.md",
+        "configuration.md",
+        "registration.md",
+    }
 
 
 # --- command line --------------------------------------------------------------------------------
@@ -632,7 +639,7 @@ def test_stages_name_functions_that_exist(row: list[str]) -> None:
 
 
 GLOSSARY_TERMS = (
-    "tenant, provider, host, proxy, door, registrar, "
+    "tenant, provider, host, proxy, door, registrar, record, registration, round, activation, "
     "TPM, chip, gate, duty, PCR, bank, mask, AK, EK, authValue, quote, qualifying data, "
     "nonce, request, challenge, waiter, batch key, isolation class, line, window, ripe, seal, "
     "batch, drain, salt, leaf, padding, tree, root, path, proof, reply, evidence, label, claims, "

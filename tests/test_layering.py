@@ -14,7 +14,7 @@ import provider_proxy
 ROOT = Path(provider_proxy.__file__).parent
 
 PURE = (
-    *("errors", "model", "tpm_bytes", "inclusion", "attestation_key", "attestation"),
+    *("errors", "model", "tpm_bytes", "inclusion", "attestation_key", "attestation", "credential"),
     *("wire", "query", "policy", "verify", "request_file", "soft_tpm"),
 )
 SHARED = ("files", "metrics", "journal", "http_body")
@@ -30,6 +30,7 @@ PROVIDER = (
         "waiting_room",
         "config_values",
         "config_tables",
+        "config_registrars",
         "config_files",
         "config_env",
         "config",
@@ -37,6 +38,7 @@ PROVIDER = (
         "hostlogs",
     ),
     *("tpm.*", "quoters.*", "quotas", "batcher", "http1", "tenants", "server", "listeners"),
+    *("registrar_client", "registration_state", "registration", "registrations"),
     *("status", "admin"),
     *("pki", "watchdog", "reload", "daemon"),
 )
@@ -47,7 +49,15 @@ ORDER = (*PURE, *SHARED, *TENANT, *PROVIDER, *PROGRAMS)
 THIRD_PARTY = {
     "cryptography": ("*",),
     "trio": (*PROVIDER, "bench.*", "cli.*"),
-    "httpx": ("http_body", "client", "keylime", "quoters.*", "cli.*"),
+    "httpx": (
+        "http_body",
+        "client",
+        "keylime",
+        "quoters.*",
+        "registrar_client",
+        "registration",
+        "cli.*",
+    ),
     "h11": ("http1",),
     "merklelib": ("merkle",),
     "tpm2_pytss": ("tpm.*", "quoters.*"),

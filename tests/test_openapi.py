@@ -44,6 +44,7 @@ from provider_proxy.model import (
     parse_nonce,
 )
 from provider_proxy.query import parse_quote_query
+from provider_proxy.registration_state import State, Status, for_tenant
 from provider_proxy.soft_tpm import SoftTpm
 from provider_proxy.waiting_room import BatchSettings
 from provider_proxy.wire import FORMAT
@@ -146,9 +147,9 @@ def test_schemas_compile() -> None:
 def test_only_evidence_may_grow() -> None:
     """All other objects have the keys that are described, each of them, and no more."""
     schemas = DOC["components"]["schemas"]
-    for name in ("Envelope", "Version", "Identity"):
+    for name in ("Envelope", "Version", "Identity", "Registration"):
         assert schemas[name]["required"] == list(schemas[name]["properties"])
-    for name in ("Envelope", "Version", "Identity", "ParameterResults"):
+    for name in ("Envelope", "Version", "Identity", "Registration", "ParameterResults"):
         assert schemas[name]["additionalProperties"] is False
 
 
@@ -438,6 +439,19 @@ async def test_the_description_is_served() -> None:
         reply = await wire.get("/openapi.json?x=1")
         assert (reply.status, reply.results()) == (400, {"parameter": "query"})
         check_reply("/openapi.json", reply)
+
+
+async def test_registrations_are_as_described() -> None:
+    schema = DOC["components"]["schemas"]["Registration"]
+    assert schema["properties"]["state"]["enum"] == [state.value for state in State]
+    for state in State:
+        for last_success in (None, 1_795_353_880.5):
+            status = Status(state=state, last_success=last_success)
+            own = [for_tenant("acme", "host-a.example", status)]
+            async with connected(make_door(no_submit, registrations=lambda tenant: own)) as wire:  # noqa: B023
+                reply = await wire.get("/verifier/identity")
+                assert reply.results()["registrations"] == own
+                check_reply("/verifier/identity", reply)
 
 
 def failing_door(error: ProviderProxyError) -> Door:

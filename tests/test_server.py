@@ -76,11 +76,13 @@ def make_door(
     *,
     identify: Callable[[Peer], Tenant] = lambda peer: TENANT,
     banks: tuple[HashAlg, ...] = (HashAlg.SHA256, HashAlg.SHA1),
+    registrations: Callable[[Tenant], server.Registrations] = lambda tenant: (),
 ) -> Door:
     handler = server.TenantDoor(
         submit,
         identify,
         identity=IDENTITY,
+        registrations=registrations,
         version="1.2.3",
         banks=banks,
         default_timeout_ms=30_000,

@@ -38,6 +38,8 @@ SUBCOMMANDS = {
     "audit": "prove that a nonce was in a batch of the audit log",
     "pin": "say which AK is trusted for which host",
     "tpm": "look at the host's TPM and its attestation key",
+    "register": "register the host in its tenants' registrars once, step by step",
+    "registrations": "show how the registrations of a running daemon stand",
     "demo": "200 tenants, one TPM, on this machine",
     "bench": "measure on this machine",
 }

@@ -1,0 +1,262 @@
+"""Talks to one Keylime registrar, as an agent does: its version, register, activate, read the record.
+
+Trusts nothing that comes back: sizes, times and forms are bounded, redirects and the environment's
+proxies are not followed, and a server that cannot prove its name is not talked to. Never lists and never
+deletes: a record that is not ours stays as it is. Every failure is a `RegistrarError`.
+Source: Keylime 7.14's registrar; docs/registration.md has the calls.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import ssl
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import httpx
+import trio
+
+from provider_proxy.config_tables import RegistrarTable
+from provider_proxy.credential import MAX_BLOB_BYTES
+from provider_proxy.errors import EvidenceFormatError, HostError, RegistrarError
+from provider_proxy.http_body import IDENTITY
+from provider_proxy.wire import Fields, parse_json_object
+
+MAX_BODY_BYTES = 64 * 1024  # a record has 5 kB with an EK certificate
+MAX_KEY_BYTES = 1024  # a TPM2B_PUBLIC
+MAX_CERT_BYTES = 16 * 1024
+CALL_LIMIT_S = 30.0  # for a whole call, from connecting to the last byte
+CONNECT_LIMIT_S = 10.0
+NEWEST = (2, 6)  # of the versions that were tried; 3.0 answers 500 in Keylime 7.14
+OLDEST = (2, 1)
+VERSION_RE = re.compile(r"(\d{1,3})\.(\d{1,3})", re.ASCII)
+MAX_VERSIONS = 64
+SHOWN_CHARS = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What a registrar keeps of a host.
+
+    Attributes:
+        ek_public, ak_public: TPM2B_PUBLIC; empty where the record has none.
+        ek_cert: DER; None where there is none.
+        contact: IP address and port for the tenant's verifier; None where it is not named.
+    """
+
+    ek_public: bytes
+    ak_public: bytes
+    ek_cert: bytes | None = None
+    contact: tuple[str, int] | None = None
+
+
+def tls_context(key: str, table: RegistrarTable) -> ssl.SSLContext | None:
+    """TLS towards a registrar; None for an http:// URL. Reads files: not for trio's thread.
+
+    Args:
+        key: "registrars.NAME", for messages.
+
+    Raises:
+        HostError: a file is missing, is no PEM, or others can read the key.
+    """
+    if table.insecure_plaintext:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=table.ca)
+    except (OSError, ssl.SSLError) as exc:
+        raise HostError(f"{key}.ca: cannot be used: {exc}") from exc
+    if table.client_cert is None or table.client_key is None:
+        return context
+    try:
+        mode = table.client_key.stat().st_mode
+        if not stat.S_ISREG(mode) or mode & 0o007:
+            raise HostError(f"{key}.client_key: {table.client_key} must not be readable by others")
+        context.load_cert_chain(table.client_cert, table.client_key, password=_no_password)
+    except (OSError, ssl.SSLError, ValueError) as exc:
+        raise HostError(f"{key}.client_cert, {key}.client_key: cannot be used: {exc}") from exc
+    return context
+
+
+def _no_password() -> str:
+    raise ValueError("the key is encrypted; a daemon has nobody to ask for the password")
+
+
+def http_client(context: ssl.SSLContext | None) -> httpx.AsyncClient:
+    """The pooled client of one registrar."""
+    return httpx.AsyncClient(
+        # Where the URL is http:// no TLS is spoken; should it be, it trusts nobody.
+        verify=context or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+        trust_env=False,
+        follow_redirects=False,
+        timeout=httpx.Timeout(CALL_LIMIT_S, connect=CONNECT_LIMIT_S),
+        limits=httpx.Limits(max_connections=2, max_keepalive_connections=1),
+        headers={"Accept": "application/json", **IDENTITY},
+    )
+
+
+class RegistrarClient:
+    """One registrar.
+
+    Args:
+        http: its pooled client; the caller closes it.
+        url: "https://host:8891".
+        agent_id: the host's id there.
+    """
+
+    def __init__(self, http: httpx.AsyncClient, url: str, agent_id: str) -> None:
+        self._http = http
+        self._url = url
+        self._agent_id = agent_id
+        self._version = NEWEST
+
+    async def negotiate(self) -> str:
+        """Ask for the registrar's API versions, and use the newest that both know.
+
+        Raises:
+            RegistrarError: no answer, or no version that both know.
+        """
+        results = self._results(await self._call("GET", "/version"))
+        raw = results.get("supported_versions")
+        if not isinstance(raw, list) or len(raw) > MAX_VERSIONS:
+            raise RegistrarError("the registrar does not say which versions it supports")
+        found = [VERSION_RE.fullmatch(item) for item in raw if isinstance(item, str)]
+        versions = [(int(match[1]), int(match[2])) for match in found if match is not None]
+        common = [version for version in versions if OLDEST <= version <= NEWEST]
+        if not common:
+            raise RegistrarError(
+                f"the registrar speaks none of the API versions 2.{OLDEST[1]} to 2.{NEWEST[1]}"
+            )
+        self._version = max(common)
+        return "{}.{}".format(*self._version)
+
+    async def read(self) -> Record | None:
+        """The record, if it is active; None where it is not, or is not there.
+
+        Raises:
+            RegistrarError: no answer, or not allowed: `status` is 400 or 403 without a certificate
+                that the registrar accepts.
+        """
+        try:
+            body = await self._call("GET", self._path())
+        except RegistrarError as exc:
+            if exc.status == 404:
+                return None
+            raise
+        return _parse_record(self._results(body))
+
+    async def register(self, record: Record) -> bytes:
+        """Make or renew the record, which is inactive from then on until it is activated.
+
+        Returns:
+            The challenge, uncut.
+
+        Raises:
+            RegistrarError: `status` is 403 where another TPM has the id, 400 where the keys are
+                refused.
+        """
+        ip, port = record.contact or (None, None)
+        cert = record.ek_cert
+        body = {
+            "ek_tpm": base64.b64encode(record.ek_public).decode("ascii"),
+            "aik_tpm": base64.b64encode(record.ak_public).decode("ascii"),
+            "ekcert": base64.b64encode(cert).decode("ascii") if cert is not None else None,
+            "ip": ip,
+            "port": port,
+        }
+        results = self._results(await self._call("POST", self._path(), body))
+        try:
+            return Fields(results, "the registrar's answer").base64("blob", MAX_BLOB_BYTES)
+        except EvidenceFormatError as exc:
+            raise RegistrarError(str(exc)) from exc
+
+    async def activate(self, tag: str) -> None:
+        """Answer the challenge; a wrong answer deletes the record.
+
+        Raises:
+            RegistrarError: `status` is 400 where the answer is wrong, 404 where the record has gone.
+        """
+        await self._call("PUT", self._path(), {"auth_tag": tag})
+
+    def _path(self) -> str:
+        return "/v{}.{}/agents/{}".format(*self._version, self._agent_id)
+
+    async def _call(self, method: str, path: str, body: object = None) -> bytes:
+        """One exchange; the body of a 200.
+
+        Raises:
+            RegistrarError: no answer in time, too large an answer, or another status.
+        """
+        data = bytearray()
+        encoded = False
+        try:
+            # Cancelled, not left: then httpx's generators end where they are and close the connection,
+            # where `http_body.read_body` would leave them to the garbage collector (trio warns of it).
+            with trio.fail_after(CALL_LIMIT_S), trio.CancelScope() as enough:
+                async with self._http.stream(method, self._url + path, json=body) as response:
+                    status = response.status_code
+                    encoded = "content-encoding" in response.headers
+                    async for chunk in response.aiter_raw():
+                        data += chunk
+                        if encoded or len(data) > MAX_BODY_BYTES:
+                            enough.cancel()
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as exc:
+            why = printable(str(exc)) or type(exc).__name__
+            raise RegistrarError(f"the registrar gave no answer: {why}") from exc
+        except trio.TooSlowError as exc:
+            raise RegistrarError(
+                f"the registrar gave no answer: none within {CALL_LIMIT_S:g} s"
+            ) from exc
+        if encoded:
+            raise RegistrarError("the registrar's answer is encoded, unasked")
+        if len(data) > MAX_BODY_BYTES:
+            raise RegistrarError(f"the registrar's answer is larger than {MAX_BODY_BYTES} bytes")
+        if status != 200:
+            raise RegistrarError(
+                f"the registrar answered {status}: {_status_text(bytes(data))}", status=status
+            )
+        return bytes(data)
+
+    def _results(self, body: bytes) -> Mapping[str, object]:
+        try:
+            results = parse_json_object(body, "the registrar's answer").get("results")
+        except EvidenceFormatError as exc:
+            raise RegistrarError(str(exc)) from exc
+        if not isinstance(results, dict):
+            raise RegistrarError("the registrar's answer has no results")
+        return results
+
+
+def _parse_record(results: Mapping[str, object]) -> Record:
+    fields = Fields(results, "the record")
+
+    def optional(key: str, limit: int) -> bytes | None:
+        return None if results.get(key) is None else fields.base64(key, limit)
+
+    try:
+        contact = None
+        if results.get("ip") is not None and results.get("port") is not None:
+            contact = (fields.text("ip", 64), fields.integer("port", 65535))
+        return Record(
+            ek_public=optional("ek_tpm", MAX_KEY_BYTES) or b"",
+            ak_public=optional("aik_tpm", MAX_KEY_BYTES) or b"",
+            ek_cert=optional("ekcert", MAX_CERT_BYTES),
+            contact=contact,
+        )
+    except EvidenceFormatError as exc:
+        raise RegistrarError(str(exc)) from exc
+
+
+def _status_text(body: bytes) -> str:
+    """The envelope's status, fit to be shown."""
+    try:
+        text = parse_json_object(body, "the answer").get("status")
+    except EvidenceFormatError:
+        text = None
+    return printable(text) if isinstance(text, str) and text else "no reason given"
+
+
+def printable(text: str) -> str:
+    """Foreign text as one short line."""
+    return "".join(c if c.isprintable() else "?" for c in text[:SHOWN_CHARS])
