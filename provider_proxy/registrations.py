@@ -7,6 +7,7 @@ has not changed is kept.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -20,6 +21,8 @@ from provider_proxy.metrics import Metrics
 from provider_proxy.registrar_client import http_client, tls_context
 from provider_proxy.registration import Registration, TpmIdentity
 from provider_proxy.registration_state import State, for_provider, for_tenant
+
+log = logging.getLogger(__name__)
 
 LOCKS = "registrars"  # below state_dir: a file a registrar, empty
 STATES = tuple(state.value for state in State)
@@ -106,6 +109,11 @@ class Registrations:
             self._start(nursery, each)
 
     def _start(self, nursery: trio.Nursery, registration: Registration) -> None:
+        if registration.table.insecure_plaintext:
+            log.warning(
+                "registrars.%s.insecure_plaintext: nothing says who answers there",
+                registration.name,
+            )
         scope = trio.CancelScope()
         self._scopes.append(scope)
 
