@@ -6,10 +6,10 @@ import argparse
 import json
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import trio
 
+from provider_proxy.cli.files import add_config_argument
 from provider_proxy.config import EMBEDDED, load_config
 from provider_proxy.config_tables import Config, RegistrarTable
 from provider_proxy.errors import HostError, ProviderProxyError, UsageError
@@ -29,9 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name", nargs="?", metavar="NAME", help="of [registrars.NAME]; all of them without it"
     )
-    parser.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="the daemon's configuration"
-    )
+    add_config_argument(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
 

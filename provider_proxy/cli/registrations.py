@@ -6,13 +6,13 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import httpx
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from provider_proxy.cli.files import add_config_argument
 from provider_proxy.config import load_config
 from provider_proxy.errors import EvidenceFormatError, ReplyError, UsageError
 from provider_proxy.wire import parse_json_object
@@ -24,9 +24,7 @@ COLUMNS = ("registrar", "state", "since", "last success", "last error")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="the daemon's configuration"
-    )
+    add_config_argument(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
 
