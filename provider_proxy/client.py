@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,24 @@ from provider_proxy.wire import (
 
 LOG_PCRS = 0xFFFF  # PCR 10 brings the IMA log, boot PCRs the firmware's
 MAX_IDENTITY_BYTES = 64 * 1024
+MAX_REGISTRATIONS = 100  # a tenant has one registrar, or a few
+NAME_RE = re.compile(r"[A-Za-z0-9._-]{1,80}", re.ASCII)
 MAX_RETRY_AFTER_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimedRegistration:
+    """The host in one of the tenant's own registrars, as the proxy says.
+
+    Attributes:
+        registrar: the provider's name of it.
+        agent_id: the host's id there.
+        state: "registered", for example; docs/registration.md has them all.
+    """
+
+    registrar: str
+    agent_id: str
+    state: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +53,7 @@ class ClaimedIdentity:
     Attributes:
         ak_public, ek_public: TPM2B_PUBLIC, unparsed.
         ek_cert: DER; None where the TPM has none.
+        registrations: those of the tenant that asked.
     """
 
     ak_public: bytes
@@ -42,6 +61,7 @@ class ClaimedIdentity:
     ek_cert: bytes | None
     host_uuid: str
     software: bool
+    registrations: tuple[ClaimedRegistration, ...] = ()
 
 
 class ProxyClient:
@@ -87,6 +107,7 @@ class ProxyClient:
             ek_cert=results.base64("ek_cert", 16 * 1024) if has_cert else None,
             host_uuid=results.text("host_uuid", 36),
             software=bool(raw["software"]),
+            registrations=_parse_registrations(raw.get("registrations", [])),
         )
 
     async def attest(
@@ -130,6 +151,21 @@ class ProxyClient:
                 retry_after_s=_retry_after(response),
             )
         return body
+
+
+def _parse_registrations(value: object) -> tuple[ClaimedRegistration, ...]:
+    if not isinstance(value, list) or len(value) > MAX_REGISTRATIONS:
+        raise EvidenceFormatError(
+            f"identity.results.registrations is not a list of at most {MAX_REGISTRATIONS}"
+        )
+    found = []
+    for item in value:
+        fields = Fields(item if isinstance(item, dict) else {}, "identity.results.registrations")
+        texts = {name: fields.text(name, 80) for name in ("registrar", "agent_id", "state")}
+        if not all(map(NAME_RE.fullmatch, texts.values())):
+            raise EvidenceFormatError("identity.results.registrations holds a name that is none")
+        found.append(ClaimedRegistration(**texts))
+    return tuple(found)
 
 
 def _status_text(body: bytes) -> str:

@@ -491,6 +491,7 @@ async def test_identity_fetch_verify(site: Site) -> None:
         "host_uuid": str(HOST_UUID),
         "software": True,
         "ek_cert": False,
+        "registrations": [],
     }
     assert base64.b64decode(site.read("ak")) == site.quoter.tpm.ak_public
     done = expect(await site.run("fetch", "--mask", "0x10000", "--json"), GOOD)

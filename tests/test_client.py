@@ -17,7 +17,7 @@ import trio
 from helpers import FAKE_EK, HOST_UUID, LIMIT_S, FakeQuoter, daemon_with, make_certs, make_evidence
 
 from provider_proxy.attestation_key import parse_ak
-from provider_proxy.client import ClaimedIdentity, ProxyClient
+from provider_proxy.client import ClaimedIdentity, ClaimedRegistration, ProxyClient
 from provider_proxy.config_tables import BatchTable, Config, Listen, Logs
 from provider_proxy.errors import (
     EvidenceFormatError,
@@ -313,6 +313,14 @@ GOOD_IDENTITY: dict[str, object] = {
 }
 
 
+REGISTRATION = {
+    "registrar": "acme",
+    "agent_id": "host-a.example",
+    "state": "wrong_challenge",
+    "last_success": None,
+}
+
+
 def identity(results: object) -> ClaimedIdentity:
     body = json.dumps({"code": 200, "status": "Success", "results": results}).encode()
 
@@ -331,6 +339,11 @@ def test_identity() -> None:
     cert = GOOD_IDENTITY | {"ek_cert": base64.b64encode(b"der").decode(), "software": False}
     assert identity(cert).ek_cert == b"der"
     assert not identity(cert).software
+    registered = identity(GOOD_IDENTITY | {"registrations": [REGISTRATION] * 100}).registrations
+    assert registered[-1] == ClaimedRegistration(
+        registrar="acme", agent_id="host-a.example", state="wrong_challenge"
+    )
+    assert len(registered) == 100
 
 
 @pytest.mark.parametrize(
@@ -347,6 +360,13 @@ def test_identity() -> None:
         {"software": None},
         {"software": "yes"},
         {"software": 1},
+        {"registrations": None},
+        {"registrations": [7]},
+        {"registrations": [{}]},
+        {"registrations": [{**REGISTRATION, "agent_id": "a\nb"}]},
+        {"registrations": [{**REGISTRATION, "agent_id": "a" * 81}]},
+        {"registrations": [{**REGISTRATION, "state": None}]},
+        {"registrations": [REGISTRATION] * 101},
     ],
 )
 def test_an_identity_that_is_none(change: dict[str, object]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -110,7 +111,7 @@ def test_tls_files_that_cannot_be_used(tmp_path: Path) -> None:
         )
     )
     cert, key = certs.client_cert, certs.client_key
-    for changes, message in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"ca": nowhere}, "registrars.r.ca: cannot be used"),
         ({"ca": empty}, "registrars.r.ca: cannot be used"),
         ({"client_cert": cert, "client_key": nowhere}, "cannot be used"),
@@ -119,7 +120,8 @@ def test_tls_files_that_cannot_be_used(tmp_path: Path) -> None:
         ({"client_cert": cert, "client_key": certs.key}, "cannot be used"),
         ({"client_cert": cert, "client_key": locked}, "the key is encrypted"),
         ({"client_cert": cert, "client_key": tmp_path}, "must not be readable by others"),
-    ):
+    )
+    for changes, message in cases:
         table = RegistrarTable(url="https://r", **changes)
         with pytest.raises(HostError, match=message):
             tls_context("registrars.r", table)

@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
-from fake_registrar import FakeRegistrar, wrap
 from keylime_helpers import Registrar, running_registrar
+from simulated_registrar import FakeRegistrar, wrap
 from tpm_helpers import Swtpm, open_quoter
 
 from provider_proxy.attestation_key import parse_public

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import trio
 import trio.testing
-from fake_registrar import (
+from simulated_registrar import (
     FakeKeys,
     FakeRegistrar,
     FakeTpm,

@@ -19,7 +19,6 @@ import httpx
 import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric import ec
-from fake_registrar import FakeKeys, wrap
 from helpers import (
     LIMIT_S,
     Asker,
@@ -35,6 +34,7 @@ from helpers import (
     until_answered,
 )
 from keylime_helpers import Registrar, free_port, running_registrar
+from simulated_registrar import FakeKeys, wrap
 from test_docs import codes, fenced, read, rows
 from test_registrar_contract import certificate
 from tpm_helpers import (
@@ -48,6 +48,7 @@ from tpm_helpers import (
 )
 
 from provider_proxy import registrar_client, registration
+from provider_proxy.client import ProxyClient
 from provider_proxy.config_tables import Config, Listen, RegistrarTable, TenantRules
 from provider_proxy.credential import parse_challenge
 from provider_proxy.quoters.esys import EsysQuoter
@@ -309,6 +310,12 @@ async def test_the_daemon_keeps_the_host_registered(
         assert record["aik_tpm"] == identity["ak_tpm"]
         assert record["ek_tpm"] == identity["ek_tpm"]
 
+        async with httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=started.addresses[0].removeprefix("unix:"))
+        ) as http:
+            claimed = await ProxyClient(http, "http://localhost").identity()
+        assert [each.agent_id for each in claimed.registrations] == [agent_id]
+
         delete(registrar, agent_id)
         await until(lambda: record_of(registrar, agent_id) is not None, "the record's return")
 
@@ -321,7 +328,7 @@ async def test_the_daemon_keeps_the_host_registered(
                     break
         taken = record_of(registrar, agent_id)
         mine = await until_state(admin, "one", State.CONFLICT)
-        assert "another TPM's EK" in mine["last_error"]
+        assert "another TPM's" in mine["last_error"]
         text = (await get(admin, "/metrics")).body.decode()
         assert 'registrations{registrar="one",state="conflict"} 1.0' in text
         assert 'registrations{registrar="one",state="registered"} 0.0' in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -49,16 +50,19 @@ async def _run(args: argparse.Namespace) -> int:
     )
     if args.save_ak is not None:
         write_private(args.save_ak, text.encode("ascii") + b"\n")
-    values = {
+    values: dict[str, object] = {
         "ak_name": ak.name.hex(),
         "sign_alg": ak.sign_alg,
         "host_uuid": identity.host_uuid,
         "software": identity.software,
         "ek_cert": identity.ek_cert is not None,
     }
+    registrations = [dataclasses.asdict(each) for each in identity.registrations]
     if args.json:
-        print(json.dumps(values))
-    else:
-        for name, value in values.items():
-            print(f"{name:10} {value}")
+        print(json.dumps({**values, "registrations": registrations}))
+        return 0
+    for name, value in values.items():
+        print(f"{name:10} {value}")
+    for each in identity.registrations:
+        print(f"registration {each.agent_id} at {each.registrar}: {each.state}")
     return 0
