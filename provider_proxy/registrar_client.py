@@ -33,7 +33,7 @@ NEWEST = (2, 6)  # of the versions that were tried; 3.0 answers 500 in Keylime 7
 OLDEST = (2, 1)
 VERSION_RE = re.compile(r"(\d{1,3})\.(\d{1,3})", re.ASCII)
 MAX_VERSIONS = 64
-SHOWN_CHARS = 200
+SHOWN_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -448,8 +448,10 @@ async def test_sighup_replaces_the_registrars(registrar: Registrar, tmp_path: Pa
             partial(run_command, "registrations", "--config", config)
         )
         assert shown.returncode == 0, shown.stderr
-        assert "acme" in shown.stdout
-        assert "registered" in shown.stdout
+        lines = shown.stdout.splitlines()
+        assert lines[0].startswith("acme: registered, since ")
+        assert lines[2].split() == ["as", status["agent_id"]]
+        assert lines[-1].split() == ["last", "error", "none"]
         shown = await trio.to_thread.run_sync(
             partial(run_command, "registrations", "--config", config, "--json")
         )

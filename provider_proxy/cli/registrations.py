@@ -8,18 +8,15 @@ import time
 from collections.abc import Sequence
 
 import httpx
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from provider_proxy.cli.files import add_config_argument
 from provider_proxy.config import load_config
 from provider_proxy.errors import EvidenceFormatError, ReplyError, UsageError
+from provider_proxy.registrar_client import printable
 from provider_proxy.wire import parse_json_object
 
 ASK_LIMIT_S = 10.0
 MAX_BODY_BYTES = 4 * 1024 * 1024  # some thousands of registrations
-COLUMNS = ("registrar", "state", "since", "last success", "last error")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,15 +42,25 @@ def run(args: argparse.Namespace) -> int:
     if not found:
         print("the daemon has no [registrars.NAME]")
         return 0
-    table = Table(*COLUMNS, title="Registrations", title_justify="left")
     for each in found:
-        table.add_row(
-            *(_text(each.get(key)) for key in ("registrar", "state")),
-            *(_age(each.get(key)) for key in ("since", "last_success")),
-            _error(each),
-        )
-    Console().print(table)
+        _show(each)
     return 0
+
+
+def _show(each: dict[str, object]) -> None:
+    print(f"{_text(each, 'registrar')}: {_text(each, 'state')}, since {_age(each.get('since'))}")
+    error = "none"
+    if each.get("last_error") is not None:
+        error = f"{_age(each.get('last_error_at'))}: {_text(each, 'last_error')}"
+    rows = {
+        "at": _text(each, "url"),
+        "as": _text(each, "agent_id"),
+        "of tenant": _text(each, "tenant"),
+        "last success": _age(each.get("last_success")),
+        "last error": error,
+    }
+    for name, text in rows.items():
+        print(f"  {name:13} {text}")
 
 
 def _ask(address: str) -> list[dict[str, object]]:
@@ -85,8 +92,9 @@ def _ask(address: str) -> list[dict[str, object]]:
     return [each for each in found if isinstance(each, dict)]
 
 
-def _text(value: object) -> Text:
-    return Text(str(value) if value is not None else "")  # never as markup
+def _text(each: dict[str, object], key: str) -> str:
+    value = each.get(key)
+    return printable(str(value)) if value is not None else "none"
 
 
 def _age(value: object) -> str:
@@ -100,9 +108,3 @@ def _age(value: object) -> str:
     if hours:
         return f"{hours} h {minutes} min ago"
     return f"{minutes} min {seconds % 60} s ago" if minutes else f"{seconds} s ago"
-
-
-def _error(each: dict[str, object]) -> Text:
-    if each.get("last_error") is None:
-        return Text("none")
-    return Text(f"{_age(each.get('last_error_at'))}: {each['last_error']}")
