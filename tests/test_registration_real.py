@@ -56,6 +56,7 @@ from provider_proxy.registrar_client import http_client, tls_context
 from provider_proxy.registration import Registration, TpmIdentity
 from provider_proxy.registration_state import State, Status, for_provider, for_tenant
 from provider_proxy.soft_tpm import SoftTpm
+from provider_proxy.tpm import gate
 from provider_proxy.tpm.disturb import Action
 
 pytestmark = pytest.mark.real
@@ -481,8 +482,11 @@ async def test_sighup_replaces_the_registrars(registrar: Registrar, tmp_path: Pa
 # --- the chip is shared -------------------------------------------------------------------------------
 
 
-async def test_a_quote_waits_for_one_activation_at_most(tmp_path: Path) -> None:
+async def test_a_quote_waits_for_one_activation_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A crowd of registrars comes back at once, to a slow chip."""
+    monkeypatch.setattr(gate, "GIVE_WAY_S", 1.0)  # a busy machine needs longer for the tree
     faults = Faults()
     async with open_quoter("embedded", tmp_path, faults=faults, max_duty=0.5) as opened:
         faults.always(CC_ACTIVATE_CREDENTIAL, Action(delay_s=0.03))
