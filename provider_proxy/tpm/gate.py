@@ -45,6 +45,7 @@ class Gate:
         self._turn = trio.Lock()
         self._low_turn = trio.Lock()
         self._low_was_last = False
+        self._another_ran = trio.Event()
         self._rest_until = 0.0
         self.in_flight_since: float | None = None
 
@@ -101,6 +102,10 @@ class Gate:
             await stack.enter_async_context(self._turn)
             await self.ready()
             self._low_was_last = gives_way
+            if gives_way:
+                self._another_ran = trio.Event()
+            else:
+                self._another_ran.set()
             return await trio.to_thread.run_sync(
                 timed, limiter=self._limiter, abandon_on_cancel=True
             )
@@ -109,7 +114,8 @@ class Gate:
         """After a command of low rank, return when another has run, or nobody wants to."""
         while self._low_was_last:
             await self.ready()
-            await trio.sleep(GIVE_WAY_S)
+            with trio.move_on_after(GIVE_WAY_S):
+                await self._another_ran.wait()
             if self._is_idle:
                 return
 
