@@ -1,9 +1,10 @@
 """Pinned hosts: which AK a tenant trusts for a host, and how far that host's TPM clock has come.
 
-A registrar lets strangers replace its records and a cache runs out; a pin does neither. The AK's name
-is pinned at first trust, a change is refused until a person pins anew, and the newest clock state that
-was ever accepted outlives the process, so that a host rolled back to an old snapshot of its TPM is
-noticed. One JSON file a host, written atomically; several processes may share the directory.
+A registrar lets strangers replace its records and a cache runs out; a pin does neither. The AK, and
+the EK where it is known, are pinned at first trust; a change is refused until a person pins anew. The
+newest clock state that was ever accepted outlives the process, so that a host rolled back to an old
+snapshot of its TPM is noticed. One JSON file a host, written atomically; several processes may share
+the directory.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from provider_proxy.attestation_key import parse_ak
+from provider_proxy.attestation_key import parse_ak, parse_public
 from provider_proxy.errors import EvidenceFormatError, HostError, PinChangedError, UsageError
 from provider_proxy.files import read_file, write_private
 from provider_proxy.model import ClockState, TrustedHost
@@ -26,7 +28,27 @@ from provider_proxy.wire import Fields, clock_values, parse_clock, parse_json_ob
 
 FORMAT = "provider-proxy/pin/1"
 MAX_PIN_BYTES = 16 * 1024
+BY_PERSON, BY_REGISTRAR = "person", "registrar"  # who said that this EK is the host's
 LABEL_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)  # a safe file name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pin:
+    """What a pin's file holds.
+
+    Attributes:
+        ak_public, ek_public: TPM2B_PUBLIC; the EK is None where only the AK was pinned.
+        ek_by_hand: a person vouched for the EK, so that it needs no certificate.
+        newest: the newest clock state accepted; None before the first.
+    """
+
+    ak_public: bytes
+    ek_public: bytes | None = None
+    ek_by_hand: bool = False
+    newest: ClockState | None = None
+
+    def keys(self) -> tuple[bytes, bytes | None, bool]:
+        return self.ak_public, self.ek_public, self.ek_by_hand
 
 
 class PinnedHost(MemoryHistory):
@@ -35,42 +57,84 @@ class PinnedHost(MemoryHistory):
     Open nonces live in memory alone: after a restart their answers are refused.
     """
 
-    def __init__(self, path: Path, host: TrustedHost, ak_public: bytes, newest: ClockState | None):
-        super().__init__(newest)
-        self.host = host
+    def __init__(self, path: Path, label: str, pin: _Pin, stamp: object):
+        super().__init__(pin.newest)
+        self.host = TrustedHost(ak=parse_ak(pin.ak_public), label=label)
         self._path = path
-        self._ak_public = ak_public
+        self._pin = pin
+        self._stamp = stamp
+        self._path_text = os.fspath(path)  # looked at on every attestation; a Path is slower
+
+    @property
+    def ek_public(self) -> bytes | None:
+        """The pinned EK, TPM2B_PUBLIC; None where only the AK is pinned."""
+        return self._pin.ek_public
+
+    @property
+    def ek_by_hand(self) -> bool:
+        """True where a person vouched for the EK."""
+        return self._pin.ek_by_hand
+
+    def demand(self, ak_public: bytes, ek_public: bytes) -> None:
+        """Raises: PinChangedError where this AK or this EK is not the pinned one."""
+        if ak_public != self._pin.ak_public:
+            name = parse_ak(ak_public).name
+            raise PinChangedError(
+                f"{self.host.label} is pinned to the AK {self.host.ak.name.hex()}, not "
+                f"{name.hex()}; pin anew if the change is meant"
+            )
+        if self._pin.ek_public is not None and ek_public != self._pin.ek_public:
+            raise PinChangedError(
+                f"{self.host.label} is pinned to another EK: it is another TPM; pin anew if the "
+                "change is meant"
+            )
+
+    def is_current(self) -> bool:
+        """False where the file has gone, or has other keys; reads it only where it has changed.
+
+        Raises:
+            HostError: the file is damaged.
+        """
+        stamp = _stamp_of(self._path_text)
+        if stamp is None or stamp == self._stamp:
+            return stamp is not None
+        if _parse(read_file(self._path, MAX_PIN_BYTES), self._path).keys() != self._pin.keys():
+            return False
+        self._stamp = stamp  # taken before the file was read: what came later will be read again
+        return True
 
     def newest(self) -> ClockState | None:
         """The newest state that any process accepted.
 
         Raises:
-            PinChangedError: another AK has been pinned since this object was loaded.
+            PinChangedError: another AK or EK has been pinned since this object was loaded.
             HostError: the pin has gone, or is damaged.
         """
-        on_disk = self._on_disk()
+        on_disk = self._on_disk().newest
         mine = super().newest()
         if on_disk is None or (mine is not None and mine > on_disk):
             return mine
         return on_disk
 
-    def _on_disk(self) -> ClockState | None:
-        ak_public, newest = _parse(read_file(self._path, MAX_PIN_BYTES), self._path)
-        if ak_public != self._ak_public:
+    def _on_disk(self) -> _Pin:
+        pin = _parse(read_file(self._path, MAX_PIN_BYTES), self._path)
+        if pin.ak_public != self._pin.ak_public:
             raise PinChangedError(f"{self.host.label} was pinned anew, to another AK")
-        return newest
+        if self._pin.ek_public is not None and pin.ek_public != self._pin.ek_public:
+            raise PinChangedError(f"{self.host.label} was pinned anew, to another EK")
+        return pin
 
     def accept(self, state: ClockState) -> None:
         """Remember a state; on disk where it is the newest of all processes.
 
         Raises:
-            PinChangedError: another AK has been pinned since; that person's word stands.
+            PinChangedError: another AK or EK has been pinned since; that person's word stands.
             HostError: the pin cannot be read or written.
         """
         with _locked(self._path.parent):
-            on_disk = self._on_disk()
-            if on_disk is None or state > on_disk:
-                write_private(self._path, _encode(self._ak_public, state))
+            pin = self._on_disk()
+            if pin.newest is None or state > pin.newest:
+                write_private(self._path, _encode(replace(pin, newest=state)))
         super().accept(state)
 
 
@@ -93,31 +157,50 @@ class PinStore:
         """The pinned hosts, in order of their names."""
         return sorted(path.stem for path in self._directory.glob("*.json"))
 
-    def pin(self, label: str, ak_public: bytes, *, anew: bool = False) -> PinnedHost:
-        """Trust an AK for a host from now on.
+    def has(self, label: str) -> bool:
+        """True where a host is pinned. Raises: UsageError for a label that is no name."""
+        return self._path(label).exists()
+
+    def pin(
+        self,
+        label: str,
+        ak_public: bytes,
+        *,
+        ek_public: bytes | None = None,
+        ek_by_hand: bool = False,
+        anew: bool = False,
+    ) -> PinnedHost:
+        """Trust an AK, and an EK where it is given, for a host from now on.
+
+        An EK is added to a pin of the same AK that has none yet; the clock's history goes on.
 
         Args:
             ak_public: TPM2B_PUBLIC; its attributes are checked.
+            ek_public: TPM2B_PUBLIC of the EK that is in the same TPM.
+            ek_by_hand: a person vouches for this EK: its certificate need not be looked at.
             anew: a person said that the change is meant; the clock's history begins afresh.
 
         Raises:
-            PinChangedError: another AK is pinned, and `anew` was not said.
-            UntrustedAkError, EvidenceFormatError: not an AK.
+            PinChangedError: another AK or EK is pinned, and `anew` was not said.
+            UntrustedAkError, EvidenceFormatError: not an AK, or not a key.
             UsageError: a label that is no name.
         """
         path = self._path(label)
-        key = parse_ak(ak_public)
+        parse_ak(ak_public)
+        if ek_public is not None:
+            parse_public(ek_public)
+        new = _Pin(ak_public=ak_public, ek_public=ek_public, ek_by_hand=ek_by_hand)
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(self._directory):
             if path.exists() and not anew:
                 pinned = self.load(label)
-                if pinned.host.ak.name != key.name:
-                    raise PinChangedError(
-                        f"{label} is pinned to the AK {pinned.host.ak.name.hex()}, not "
-                        f"{key.name.hex()}; pin anew if the change is meant"
-                    )
-                return pinned
-            write_private(path, _encode(ak_public, None))
+                pinned.demand(ak_public, ek_public or pinned.ek_public or b"")
+                if ek_public is None or (
+                    pinned.ek_public and (pinned.ek_by_hand or not ek_by_hand)
+                ):
+                    return pinned
+                new = replace(new, newest=pinned.newest())
+            write_private(path, _encode(new))
         return self.load(label)
 
     def load(self, label: str) -> PinnedHost:
@@ -128,11 +211,10 @@ class PinStore:
             HostError: its file is damaged.
         """
         path = self._path(label)
-        if not path.exists():
+        stamp = _stamp_of(path)
+        if stamp is None:
             raise UsageError(f"{label} is not pinned")
-        ak_public, newest = _parse(read_file(path, MAX_PIN_BYTES), path)
-        host = TrustedHost(ak=parse_ak(ak_public), label=label)
-        return PinnedHost(path, host, ak_public, newest)
+        return PinnedHost(path, label, _parse(read_file(path, MAX_PIN_BYTES), path), stamp)
 
     def remove(self, label: str) -> None:
         """Forget a host.
@@ -161,24 +243,46 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _encode(ak_public: bytes, newest: ClockState | None) -> bytes:
+def _stamp_of(path: Path | str) -> object:
+    """Changes whenever the file is replaced; None where it is missing."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size
+
+
+def _is_by_person(text: str) -> bool:
+    if text not in (BY_PERSON, BY_REGISTRAR):
+        raise EvidenceFormatError("nobody known has vouched for the EK")
+    return text == BY_PERSON
+
+
+def _encode(pin: _Pin) -> bytes:
     values: dict[str, object] = {
         "format": FORMAT,
-        "ak_tpm": base64.b64encode(ak_public).decode("ascii"),
-        "ak_name": parse_ak(ak_public).name.hex(),  # for people; not read back
+        "ak_tpm": base64.b64encode(pin.ak_public).decode("ascii"),
+        "ak_name": parse_ak(pin.ak_public).name.hex(),  # for people; not read back
     }
-    if newest is not None:
-        values["newest"] = clock_values(newest)
+    if pin.ek_public is not None:
+        values["ek_tpm"] = base64.b64encode(pin.ek_public).decode("ascii")
+        values["ek_by"] = BY_PERSON if pin.ek_by_hand else BY_REGISTRAR
+    if pin.newest is not None:
+        values["newest"] = clock_values(pin.newest)
     return json.dumps(values, indent=2).encode("ascii") + b"\n"
 
 
-def _parse(data: bytes, path: Path) -> tuple[bytes, ClockState | None]:
+def _parse(data: bytes, path: Path) -> _Pin:
     try:
         fields = Fields(parse_json_object(data, "pin"), "pin")
         if fields.text("format", 64) != FORMAT:
             raise EvidenceFormatError("an unknown format")
-        ak_public = fields.base64("ak_tpm", 1024)
-        newest = parse_clock(fields.fields("newest")) if "newest" in fields else None
-        return ak_public, newest
+        has_ek = "ek_tpm" in fields
+        return _Pin(
+            ak_public=fields.base64("ak_tpm", 1024),
+            ek_public=fields.base64("ek_tpm", 1024) if has_ek else None,
+            ek_by_hand=has_ek and _is_by_person(fields.text("ek_by", 64)),
+            newest=parse_clock(fields.fields("newest")) if "newest" in fields else None,
+        )
     except EvidenceFormatError as exc:
         raise HostError(f"the pin {path} is damaged: {exc}") from exc

@@ -20,6 +20,9 @@ from provider_proxy.model import AttestationKey, ClockState, HashAlg, PcrValues,
 
 AK_ATTRIBUTES = sum(attestation_key.AK_MUST_HAVE.values()) | 1 << 6  # userWithAuth
 
+EK_ATTRIBUTES = 0x000300B2  # fixedTPM, fixedParent, origin, adminWithPolicy, restricted, decrypt
+EK_POLICY = bytes.fromhex("837197674484b3f81a90cc8d46a5d724fd52d76e06520b64f2a1da1b331469aa")
+
 
 def _tpm2b(data: bytes) -> bytes:
     return len(data).to_bytes(2, "big") + data
@@ -42,6 +45,21 @@ def encode_public(
     area = struct.pack(">HHI", kind, HashAlg.SHA256, attributes) + _tpm2b(b"")
     area += struct.pack(">HHH", null, scheme, HashAlg.SHA256) + detail + unique
     return _tpm2b(area)
+
+
+def encode_ek(key: rsa.RSAPublicKey | ec.EllipticCurvePublicKey) -> bytes:
+    """The TPM2B_PUBLIC of an RSA-2048 or P-256 EK (TCG EK Credential Profile, templates L-1 and L-2)."""
+    null = attestation_key.TPM_ALG_NULL
+    symmetric = struct.pack(">HHH", 0x0006, 128, 0x0043)  # AES-128 in CFB mode
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        point = key.public_numbers()
+        kind, detail = attestation_key.TPM_ALG_ECC, struct.pack(">HHH", null, 3, null)
+        unique = _tpm2b(point.x.to_bytes(32, "big")) + _tpm2b(point.y.to_bytes(32, "big"))
+    else:
+        kind, detail = attestation_key.TPM_ALG_RSA, struct.pack(">HHI", null, key.key_size, 0)
+        unique = _tpm2b(key.public_numbers().n.to_bytes(key.key_size // 8, "big"))
+    area = struct.pack(">HHI", kind, HashAlg.SHA256, EK_ATTRIBUTES) + _tpm2b(EK_POLICY)
+    return _tpm2b(area + symmetric + detail + unique)
 
 
 def encode_attest(

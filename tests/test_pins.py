@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import trio
+from cryptography.hazmat.primitives.asymmetric import ec
 from helpers import LIMIT_S, make_evidence, wait_until
 from tpm_helpers import Swtpm, answer_of, open_quoter, swtpm_at, tool
 
@@ -35,7 +36,7 @@ from provider_proxy.errors import (
 from provider_proxy.model import ClockState, VerifiedQuote
 from provider_proxy.pins import PinnedHost, PinStore
 from provider_proxy.policy import UnsafeAcceptAny
-from provider_proxy.soft_tpm import AK_ATTRIBUTES, SoftTpm, encode_public
+from provider_proxy.soft_tpm import AK_ATTRIBUTES, SoftTpm, encode_ek, encode_public
 from provider_proxy.verify import Challenge, Verifier, new_challenge
 
 LABEL = "host-17"
@@ -142,6 +143,80 @@ def test_what_is_no_ak_is_not_pinned(
 def test_what_is_no_key_is_not_pinned(store: PinStore, data: bytes) -> None:
     with pytest.raises(EvidenceFormatError):
         store.pin(LABEL, data)
+    assert store.labels() == []
+
+
+# --- the EK -----------------------------------------------------------------------------------------
+
+EK, OTHER_EK = (encode_ek(ec.generate_private_key(ec.SECP256R1()).public_key()) for _ in range(2))
+
+
+def test_an_ek_is_pinned_with_the_ak(store: PinStore, file: Path, tpm: SoftTpm) -> None:
+    pinned = store.pin(LABEL, tpm.ak_public, ek_public=EK)
+    assert (pinned.ek_public, pinned.ek_by_hand) == (EK, False)
+    pinned.accept(state(5))
+    assert store.load(LABEL).ek_public == EK
+    assert store.pin(LABEL, tpm.ak_public).ek_public == EK  # who names no EK changes none
+    pinned.demand(tpm.ak_public, EK)
+    for ak_public, ek_public in ((tpm.ak_public, OTHER_EK), (SoftTpm().ak_public, EK)):
+        with pytest.raises(PinChangedError):
+            pinned.demand(ak_public, ek_public)
+        before = file.read_bytes()
+        with pytest.raises(PinChangedError):
+            store.pin(LABEL, ak_public, ek_public=ek_public)
+        assert file.read_bytes() == before
+    assert store.pin(LABEL, tpm.ak_public, ek_public=OTHER_EK, anew=True).ek_public == OTHER_EK
+    assert store.pin(LABEL, tpm.ak_public, anew=True).ek_public is None
+
+
+def test_an_ek_is_added_and_the_clock_goes_on(store: PinStore, tpm: SoftTpm) -> None:
+    first = store.pin(LABEL, tpm.ak_public)
+    first.accept(state(5))
+    assert store.pin(LABEL, tpm.ak_public, ek_public=EK).newest() == state(5)
+    first.accept(state(6))  # by who loaded it before: the EK stays
+    again = store.load(LABEL)
+    assert (again.ek_public, again.newest()) == (EK, state(6))
+
+
+def test_a_person_s_word_for_an_ek_is_kept(store: PinStore, file: Path, tpm: SoftTpm) -> None:
+    store.pin(LABEL, tpm.ak_public, ek_public=EK).accept(state(5))
+    assert store.pin(LABEL, tpm.ak_public, ek_public=EK, ek_by_hand=True).ek_by_hand
+    again = store.pin(LABEL, tpm.ak_public, ek_public=EK)
+    assert (again.ek_by_hand, again.newest()) == (True, state(5))
+    values = json.loads(file.read_bytes())
+    assert values["ek_by"] == "person"
+    for bad in ("me", None):
+        file.write_text(json.dumps({**values, "ek_by": bad}))
+        with pytest.raises(HostError, match="damaged"):
+            store.load(LABEL)
+
+
+def test_a_pin_is_current_until_its_keys_change(store: PinStore, file: Path, tpm: SoftTpm) -> None:
+    pinned = store.pin(LABEL, tpm.ak_public, ek_public=EK)
+    assert pinned.is_current()
+    pinned.accept(state(5))
+    store.load(LABEL).accept(state(6))
+    assert pinned.is_current()
+    store.pin(LABEL, tpm.ak_public, ek_public=OTHER_EK, anew=True)
+    for _ in range(2):
+        assert not pinned.is_current()
+    with pytest.raises(PinChangedError, match="another EK"):
+        pinned.accept(state(7))
+    assert store.load(LABEL).newest() is None
+    store.pin(LABEL, tpm.ak_public, ek_public=EK, anew=True)
+    assert pinned.is_current()
+    file.write_bytes(b"{")
+    with pytest.raises(HostError, match="damaged"):
+        pinned.is_current()
+    store.remove(LABEL)
+    assert not pinned.is_current()
+    assert not store.has(LABEL)
+
+
+@pytest.mark.parametrize("data", [b"", b"garbage"])
+def test_what_is_no_ek_is_not_pinned(store: PinStore, tpm: SoftTpm, data: bytes) -> None:
+    with pytest.raises(EvidenceFormatError):
+        store.pin(LABEL, tpm.ak_public, ek_public=data)
     assert store.labels() == []
 
 
