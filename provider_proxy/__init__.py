@@ -7,7 +7,8 @@
     quote = Verifier(policy).verify(body, challenge, host, history, now_s=time.monotonic())
     quote.pcrs[0]
 
-`provider_proxy.client` asks over HTTP (extra `client`); the daemon needs the extra `host`.
+`provider_proxy.client` asks over HTTP and `provider_proxy.bindings` finds out which AK to trust (extra
+`client`); the daemon needs the extra `host`.
 """
 
 from provider_proxy.attestation_key import insecure_ak_from_pem, parse_ak

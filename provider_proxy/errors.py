@@ -20,7 +20,7 @@
     │   ├── QuoteError             503, the TPM did not give a quote
     │   ├── SelfCheckError         502, the quote failed our own verification
     │   └── DeadlineError          504
-    ├── ReplyError                 the tenant's side got no evidence: network, HTTP status  (exit 3)
+    ├── ReplyError                 the tenant's side got no answer: network, HTTP status    (exit 3)
     ├── RegistrarError             a registrar gave no usable answer                        (exit 3)
     └── VerificationError          evidence refused; a class for each numbered check        (exit 1)
 
@@ -72,11 +72,11 @@ class AkChangedError(HostError):
 
 
 class ReplyError(ProviderProxyError):
-    """A proxy gave no evidence: unreachable, an HTTP error, or too large a reply.
+    """A proxy or a registrar gave no answer: unreachable, an HTTP error, or too large a reply.
 
     Attributes:
         status: the HTTP status, where there was one.
-        retry_after_s: what the proxy asked us to wait, in seconds.
+        retry_after_s: what the other side asked us to wait, in seconds.
     """
 
     def __init__(
@@ -219,6 +219,18 @@ class NonceSpentError(VerificationError):
 
 class UntrustedAkError(VerificationError):
     """The key offered as AK is not one that a TPM restricts to its own quotes."""
+
+
+class NotRegisteredError(VerificationError):
+    """The registrar has no record of this agent that went through credential activation."""
+
+
+class BindingError(VerificationError):
+    """What the host shows, or the registrar's record itself, does not fit: EK and AK do not belong."""
+
+
+class UntrustedEkError(VerificationError):
+    """Nothing that the tenant trusts vouches for the EK."""
 
 
 class PinChangedError(VerificationError):

@@ -12,6 +12,7 @@ from test_layering import PURE
 FORBIDDEN = (
     "trio",
     "httpx",
+    "anyio",
     "h11",
     "merklelib",
     "tpm2_pytss",
@@ -41,7 +42,7 @@ def brought_by(module: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    [f"provider_proxy.{name}" for name in (*PURE, "pins", "audit", "cli.verify")]
+    [f"provider_proxy.{name}" for name in (*PURE, "pins", "ek_chain", "audit", "cli.verify")]
     + ["provider_proxy"],
 )
 def test_tenants_modules_bring_cryptography_alone(module: str) -> None:

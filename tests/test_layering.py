@@ -18,7 +18,7 @@ PURE = (
     *("wire", "query", "policy", "verify", "request_file", "soft_tpm"),
 )
 SHARED = ("files", "metrics", "journal", "http_body")
-TENANT = ("pins", "client", "keylime")
+TENANT = ("pins", "ek_chain", "single_flight", "agent_records", "bindings", "client", "keylime")
 PROVIDER = (
     *(
         "merkle",
@@ -50,14 +50,10 @@ THIRD_PARTY = {
     "cryptography": ("*",),
     "trio": (*PROVIDER, "bench.*", "cli.*"),
     "httpx": (
-        "http_body",
-        "client",
-        "keylime",
-        "quoters.*",
-        "registrar_client",
-        "registration",
-        "cli.*",
+        *("http_body", "agent_records", "bindings", "client", "keylime", "quoters.*"),
+        *("registrar_client", "registration", "bench.*", "cli.*"),
     ),
+    "anyio": ("single_flight", "agent_records", "bindings"),
     "h11": ("http1",),
     "merklelib": ("merkle",),
     "tpm2_pytss": ("tpm.*", "quoters.*"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ssl
+from pathlib import Path
 
 import httpx
 
@@ -22,14 +23,26 @@ def make_client(args: argparse.Namespace) -> httpx.AsyncClient:
     """
     if not args.url.startswith(("https://", "http://")):
         raise UsageError("URL must begin with https:// (or http:// for a proxy on loopback)")
-    if (args.cert is None) != (args.key is None):
-        raise UsageError("--cert and --key belong together")
+    return open_client(args.ca, args.cert, args.key, options="--ca, --cert, --key")
+
+
+def open_client(
+    ca: Path | None, cert: Path | None, key: Path | None, *, options: str
+) -> httpx.AsyncClient:
+    """A client that speaks TLS with these files; `options` names them in errors.
+
+    Raises:
+        UsageError: a certificate without its key.
+        HostError: a TLS file is missing or no PEM.
+    """
+    if (cert is None) != (key is None):
+        raise UsageError(f"{options}: certificate and key belong together")
     try:
-        context = ssl.create_default_context(cafile=args.ca)
-        if args.cert is not None:
-            context.load_cert_chain(args.cert, args.key)
+        context = ssl.create_default_context(cafile=ca)
+        if cert is not None:
+            context.load_cert_chain(cert, key)
     except (OSError, ssl.SSLError) as exc:
-        raise HostError(f"--ca, --cert, --key: {exc}") from exc
+        raise HostError(f"{options}: {exc}") from exc
     timeout = httpx.Timeout(READ_LIMIT_S, connect=CONNECT_LIMIT_S)
     # trust_env: a proxy or netrc of the environment has no business between tenant and host.
     return httpx.AsyncClient(verify=context, timeout=timeout, trust_env=False)

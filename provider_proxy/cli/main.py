@@ -45,6 +45,7 @@ SUBCOMMANDS = {
 }
 EXTRA_OF = {
     "httpx": "client",
+    "anyio": "client",
     "trio": "host",
     "h11": "host",
     "merklelib": "host",

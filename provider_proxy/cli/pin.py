@@ -6,8 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
+from provider_proxy.attestation_key import parse_public
 from provider_proxy.cli.files import read_public
-from provider_proxy.pins import PinStore
+from provider_proxy.errors import UsageError
+from provider_proxy.pins import PinnedHost, PinStore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,15 +17,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     add = actions.add_parser("add", help="trust an AK for a host")
     add.add_argument("label", metavar="HOST", help="your name of the host")
-    add.add_argument(
+    key = add.add_mutually_exclusive_group(required=True)
+    key.add_argument(
         "--ak-tpm",
         type=Path,
-        required=True,
         metavar="FILE",
         help="its AK: TPM2B_PUBLIC, raw or base64, from your registrar",
     )
+    key.add_argument(
+        "--registrar", metavar="URL", help="take AK and EK from this registrar, and check them"
+    )
     add.add_argument(
-        "--anew", action="store_true", help="replace another AK; you know why it changed"
+        "--ek-tpm",
+        type=Path,
+        metavar="FILE",
+        help="its EK: TPM2B_PUBLIC; you vouch for it, and its certificate is not looked at",
+    )
+    add.add_argument("--registrar-ca", type=Path, metavar="FILE", help="CA of the registrar")
+    add.add_argument("--registrar-cert", type=Path, metavar="FILE", help="own certificate, PEM")
+    add.add_argument("--registrar-key", type=Path, metavar="FILE", help="its private key, PEM")
+    add.add_argument("--agent-id", metavar="ID", help="the host's id there (default: HOST)")
+    add.add_argument(
+        "--ek-ca", type=Path, metavar="DIR", help="the TPM vendors' CAs that you trust"
+    )
+    add.add_argument(
+        "--insecure-no-ek",
+        action="store_true",
+        help="check no EK certificate; a TPM of software then passes for the host's",
+    )
+    add.add_argument(
+        "--anew", action="store_true", help="replace another AK or EK; you know why it changed"
     )
     show = actions.add_parser("list", help="show the pinned hosts")
     remove = actions.add_parser("remove", help="forget a host")
@@ -40,8 +63,9 @@ def run(args: argparse.Namespace) -> int:
     """Do what was asked.
 
     Raises:
-        PinChangedError: another AK is pinned for this host.
-        UntrustedAkError: the file holds no attestation key.
+        PinChangedError: another AK or EK is pinned for this host.
+        VerificationError: what file or registrar hold is no attestation key, or nobody vouches for it.
+        ReplyError: the registrar gave no answer.
         UsageError, HostError: a label or a file is wrong.
     """
     code: int = args.act(args)
@@ -49,12 +73,37 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add(args: argparse.Namespace) -> int:
-    pinned = PinStore(args.pins).pin(args.label, read_public(args.ak_tpm), anew=args.anew)
-    name = pinned.host.ak.name.hex()
-    print(
-        json.dumps({"host": args.label, "ak_name": name}) if args.json else f"{args.label} {name}"
+    store = PinStore(args.pins)
+    ek_by_hand = args.ek_tpm is not None
+    ek_public = read_public(args.ek_tpm) if ek_by_hand else None
+    if args.registrar is None:
+        theirs = (args.registrar_ca, args.registrar_cert, args.registrar_key, args.agent_id)
+        if any((*theirs, args.ek_ca, args.insecure_no_ek)):
+            raise UsageError(
+                "--registrar-…, --agent-id, --ek-ca and --insecure-no-ek go with --registrar"
+            )
+        ak_public = read_public(args.ak_tpm)
+    else:
+        # Needs the extra "client"; the rest of this command does not.
+        from provider_proxy.cli.registrar import read_record
+
+        record = read_record(args, ek_by_hand=ek_public)
+        ak_public, ek_public = record.ak_public, record.ek_public
+    pinned = store.pin(
+        args.label, ak_public, ek_public=ek_public, ek_by_hand=ek_by_hand, anew=args.anew
     )
+    values = {"host": args.label, "ak_name": pinned.host.ak.name.hex(), "ek_name": _ek_name(pinned)}
+    if args.json:
+        print(json.dumps(values))
+    else:
+        print(
+            args.label, values["ak_name"], *(() if pinned.ek_public is None else ("with its EK",))
+        )
     return 0
+
+
+def _ek_name(pinned: PinnedHost) -> str | None:
+    return None if pinned.ek_public is None else parse_public(pinned.ek_public).name.hex()
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -67,6 +116,7 @@ def _list(args: argparse.Namespace) -> int:
             {
                 "host": label,
                 "ak_name": pinned.host.ak.name.hex(),
+                "ek_name": _ek_name(pinned),
                 "reset_count": newest.reset_count if newest else None,
                 "clock_ms": newest.clock_ms if newest else None,
             }

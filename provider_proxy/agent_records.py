@@ -1,0 +1,208 @@
+"""What a Keylime registrar recorded for an agent: the API version, one GET, a strict parse.
+
+The `httpx.AsyncClient` is the caller's: its TLS, its pool, its event loop (asyncio or trio). The record
+is what somebody sent to the registrar's open port and then proved credential activation for; whether
+EK and AK deserve trust is not judged here. Every call ends: within `CALL_LIMIT_S`, and within a size.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+import anyio
+import httpx
+
+from provider_proxy.errors import (
+    BindingError,
+    EvidenceFormatError,
+    NotRegisteredError,
+    ReplyError,
+    UsageError,
+)
+from provider_proxy.http_body import IDENTITY, read_body
+from provider_proxy.wire import Fields, parse_json_object
+
+# The versions whose record is the one that is parsed here, the best first. 3.0 answers 500 (7.14.3).
+VERSIONS = ("2.6", "2.5", "2.4", "2.3", "2.2", "2.1", "2.0")
+CALL_LIMIT_S = 30.0  # version and record together; Keylime's own tenant waits 60 s
+MAX_ANSWER_BYTES = 256 * 1024  # a record with DevID certificates is some 10 kB
+MAX_PUBLIC_BYTES = 1024
+MAX_CERT_BYTES = 16 * 1024
+MAX_VERSIONS = 64
+AGENT_ID_RE = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._~-]{0,79}", re.ASCII
+)  # 80: the registrar's column
+# The pooled connection was closed under our hands, by a registrar that was restarted for example.
+STALE = (httpx.ReadError, httpx.WriteError, httpx.CloseError, httpx.RemoteProtocolError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentRecord:
+    """A record as the registrar gave it; none of it is trusted.
+
+    Attributes:
+        ek_public, ak_public: TPM2B_PUBLIC.
+        ek_cert: DER; None where the agent sent none.
+    """
+
+    agent_id: str
+    ek_public: bytes
+    ek_cert: bytes | None
+    ak_public: bytes
+
+
+def check_agent_id(agent_id: str) -> str:
+    """Raises: UsageError where it is no id that could stand in the registrar's URL as it is."""
+    if not AGENT_ID_RE.fullmatch(agent_id):
+        raise UsageError("an agent id is letters, digits, '.', '_', '~' and '-', 80 at most")
+    return agent_id
+
+
+class AgentRecords:
+    """One registrar.
+
+    Args:
+        http: the caller's client, with the client certificate that the registrar demands.
+        base_url: "https://registrar:8891".
+
+    Raises:
+        UsageError: neither https nor http on loopback.
+    """
+
+    def __init__(self, http: httpx.AsyncClient, base_url: str) -> None:
+        self._http = http
+        self._base_url = _check_url(base_url)
+        self._version: str | None = None
+
+    async def fetch(self, agent_id: str) -> AgentRecord:
+        """Ask for a record.
+
+        Raises:
+            NotRegisteredError: there is none, or it never went through credential activation.
+            BindingError: it has no EK, or belongs to another id.
+            ReplyError: no answer, or none of a registrar.
+            UsageError: not an agent id.
+        """
+        check_agent_id(agent_id)
+        try:
+            with anyio.fail_after(CALL_LIMIT_S):
+                return await self._fetch(agent_id)
+        except TimeoutError as exc:
+            raise ReplyError(f"the registrar gave no answer within {CALL_LIMIT_S:g} s") from exc
+
+    async def _fetch(self, agent_id: str) -> AgentRecord:
+        version, was_known = self._version, self._version is not None
+        if version is None:
+            version = await self._negotiate()
+        status, body = await self._get(f"/v{version}/agents/{agent_id}")
+        if was_known and _may_be_the_version(status, body):
+            negotiated = await self._negotiate()
+            if negotiated != version:  # another registrar answers there now
+                status, body = await self._get(f"/v{negotiated}/agents/{agent_id}")
+        if status == 404 and _is_envelope(body):
+            raise NotRegisteredError(f"the registrar has no active record of {agent_id}")
+        if status != 200:
+            self._version = None
+            raise ReplyError(f"the registrar answered {status}", status=status)
+        return _parse_record(body, agent_id)
+
+    async def _negotiate(self) -> str:
+        status, body = await self._get("/version")
+        if status != 200:
+            raise ReplyError(f"the registrar answered {status} for its versions", status=status)
+        self._version = _best_version(body)
+        return self._version
+
+    async def _get(self, path: str) -> tuple[int, bytes]:
+        try:
+            try:
+                return await self._get_once(path)
+            except STALE:
+                return await self._get_once(path)  # on a new connection; a GET may be repeated
+        except (httpx.HTTPError, httpx.InvalidURL) as exc:
+            why = str(exc) or type(exc).__name__
+            raise ReplyError(f"the registrar gave no answer: {why}") from exc
+
+    async def _get_once(self, path: str) -> tuple[int, bytes]:
+        async with self._http.stream("GET", self._base_url + path, headers=IDENTITY) as response:
+            body = await read_body(response, MAX_ANSWER_BYTES, "the registrar")
+        return response.status_code, body
+
+
+def _check_url(url: str) -> str:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as exc:
+        raise UsageError(f"the registrar's URL: {exc}") from exc
+    if parsed.scheme == "https" and parsed.host:
+        return url.rstrip("/")
+    if parsed.scheme == "http" and _is_loopback(parsed.host):
+        return url.rstrip("/")
+    raise UsageError("the registrar's URL must begin with https:// (or http:// on loopback)")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _is_envelope(body: bytes) -> bool:
+    """True for Keylime's own answer; a path that it does not serve gets an empty body."""
+    try:
+        return "results" in parse_json_object(body, "the registrar's answer")
+    except EvidenceFormatError:
+        return False
+
+
+def _may_be_the_version(status: int, body: bytes) -> bool:
+    """True where the path's version, rather than the agent, may be what is unknown.
+
+    The real registrar (7.14.3) answers 404 without a body, others 400 or 410 with a text.
+    """
+    return status in (400, 410, 500) or (status == 404 and not _is_envelope(body))
+
+
+def _best_version(body: bytes) -> str:
+    """The newest of ours that the registrar has.
+
+    Raises:
+        ReplyError: none, or not an answer of a registrar.
+    """
+    try:
+        values = parse_json_object(body, "the registrar's versions")
+    except EvidenceFormatError as exc:
+        raise ReplyError(str(exc)) from exc
+    results = values.get("results")
+    listed = results.get("supported_versions") if isinstance(results, dict) else None
+    if not isinstance(listed, list) or len(listed) > MAX_VERSIONS:
+        raise ReplyError("the registrar's answer holds no list of versions")
+    for version in VERSIONS:
+        if version in listed:
+            return version
+    raise ReplyError("the registrar has no API version of " + ", ".join(VERSIONS))
+
+
+def _parse_record(body: bytes, agent_id: str) -> AgentRecord:
+    try:
+        values = parse_json_object(body, "record")
+        raw = values.get("results")
+        fields = Fields(values, "record").fields("results")
+        assert isinstance(raw, dict)  # or `fields` would have refused it
+        if raw.get("ek_tpm") is None:
+            raise BindingError(f"the registrar's record of {agent_id} has no EK")
+        if raw.get("agent_id", agent_id) != agent_id:
+            raise BindingError(f"the registrar gave another agent's record for {agent_id}")
+        return AgentRecord(
+            agent_id=agent_id,
+            ek_public=fields.base64("ek_tpm", MAX_PUBLIC_BYTES),
+            ek_cert=(
+                None if raw.get("ekcert") is None else fields.base64("ekcert", MAX_CERT_BYTES)
+            ),
+            ak_public=fields.base64("aik_tpm", MAX_PUBLIC_BYTES),
+        )
+    except EvidenceFormatError as exc:
+        raise BindingError(f"the registrar's record of {agent_id} cannot be read: {exc}") from exc

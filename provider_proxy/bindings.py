@@ -1,0 +1,353 @@
+"""Which AK a tenant may trust for a host: the registrar's record, judged, cached and pinned.
+
+A registrar says only that somebody who can open the EK also holds a key of the AK's name. It checks
+neither the AK's attributes nor the EK's certificate, and strangers may replace its records. So here
+the AK must be one, the EK's certificate must lead to a CA of the tenant's, and both must be the ones
+that were pinned at first trust. The cache saves questions, never a check: EK and AK at hand are
+compared on every call, the chain's and the pin's state are looked at again, and nothing outlives its
+time. Works under trio and asyncio; an object belongs to one event loop.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import math
+import os
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import anyio
+import anyio.to_thread
+import httpx
+
+from provider_proxy.agent_records import AgentRecord, AgentRecords
+from provider_proxy.attestation_key import (
+    DECRYPT,
+    FIXED_PARENT,
+    FIXED_TPM,
+    RESTRICTED,
+    SENSITIVE_DATA_ORIGIN,
+    SIGN,
+    TpmPublic,
+    parse_ak,
+    parse_public,
+)
+from provider_proxy.ek_chain import EndorsementKey
+from provider_proxy.errors import (
+    BindingError,
+    ConfigError,
+    EvidenceFormatError,
+    PinChangedError,
+    ProviderProxyError,
+    ReplyError,
+    UntrustedEkError,
+)
+from provider_proxy.model import TrustedHost
+from provider_proxy.pins import PinnedHost, PinStore
+from provider_proxy.single_flight import SingleFlightCache
+
+log = logging.getLogger(__name__)
+
+TTL_VARIABLE = "KEYLIME_REGISTRAR_CACHE_TTL_SECS"
+DEFAULT_TTL_S = 300.0
+MAX_TTL_S = 86400.0  # a record that a day-old answer vouches for is no longer news
+TTL_RE = re.compile(r"[0-9]{1,5}(\.[0-9]{1,3})?", re.ASCII)
+NEGATIVE_TTL_S = 5.0  # a host that registers just now is seen after that
+UNREACHABLE_TTL_S = 1.0  # a registrar that is away is asked once a second for each host
+PIN_LOOK_S = (
+    1.0  # a pin that a person changed counts after that; a look costs 4 % of a verification
+)
+MAX_ENTRIES = 10_000  # hosts; an entry is about 5 kB
+EK_MUST_HAVE = FIXED_TPM | FIXED_PARENT | SENSITIVE_DATA_ORIGIN | RESTRICTED | DECRYPT
+
+
+class EkJudge(Protocol):
+    """Says whether an EK is to be trusted: `ek_chain.EkStore`, `KnownEk`, or `UnsafeAnyEk`."""
+
+    def check(self, ek: EndorsementKey) -> None:
+        """Raises: UntrustedEkError where it is not."""
+        ...
+
+
+class UnsafeAnyEk:
+    """Takes any EK. Unsafe: a TPM of software that a hostile host runs passes for its chip."""
+
+    def __init__(self) -> None:
+        log.warning("no EK certificate is checked: a software TPM passes for a hardware TPM")
+
+    def check(self, ek: EndorsementKey) -> None:
+        """Nothing is refused."""
+
+
+class KnownEk:
+    """Takes one EK, which a person vouches for.
+
+    Args:
+        ek_public: TPM2B_PUBLIC, from the host itself and not from the registrar.
+    """
+
+    def __init__(self, ek_public: bytes) -> None:
+        self._ek_public = ek_public
+
+    def check(self, ek: EndorsementKey) -> None:
+        """Raises: UntrustedEkError for any other."""
+        if not hmac.compare_digest(ek.public, self._ek_public):
+            raise UntrustedEkError("the registrar recorded another EK than the one vouched for")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Binding:
+    """A host whose AK and EK passed every check of this module just now.
+
+    Attributes:
+        pinned: its pin; `host` and `history` are what `Verifier.verify` takes.
+        ek_cert: DER; None only where the EK was vouched for otherwise.
+    """
+
+    agent_id: str
+    ek_public: bytes
+    ek_cert: bytes | None
+    ak_public: bytes
+    pinned: PinnedHost
+
+    @property
+    def host(self) -> TrustedHost:
+        """The trusted host."""
+        return self.pinned.host
+
+    @property
+    def history(self) -> PinnedHost:
+        """Its clock's history and open nonces."""
+        return self.pinned
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Judged:
+    """A record whose keys have been read and whose attributes are good."""
+
+    record: AgentRecord
+    ek: EndorsementKey
+
+
+@dataclass(slots=True)
+class _Bound:
+    """A binding, the record that it was made of, and when its pin's file was looked at."""
+
+    judged: _Judged
+    binding: Binding
+    looked_at_s: float
+
+
+def ttl_from_environment(environment: Mapping[str, str]) -> float:
+    """The time to live of cached records, in seconds: `KEYLIME_REGISTRAR_CACHE_TTL_SECS`.
+
+    Raises:
+        ConfigError: it is set to anything but 0 to 86400.
+    """
+    text = environment.get(TTL_VARIABLE)
+    if text is None:
+        return DEFAULT_TTL_S
+    if not TTL_RE.fullmatch(text) or float(text) > MAX_TTL_S:
+        raise ConfigError(f"{TTL_VARIABLE} must be seconds, 0 to {MAX_TTL_S:g}")
+    return float(text)
+
+
+class RegistrarBindings:
+    """The bindings of one registrar.
+
+    Args:
+        http: a client with its pool, kept for as long as this object; the caller closes it.
+        base_url: "https://registrar:8891".
+        pins: where EK and AK are pinned at first trust.
+        eks: vouches for EKs.
+        ttl_s: how long a record is good; None for what the environment says, or 300 s.
+        clock: monotonic seconds.
+
+    Raises:
+        UsageError, ConfigError: URL or time to live are wrong.
+    """
+
+    def __init__(
+        self,
+        http: httpx.AsyncClient,
+        base_url: str,
+        *,
+        pins: PinStore,
+        eks: EkJudge,
+        ttl_s: float | None = None,
+        max_entries: int = MAX_ENTRIES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if ttl_s is None:
+            ttl_s = ttl_from_environment(os.environ)
+        if not 0 <= ttl_s <= MAX_TTL_S or math.isnan(ttl_s):
+            raise ConfigError(f"ttl_s must be 0 to {MAX_TTL_S:g}")
+        self._registrar = AgentRecords(http, base_url)
+        self._pins = pins
+        self._eks = eks
+        self._max_entries = max_entries
+        self._clock = clock
+        self._bound: OrderedDict[str, _Bound] = OrderedDict()
+        self._records = SingleFlightCache(
+            self._fetch,
+            ttl_s=ttl_s,
+            error_ttl_s=_error_ttl_s,
+            max_entries=max_entries,
+            clock=clock,
+        )
+
+    async def get(self, agent_id: str, *, label: str | None = None) -> Binding:
+        """The binding of a host, from the registrar or from the cache.
+
+        Args:
+            label: the name that the host is pinned under; None for its agent id.
+
+        Raises:
+            NotRegisteredError: the registrar has no active record.
+            UntrustedAkError, UntrustedEkError: the record's AK is none, or nobody vouches for the EK.
+            PinChangedError: another EK or AK is pinned.
+            BindingError: the record cannot be read.
+            ReplyError: the registrar gave no answer, and nothing good is cached.
+            HostError: a pin or the directory of CAs cannot be read.
+            UsageError: not an agent id, or not a label.
+        """
+        binding = self._known(agent_id, label or agent_id)
+        if binding is not None:
+            return binding
+        try:
+            return await self._trust(agent_id, label or agent_id)
+        except PinChangedError:
+            # The host may have been given a new key and been pinned anew since the record was cached.
+            if not self._may_ask_again(agent_id):
+                raise
+            return await self._trust(agent_id, label or agent_id)
+
+    async def check(
+        self, agent_id: str, ek_cert: bytes | None, ak_public: bytes, *, label: str | None = None
+    ) -> Binding:
+        """The binding of a host that shows this EK certificate and AK.
+
+        Args:
+            ek_cert: DER, from the host, untrusted; None where it shows none.
+            ak_public: TPM2B_PUBLIC, from the host, untrusted.
+
+        Raises:
+            BindingError: the registrar recorded another EK certificate or AK.
+            ProviderProxyError: as `get`.
+        """
+        binding = self._known(agent_id, label or agent_id)
+        if binding is None:
+            binding = await self.get(agent_id, label=label)
+        if _shows(binding, ek_cert, ak_public):
+            return binding
+        if self._may_ask_again(agent_id):
+            binding = await self.get(agent_id, label=label)
+            if _shows(binding, ek_cert, ak_public):
+                return binding
+        raise BindingError(f"{agent_id} shows another EK certificate or AK than it registered")
+
+    async def record(self, agent_id: str) -> AgentRecord:
+        """The record of a host whose AK is one and whose EK is vouched for; pins are not looked at.
+
+        Raises:
+            ProviderProxyError: as `get`, but for `PinChangedError`.
+        """
+        judged = await self._records.get(agent_id)
+        self._eks.check(judged.ek)
+        return judged.record
+
+    def _known(self, agent_id: str, label: str) -> Binding | None:
+        """What was bound before, where record, CAs and pin all stand as they stood then."""
+        known = self._bound.get(label)
+        if known is None or known.judged is not self._records.peek(agent_id):
+            return None
+        binding = known.binding
+        now_s = self._clock()
+        if now_s - known.looked_at_s >= PIN_LOOK_S:
+            if not binding.pinned.is_current():
+                return None
+            known.looked_at_s = now_s
+        if not binding.pinned.ek_by_hand:
+            self._eks.check(known.judged.ek)
+        self._bound.move_to_end(label)
+        return binding
+
+    async def _trust(self, agent_id: str, label: str) -> Binding:
+        judged = await self._records.get(agent_id)
+        record = judged.record
+        looked_at_s = self._clock()
+        pinned = self._known_pin(label)
+        if pinned is None or not pinned.ek_by_hand:
+            self._eks.check(judged.ek)
+        if pinned is None or pinned.ek_public is None:
+            # Locks and writes a file. It refuses what is not pinned already.
+            pinned = await anyio.to_thread.run_sync(
+                lambda: self._pins.pin(label, record.ak_public, ek_public=record.ek_public)
+            )
+        pinned.demand(record.ak_public, record.ek_public)
+        binding = Binding(
+            agent_id=agent_id,
+            ek_public=record.ek_public,
+            ek_cert=record.ek_cert,
+            ak_public=record.ak_public,
+            pinned=pinned,
+        )
+        self._bound[label] = _Bound(judged, binding, looked_at_s)
+        self._bound.move_to_end(label)
+        if len(self._bound) > self._max_entries:
+            self._bound.popitem(last=False)
+        return binding
+
+    def _known_pin(self, label: str) -> PinnedHost | None:
+        """The pin as its file has it now; None for a host that is not pinned."""
+        known = self._bound.get(label)
+        if known is not None and known.binding.pinned.is_current():
+            return known.binding.pinned
+        return self._pins.load(label) if self._pins.has(label) else None
+
+    def _may_ask_again(self, agent_id: str) -> bool:
+        """Forget a record that is not quite fresh; a hostile host cannot make us ask all the time."""
+        if self._records.age_s(agent_id) < NEGATIVE_TTL_S:
+            return False
+        self._records.forget(agent_id)
+        return True
+
+    async def _fetch(self, agent_id: str) -> _Judged:
+        record = await self._registrar.fetch(agent_id)
+        try:
+            ek = parse_public(record.ek_public)
+            parse_ak(record.ak_public)
+        except EvidenceFormatError as exc:
+            raise BindingError(f"a key of {agent_id}'s record cannot be read: {exc}") from exc
+        _check_ek(ek)
+        key = EndorsementKey(record.ek_public, record.ek_cert, ek.public_key)
+        return _Judged(record=record, ek=key)
+
+
+def _check_ek(ek: TpmPublic) -> None:
+    """An EK opens credentials and nothing else (TCG EK Credential Profile, annex B).
+
+    Raises:
+        UntrustedEkError: its attributes are others.
+    """
+    if ek.attributes & EK_MUST_HAVE != EK_MUST_HAVE or ek.attributes & SIGN:
+        raise UntrustedEkError("the EK has not the attributes of an EK")
+    if not ek.has_symmetric:
+        raise UntrustedEkError("the EK is no storage key")
+
+
+def _shows(binding: Binding, ek_cert: bytes | None, ak_public: bytes) -> bool:
+    same_ek = (ek_cert is None) == (binding.ek_cert is None) and hmac.compare_digest(
+        ek_cert or b"", binding.ek_cert or b""
+    )
+    return same_ek and hmac.compare_digest(ak_public, binding.ak_public)
+
+
+def _error_ttl_s(error: ProviderProxyError) -> float:
+    """What the registrar said is kept longer than that it said nothing."""
+    return UNREACHABLE_TTL_S if isinstance(error, ReplyError) else NEGATIVE_TTL_S

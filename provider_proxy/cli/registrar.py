@@ -1,0 +1,49 @@
+"""What `pin add` takes from a registrar: a record whose keys are checked. Needs the extra `client`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+
+from provider_proxy.agent_records import AgentRecord
+from provider_proxy.bindings import EkJudge, KnownEk, RegistrarBindings, UnsafeAnyEk
+from provider_proxy.cli.http import open_client
+from provider_proxy.ek_chain import EkStore
+from provider_proxy.errors import UsageError
+from provider_proxy.pins import PinStore
+
+
+def read_record(args: argparse.Namespace, *, ek_by_hand: bytes | None) -> AgentRecord:
+    """The host's record at the registrar that the options name.
+
+    Args:
+        ek_by_hand: TPM2B_PUBLIC of the EK that `--ek-tpm` vouches for; None where it is not given.
+
+    Raises:
+        VerificationError: no record, no AK, or an EK that nobody vouches for.
+        ReplyError: the registrar gave no answer.
+        UsageError, HostError: an option or a file is wrong.
+    """
+    return asyncio.run(_read(args, _judge(args, ek_by_hand)))
+
+
+def _judge(args: argparse.Namespace, ek_by_hand: bytes | None) -> EkJudge:
+    if sum((ek_by_hand is not None, args.ek_ca is not None, args.insecure_no_ek)) != 1:
+        raise UsageError(
+            "--registrar needs one of --ek-ca, --ek-tpm and --insecure-no-ek: who vouches for the EK?"
+        )
+    if ek_by_hand is not None:
+        return KnownEk(ek_by_hand)
+    if args.ek_ca is not None:
+        return EkStore(args.ek_ca)
+    return UnsafeAnyEk()
+
+
+async def _read(args: argparse.Namespace, judge: EkJudge) -> AgentRecord:
+    options = "--registrar-ca, --registrar-cert, --registrar-key"
+    tls = (args.registrar_ca, args.registrar_cert, args.registrar_key)
+    async with open_client(*tls, options=options) as http:
+        bindings = RegistrarBindings(
+            http, args.registrar, pins=PinStore(args.pins), eks=judge, ttl_s=0
+        )
+        return await bindings.record(args.agent_id or args.label)
