@@ -9,7 +9,7 @@ from functools import partial
 from rich.console import Console
 from rich.table import Table
 
-from provider_proxy.bench import contention, faults, overload, quotes
+from provider_proxy.bench import bindings, contention, faults, overload, quotes
 from provider_proxy.errors import UsageError
 from provider_proxy.tpm.disturb import CHIP_QUOTE_MS
 
@@ -18,6 +18,7 @@ SUITES = {
     "faults": faults.run,
     "contention": contention.run,
     "overload": overload.run,
+    "bindings": bindings.run,
 }
 DEFAULT_SEED = 1
 
