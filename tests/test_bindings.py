@@ -29,6 +29,7 @@ from soft_ek import NOW, Authority, SoftHost, ek_certificate, rsa_ek
 
 from provider_proxy import agent_records, bindings
 from provider_proxy.attestation_key import parse_public
+from provider_proxy.bench import bindings as bench
 from provider_proxy.bindings import (
     Binding,
     KnownEk,
@@ -992,3 +993,26 @@ def test_a_pin_from_the_registrar(real: RealBook, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "go with --registrar" in done.stderr
     assert pin("x", "--ak-tpm", "ak", "--ek-tpm", "ek").returncode == 0
+
+
+# --- bench bindings ---------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_the_bench_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small: every way verifies everything, and the figures have their names."""
+    small = {"CALL_S": 0.002, "ROUNDS": 1, "NEW_CLIENT_COUNT": 2, "WARM_CHUNKS": 2}
+    for name, value in small.items():
+        monkeypatch.setattr(bench, name, value)
+    figures = bench.run(1, lambda text: None)
+    wanted = {"speedup_vs_pooled_cached_300", "warm_ratio_vs_no_registrar", "cold_start_ratio"}
+    wanted |= {"verifications_per_s", "new_client_per_s"}
+    for count in (300, 1000):
+        for way in ("pooled_cached", "ours", "no_registrar"):
+            wanted.add(f"{way}_{count}_per_s")
+    assert wanted <= set(figures)
+    for name in wanted:
+        value, bounds = figures[name], figures[f"{name}_range"]
+        assert isinstance(value, float)
+        assert isinstance(bounds, list)
+        assert 0 < bounds[0] <= value <= bounds[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -308,3 +309,26 @@ def test_what_is_forgotten_is_asked_again(run: Run) -> None:
         assert await source.cache.get("a") == "a 2"
 
     run(body)
+
+
+def test_asyncio_s_own_cancellation_loses_nobody() -> None:
+    """Tenants' programs cancel tasks and use `asyncio.timeout`, not anyio's scopes."""
+
+    async def body() -> None:
+        source = Source()
+        source.gate = anyio.Event()
+        callers = [asyncio.create_task(source.cache.get("a")) for _ in range(CALLERS)]
+        await source.in_flight(1)
+        callers[0].cancel()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await source.cache.get("a")
+        await source.in_flight(2)
+        callers[5].cancel()
+        await settle()
+        source.gate.set()
+        got = await asyncio.gather(*callers, return_exceptions=True)
+        assert [type(one) for one in got].count(asyncio.CancelledError) == 2
+        assert len({one for one in got if isinstance(one, str)}) == 1
+
+    asyncio.run(asyncio.wait_for(body(), 10))
