@@ -19,7 +19,13 @@ from typing import Any, TypeVar
 from provider_proxy.config_env import apply_environment
 from provider_proxy.config_files import DEFAULT, Document, Origin, read_document
 from provider_proxy.config_registrars import check_registrars
-from provider_proxy.config_tables import NAMED_TABLES, TABLES, Config, TenantRules
+from provider_proxy.config_tables import (
+    KEYLIME_AGENT,
+    NAMED_TABLES,
+    TABLES,
+    Config,
+    TenantRules,
+)
 from provider_proxy.config_values import fail
 from provider_proxy.errors import ConfigError, HostError
 
@@ -169,6 +175,30 @@ def _check_whole(config: Config) -> None:
     if config.tpm.ek_handle == config.tpm.ak_handle:
         raise ConfigError("tpm.ak_handle must differ from tpm.ek_handle")
     check_registrars(config.registrars, config.tenants, quoter=config.quoter.kind)
+    if config.quoter.kind == KEYLIME_AGENT:
+        _check_agent(config)
+
+
+def _check_agent(config: Config) -> None:
+    """What a Keylime agent as the quoter needs, and what it cannot do."""
+    agent = config.keylime_agent
+    for key in ("url", "agent_id", "registrar_url"):
+        if not getattr(agent, key):
+            raise fail(f"keylime_agent.{key}", f'set where quoter.kind is "{KEYLIME_AGENT}"')
+    for key in ("url", "registrar_url"):
+        scheme, _, rest = getattr(agent, key).partition("://")
+        host = rest.partition("/")[0].rpartition(":")[0].strip("[]")
+        if not (scheme == "https" and rest) and not (scheme == "http" and is_loopback(host)):
+            raise fail(f"keylime_agent.{key}", "an https URL (or http on loopback, with a port)")
+    for cert, key in (("client_cert", "client_key"), ("registrar_cert", "registrar_key")):
+        if (getattr(agent, cert) is None) != (getattr(agent, key) is None):
+            raise fail(f"keylime_agent.{key}", f"set exactly where {cert} is")
+    if agent.url is not None and agent.url.startswith("https") and agent.client_cert is None:
+        raise fail("keylime_agent.client_cert", "set for an agent with mTLS")
+    if (agent.ek_ca is None) != agent.insecure_no_ek:
+        raise fail("keylime_agent.ek_ca", "set, or insecure_no_ek, and not both")
+    if len(config.tpm.banks) != 1:
+        raise fail("tpm.banks", "one bank, the AK's, where a Keylime agent quotes")
 
 
 def check_local(key: str, addresses: tuple[str, ...]) -> None:

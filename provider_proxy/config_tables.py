@@ -42,6 +42,7 @@ C = TypeVar("C")
 DEFAULT_STATE_DIR = "/var/lib/provider-proxy"
 DEFAULT_IMA_LOG = "/sys/kernel/security/ima/ascii_runtime_measurements"
 DEFAULT_UEFI_LOG = "/sys/kernel/security/tpm0/binary_bios_measurements"
+KEYLIME_AGENT = "keylime-agent"
 ALL_BUT_IMA = tuple(pcr for pcr in range(PCR_COUNT) if pcr != 10)
 
 
@@ -112,7 +113,37 @@ class Tpm:
 class QuoterTable:
     """`[quoter]`: who quotes."""
 
-    kind: str = _key(one_of("tpm"), "tpm", "What signs the quotes.")
+    kind: str = _key(
+        one_of("tpm", KEYLIME_AGENT), "tpm", "What signs the quotes: the host's TPM, or an agent."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeylimeAgent:
+    """`[keylime_agent]`: the agent that owns the chip, where `quoter.kind` says so."""
+
+    url: str | None = _key(
+        read_text, None, "Where it listens, https, or http on loopback for one without mTLS."
+    )
+    agent_id: str | None = _key(read_text, None, "Its id at the registrar.")
+    client_cert: Path | None = _key(
+        read_path, None, "Certificate for the agent, of a CA in its trusted_client_ca, PEM."
+    )
+    client_key: Path | None = _key(read_path, None, "Its private key, PEM; not readable by others.")
+    registrar_url: str | None = _key(
+        read_text, None, "The provider's own registrar, where the agent is registered, https."
+    )
+    registrar_ca: Path | None = _key(read_path, None, "CA of the registrar's certificate.")
+    registrar_cert: Path | None = _key(read_path, None, "Certificate for the registrar, PEM.")
+    registrar_key: Path | None = _key(
+        read_path, None, "Its private key, PEM; not readable by others."
+    )
+    ek_ca: Path | None = _key(
+        read_path, None, "Directory of the TPM vendors' CAs that the EK must lead to."
+    )
+    insecure_no_ek: bool = _key(
+        read_flag, False, "Take any EK: a TPM of software passes for the chip."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +284,7 @@ class Config:
     admin: Admin = _table(Admin)
     tpm: Tpm = _table(Tpm)
     quoter: QuoterTable = _table(QuoterTable)
+    keylime_agent: KeylimeAgent = _table(KeylimeAgent)
     batch: BatchTable = _table(BatchTable)
     limits: Limits = _table(Limits)
     tenant_defaults: TenantRules = _table(TenantRules)
@@ -268,6 +300,7 @@ TABLES: dict[str, type[Any]] = {
     "admin": Admin,
     "tpm": Tpm,
     "quoter": QuoterTable,
+    "keylime_agent": KeylimeAgent,
     "batch": BatchTable,
     "limits": Limits,
     "tenant_defaults": TenantRules,

@@ -65,7 +65,17 @@ KEYS: dict[str, tuple[Any, list[tuple[str, Any]]]] = {
     "tpm.hang_limit_s": (120.0, [("1", 1.0), ("3600", 3600.0)]),
     "tpm.owner_auth_file": (None, [('"/etc/o"', Path("/etc/o"))]),
     "tpm.endorsement_auth_file": (None, [('"/etc/e"', Path("/etc/e"))]),
-    "quoter.kind": ("tpm", [('"tpm"', "tpm")]),
+    "quoter.kind": ("tpm", [('"tpm"', "tpm")]),  # the agent needs more, see below
+    "keylime_agent.url": (None, [('"https://a:9002"', "https://a:9002")]),
+    "keylime_agent.agent_id": (None, [(f'"{UUID}"', UUID)]),
+    "keylime_agent.client_cert": (None, [('"/etc/c"', Path("/etc/c"))]),
+    "keylime_agent.client_key": (None, [('"/etc/k"', Path("/etc/k"))]),
+    "keylime_agent.registrar_url": (None, [('"https://r:8891"', "https://r:8891")]),
+    "keylime_agent.registrar_ca": (None, [('"/etc/ca"', Path("/etc/ca"))]),
+    "keylime_agent.registrar_cert": (None, [('"/etc/c"', Path("/etc/c"))]),
+    "keylime_agent.registrar_key": (None, [('"/etc/k"', Path("/etc/k"))]),
+    "keylime_agent.ek_ca": (None, [('"/etc/cas"', Path("/etc/cas"))]),
+    "keylime_agent.insecure_no_ek": (False, [("true", True)]),
     "batch.window_ms": (50.0, [("0", 0.0), ("12.5", 12.5), ("29999", 29_999.0)]),
     "batch.max_leaves": (1024, [("1", 1), ("65536", 65_536)]),
     "batch.isolate_pcrs": (ISOLATED, [("[]", 0), ("[0, 23]", 1 | 1 << 23)]),
@@ -187,6 +197,16 @@ BAD: list[tuple[str, str, str]] = [
     ("tpm.owner_auth_file", "1", TEXT),
     ("tpm.endorsement_auth_file", '""', PATH),
     ("quoter.kind", '"yubikey"', "one of "),
+    ("keylime_agent.url", "7", TEXT),
+    ("keylime_agent.agent_id", "7", TEXT),
+    ("keylime_agent.client_cert", '""', "a path"),
+    ("keylime_agent.client_key", '""', "a path"),
+    ("keylime_agent.registrar_url", "7", TEXT),
+    ("keylime_agent.registrar_ca", '""', "a path"),
+    ("keylime_agent.registrar_cert", '""', "a path"),
+    ("keylime_agent.registrar_key", '""', "a path"),
+    ("keylime_agent.ek_ca", '""', "a path"),
+    ("keylime_agent.insecure_no_ek", "1", "true or false"),
     ("batch.window_ms", "-1", ">= 0"),
     ("batch.window_ms", "-0.001", ">= 0"),
     ("batch.window_ms", "60001", "<= 60000"),
@@ -614,6 +634,71 @@ def test_contradictions(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(tomllib.loads(PLAIN + text))
     assert str(caught.value) == message
+
+
+AGENT = """
+[quoter]
+kind = "keylime-agent"
+[keylime_agent]
+url = "https://127.0.0.1:9002"
+agent_id = "host-a"
+client_cert = "/c"
+client_key = "/k"
+registrar_url = "https://registrar.example:8891"
+registrar_ca = "/ca"
+ek_ca = "/cas"
+"""
+
+
+def agent_config(*changes: tuple[str, str]) -> Config:
+    text = PLAIN + AGENT
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    return parse_config(tomllib.loads(text))
+
+
+def test_an_agent_as_the_quoter() -> None:
+    config = agent_config()
+    assert config.quoter.kind == "keylime-agent"
+    assert config.keylime_agent.agent_id == "host-a"
+    agent_config(
+        ("https://127.0.0.1", "http://127.0.0.1"),
+        ('client_cert = "/c"\n', ""),
+        ('client_key = "/k"\n', ""),
+    )
+    agent_config(('ek_ca = "/cas"', "insecure_no_ek = true"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('url = "https://127.0.0.1:9002"\n', "", "keylime_agent.url must be set"),
+        ('agent_id = "host-a"\n', "", "keylime_agent.agent_id must be set"),
+        ('agent_id = "host-a"', 'agent_id = ""', "keylime_agent.agent_id must be set"),
+        (
+            '"https://127.0.0.1:9002"',
+            '"ftp://127.0.0.1:9"',
+            "keylime_agent.url must be an https URL",
+        ),
+        (
+            '"https://127.0.0.1:9002"',
+            '"http://10.0.0.1:9"',
+            "keylime_agent.url must be an https URL",
+        ),
+        ('"https://127.0.0.1:9002"', '"https://"', "keylime_agent.url must be an https URL"),
+        ('"https://registrar', '"http://registrar', "registrar_url must be an https URL"),
+        ('client_key = "/k"\n', "", "client_key must be set exactly where client_cert is"),
+        ('client_cert = "/c"\nclient_key = "/k"\n', "", "client_cert must be set for an agent"),
+        ('registrar_ca = "/ca"', 'registrar_cert = "/ca"', "registrar_key must be set exactly"),
+        ('ek_ca = "/cas"\n', "", "ek_ca must be set, or insecure_no_ek, and not both"),
+        ('ek_ca = "/cas"', 'ek_ca = "/c"\ninsecure_no_ek = true', "and not both"),
+        ("[quoter]", '[tpm]\nbanks = ["sha1", "sha256"]\n[quoter]', "tpm.banks must be one bank"),
+    ],
+)
+def test_an_agent_that_is_only_half_described(old: str, new: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        agent_config((old, new))
 
 
 def test_values_are_frozen() -> None:

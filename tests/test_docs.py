@@ -198,9 +198,7 @@ def test_toml_blocks_are_configurations(doc: Path, block: str) -> None:
 
 def test_toml_blocks_are_there() -> None:
     assert {doc.name for doc, _ in TOML_BLOCKS} == {
-        "README.md",
-        "configuration.md",
-        "registration.md",
+        *("README.md", "configuration.md", "keylime-agent.md", "registration.md"),
     }
 
 
