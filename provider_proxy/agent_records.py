@@ -31,6 +31,7 @@ MAX_ANSWER_BYTES = 256 * 1024  # a record with DevID certificates is some 10 kB
 MAX_PUBLIC_BYTES = 1024
 MAX_CERT_BYTES = 16 * 1024
 MAX_VERSIONS = 64
+NO_MTLS = "disabled"
 AGENT_ID_RE = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9._~-]{0,79}", re.ASCII
 )  # 80: the registrar's column
@@ -45,12 +46,14 @@ class AgentRecord:
     Attributes:
         ek_public, ak_public: TPM2B_PUBLIC.
         ek_cert: DER; None where the agent sent none.
+        tls_cert: PEM of the certificate that the agent shows; None where it has no mTLS.
     """
 
     agent_id: str
     ek_public: bytes
     ek_cert: bytes | None
     ak_public: bytes
+    tls_cert: bytes | None = None
 
 
 def check_agent_id(agent_id: str) -> str:
@@ -203,6 +206,11 @@ def _parse_record(body: bytes, agent_id: str) -> AgentRecord:
                 None if raw.get("ekcert") is None else fields.base64("ekcert", MAX_CERT_BYTES)
             ),
             ak_public=fields.base64("aik_tpm", MAX_PUBLIC_BYTES),
+            tls_cert=(
+                None
+                if raw.get("mtls_cert") in (None, NO_MTLS)
+                else fields.text("mtls_cert", MAX_CERT_BYTES).encode("utf-8")
+            ),
         )
     except EvidenceFormatError as exc:
         raise BindingError(f"the registrar's record of {agent_id} cannot be read: {exc}") from exc

@@ -107,6 +107,7 @@ class Binding:
     Attributes:
         pinned: its pin; `host` and `history` are what `Verifier.verify` takes.
         ek_cert: DER; None only where the EK was vouched for otherwise.
+        tls_cert: PEM of the certificate that the host's agent shows; None where it has none.
     """
 
     agent_id: str
@@ -114,6 +115,7 @@ class Binding:
     ek_cert: bytes | None
     ak_public: bytes
     pinned: PinnedHost
+    tls_cert: bytes | None = None
 
     @property
     def host(self) -> TrustedHost:
@@ -296,6 +298,7 @@ class RegistrarBindings:
             ek_cert=record.ek_cert,
             ak_public=record.ak_public,
             pinned=pinned,
+            tls_cert=record.tls_cert,
         )
         self._bound[label] = _Bound(judged, binding, looked_at_s)
         self._bound.move_to_end(label)

@@ -21,13 +21,15 @@ from tpm_helpers import errors_counted, tool
 
 from provider_proxy import attestation
 from provider_proxy.batcher import Batcher
+from provider_proxy.config_tables import KeylimeAgent
 from provider_proxy.errors import AkChangedError, HostError, QuoteError
 from provider_proxy.metrics import Metrics
 from provider_proxy.model import ClockState, HashAlg, QuoteRequest, Tenant, parse_mask, parse_nonce
-from provider_proxy.quoters import circuit, keylime_agent
+from provider_proxy.pins import PinStore
+from provider_proxy.quoters import agent_binding, circuit, keylime_agent
 from provider_proxy.quoters.agent_http import AgentClient, AgentError, AgentReply
 from provider_proxy.quoters.keylime_agent import AgentBinding, AgentLogs, AgentQuoter
-from provider_proxy.quoters.opening import HostIdentity
+from provider_proxy.quoters.opening import HostIdentity, uuid_of_ek
 from provider_proxy.soft_tpm import SoftTpm
 from provider_proxy.tpm import ladder
 from provider_proxy.tpm.ladder import Step
@@ -455,6 +457,53 @@ async def test_a_pcr_of_the_real_agents_chip(real: Agent, registrar: Registrar) 
         tool(real.tcti, "tpm2_pcrextend", f"9:sha256={'ab' * 32}")
         after = dict((await quoter.quote(QUALIFYING, SHA256, 1 << 9)).pcrs.values)
     assert before[9] != after[9]
+
+
+def settings_of(agent: Agent, registrar: Registrar) -> KeylimeAgent:
+    return KeylimeAgent(
+        url=agent.url,
+        agent_id=str(agent.agent_id),
+        client_cert=registrar.client_cert if agent.mtls else None,
+        client_key=registrar.client_key if agent.mtls else None,
+        registrar_url=registrar.https_url,
+        registrar_ca=registrar.ca,
+        registrar_cert=registrar.client_cert,
+        registrar_key=registrar.client_key,
+        insecure_no_ek=True,  # a swtpm without certificate
+    )
+
+
+@pytest.mark.real
+async def test_the_registrar_says_whose_ak_it_is(
+    real: Agent, registrar: Registrar, tmp_path: Path
+) -> None:
+    settings = settings_of(real, registrar)
+
+    async def quote(settings: KeylimeAgent, banks: tuple[HashAlg, ...] = (SHA256,)) -> AgentQuoter:
+        with trio.fail_after(LIMIT_S):
+            async with agent_binding.open_quoter(
+                settings, tmp_path, Metrics(), banks=banks, max_duty=1.0
+            ) as quoter:
+                await quoter.quote(QUALIFYING, SHA256, 1)
+                return quoter
+
+    quoter = await quote(settings)
+    assert quoter.identity.software
+    assert quoter.identity.host_uuid == uuid_of_ek(quoter.identity.ek_public)
+    await quote(settings)  # pinned now
+    with pytest.raises(HostError, match=r"quotes the bank sha256 alone"):
+        await quote(settings, (HashAlg.SHA384,))
+    with pytest.raises(HostError, match="no active record"):
+        await quote(replace(settings, agent_id="nobody"))
+    (tmp_path / "cas").mkdir()
+    with pytest.raises(HostError, match="the agent's record"):
+        await quote(replace(settings, insecure_no_ek=False, ek_ca=tmp_path / "cas"))
+    with pytest.raises(HostError, match="registrar_cert"):
+        await quote(replace(settings, registrar_cert=tmp_path / "none"))
+    pin = PinStore(tmp_path / agent_binding.PINS)
+    pin.pin(settings.agent_id or "", SoftTpm().ak_public, anew=True)
+    with pytest.raises(AkChangedError):
+        await quote(settings)
 
 
 @pytest.mark.real

@@ -17,8 +17,11 @@ PURE = (
     *("errors", "model", "tpm_bytes", "inclusion", "attestation_key", "attestation", "credential"),
     *("wire", "query", "policy", "verify", "request_file", "soft_tpm"),
 )
-SHARED = ("files", "metrics", "journal", "http_body")
-TENANT = ("pins", "ek_chain", "single_flight", "agent_records", "bindings", "client", "keylime")
+SHARED = (
+    *("files", "metrics", "journal", "http_body"),
+    *("pins", "ek_chain", "single_flight", "agent_records", "bindings"),
+)
+TENANT = ("client", "keylime")
 PROVIDER = (
     *(
         "merkle",

@@ -1,0 +1,133 @@
+"""Whose AK a Keylime agent quotes with: the word of the provider's own registrar, judged and pinned.
+
+Asked at the start and while the circuit is open, never for a quote. The record's AK must be one, its EK
+must lead to a CA of the provider's, both must be those that were pinned at first trust; its TLS
+certificate is the one that the agent must show.
+"""
+
+from __future__ import annotations
+
+import ssl
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+
+from provider_proxy.bindings import Binding, EkJudge, RegistrarBindings, UnsafeAnyEk
+from provider_proxy.config_tables import KeylimeAgent
+from provider_proxy.ek_chain import EkStore
+from provider_proxy.errors import (
+    AkChangedError,
+    HostError,
+    PinChangedError,
+    ReplyError,
+    UsageError,
+    VerificationError,
+)
+from provider_proxy.metrics import Metrics
+from provider_proxy.model import HashAlg
+from provider_proxy.pins import PinStore
+from provider_proxy.quoters import keylime_agent
+from provider_proxy.quoters.agent_http import AgentClient, pinned_context
+from provider_proxy.quoters.keylime_agent import AgentBinding, AgentQuoter
+from provider_proxy.quoters.opening import HostIdentity, uuid_of_ek
+
+PINS = "agent-pins"  # below state_dir
+REGISTRAR_S = 30.0
+
+
+@asynccontextmanager
+async def open_quoter(
+    settings: KeylimeAgent,
+    state_dir: Path,
+    metrics: Metrics,
+    *,
+    banks: tuple[HashAlg, ...],
+    max_duty: float,
+    host_uuid: uuid.UUID | None = None,
+) -> AsyncIterator[AgentQuoter]:
+    """The agent that the configuration describes, for as long as the context lasts.
+
+    Args:
+        banks: that the daemon offers; an agent quotes its AK's alone.
+
+    Raises:
+        HostError: the registrar does not vouch for the agent, or the agent gives no quote.
+    """
+    judge = _judge(settings)
+
+    async def bind() -> AgentBinding:
+        bound = await _bind(settings, state_dir / PINS, judge, host_uuid)
+        if banks != (bound.ak.signature_hash,):
+            bank = bound.ak.signature_hash.label
+            raise HostError(f"tpm.banks: the agent quotes the bank {bank} alone")
+        return bound
+
+    async with keylime_agent.open_quoter(bind, max_duty, metrics) as quoter:
+        yield quoter
+
+
+def _judge(settings: KeylimeAgent) -> EkJudge:
+    if settings.ek_ca is None:
+        return UnsafeAnyEk()
+    return EkStore(settings.ek_ca)
+
+
+async def _bind(
+    settings: KeylimeAgent, pins: Path, judge: EkJudge, host_uuid: uuid.UUID | None
+) -> AgentBinding:
+    """Ask the registrar.
+
+    Raises:
+        AkChangedError: AK or EK are not the pinned ones.
+        HostError: no answer, no record, or one that is not good.
+    """
+    assert settings.registrar_url is not None  # config demands the three
+    assert settings.agent_id is not None
+    assert settings.url is not None
+    try:
+        async with httpx.AsyncClient(
+            verify=_registrar_context(settings), timeout=REGISTRAR_S, trust_env=False
+        ) as http:
+            bindings = RegistrarBindings(
+                http, settings.registrar_url, pins=PinStore(pins), eks=judge, ttl_s=0
+            )
+            binding = await bindings.get(settings.agent_id)
+    except PinChangedError as exc:
+        raise AkChangedError(f"the agent's keys at the registrar: {exc}") from exc
+    except (VerificationError, ReplyError, UsageError) as exc:
+        raise HostError(f"the agent's record at the registrar: {exc}") from exc
+    return AgentBinding(
+        ak=binding.host.ak,
+        identity=HostIdentity(
+            ak_public=binding.ak_public,
+            ek_public=binding.ek_public,
+            ek_cert=binding.ek_cert,
+            host_uuid=host_uuid or uuid_of_ek(binding.ek_public),
+            software=settings.insecure_no_ek,  # or so it may be: nobody vouches for the chip
+        ),
+        client=AgentClient(settings.url, _agent_context(settings, binding)),
+    )
+
+
+def _registrar_context(settings: KeylimeAgent) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=settings.registrar_ca)
+        if settings.registrar_cert is not None:
+            context.load_cert_chain(settings.registrar_cert, settings.registrar_key)
+    except (OSError, ssl.SSLError) as exc:
+        raise HostError(
+            f"keylime_agent.registrar_ca, registrar_cert, registrar_key: {exc}"
+        ) from exc
+    return context
+
+
+def _agent_context(settings: KeylimeAgent, binding: Binding) -> ssl.SSLContext | None:
+    assert settings.url is not None
+    if not settings.url.startswith("https://"):
+        return None
+    if binding.tls_cert is None:
+        raise HostError("the agent's record at the registrar names no TLS certificate")
+    return pinned_context(binding.tls_cert, str(settings.client_cert), str(settings.client_key))
