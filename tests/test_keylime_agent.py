@@ -496,6 +496,7 @@ async def test_the_registrar_says_whose_ak_it_is(
     with pytest.raises(HostError, match="no active record"):
         await quote(replace(settings, agent_id="nobody"))
     (tmp_path / "cas").mkdir()
+    (tmp_path / "cas/another.pem").write_bytes(registrar.ca.read_bytes())
     with pytest.raises(HostError, match="the agent's record"):
         await quote(replace(settings, insecure_no_ek=False, ek_ca=tmp_path / "cas"))
     with pytest.raises(HostError, match="registrar_cert"):
