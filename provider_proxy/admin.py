@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from importlib import resources
 
@@ -32,6 +32,7 @@ class AdminDoor:
         not_ready: why the daemon cannot serve now; None while it can.
         status: what `GET /status` tells.
         registrations: what `GET /registrations` tells.
+        vms: the VMs in the registry of vTPMs; None where there is none.
     """
 
     def __init__(
@@ -40,11 +41,14 @@ class AdminDoor:
         not_ready: Callable[[], str | None],
         status: Callable[[], Mapping[str, object]],
         registrations: Callable[[], Registrations] = tuple,
+        *,
+        vms: Callable[[], Sequence[Mapping[str, object]]] | None = None,
     ) -> None:
         self._metrics = metrics
         self._not_ready = not_ready
         self._status = status
         self._registrations = registrations
+        self._vms = vms
         self._page = resources.files("provider_proxy").joinpath(PAGE).read_bytes()
         self._page_headers = page_headers(self._page)
         self._routes = {
@@ -54,6 +58,7 @@ class AdminDoor:
             "/readyz": self._ready,
             "/metrics": self._get_metrics,
             "/registrations": self._get_registrations,
+            "/vms": self._get_vms,
         }
 
     async def __call__(self, request: http1.Request) -> http1.Response:
@@ -92,6 +97,12 @@ class AdminDoor:
     async def _get_registrations(self, request: http1.Request) -> http1.Response:
         no_query(request)
         results = {"registrations": list(self._registrations())}
+        return http1.Response(body=(encode_envelope(200, "Success", results),), headers=(NO_SNIFF,))
+
+    async def _get_vms(self, request: http1.Request) -> http1.Response:
+        no_query(request)
+        listed = list(self._vms()) if self._vms is not None else []
+        results = {"enabled": self._vms is not None, "vms": listed}
         return http1.Response(body=(encode_envelope(200, "Success", results),), headers=(NO_SNIFF,))
 
 

@@ -172,6 +172,9 @@ def _check_whole(config: Config) -> None:
         raise ConfigError("limits.default_timeout_ms must be <= limits.max_timeout_ms")
     if config.batch.window_ms >= config.limits.default_timeout_ms:
         raise ConfigError("batch.window_ms must be < limits.default_timeout_ms")
+    if config.vtpm.enabled and config.quoter.kind != "tpm":
+        # Whoever asks a Keylime agent gets a nonce of his own choice signed: a root, and a claim.
+        raise ConfigError('vtpm.enabled needs quoter.kind = "tpm"')
     if config.tpm.ek_handle == config.tpm.ak_handle:
         raise ConfigError("tpm.ak_handle must differ from tpm.ek_handle")
     check_registrars(config.registrars, config.tenants, quoter=config.quoter.kind)

@@ -271,6 +271,35 @@ class AuditTable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Vtpm:
+    """`[vtpm]`: the link between VMs' vTPMs and the host's TPM."""
+
+    enabled: bool = _key(read_flag, False, "Whether vTPMs are registered and claims are made.")
+    socket: Path = _key(
+        read_path, Path("/run/provider-proxy/vtpm.sock"), "Where the two hooks come in."
+    )
+    issuer: str = _key(
+        one_of("delegate", "tpm"),
+        "delegate",
+        "Who certifies vTPMs: swtpm_localca, or a CA in the host's TPM.",
+    )
+    swtpm_user: str = _key(
+        read_text, "tss", "The user that swtpm runs as, `swtpm_user` of libvirt."
+    )
+    state_root: Path = _key(
+        read_path, Path("/var/lib/libvirt/swtpm"), "libvirt's folder of vTPMs, one for each VM."
+    )
+    run_root: Path = _key(
+        read_path, Path("/run/libvirt/qemu/swtpm"), "libvirt's folder of swtpm's *.pid files."
+    )
+    confirm: bool = _key(read_flag, True, "Whether EKs are read back from the vTPM's state.")
+    confirm_limit_s: float = _key(
+        number(0.1, 600), 15.0, "How long reading one back may take, in seconds."
+    )
+    max_vms: int = _key(integer(1, 100_000), 4096, "VMs that the registry holds at most.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The whole file."""
 
@@ -292,6 +321,7 @@ class Config:
     registrars: Mapping[str, RegistrarTable] = field(default_factory=dict)
     logs: Logs = _table(Logs)
     audit: AuditTable = _table(AuditTable)
+    vtpm: Vtpm = _table(Vtpm)
     log: LogTable = _table(LogTable)
 
 
@@ -306,6 +336,7 @@ TABLES: dict[str, type[Any]] = {
     "tenant_defaults": TenantRules,
     "logs": Logs,
     "audit": AuditTable,
+    "vtpm": Vtpm,
     "log": LogTable,
 }
 

@@ -1,6 +1,7 @@
 """The daemon: one nursery, in which everything that it is runs, and the way up and down.
 
     run ─┬─ batcher.run         fill and flush
+         ├─ keeper.run          the registry of vTPMs and its hooks, with vtpm.enabled
          ├─ doors               a listener each; a task a connection
          ├─ registrations       a task a tenant's registrar; none keeps READY or a quote waiting
          ├─ watchdog            ends the process where a TPM command hangs
@@ -18,7 +19,7 @@ import platform
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +34,7 @@ from provider_proxy.audit_file import AuditLog
 from provider_proxy.batch import Batch
 from provider_proxy.batcher import Audit, Batcher
 from provider_proxy.config_tables import Config
+from provider_proxy.errors import ConfigError, HostError
 from provider_proxy.hostlogs import HostLogFiles
 from provider_proxy.metrics import Metrics
 from provider_proxy.quoters.esys import EsysQuoter, open_quoter
@@ -41,6 +43,9 @@ from provider_proxy.registrations import Registrations
 from provider_proxy.reload import ReadConfig, Reloader
 from provider_proxy.status import StatusBoard
 from provider_proxy.tenants import TenantBook, load_book
+from provider_proxy.vtpm.keeper import Keeper
+from provider_proxy.vtpm.opening import open_keeper, share_socket
+from provider_proxy.vtpm.requests import Issuer
 from provider_proxy.waiting_room import BatchSettings
 
 log = logging.getLogger(__name__)
@@ -49,6 +54,7 @@ GC_THRESHOLD = 100_000  # objects in the youngest generation; some 10 MB of garb
 CLOSE_LIMIT_S = 5.0  # for answers that are on their way when the drain is over
 
 OpenQuoter = Callable[[Config, Metrics], AbstractAsyncContextManager[EsysQuoter]]
+OpenIssuer = Callable[[Config, EsysQuoter], Awaitable[Issuer]]
 
 
 def open_tpm(config: Config, metrics: Metrics) -> AbstractAsyncContextManager[EsysQuoter]:
@@ -68,6 +74,7 @@ async def run(
     config: Config,
     *,
     open_quoter: OpenQuoter = open_tpm,
+    open_issuer: OpenIssuer | None = None,
     read_config: ReadConfig | None = None,
     task_status: trio.TaskStatus[Started] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -75,6 +82,7 @@ async def run(
 
     Args:
         open_quoter: opens the TPM; benchmarks put one with a delay there.
+        open_issuer: opens what certifies vTPMs where `vtpm.issuer` is "tpm".
         read_config: reads the configuration again, for SIGHUP; None where there is no file.
 
     Raises:
@@ -86,9 +94,14 @@ async def run(
     inherited = sysd.take_listen_sockets()
     adopted = listeners.adopt_listeners(inherited, context)
     metrics = Metrics()
-    async with open_quoter(config, metrics) as quoter:
+    async with (
+        open_quoter(config, metrics) as quoter,
+        open_keeper(
+            config.vtpm, config.state_dir, metrics, await _issuer(config, quoter, open_issuer)
+        ) as keeper,
+    ):
         recent = Recent()
-        batcher = _make_batcher(config, quoter, metrics, recent)
+        batcher = _make_batcher(config, quoter, metrics, recent, keeper)
         registrations = Registrations(
             quoter, metrics, host_uuid=quoter.identity.host_uuid, state_dir=config.state_dir
         )
@@ -106,7 +119,13 @@ async def run(
         metrics.connections.set_function(lambda: tenants.connections)
         board = _status_board(config, quoter, batcher, recent, metrics, draining)
         admin = http1.Door(
-            AdminDoor(metrics, board.not_ready, board.results, registrations.for_provider),
+            AdminDoor(
+                metrics,
+                board.not_ready,
+                board.results,
+                registrations.for_provider,
+                vms=keeper.listed if keeper is not None else None,
+            ),
             observe=lambda status, reason: None,
         )
         async with (
@@ -118,17 +137,22 @@ async def run(
             _opened(
                 listeners.open_listeners("admin.address", config.admin.address, None), ours=True
             ) as open_admin,
+            _opened(_open_hooks(config), ours=True) as open_hooks,
         ):
             started = Started(
                 addresses=listeners.describe(open_doors),
                 admin_addresses=listeners.describe(open_admin),
             )
             _announce(config, started)
+            if keeper is not None:
+                await keeper.start()  # the socket is there: nothing that happens now is missed
             tune_gc()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(batcher.run)
                 registrations.start(nursery)
                 nursery.start_soon(watchdog.run, quoter, config.tpm.hang_limit_s)
+                if keeper is not None:
+                    nursery.start_soon(keeper.run, open_hooks)
                 for listener in open_admin:
                     nursery.start_soon(_accept, admin, listener)
                 reloader = Reloader(
@@ -168,7 +192,31 @@ def tune_gc() -> None:
     gc.set_threshold(GC_THRESHOLD, 20, 100)
 
 
-def _make_batcher(config: Config, quoter: EsysQuoter, metrics: Metrics, recent: Recent) -> Batcher:
+def _open_hooks(config: Config) -> list[listeners.Listener]:
+    if not config.vtpm.enabled:
+        return []
+    opened = listeners.open_listeners("vtpm.socket", (f"unix:{config.vtpm.socket}",), None)
+    try:
+        share_socket(config.vtpm)
+    except HostError:
+        listeners.close_all(opened)
+        raise
+    return opened
+
+
+async def _issuer(
+    config: Config, quoter: EsysQuoter, open_issuer: OpenIssuer | None
+) -> Issuer | None:
+    if not config.vtpm.enabled or config.vtpm.issuer == "delegate":
+        return None
+    if open_issuer is None:
+        raise ConfigError('vtpm.issuer = "tpm": this program has no CA in the TPM')
+    return await open_issuer(config, quoter)
+
+
+def _make_batcher(
+    config: Config, quoter: EsysQuoter, metrics: Metrics, recent: Recent, keeper: Keeper | None
+) -> Batcher:
     settings = BatchSettings(
         window_s=config.batch.window_ms / 1000,
         max_leaves=config.batch.max_leaves,
@@ -179,6 +227,7 @@ def _make_batcher(config: Config, quoter: EsysQuoter, metrics: Metrics, recent: 
         quoter,
         settings,
         metrics,
+        claims=keeper.claims if keeper is not None else None,
         logs=HostLogFiles(config.logs.ima, config.logs.uefi),
         boottime=_boottime(),
         audit=_make_audit(config, quoter),

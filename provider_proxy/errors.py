@@ -5,6 +5,7 @@
     │   └── ConfigError            the configuration file says something impossible
     ├── HostError                  the host: no TPM, no AK, a port taken, a file missing    (exit 3)
     │   ├── TpmError               a TPM command failed; `code` is its response code
+    │   ├── VtpmError              a VM's vTPM cannot be registered, or a hook's message is wrong
     │   └── AkChangedError         the TPM no longer holds the AK that it held
     ├── RequestError               the tenant's request                                     (HTTP 4xx)
     │   ├── ParameterError         400, names the parameter
@@ -65,6 +66,10 @@ class TpmError(HostError):
     def __init__(self, message: str, *, code: int = 0) -> None:
         super().__init__(message)
         self.code = code
+
+
+class VtpmError(HostError):
+    """A hook's message is not as it must be, or the registry of vTPMs does not take what it says."""
 
 
 class AkChangedError(HostError):

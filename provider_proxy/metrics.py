@@ -119,6 +119,25 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.vtpm_vms = Gauge(
+            prefix + "vtpm_vms",
+            "VMs in the registry of vTPMs: running with confirmed or claimed EKs, or stopped.",
+            ["state"],
+            registry=self.registry,
+        )
+        self.vtpm_messages = Counter(
+            prefix + "vtpm_messages",
+            "What the hooks sent, by operation and outcome.",
+            ["op", "outcome"],
+            registry=self.registry,
+        )
+        self.vtpm_confirmations = Counter(
+            prefix + "vtpm_confirmations",
+            "vTPMs read back, by outcome.",
+            ["outcome"],
+            registry=self.registry,
+        )
+
     def count_request(self, status: int, reason: str) -> None:
         """Count a response; looking a labelled counter up costs more than counting."""
         counter = self._responses.get((status, reason))

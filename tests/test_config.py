@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from provider_proxy import config as config_whole
 from provider_proxy import config_tables
 from provider_proxy.config import parse_config, read_secret
 from provider_proxy.config_registrars import agent_id_of, check_registrars
@@ -122,6 +123,15 @@ KEYS: dict[str, tuple[Any, list[tuple[str, Any]]]] = {
     "audit.path": (None, [('"/tmp/audit"', Path("/tmp/audit"))]),
     "audit.max_mb": (64, [("1", 1), ("100000", 100_000)]),
     "audit.keep": (8, [("1", 1), ("99", 99)]),
+    "vtpm.enabled": (False, [("true", True)]),
+    "vtpm.socket": (Path("/run/provider-proxy/vtpm.sock"), [('"/run/v"', Path("/run/v"))]),
+    "vtpm.issuer": ("delegate", [('"tpm"', "tpm")]),
+    "vtpm.swtpm_user": ("tss", [('"swtpm"', "swtpm")]),
+    "vtpm.state_root": (Path("/var/lib/libvirt/swtpm"), [('"/srv/s"', Path("/srv/s"))]),
+    "vtpm.run_root": (Path("/run/libvirt/qemu/swtpm"), [('"/run/s"', Path("/run/s"))]),
+    "vtpm.confirm": (True, [("false", False)]),
+    "vtpm.confirm_limit_s": (15.0, [("0.1", 0.1), ("600", 600.0)]),
+    "vtpm.max_vms": (4096, [("1", 1), ("100000", 100_000)]),
     "log.format": ("text", [('"json"', "json"), ('"text"', "text")]),
     "log.level": ("info", [('"debug"', "debug"), ('"warning"', "warning"), ('"error"', "error")]),
     "logs.ima": (
@@ -289,6 +299,15 @@ BAD: list[tuple[str, str, str]] = [
     ("audit.path", "1", TEXT),
     ("audit.max_mb", "0", ">= 1"),
     ("audit.keep", "100", "<= 99"),
+    ("vtpm.enabled", "1", FLAG),
+    ("vtpm.socket", '""', PATH),
+    ("vtpm.issuer", '"me"', 'one of "delegate", "tpm"'),
+    ("vtpm.swtpm_user", "0", TEXT),
+    ("vtpm.state_root", "1", TEXT),
+    ("vtpm.run_root", '""', PATH),
+    ("vtpm.confirm", '"yes"', FLAG),
+    ("vtpm.confirm_limit_s", "0", ">= 0.1"),
+    ("vtpm.max_vms", "0", ">= 1"),
     ("log.format", '"xml"', 'one of "text", "json"'),
     ("log.level", '"INFO"', 'one of "debug", "info", "warning", "error"'),
     ("log.level", "6", 'one of "debug", "info", "warning", "error"'),
@@ -758,3 +777,11 @@ def test_a_symbolic_link_to_a_good_secret_is_fine(tmp_path: Path) -> None:
     target = secret(tmp_path / "s")
     (tmp_path / "link").symlink_to(target)
     assert read_secret("k", tmp_path / "link") == b"s3cret"
+
+
+def test_no_vtpms_beside_a_keylime_agent() -> None:
+    """Whoever asks an agent has a nonce of his own choice signed, and so a claim."""
+    config = parse_config(tomllib.loads(PLAIN + "[vtpm]\nenabled = true\n"))
+    agent = dataclasses.replace(config.quoter, kind="keylime-agent")
+    with pytest.raises(ConfigError, match=r"vtpm\.enabled needs"):
+        config_whole._check_whole(dataclasses.replace(config, quoter=agent))

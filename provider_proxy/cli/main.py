@@ -40,6 +40,7 @@ SUBCOMMANDS = {
     "tpm": "look at the host's TPM and its attestation key",
     "register": "register the host in its tenants' registrars once, step by step",
     "registrations": "show how the registrations of a running daemon stand",
+    "vms": "list the VMs whose vTPMs this host has registered",
     "demo": "200 tenants, one TPM, on this machine",
     "bench": "measure on this machine",
 }

@@ -1,0 +1,153 @@
+"""The hooks' door: a unix socket, one line in, one line out.
+
+Lets in root and the swtpm user, by what the kernel says of the peer, and takes events from root alone.
+Every wait has a deadline and every user a number of connections; nothing here touches the registry,
+which the handler does.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+import trio
+
+from provider_proxy.errors import ProviderProxyError, VtpmError
+from provider_proxy.vtpm.messages import (
+    MAX_LINE_BYTES,
+    VmEvent,
+    encode_error,
+    encode_good,
+    parse_message,
+)
+from provider_proxy.vtpm.requests import CertificateRequest
+
+log = logging.getLogger(__name__)
+
+LINE_LIMIT_S = 5.0  # a hook sends its line at once
+ANSWER_LIMIT_S = 18.0  # below the 20 s after which the hook gives up
+SEND_LIMIT_S = 5.0
+CONNECTIONS_A_USER = 64  # a host that boots starts its VMs some at a time
+_UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
+
+
+class Handler(Protocol):
+    """What answers the hooks: the keeper."""
+
+    async def certify(self, request: CertificateRequest) -> bytes | None:
+        """Register an EK; a certificate, or None where swtpm_localca shall make one.
+
+        Raises:
+            VtpmError, HostError, ServiceError: it was not registered, or got no certificate.
+        """
+        ...
+
+    async def happened(self, event: VmEvent) -> None:
+        """Take libvirt's word. Raises: HostError, VtpmError."""
+        ...
+
+
+class HookDoor:
+    """Serves hooks' connections.
+
+    Args:
+        uid: of the swtpm user.
+        event_uid: who may send events; root, but in tests.
+        observe: counts messages, by operation and outcome.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        uid: int,
+        observe: Callable[[str, str], None],
+        event_uid: int = 0,
+    ) -> None:
+        self._handler = handler
+        self._uids = {uid, event_uid}
+        self._event_uid = event_uid
+        self._observe = observe
+        self._open: Counter[int] = Counter()
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """Serve one connection and close it."""
+        async with stream:
+            try:
+                uid = peer_uid(stream)
+                if uid not in self._uids:
+                    self._observe("connect", "refused")
+                    log.warning("hooks: user %d may not connect to vtpm.socket", uid)
+                    return
+                if self._open[uid] >= CONNECTIONS_A_USER:
+                    self._observe("connect", "too many")
+                    return
+                self._open[uid] += 1
+                try:
+                    await self._converse(stream, uid)
+                finally:
+                    self._open[uid] -= 1
+            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+                self._observe("connect", "gone")
+
+    async def _converse(self, stream: trio.SocketStream, uid: int) -> None:
+        line = b""
+        with trio.move_on_after(LINE_LIMIT_S):
+            line = await read_line(stream)
+        if not line.endswith(b"\n"):
+            self._observe("connect", "no line")
+            return
+        with trio.move_on_after(SEND_LIMIT_S + ANSWER_LIMIT_S):
+            answer = await self._answer(line, uid)
+            with trio.move_on_after(SEND_LIMIT_S):
+                await stream.send_all(answer)
+
+    async def _answer(self, line: bytes, uid: int) -> bytes:
+        op = "message"
+        try:
+            message = parse_message(line)
+            op = "event" if isinstance(message, VmEvent) else "certify"
+            with trio.fail_after(ANSWER_LIMIT_S):
+                answer = encode_good(await self._handle(message, uid))
+        except ProviderProxyError as exc:
+            self._observe(op, type(exc).__name__)
+            log.warning("hooks: %s refused: %s", op, exc)
+            return encode_error(str(exc))
+        except trio.TooSlowError:
+            self._observe(op, "TooSlowError")
+            log.error("hooks: %s took longer than %g s", op, ANSWER_LIMIT_S)
+            return encode_error(f"no answer within {ANSWER_LIMIT_S:g} s")
+        self._observe(op, "ok")
+        return answer
+
+    async def _handle(self, message: CertificateRequest | VmEvent, uid: int) -> bytes | None:
+        if isinstance(message, CertificateRequest):
+            return await self._handler.certify(message)
+        if uid != self._event_uid:
+            raise VtpmError("events are taken from root alone")
+        await self._handler.happened(message)
+        return None
+
+
+def peer_uid(stream: trio.SocketStream) -> int:
+    """Who connected, by the kernel. Raises: OSError where the peer is gone."""
+    data = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    assert isinstance(data, bytes)
+    uid: int = _UCRED.unpack(data)[1]
+    return uid
+
+
+async def read_line(stream: trio.SocketStream) -> bytes:
+    """Bytes up to a newline, `MAX_LINE_BYTES` at the most; what comes behind it is dropped."""
+    line = b""
+    while b"\n" not in line and len(line) < MAX_LINE_BYTES:
+        part = await stream.receive_some(MAX_LINE_BYTES - len(line))
+        if not part:
+            break
+        line += part
+    head, newline, _ = line.partition(b"\n")
+    return head + newline

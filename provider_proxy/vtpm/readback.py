@@ -1,0 +1,222 @@
+"""Reads a running vTPM's EKs out of its state: a copy of the file, and a throw-away swtpm on the copy.
+
+The running swtpm is not touched; it replaces its file as a whole, so a copy is never half of two. The
+file is the swtpm user's and so hostile: no link is followed, its owner, kind and size are checked, and
+the swtpm that reads it has no privileges, little memory and little time. Only keys that a TPM made
+for itself and never lets out are taken for EKs: a guest may put another at an EK's handle.
+
+Encrypted state cannot be read, which is what encryption is for.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import stat
+import struct
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import trio
+
+from provider_proxy.attestation_key import (
+    DECRYPT,
+    FIXED_PARENT,
+    FIXED_TPM,
+    RESTRICTED,
+    SENSITIVE_DATA_ORIGIN,
+    SIGN,
+    parse_public,
+)
+from provider_proxy.errors import EvidenceFormatError, HostError, VtpmError
+from provider_proxy.vtpm.entries import Ek, ek_of
+
+STATE_FILE = "tpm2-00.permall"
+MAX_STATE_BYTES = 2 * 1024 * 1024  # a fresh one has 6 kB, one with full NV 200
+COPY_PREFIX = "readback-"
+# Where swtpm_setup makes EKs persistent: RSA-2048, P-384 (or P-256), RSA-3072.
+EK_HANDLES = (0x81010001, 0x81010016, 0x8101001C)
+EK_MUST_HAVE = FIXED_TPM | FIXED_PARENT | SENSITIVE_DATA_ORIGIN | RESTRICTED | DECRYPT
+# swtpm's header of a state file: version, least version, size, flags, length (swtpm_nvstore.h)
+STATE_HEADER = struct.Struct(">BBHHI")
+FLAG_ENCRYPTED = 0x1
+# TPM 2.0 Part 2, 6.9 and 6.5.2; Part 3, 12.4 (ReadPublic)
+NO_SESSIONS = 0x8001
+CC_READ_PUBLIC = 0x173
+READ_PUBLIC = struct.Struct(">HIII")
+RESPONSE_HEADER = struct.Struct(">HII")
+MAX_RESPONSE_BYTES = 4096
+# prlimit(1): a good state takes 0.1 s and 20 MB
+CPU_LIMIT_S = 10
+MEMORY_LIMIT_BYTES = 512 * 1024 * 1024
+FILE_LIMIT_BYTES = 4 * MAX_STATE_BYTES
+
+
+class EncryptedError(VtpmError):
+    """The vTPM's state is encrypted: its EKs stay claimed."""
+
+
+async def read_eks(
+    state_root: Path, vm: uuid.UUID, *, uid: int, work: Path, limit_s: float
+) -> tuple[Ek, ...]:
+    """The EKs in a vTPM's state.
+
+    Args:
+        state_root: libvirt's folder of vTPMs.
+        uid: of the swtpm user, who must own the file.
+        work: a directory of ours for the copy; best in memory, for the copy holds the vTPM's secrets.
+        limit_s: for all of it, in seconds.
+
+    Raises:
+        EncryptedError: the state is encrypted.
+        VtpmError: there is no such file, it is not as it must be, or it holds no EK.
+        HostError: swtpm, setpriv or prlimit is missing.
+    """
+    folder = await trio.to_thread.run_sync(copy_state, state_root, vm, uid, work)
+    try:
+        with trio.fail_after(limit_s):
+            return await _ask_swtpm(folder)
+    except trio.TooSlowError as exc:
+        raise VtpmError(f"the vTPM's state was not read within {limit_s:g} s") from exc
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def remove_copies(work: Path) -> None:
+    """Remove what a daemon that was killed left behind."""
+    for path in work.glob(COPY_PREFIX + "*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def copy_state(state_root: Path, vm: uuid.UUID, uid: int, work: Path) -> Path:
+    """Copy a vTPM's state file into a new directory in `work`.
+
+    Raises:
+        EncryptedError: it is encrypted.
+        VtpmError: it is missing, a link, not the swtpm user's, or too large.
+    """
+    try:
+        with _opened_state(state_root, vm) as fd:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != uid or status.st_nlink != 1:
+                raise VtpmError("the vTPM's state is not a plain file of the swtpm user")
+            with open(fd, "rb", closefd=False) as file:
+                data = file.read(MAX_STATE_BYTES + 1)
+    except OSError as exc:
+        raise VtpmError(f"cannot read the vTPM's state: {exc.strerror}") from exc
+    if not STATE_HEADER.size <= len(data) <= MAX_STATE_BYTES:
+        raise VtpmError(f"the vTPM's state has not between 10 and {MAX_STATE_BYTES} bytes")
+    if STATE_HEADER.unpack_from(data)[3] & FLAG_ENCRYPTED:
+        raise EncryptedError("the vTPM's state is encrypted")
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=COPY_PREFIX, dir=work))
+        (folder / STATE_FILE).write_bytes(data)
+    except OSError as exc:
+        raise HostError(f"cannot copy a vTPM's state into {work}: {exc.strerror}") from exc
+    return folder
+
+
+@contextmanager
+def _opened_state(state_root: Path, vm: uuid.UUID) -> Iterator[int]:
+    """Open the file from directory to directory, so that no link is followed below the root."""
+    fd = os.open(state_root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in (str(vm), "tpm2", STATE_FILE):
+            kind = os.O_NONBLOCK if name == STATE_FILE else os.O_DIRECTORY
+            deeper = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | kind, dir_fd=fd)
+            os.close(fd)
+            fd = deeper
+        yield fd
+    finally:
+        os.close(fd)
+
+
+async def _ask_swtpm(folder: Path) -> tuple[Ek, ...]:
+    """Start swtpm on one end of a pair of sockets and read the EKs at the other."""
+    ours, theirs = socket.socketpair()
+    async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
+        with theirs:
+            process = await trio.lowlevel.open_process(
+                _command(folder, theirs.fileno()),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env={"LC_ALL": "C", "HOME": str(folder)},
+                cwd=folder,
+            )
+        try:
+            found = [await _read_ek(stream, handle) for handle in EK_HANDLES]
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+            raise VtpmError("swtpm does not take the vTPM's state") from exc
+        except EvidenceFormatError as exc:
+            raise VtpmError(f"the vTPM holds a key that cannot be read: {exc}") from exc
+        finally:
+            process.kill()
+            with trio.CancelScope(shield=True):
+                await process.wait()
+    eks = tuple(ek for ek in found if ek is not None)
+    if not eks:
+        raise VtpmError("the vTPM has no EK yet")
+    return _one_of_each(eks)
+
+
+def _one_of_each(eks: tuple[Ek, ...]) -> tuple[Ek, ...]:
+    """The first key of each family; a later one is not swtpm_setup's."""
+    kept: dict[str, Ek] = {}
+    for ek in eks:
+        kept.setdefault(ek.family, ek)
+    return tuple(kept.values())
+
+
+def _command(folder: Path, fd: int) -> list[str]:
+    """swtpm, without privileges and within limits; it ends when our end of the socket closes."""
+    programs = {name: shutil.which(name) for name in ("setpriv", "prlimit", "swtpm")}
+    for name, path in programs.items():
+        if path is None:
+            raise HostError(f"reading vTPMs back needs {name}: apt install swtpm util-linux")
+    # Ambient capabilities are what a daemon under systemd has; what is only inheritable gives a
+    # program without file capabilities nothing.
+    setpriv = [str(programs["setpriv"]), "--no-new-privs", "--ambient-caps=-all"]
+    if os.geteuid() == 0:
+        setpriv += ["--bounding-set=-all"]
+    return [
+        *setpriv,
+        *(str(programs["prlimit"]), f"--cpu={CPU_LIMIT_S}", f"--as={MEMORY_LIMIT_BYTES}"),
+        *("--core=0", f"--fsize={FILE_LIMIT_BYTES}"),
+        *(str(programs["swtpm"]), "socket", "--tpm2", "--tpmstate", f"dir={folder}"),
+        *("--fd", str(fd), "--flags", "not-need-init,startup-clear"),
+    ]
+
+
+async def _read_ek(stream: trio.SocketStream, handle: int) -> Ek | None:
+    """The EK at a handle; None where there is none, or a key that is not an EK."""
+    command = READ_PUBLIC.pack(NO_SESSIONS, READ_PUBLIC.size, CC_READ_PUBLIC, handle)
+    await stream.send_all(command)
+    header = await _receive(stream, RESPONSE_HEADER.size)
+    _, size, code = RESPONSE_HEADER.unpack(header)
+    if not RESPONSE_HEADER.size <= size <= MAX_RESPONSE_BYTES:
+        raise EvidenceFormatError("a response of impossible size")
+    body = await _receive(stream, size - RESPONSE_HEADER.size)
+    if code != 0:
+        return None
+    length = 2 + int.from_bytes(body[:2], "big")  # behind it come the names
+    public = parse_public(body[:length])
+    is_ek = public.attributes & EK_MUST_HAVE == EK_MUST_HAVE and not public.attributes & SIGN
+    return ek_of(public.public_key) if is_ek else None
+
+
+async def _receive(stream: trio.SocketStream, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        part = await stream.receive_some(count - len(data))
+        if not part:
+            raise trio.BrokenResourceError("swtpm hung up")
+        data += part
+    return data

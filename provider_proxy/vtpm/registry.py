@@ -1,0 +1,274 @@
+"""The registry of vTPMs: in memory to be looked up, in SQLite to survive.
+
+A change is committed before it can be seen, in one transaction, and synced to the disk: whoever got
+an answer may rely on it, whatever kills the process then. Methods that change block for a disk's
+write and are not for two threads at once; `get` is one look-up in a dict and never waits.
+
+Invariants: an EK belongs to one VM; no more VMs than `max_vms`.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+
+from provider_proxy.errors import HostError, VtpmError
+from provider_proxy.vtpm import entries
+from provider_proxy.vtpm.entries import Ek, Entry
+from provider_proxy.vtpm.requests import CertificateRequest
+
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE vms (
+    vm TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, running INTEGER NOT NULL,
+    making INTEGER NOT NULL, generation INTEGER NOT NULL, issuer TEXT NOT NULL,
+    migrated INTEGER NOT NULL, registered_at INTEGER NOT NULL, changed_at INTEGER NOT NULL
+) STRICT;
+CREATE TABLE eks (
+    spki_sha256 TEXT PRIMARY KEY, alg TEXT NOT NULL,
+    vm TEXT NOT NULL REFERENCES vms ON DELETE CASCADE
+) STRICT;
+"""
+VM_COLUMNS = (
+    *("vm", "name", "state", "running", "making", "generation", "issuer", "migrated"),
+    *("registered_at", "changed_at"),
+)
+PRUNE_AFTER_S = 3600  # libvirt makes a vTPM's folder some time before swtpm_setup runs
+
+
+class CloneError(VtpmError):
+    """Two VMs hold the same EK: the state file of one is a copy of the other's."""
+
+
+class RunningError(VtpmError):
+    """A running VM has its vTPM; nobody makes it another."""
+
+
+class Registry:
+    """All VMs with a vTPM that this host has heard of.
+
+    Args:
+        path: of the database; made where it is missing, for its owner alone.
+        max_vms: how many entries there may be.
+        now: seconds since the epoch.
+
+    Raises:
+        HostError: the database cannot be opened, or is none.
+    """
+
+    def __init__(self, path: Path, *, max_vms: int, now: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._max_vms = max_vms
+        self._now = now
+        self._entries: dict[uuid.UUID, Entry] = {}
+        self._holder: dict[str, uuid.UUID] = {}
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            # Several threads use it, one at a time.
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        except (OSError, sqlite3.Error) as exc:
+            raise HostError(f"cannot open the registry of vTPMs {path}: {exc}") from exc
+        try:
+            self._open()
+        except (sqlite3.Error, ValueError) as exc:
+            self._db.close()
+            raise HostError(f"the registry of vTPMs {path} cannot be read: {exc}") from exc
+
+    def _open(self) -> None:
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("PRAGMA foreign_keys = ON")
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            self._db.executescript(
+                f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+            )
+        elif version != SCHEMA_VERSION:
+            raise ValueError(f"it is of version {version}, this program reads {SCHEMA_VERSION}")
+        eks: dict[str, list[Ek]] = {}
+        for digest, alg, vm in self._db.execute("SELECT spki_sha256, alg, vm FROM eks"):
+            eks.setdefault(vm, []).append(Ek(alg=alg, spki_sha256=digest))
+        for row in self._db.execute(f"SELECT {', '.join(VM_COLUMNS)} FROM vms"):  # noqa: S608  # constants
+            values = dict(zip(VM_COLUMNS, row, strict=True))
+            for flag in ("running", "making", "migrated"):
+                values[flag] = bool(values[flag])
+            keys = tuple(sorted(eks.get(values["vm"], ()), key=lambda ek: ek.alg))
+            values["vm"] = uuid.UUID(values["vm"])
+            self._remember(Entry(**values, eks=keys))
+
+    def close(self) -> None:
+        """Close the database."""
+        self._db.close()
+
+    def get(self, vm: uuid.UUID) -> Entry | None:
+        """What is known of a VM, as of now."""
+        return self._entries.get(vm)
+
+    def all(self) -> tuple[Entry, ...]:
+        """Every entry, as of now."""
+        return tuple(self._entries.copy().values())
+
+    def register(self, request: CertificateRequest, *, issuer: str) -> Entry:
+        """Take a new EK of a VM that does not run.
+
+        Raises:
+            RunningError: the VM runs.
+            CloneError: the EK is another VM's.
+            VtpmError: there is no room.
+        """
+        old, ek = self.get(request.vm), entries.ek_of(request.public_key)
+        holder = self._holder.get(ek.spki_sha256)
+        if holder not in (None, request.vm):
+            raise CloneError("this EK is registered for another VM")
+        if old is not None and old.running and ek not in old.eks:
+            raise RunningError("this VM runs, with another EK")
+        name = request.vmid.rpartition(":")[0]
+        return self._put(old, entries.registered(old, request.vm, name, ek, issuer=issuer))
+
+    def happened(self, vm: uuid.UUID, name: str, event: str) -> Entry | None:
+        """Take libvirt's word about a VM; its entry, where it has one now.
+
+        Raises:
+            VtpmError: there is no room.
+        """
+        old = self.get(vm)
+        new = entries.happened(old, vm, name, event)
+        return None if new is None else self._put(old, new)
+
+    def read_back(self, seen: Entry, eks: Sequence[Ek]) -> Entry | None:
+        """Take what was read from a running VM's vTPM.
+
+        Args:
+            seen: the entry as it was before the reading.
+
+        Returns:
+            The entry now; None where it has changed meanwhile, so that this says nothing.
+
+        Raises:
+            CloneError: an EK is that of another VM that runs: this one's are forgotten.
+        """
+        old = self.get(seen.vm)
+        if old is None or not old.running or old.generation != seen.generation:
+            return None
+        holders = {self._holder.get(ek.spki_sha256) for ek in eks} - {None, seen.vm}
+        others = [other for other in map(self.get, filter(None, holders)) if other is not None]
+        if any(other.running for other in others):
+            self._put(old, entries.without(old, old.eks))
+            names = ", ".join(str(other.vm) for other in others)
+            raise CloneError(f"its vTPM is a copy of that of {names}")
+        changed = [(other, entries.without(other, eks)) for other in others]
+        new = entries.read_back(old, eks)
+        self._save([*(self._stamp(*pair) for pair in changed), self._stamp(old, new)])
+        return self.get(seen.vm)
+
+    def stop(self, seen: Iterable[Entry]) -> list[Entry]:
+        """Mark VMs as not running, but for those about which something was heard since `seen`."""
+        return self._set_running([e for e in seen if self.get(e.vm) is e and e.running], False)
+
+    def reconcile(self, running: Collection[uuid.UUID]) -> list[Entry]:
+        """At start: exactly these VMs run; the entries that this changed."""
+        stopped = [e for e in self.all() if e.running and e.vm not in running]
+        started = [e for e in self.all() if not e.running and e.vm in running]
+        room = max(0, self._max_vms - len(self._entries))
+        new = [Entry(vm=vm) for vm in running if vm not in self._entries][:room]
+        return self._set_running(stopped, False) + self._set_running(started + new, True)
+
+    def prune(self, is_there: Callable[[uuid.UUID], bool]) -> list[Entry]:
+        """Forget VMs that do not run and whose vTPM's folder is gone.
+
+        Args:
+            is_there: whether a VM's vTPM still has its folder.
+        """
+        before = self._now() - PRUNE_AFTER_S
+        gone = [
+            entry
+            for entry in self.all()
+            if not entry.running and entry.changed_at < before and not is_there(entry.vm)
+        ]
+        if gone:
+            self._save([], removed=gone)
+        return gone
+
+    def _set_running(self, changed: Sequence[Entry], running: bool) -> list[Entry]:
+        event = "started" if running else "stopped"
+        saved = []
+        for old in changed:
+            new = entries.happened(old, old.vm, old.name, event)
+            assert new is not None
+            saved.append(self._stamp(old, new))
+        if saved:
+            self._save(saved)
+        return saved
+
+    def _stamp(self, old: Entry | None, new: Entry) -> Entry:
+        return entries.stamped(new, old, int(self._now()))
+
+    def _put(self, old: Entry | None, new: Entry) -> Entry:
+        entry = self._stamp(old, new)
+        if entry is not old:
+            self._save([entry], removed=self._make_room() if old is None else ())
+        return entry
+
+    def _make_room(self) -> list[Entry]:
+        if len(self._entries) < self._max_vms:
+            return []
+        idle = [entry for entry in self.all() if not entry.running and not entry.making]
+        if not idle:
+            raise VtpmError(f"the registry holds vtpm.max_vms = {self._max_vms} VMs already")
+        return [min(idle, key=lambda entry: entry.changed_at)]
+
+    def _save(self, changed: Sequence[Entry], removed: Sequence[Entry] = ()) -> None:
+        """Commit, then remember.
+
+        Raises:
+            HostError: the disk is full, for example; nothing has changed then.
+        """
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                for entry in (*removed, *changed):
+                    self._db.execute("DELETE FROM vms WHERE vm = ?", (str(entry.vm),))
+                for entry in changed:
+                    self._insert(entry)
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as exc:
+            raise HostError(f"cannot write the registry of vTPMs {self._path}: {exc}") from exc
+        for entry in removed:
+            self._forget(entry.vm)
+        for entry in changed:
+            self._forget_keys(entry.vm)
+        for entry in changed:
+            self._remember(entry)
+
+    def _insert(self, entry: Entry) -> None:
+        values = [getattr(entry, column) for column in VM_COLUMNS]
+        values[0] = str(entry.vm)
+        marks = ", ".join("?" * len(values))
+        self._db.execute(f"INSERT INTO vms ({', '.join(VM_COLUMNS)}) VALUES ({marks})", values)  # noqa: S608  # constants
+        self._db.executemany(
+            "INSERT INTO eks (spki_sha256, alg, vm) VALUES (?, ?, ?)",
+            [(ek.spki_sha256, ek.alg, str(entry.vm)) for ek in entry.eks],
+        )
+
+    def _remember(self, entry: Entry) -> None:
+        self._entries[entry.vm] = entry
+        for ek in entry.eks:
+            self._holder[ek.spki_sha256] = entry.vm
+
+    def _forget_keys(self, vm: uuid.UUID) -> None:
+        old = self._entries.get(vm)
+        for ek in old.eks if old is not None else ():
+            self._holder.pop(ek.spki_sha256, None)
+
+    def _forget(self, vm: uuid.UUID) -> None:
+        self._forget_keys(vm)
+        self._entries.pop(vm, None)
