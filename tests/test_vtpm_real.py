@@ -1,0 +1,501 @@
+"""The host's side of the link as a whole: the real daemon, swtpm_setup as libvirt runs it, the two hooks,
+running vTPMs. Needs root, as libvirt does: it runs swtpm as another user, and so does this."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+import tomllib
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
+from helpers import (
+    LIMIT_S,
+    FakeQuoter,
+    Serving,
+    connect,
+    get,
+    open_fake,
+    quote_target,
+    run_command,
+    serving,
+    trusted_ak,
+    until,
+    until_answered,
+)
+from vtpm_helpers import (
+    EKHOOK,
+    OTHER_VM,
+    VM,
+    VMHOOK,
+    Libvirt,
+    ask,
+    certify,
+    ecc_key,
+    event,
+    make_libvirt,
+    setup_config,
+    vtpm_toml,
+)
+
+from provider_proxy import daemon
+from provider_proxy.config import parse_config
+from provider_proxy.model import TrustedHost
+from provider_proxy.policy import UnsafeAcceptAny
+from provider_proxy.verify import MemoryHistory, Verifier, new_challenge
+from provider_proxy.vtpm import readback
+from provider_proxy.vtpm.requests import CertificateRequest
+
+SWTPM_USER = "tss"
+NOBODY = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups")
+NV_RSA, NV_ECC, NV_PLATFORM = "0x01c00002", "0x01c00016", "0x01c08000"
+
+
+def _has_user() -> bool:
+    try:
+        pwd.getpwnam(SWTPM_USER)
+    except KeyError:
+        return False
+    return os.geteuid() == 0 and shutil.which("swtpm_setup") is not None
+
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not _has_user(), reason="needs root, user tss, and swtpm-tools"),
+]
+
+
+@pytest.fixture(scope="module")
+def localca() -> Iterator[Path]:
+    """The configuration of a swtpm_localca whose CA is there already: its own, RSA-3072, takes long."""
+    folder = Path(tempfile.mkdtemp(prefix="provider-proxy-ca-"))
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test-localca")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now)
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    config = folder / "localca.conf"
+    config.write_text(
+        f"statedir = {folder}\nsigningkey = {folder}/key.pem\nissuercert = {folder}/cert.pem\n"
+        f"certserial = {folder}/serial\n"
+    )
+    (folder / "options").write_text(
+        "--platform-manufacturer Acme\n--platform-version 2.1\n--platform-model QEMU\n"
+    )
+    for path in (folder, *folder.iterdir()):
+        shutil.chown(path, SWTPM_USER)
+    yield config
+    shutil.rmtree(folder)
+
+
+class Host:
+    """libvirt's folders, the hooks' configuration and the commands that libvirt runs."""
+
+    def __init__(self, folder: Path, localca: Path) -> None:
+        self.folder = folder
+        self.libvirt: Libvirt = make_libvirt(folder / "l")
+        self.socket = self.libvirt.root / "hooks"
+        for path in (self.libvirt.state_root, self.libvirt.run_root):
+            shutil.chown(path, SWTPM_USER)
+        for hook in (EKHOOK, VMHOOK):
+            shutil.copy(hook, folder)
+        self.config = folder / "vtpm-hook.toml"
+        self.config.write_text(f'socket = "{self.socket}"\nlocalca_config = "{localca}"\n')
+        self.setup = setup_config(
+            folder,
+            tool=folder / EKHOOK.name,
+            tool_config=self.config,
+            options=localca.parent / "options",
+        )
+        self.state_dir = folder / "state"
+        self.address = f"unix:{folder}/tenants"
+
+    def toml(self, *, more: str = "") -> str:
+        return (
+            f'state_dir = "{self.state_dir}"\n'
+            f'[listen]\naddress = "{self.address}"\ninsecure_plaintext = true\n'
+            f'[admin]\naddress = "unix:{self.folder}/admin"\n'
+            '[tpm]\ntcti = "embedded"\n[logs]\nima = "/nonexistent/a"\nuefi = "/nonexistent/b"\n'
+            f'[tenants.acme]\nidentities = ["uid:0"]\nvms = ["{VM}", "{OTHER_VM}"]\n'
+            + vtpm_toml(self.libvirt, user=SWTPM_USER, more=more)
+        )
+
+    def make_vtpm(self, vm: uuid.UUID = VM, *more: str) -> subprocess.CompletedProcess[str]:
+        self.libvirt.state(vm).mkdir(parents=True)
+        for path in (self.libvirt.state(vm), self.libvirt.state(vm).parent):
+            shutil.chown(path, SWTPM_USER, pwd.getpwnam(SWTPM_USER).pw_gid)
+        return self.libvirt.make_vtpm(vm, self.setup, user=SWTPM_USER, more=more)
+
+    def event(self, operation: str, sub: str, vm: uuid.UUID = VM) -> None:
+        """libvirt runs its hook."""
+        xml = (
+            f"<domain><name>web</name><uuid>{vm}</uuid><devices><tpm><backend type='emulator'/>"
+            "</tpm></devices></domain>"
+        )
+        done = subprocess.run(
+            [str(self.folder / VMHOOK.name), "web", operation, sub, "-", str(self.config)],
+            input=xml.encode(),
+            capture_output=True,
+            timeout=LIMIT_S,
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+    async def listed(self) -> dict[str, dict[str, Any]]:
+        """The registry, by VM."""
+        results = (await get(f"unix:{self.folder}/admin", "/vms")).results()
+        vms = results["vms"]
+        assert isinstance(vms, list)
+        return {vm["vm"]: vm for vm in vms}
+
+    async def until_confirmed(self, vm: uuid.UUID = VM) -> dict[str, Any]:
+        async def confirmed() -> bool:
+            return bool((await self.listed()).get(str(vm), {}).get("confirmed"))
+
+        await until_answered(confirmed, "the confirmation")
+        return (await self.listed())[str(vm)]
+
+
+@pytest.fixture
+def host(localca: Path) -> Iterator[Host]:
+    folder = Path(tempfile.mkdtemp(prefix="pp-"))  # a short path, that the swtpm user gets into
+    folder.chmod(0o755)
+    yield Host(folder, localca)
+    shutil.rmtree(folder)
+
+
+def eks_of(tcti: str) -> set[str]:
+    """SHA-256 of the SPKI of both EKs, as the VM sees them."""
+    found = set()
+    for handle in ("0x81010001", "0x81010016"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "ek.pem"
+            tool(tcti, "tpm2_readpublic", "-c", handle, "-f", "pem", "-o", str(path))
+            key = serialization.load_pem_public_key(path.read_bytes())
+        found.add(digest(key))
+    return found
+
+
+def digest(key: Any) -> str:
+    spki = key.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return hashlib.sha256(spki).hexdigest()
+
+
+def tool(tcti: str, *words: str, cwd: Path | None = None) -> bytes:
+    done = subprocess.run(
+        words,
+        cwd=cwd,
+        env={**os.environ, "TPM2TOOLS_TCTI": tcti},
+        capture_output=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def certificate_in(tcti: str, index: str) -> x509.Certificate:
+    """What the VM finds in its vTPM's NV memory."""
+    return x509.load_der_x509_certificate(tool(tcti, "tpm2_nvread", "-C", "p", index))
+
+
+def digests(vm: dict[str, Any]) -> set[str]:
+    return {ek["spki_sha256"] for ek in vm["eks"]}
+
+
+async def in_thread(function: Any, *args: Any) -> Any:
+    with trio.fail_after(120):
+        return await trio.to_thread.run_sync(partial(function, *args))
+
+
+# --- the whole, with swtpm_localca's certificates ---------------------------------------------------
+
+
+async def ask_with_vm(host: Host, vm: uuid.UUID) -> tuple[int, dict[str, Any]]:
+    """A tenant's quote with claims, verified; status and claims."""
+    ak = await trusted_ak(host.address)
+    history = MemoryHistory()
+    challenge = new_challenge(mask=1, vm=vm, now_s=time.monotonic(), history=history)
+    async with connect(host.address) as wire:
+        reply = await wire.get(quote_target(challenge))
+    if reply.status != 200:
+        return reply.status, reply.envelope()
+    quote = Verifier(UnsafeAcceptAny()).verify(
+        reply.body, challenge, TrustedHost(ak=ak), history, now_s=time.monotonic()
+    )
+    assert quote.claims is not None
+    return reply.status, dict(quote.claims)
+
+
+async def test_from_the_first_start_to_the_tenant_s_leaf(host: Host) -> None:
+    async with serving(host.folder, host.toml()) as serve:
+        host.event("prepare", "begin")
+        made = await in_thread(host.make_vtpm)
+        assert made.returncode == 0, made.stdout
+        listed = (await host.listed())[str(VM)]
+        assert (listed["state"], listed["running"], listed["name"]) == ("claimed", False, "web")
+        nowhere = await ask_with_vm(host, VM)  # it does not run
+        with host.libvirt.running(VM, user=SWTPM_USER) as tcti:
+            host.event("started", "begin")
+            listed = await host.until_confirmed()
+            in_vm = eks_of(tcti)
+            assert digests(listed) == in_vm
+            for index, key in ((NV_RSA, rsa.RSAPublicKey), (NV_ECC, ec.EllipticCurvePublicKey)):
+                certificate = certificate_in(tcti, index)
+                assert isinstance(certificate.public_key(), key)
+                assert digest(certificate.public_key()) in in_vm
+            status, claims = await ask_with_vm(host, VM)
+            assert status == 200
+            assert {ek["spki_sha256"] for ek in claims["eks"]} == in_vm
+            assert {k: claims[k] for k in claims if k not in ("eks", "registered_at")} == {
+                "vm": str(VM),
+                "running": True,
+                "confirmed": True,
+                "issuer": "delegate",
+                "migrated": False,
+                "generation": 1,
+            }
+            shown = run_command("vms", f"unix:{host.folder}/admin")
+            assert (shown.returncode, shown.stderr) == (0, "")
+            assert "confirmed" in shown.stdout
+            as_json = json.loads(
+                run_command("vms", f"unix:{host.folder}/admin", "--json").stdout.splitlines()[-1]
+            )
+            assert as_json["vms"][0]["vm"] == str(VM)
+            # unknown, foreign and stopped are one answer
+            assert await ask_with_vm(host, OTHER_VM) == nowhere
+            assert await ask_with_vm(host, uuid.UUID(int=1)) == nowhere
+            assert nowhere[0] == 404
+            # whoever is neither root nor the swtpm user says nothing, and that user no events
+            swtpm = ("setpriv", f"--reuid={SWTPM_USER}", "--clear-groups", f"--regid={SWTPM_USER}")
+            assert ask(host.socket, certify(ecc_key()), launcher=NOBODY) == {}
+            host.socket.chmod(0o666)  # not the file's mode alone keeps them out
+            assert ask(host.socket, certify(ecc_key()), launcher=NOBODY) == {}
+            assert "root alone" in ask(host.socket, event("stopped"), launcher=swtpm)["error"]
+            false = ask(host.socket, certify(ecc_key()), launcher=swtpm)
+            assert "this VM runs" in false["error"]
+            assert digests((await host.listed())[str(VM)]) == in_vm
+        host.event("stopped", "end")
+        assert await ask_with_vm(host, VM) == nowhere
+        assert f"user {pwd.getpwnam('nobody').pw_uid} may not connect" in serve.log
+        assert "-----" not in serve.log
+
+
+async def test_a_copy_an_encrypted_one_and_one_that_was_there_before(host: Host) -> None:
+    """Clones, libvirt's state encryption, and a vTPM that was made without the hooks."""
+    secret = host.folder / "secret"
+    secret.write_text("vtpm-password")
+    encrypted = uuid.UUID(int=0xE)
+    async with serving(host.folder, host.toml()) as serve:
+        assert (await in_thread(host.make_vtpm)).returncode == 0
+        made = await in_thread(
+            host.make_vtpm, encrypted, "--pwdfile", str(secret), "--cipher", "aes-256-cbc"
+        )
+        assert made.returncode == 0, made.stdout
+        shutil.copytree(host.libvirt.state(VM), host.libvirt.state(OTHER_VM))
+        for path in host.libvirt.state(OTHER_VM).iterdir():
+            shutil.chown(path, SWTPM_USER)
+        with host.libvirt.running(VM, user=SWTPM_USER) as tcti:
+            host.event("started", "begin")
+            original = await host.until_confirmed()
+            host.event("started", "begin", OTHER_VM)
+            host.event("started", "begin", encrypted)
+
+            async def all_read() -> bool:
+                return "copy of that of" in serve.log and "state is encrypted" in serve.log
+
+            await until_answered(all_read, "both were read")
+            listed = await host.listed()
+            assert listed[str(VM)] == original
+            assert listed[str(OTHER_VM)]["eks"] == []
+            assert listed[str(encrypted)]["state"] == "claimed"
+            assert len(listed[str(encrypted)]["eks"]) == 2
+            assert (await ask_with_vm(host, OTHER_VM))[0] == 404
+            # What the guest puts at an EK's handle is not taken for an EK.
+            await in_thread(plant, tcti, host.folder / "planted")
+            host.event("stopped", "end")
+            host.event("started", "begin")
+            now = await host.until_confirmed()
+            assert [ek["alg"] for ek in now["eks"]] == ["rsa2048"]
+    assert not list(host.libvirt.root.glob(readback.COPY_PREFIX + "*"))
+
+
+def plant(tcti: str, folder: Path) -> None:
+    """What a guest's owner can: another key, whose private part it knows, at an EK's handle."""
+    folder.mkdir()
+    for words in (
+        "tpm2_evictcontrol -C o -c 0x81010016",
+        "openssl ecparam -name secp384r1 -genkey -noout -out k.pem",
+        "tpm2_createprimary -C o -c p.ctx",
+        "tpm2_import -C p.ctx -G ecc:aes128cfb -i k.pem -u k.pub -r k.priv"
+        " -a restricted|decrypt|userwithauth",
+        "tpm2_flushcontext -t",
+        "tpm2_load -C p.ctx -u k.pub -r k.priv -c k.ctx",
+        "tpm2_evictcontrol -C o -c k.ctx 0x81010016",
+    ):
+        tool(tcti, *words.split(), cwd=folder)
+
+
+# --- kill -9 ----------------------------------------------------------------------------------------
+
+
+async def kill(serve: Serving) -> None:
+    assert await serve.stop(signal.SIGKILL) == -signal.SIGKILL
+
+
+async def test_kill_9_between_any_two_steps_loses_no_vm(host: Host) -> None:
+    """The daemon dies before, while and after swtpm_setup runs, around the start, and the stop."""
+    folders = iter(host.folder / f"d{n}" for n in range(9))
+
+    @asynccontextmanager
+    async def up() -> AsyncIterator[Serving]:
+        folder = next(folders)
+        folder.mkdir()
+        async with serving(folder, host.toml()) as serve:
+            yield serve
+
+    async with up() as serve:
+        host.event("prepare", "begin")
+        await kill(serve)
+    results: list[subprocess.CompletedProcess[str]] = []
+    async with trio.open_nursery() as nursery:
+
+        async def make() -> None:
+            results.append(await in_thread(host.make_vtpm))
+
+        nursery.start_soon(make)  # its hook finds nobody, and waits
+        await trio.sleep(0.5)
+        async with up() as serve:
+
+            async def registered() -> bool:
+                return str(VM) in await host.listed()
+
+            await until_answered(registered, "the first EK")
+            await kill(serve)  # the platform's or the second EK's hook meets this, or waits again
+        async with up() as serve:
+            await until(lambda: bool(results), "the end of swtpm_setup")
+            assert results[0].returncode == 0, results[0].stdout
+            first = (await host.listed())[str(VM)]
+            assert len(first["eks"]) == 2
+            await kill(serve)
+    with host.libvirt.running(VM, user=SWTPM_USER) as tcti:
+        host.event("started", "begin")  # nobody hears it
+        async with up() as serve:
+            listed = await host.until_confirmed()
+            assert (digests(listed), listed["generation"]) == (eks_of(tcti), 1)
+            assert listed["registered_at"] == first["registered_at"]
+            await kill(serve)
+        async with up() as serve:
+            listed = (await host.listed())[str(VM)]
+            assert (listed["running"], listed["eks"]) == (True, first["eks"])
+            assert (await ask_with_vm(host, VM))[0] == 200
+            await kill(serve)
+    host.event("stopped", "end")  # nobody hears that either
+    async with up():
+        listed = (await host.listed())[str(VM)]
+        assert (listed["running"], listed["eks"]) == (False, first["eks"])
+        assert (await ask_with_vm(host, VM))[0] == 404
+
+
+# --- the host's own certificates --------------------------------------------------------------------
+
+
+class FakeIssuer:
+    """Certifies with a key of its own; the real one is the CA in the host's TPM."""
+
+    def __init__(self) -> None:
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        self.requests: list[CertificateRequest] = []
+
+    async def issue(self, request: CertificateRequest) -> bytes:
+        self.requests.append(request)
+        now = datetime.datetime.now(datetime.UTC)
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, request.vmid)])
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(name)
+            .public_key(request.public_key)
+            .serial_number(len(self.requests))
+            .not_valid_before(now)
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .sign(self.key, hashes.SHA256())
+        )
+        return certificate.public_bytes(serialization.Encoding.DER)
+
+
+async def test_certificates_of_the_host_end_in_the_vtpm(host: Host) -> None:
+    issuer = FakeIssuer()
+    config = parse_config(tomllib.loads(host.toml(more='issuer = "tpm"\n')))
+
+    async def open_issuer(*_: object) -> FakeIssuer:
+        return issuer
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(
+            partial(
+                daemon.run, config, open_quoter=open_fake(FakeQuoter()), open_issuer=open_issuer
+            )
+        )
+        made = await in_thread(host.make_vtpm)
+        assert made.returncode == 0, made.stdout
+        listed = (await host.listed())[str(VM)]
+        assert listed["issuer"] == "tpm"
+        nursery.cancel_scope.cancel()
+    assert [request.kind for request in issuer.requests] == ["ek", "platform", "ek"]
+    with host.libvirt.running(VM, user=SWTPM_USER) as tcti:
+        in_vm = eks_of(tcti)
+        for number, index in enumerate((NV_RSA, NV_PLATFORM, NV_ECC), 1):
+            certificate = certificate_in(tcti, index)
+            assert certificate.serial_number == number
+            assert digest(certificate.public_key()) in in_vm
+            issuer.key.public_key().verify(
+                certificate.signature, certificate.tbs_certificate_bytes, ec.ECDSA(hashes.SHA256())
+            )
+    assert digests(listed) == in_vm
+
+
+async def test_a_vm_s_start_fails_in_words(host: Host) -> None:
+    """Without a daemon, as libvirt's log of the VM then has it."""
+    host.config.write_text(host.config.read_text() + "limit_s = 0.3\n")
+    made = await in_thread(host.make_vtpm)
+    assert made.returncode != 0
+    assert f"provider-proxy-ekhook: VM web:{VM} gets no EK certificate" in made.stdout
