@@ -374,6 +374,29 @@ def plant(tcti: str, folder: Path) -> None:
         tool(tcti, *words.split(), cwd=folder)
 
 
+async def test_a_daemon_that_is_not_root(host: Host) -> None:
+    """As under systemd: a user of its own that may read every file, and nothing else."""
+    user = "daemon"
+    for path in (host.libvirt.root, host.state_dir):
+        path.mkdir(exist_ok=True)
+        shutil.chown(path, user)
+    shutil.chown(host.folder, user)
+    capability = "+dac_read_search"
+    launcher = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "--no-new-privs"]
+    launcher += [f"--inh-caps={capability}", f"--ambient-caps={capability}"]
+    launcher.append(f"--bounding-set=-all,{capability}")
+    # READY is not for it: the service manager's socket here is root's.
+    async with serving(host.folder, host.toml(), launcher=launcher, lazy=True) as serve:
+        await until(lambda: "listening on" in serve.log, "the start")
+        assert (await in_thread(host.make_vtpm)).returncode == 0
+        assert host.socket.stat().st_mode & 0o777 == 0o666
+        with host.libvirt.running(VM, user=SWTPM_USER) as tcti:
+            host.event("started", "begin")
+            assert digests(await host.until_confirmed()) == eks_of(tcti)
+        assert ask(host.socket, certify(ecc_key()), launcher=NOBODY) == {}
+        assert "ERROR" not in serve.log
+
+
 # --- kill -9 ----------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ import trio
 
 from provider_proxy.config_tables import Vtpm
 from provider_proxy.errors import HostError, ProviderProxyError, VtpmError
+from provider_proxy.journal import Event
 from provider_proxy.metrics import Metrics
 from provider_proxy.vtpm import readback
 from provider_proxy.vtpm.claims import Claims, entry_values
@@ -114,7 +115,7 @@ class Keeper:
         running = await trio.to_thread.run_sync(self._running)
         changed = await self._do(lambda: self._registry.reconcile(running))
         for entry in changed:
-            log.info("vm=%s %s", entry.vm, "runs" if entry.running else "no longer runs")
+            _log(logging.INFO, entry.vm, "runs" if entry.running else "does not run")
         for entry in self._registry.all():
             if entry.running:
                 self._schedule(entry.vm)
@@ -138,12 +139,13 @@ class Keeper:
             # Its stop was not told, for the hook has a second at most: does it run?
             await self._stop_ended(only=request.vm)
             entry = await self._register(request)
-        log.info(
-            "vm=%s name=%r kind=%s generation=%d registered",
+        _log(
+            logging.INFO,
             entry.vm,
-            entry.name,
-            request.kind,
-            entry.generation,
+            "registered",
+            name=entry.name,
+            kind=request.kind,
+            generation=entry.generation,
         )
         if self._issuer is None:
             return None
@@ -159,7 +161,7 @@ class Keeper:
     async def happened(self, event: VmEvent) -> None:
         """Take libvirt's word; see `door.Handler`."""
         await self._do(lambda: self._registry.happened(event.vm, event.name, event.event))
-        log.info("vm=%s name=%r %s", event.vm, event.name, event.event)
+        _log(logging.INFO, event.vm, event.event, name=event.name)
         if event.event in STARTS:
             self._schedule(event.vm)
         else:
@@ -211,20 +213,20 @@ class Keeper:
             )
             now = await self._do(lambda: self._registry.read_back(entry, eks))
         except readback.EncryptedError as exc:
-            log.info("vm=%s stays claimed: %s", entry.vm, exc)
+            _log(logging.INFO, entry.vm, "stays claimed", why=exc)
             return "encrypted"
         except CloneError as exc:
-            log.error("vm=%s has no link: %s", entry.vm, exc)
+            _log(logging.ERROR, entry.vm, "has no link", why=exc)
             return "clone"
         except (VtpmError, HostError) as exc:
-            log.warning("vm=%s is not confirmed: %s", entry.vm, exc)
+            _log(logging.WARNING, entry.vm, "not confirmed", why=exc)
             return "failed"
         if now is None:
             return "outdated"
         if entry.eks and now.generation != entry.generation:
-            log.warning("vm=%s registered another EK than its vTPM has; corrected", entry.vm)
+            _log(logging.WARNING, entry.vm, "corrected", why="another EK was registered")
             return "corrected"
-        log.info("vm=%s confirmed", entry.vm)
+        _log(logging.INFO, entry.vm, "confirmed")
         return "confirmed"
 
     # --- what runs ----------------------------------------------------------------------------------
@@ -243,7 +245,7 @@ class Keeper:
                 log.error("the registry of vTPMs: %s", exc)
                 continue
             for entry in gone:
-                log.info("vm=%s forgotten: it does not run and its vTPM is gone", entry.vm)
+                _log(logging.INFO, entry.vm, "forgotten", why="its vTPM is gone")
 
     async def _stop_ended(self, only: uuid.UUID | None = None) -> None:
         """Mark VMs that count as running and whose swtpm has ended. Never the other way round: a
@@ -256,7 +258,7 @@ class Keeper:
         running = await trio.to_thread.run_sync(self._running)
         ended = [entry for entry in seen if entry.vm not in running]
         for entry in await self._do(lambda: self._registry.stop(ended)) if ended else ():
-            log.warning("vm=%s no longer runs, and nobody said so", entry.vm)
+            _log(logging.WARNING, entry.vm, "does not run", why="its swtpm has ended untold")
 
     def _is_there(self, vm: uuid.UUID) -> bool:
         """Whether a VM's vTPM has its folder; True where that cannot be seen."""
@@ -273,3 +275,7 @@ def _state_of(entry: Entry) -> str:
     if not entry.running:
         return "stopped"
     return "confirmed" if entry.state == CONFIRMED else "claimed"
+
+
+def _log(level: int, vm: uuid.UUID, what: str, **more: object) -> None:
+    log.log(level, Event("vtpm", {"vm": vm, "what": what, **more}))
