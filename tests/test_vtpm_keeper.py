@@ -373,10 +373,27 @@ async def test_what_cannot_be_read_is_tried_some_times(
         kept.reader.holds[VM] = eks()
         await trio.sleep(10)
         assert (kept.entry().state, kept.entry().migrated) == (CONFIRMED, True)
+        await kept.keeper.certify(certificate_request(ecc_key(1), vm=OTHER_VM))
         await kept.tell("started", OTHER_VM)
         before = len(kept.reader.reads)
         await trio.sleep(10_000)
         assert len(kept.reader.reads) - before == len(CONFIRM_AFTER_S)
+
+
+async def test_a_migration_may_take_hours(
+    autojump_clock: trio.testing.MockClock, kept: Kept
+) -> None:
+    async with kept.at_work():
+        await kept.tell("migrate")
+        await kept.tell("started")
+        await trio.sleep(20_000)
+        assert len(kept.reader.reads) < 20_000 / CONFIRM_AFTER_S[-1] + len(CONFIRM_AFTER_S)
+        kept.reader.holds[VM] = eks()
+        await trio.sleep(CONFIRM_AFTER_S[-1] + 1)
+        assert kept.entry().state == CONFIRMED
+        before = len(kept.reader.reads)
+        await trio.sleep(10_000)
+        assert len(kept.reader.reads) == before
 
 
 async def test_one_at_a_time(autojump_clock: trio.testing.MockClock, kept: Kept) -> None:

@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WATCH_S = 10.0  # how long a VM whose end nobody told may count as running
-# After its start a vTPM is read at once; one that comes in from another host has its EK only once the
-# migration is over.
+# After its start a vTPM is read at once. One that comes in from another host has its EK only once the
+# migration is over, of which libvirt says nothing: it is read at the last interval until it has one.
 CONFIRM_AFTER_S = (0.0, 2.0, 10.0, 60.0, 300.0)
 
 
@@ -175,9 +175,9 @@ class Keeper:
     # --- reading back -------------------------------------------------------------------------------
 
     def _schedule(self, vm: uuid.UUID, attempt: int = 0) -> None:
-        if attempt < len(CONFIRM_AFTER_S):
-            self._due[vm] = (trio.current_time() + CONFIRM_AFTER_S[attempt], attempt)
-            self._wake.set()
+        delay_s = CONFIRM_AFTER_S[min(attempt, len(CONFIRM_AFTER_S) - 1)]
+        self._due[vm] = (trio.current_time() + delay_s, attempt)
+        self._wake.set()
 
     async def _confirm_all(self) -> None:
         while True:
@@ -197,7 +197,8 @@ class Keeper:
                 continue
             outcome = await self._confirm(entry)
             self._metrics.vtpm_confirmations.labels(outcome).inc()
-            if outcome == "failed" and vm not in self._due:
+            goes_on = attempt + 1 < len(CONFIRM_AFTER_S) or not entry.eks
+            if outcome == "failed" and goes_on and vm not in self._due:
                 self._schedule(vm, attempt + 1)
 
     async def _confirm(self, entry: Entry) -> str:
