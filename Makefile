@@ -3,6 +3,7 @@
 # make test      the tests (fetches a Chromium and promtool for them)
 # make keylime   the real Keylime that the tests talk to, into .venv-keylime
 # make check     what CI runs: format, lint, types, tests, wheel
+# make test-libvirt  the vTPM link with a real libvirt (root; libvirt-daemon-system, qemu-system-x86)
 # make soak      faults of all kinds in random order, for ten minutes (SOAK_SECONDS=600)
 # make bench     the figures of this machine
 #
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 missing = $(shell for p in $(1); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done)
 SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: install system browser promtool keylime demo test check format lint types wheel soak bench clean
+.PHONY: install system browser promtool keylime demo test test-libvirt check format lint types wheel soak bench clean
 
 install: $(STAMP)
 
@@ -97,6 +98,10 @@ wheel: install
 	cd tests/vectors && ../../$(WHEEL_VENV)/bin/python ../wheel_smoke.py
 
 check: format lint types test wheel
+
+# libvirtd, QEMU and this project's hooks in a mount namespace of their own; as root.
+test-libvirt: install
+	TEST_LIBVIRT=1 unshare --mount --propagation private $(BIN)/python -m pytest -q tests/test_vtpm_libvirt.py
 
 soak: install
 	SOAK_SECONDS=$${SOAK_SECONDS:-600} $(BIN)/python -m pytest -q -s tests/test_soak.py

@@ -63,6 +63,7 @@ class Keeper:
     Attributes:
         claims: what the batcher asks.
         door: what serves the hooks.
+        issuer: as it was given.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Keeper:
         self._metrics = metrics
         self._uid = uid
         self._work = work
-        self._issuer = issuer
+        self.issuer = issuer
         self._read_eks = read_eks
         self._one = trio.Lock()
         self._due: dict[uuid.UUID, tuple[float, int]] = {}
@@ -147,9 +148,9 @@ class Keeper:
             kind=request.kind,
             generation=entry.generation,
         )
-        if self._issuer is None:
+        if self.issuer is None:
             return None
-        certificate = await self._issuer.issue(request)
+        certificate = await self.issuer.issue(request)
         if len(certificate) > MAX_CERTIFICATE_BYTES:
             raise HostError(f"the certificate is longer than {MAX_CERTIFICATE_BYTES} bytes")
         return certificate
