@@ -112,10 +112,12 @@ class Host:
             *("--configfile", str(self.config), *more),
         ]
 
-    def run(self, arguments: Sequence[str], **env: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, arguments: Sequence[str], *, hook: Path = EKHOOK
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(EKHOOK), *arguments],
-            env={"HOME": "/root", "PATH": "/usr/bin:/bin", **env},
+            [str(hook), *arguments],
+            env={"HOME": "/root", "PATH": "/usr/bin:/bin"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -215,12 +217,19 @@ def test_what_is_no_ek_goes_straight_to_localca(host: Host, daemon: Daemon, kind
 
 
 def test_localca_s_own_configuration_stays(host: Host, daemon: Daemon) -> None:
-    """create_certs_tool_config need not be ours: then ours is at its usual place, or nowhere."""
+    """create_certs_tool_config need not be ours: then ours is at its usual place."""
+    hook = host.folder / "hook"
+    text = EKHOOK.read_text()
+    usual = 'CONFIG = "/etc/provider-proxy/vtpm-hook.toml"'
+    assert usual in text
+    hook.write_text(text.replace(usual, f'CONFIG = "{host.config}"'))
+    hook.chmod(0o755)
     arguments = host.arguments(ek_argument(ecc_key()))
-    arguments[arguments.index(str(host.config))] = "/etc/swtpm-localca.conf"
-    done = host.run(arguments)
-    assert daemon.lines == []  # the socket is the usual one, where nobody is in a test
-    assert "/run/provider-proxy/vtpm.sock" in done.stderr or done.returncode == 0
+    arguments[arguments.index(str(host.config))] = "/etc/other-localca.conf"
+    done = host.run(arguments, hook=hook)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(daemon.lines) == 1
+    assert host.delegated() == arguments
 
 
 # --- what goes wrong --------------------------------------------------------------------------------

@@ -170,8 +170,8 @@ def host() -> Iterator[LibvirtHost]:
     finally:
         for path in Path("/run/libvirt/qemu").glob("*.pid"):  # of a test that failed
             os.kill(int(path.read_text()), signal.SIGKILL)
-        for path in OWN:
-            subprocess.run(["umount", path], check=False, capture_output=True)
+        for own in OWN:
+            subprocess.run(["umount", own], check=False, capture_output=True)
         shutil.rmtree(folder)
 
 
