@@ -12,12 +12,14 @@
 """
 
 from provider_proxy.attestation_key import insecure_ak_from_pem, parse_ak
+from provider_proxy.deep import ask_host, deep_nonce, deep_verify, new_deep_question
 from provider_proxy.errors import (
     ProviderProxyError,
     ReplyError,
     UsageError,
     VerificationError,
 )
+from provider_proxy.link import VtpmLink, ek_digest
 from provider_proxy.model import (
     AttestationKey,
     ClockState,
@@ -52,9 +54,15 @@ __all__ = [
     "VerificationError",
     "VerifiedQuote",
     "Verifier",
+    "VtpmLink",
+    "ask_host",
+    "deep_nonce",
+    "deep_verify",
+    "ek_digest",
     "encode_quote_query",
     "insecure_ak_from_pem",
     "new_challenge",
+    "new_deep_question",
     "parse_ak",
     "parse_evidence",
     "parse_tpm_policy",

@@ -44,6 +44,7 @@ MIN_RSA_BITS = 2048
 DEFAULT_RSA_EXPONENT = 65537  # a TPM writes 0 for it
 SIGNING_HASHES = (HashAlg.SHA256, HashAlg.SHA384, HashAlg.SHA512)
 CURVES: dict[int, ec.EllipticCurve] = {3: ec.SECP256R1(), 4: ec.SECP384R1(), 5: ec.SECP521R1()}
+PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 SIGN_ALGS = {TPM_ALG_RSASSA: "rsassa", TPM_ALG_ECDSA: "ecdsa"}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -118,17 +119,21 @@ class ProxyClient:
         *,
         mask: int,
         bank: HashAlg = HashAlg.SHA256,
+        vm: uuid.UUID | None = None,
         timeout_ms: int | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> VerifiedQuote:
         """Make a nonce, ask, verify: the whole of a tenant's work in one call.
+
+        Args:
+            vm: whose link to the host is asked for; the policy then holds a `VtpmLink`.
 
         Raises:
             ReplyError: no answer.
             VerificationError: the answer was refused.
         """
         challenge = new_challenge(
-            mask=mask, now_s=now(), history=history, bank=bank, timeout_ms=timeout_ms
+            mask=mask, now_s=now(), history=history, bank=bank, vm=vm, timeout_ms=timeout_ms
         )
         try:
             body = await self.fetch(challenge.request)

@@ -24,6 +24,8 @@
     ├── ReplyError                 the tenant's side got no answer: network, HTTP status    (exit 3)
     ├── RegistrarError             a registrar gave no usable answer                        (exit 3)
     └── VerificationError          evidence refused; a class for each numbered check        (exit 1)
+        └── PolicyError            check 7: the state is proven, and not what the policy wants
+            └── LinkError          check 7: the link of a VM's vTPM to the host; a class a cause
 
 `str(error)` is the public message: it may be shown to the other side. What only we may see hangs
 below it as `__cause__`. Errors of other libraries are translated where they are called, `from exc`.
@@ -300,3 +302,51 @@ class PolicyError(VerificationError):
     """Check 7: the host's state is proven, and it is not what the policy wants."""
 
     check = 7
+
+
+class LinkError(PolicyError):
+    """Check 7: the link between a VM's vTPM and the host is not what the tenant wants."""
+
+
+class LinkClaimsError(LinkError):
+    """Check 7: there are no claims, or they are not those of a link."""
+
+
+class WrongVmError(LinkError):
+    """Check 7: the claims are about another VM than the one that was ordered."""
+
+
+class EkNotLinkedError(LinkError):
+    """Check 7: the EK that the tenant's registrar activated is not this VM's on this host."""
+
+
+class VmNotRunningError(LinkError):
+    """Check 7: the host knows the VM, and it does not run there now."""
+
+
+class NotConfirmedError(LinkError):
+    """Check 7: nobody has read the EK back from the VM's own vTPM."""
+
+
+class LinkIssuerError(LinkError):
+    """Check 7: the EK's certificate does not come from where the tenant wants it from."""
+
+
+class ClaimsNeverError(LinkError):
+    """Check 7: the tenant has marked this host as one whose claims prove nothing."""
+
+
+class VtpmQuoteError(LinkError):
+    """Check 7: the vTPM's own quote was refused; the cause says by which check."""
+
+
+class DeepNonceError(LinkError):
+    """Check 7: the host's quote was not asked for with the vTPM's quote in its nonce."""
+
+
+class UntrustedCaError(LinkError):
+    """Check 7: the host's CA key is not one that its TPM holds and its AK has certified."""
+
+
+class EkCertificateError(LinkError):
+    """Check 7: a vTPM's certificate is not that host's CA's, or not of the profile."""

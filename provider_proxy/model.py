@@ -321,7 +321,7 @@ class TrustedHost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifiedQuote:
-    """What the TPM signed for this request. Only `Verifier.verify` makes one.
+    """What the TPM signed for this request. Only `Verifier.verify` and, of a vTPM, `deep` make one.
 
     Attributes:
         pcrs: the *requested* PCRs and their values in the requested bank.

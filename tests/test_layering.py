@@ -15,13 +15,13 @@ ROOT = Path(provider_proxy.__file__).parent
 
 PURE = (
     *("errors", "model", "tpm_bytes", "inclusion", "attestation_key", "attestation", "credential"),
-    *("wire", "query", "policy", "verify", "request_file", "soft_tpm"),
+    *("wire", "query", "policy", "link", "verify", "deep", "request_file", "soft_tpm"),
 )
 SHARED = (
     *("files", "metrics", "journal", "http_body"),
     *("pins", "ek_chain", "single_flight", "agent_records", "bindings"),
 )
-TENANT = ("client", "keylime")
+TENANT = ("link_map", "client", "keylime")
 PROVIDER = (
     *(
         "merkle",

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evidence_factory import judge
+from evidence_factory import VM, challenge_of, judge, seal_with_claims
 from vectors import generate
 
 from provider_proxy import errors
 from provider_proxy.attestation import check_pcrs, check_signature, parse_attest, parse_signature
 from provider_proxy.attestation_key import parse_ak
+from provider_proxy.deep import DeepVerified, deep_verify
 from provider_proxy.inclusion import root_from_proof
+from provider_proxy.link import VtpmLink
 from provider_proxy.model import (
     HASH_BYTES,
     ClockState,
@@ -23,11 +25,14 @@ from provider_proxy.model import (
     InclusionProof,
     LeafHash,
     QuoteRequest,
+    TrustedHost,
+    VerifiedQuote,
     parse_bank,
     parse_mask,
     parse_nonce,
 )
-from provider_proxy.wire import encode_pcr_blob, parse_pcr_blob
+from provider_proxy.policy import UnsafeAcceptAny
+from provider_proxy.wire import encode_pcr_blob, parse_pcr_blob, parse_quote
 
 DIRECTORY = Path(__file__).parent / "vectors"
 MAX_FILE_BYTES = 300_000
@@ -35,6 +40,10 @@ NO_VECTOR = {
     "NonceSpentError",  # about two calls, and a vector is one
     "PinChangedError",  # about a store of pins
     "PolicyError",  # about a policy, and a vector has none
+    "ClaimsNeverError",  # about a tenant's own word on a host
+    "UntrustedCaError",  # certificates: test_vtpm_ca.py
+    "EkCertificateError",
+    "LinkError",  # the root of its kind
 }
 
 
@@ -43,7 +52,8 @@ def load(name: str) -> dict[str, Any]:
     return document
 
 
-EVIDENCE_FILES = [name for name in generate.FILES if name != "ak.json"]
+OTHER_FORMS = ("ak.json", "link.json", "deep.json")
+EVIDENCE_FILES = [name for name in generate.FILES if name not in OTHER_FORMS]
 ALL_FILES = [*generate.FILES, "rfc9162_inclusion.json", "tpm2_tools.json"]
 
 
@@ -109,6 +119,66 @@ def test_ak(test: dict[str, Any]) -> None:
     with pytest.raises(errors.VerificationError) as caught:
         parse_ak(public)
     assert type(caught.value).__name__ == test["error"], f"{test['comment']}: {caught.value}"
+
+
+@pytest.mark.parametrize("test", params("link.json"))
+def test_link(test: dict[str, Any]) -> None:
+    batch = seal_with_claims(claims=test["claims"].encode())
+    wanted = test["wanted"]
+    link = VtpmLink(
+        vm=uuid.UUID(wanted["vm"]),
+        ek=bytes.fromhex(wanted["ek"]),
+        confirmed=wanted["confirmed"],
+        issuer=wanted["issuer"],
+    )
+    request, ak = batch.requests[1], batch.tpm.ak_public
+    if test["result"] == "valid":
+        judge(batch.body(1), request, ak, policy=link)
+        return
+    with pytest.raises(errors.VerificationError) as caught:
+        judge(batch.body(1), request, ak, policy=link)
+    assert type(caught.value).__name__ == test["error"], f"{test['comment']}: {caught.value}"
+
+
+class AcceptsPcrs:
+    """A policy that reads PCRs 0 and 7 and accepts any value."""
+
+    needed_mask = 0x81
+
+    def check(self, quote: VerifiedQuote) -> None:
+        assert {0, 7} <= set(quote.pcrs)
+
+
+@pytest.mark.parametrize("test", params("deep.json"))
+def test_deep(test: dict[str, Any]) -> None:
+    document = load("deep.json")
+    request = QuoteRequest(nonce=parse_nonce(test["hostNonce"]), mask=parse_mask("0x83"), vm=VM)
+    challenge, history = challenge_of(request)
+
+    def run() -> DeepVerified:
+        return deep_verify(
+            test["evidence"].encode(),
+            challenge,
+            TrustedHost(ak=parse_ak(base64.b64decode(document["hostAk"]))),
+            history,
+            nonce=test["nonce"].encode(),
+            vtpm_quote=parse_quote(test["vtpmQuote"]),
+            vak=parse_ak(base64.b64decode(test["vak"])),
+            vtpm_policy=AcceptsPcrs(),
+            host_policy=UnsafeAcceptAny(),
+            link=VtpmLink(vm=VM, ek=bytes.fromhex(document["ek"])),
+            now_s=0.5,
+        )
+
+    if test["result"] == "valid":
+        assert run().host.claims is not None
+        return
+    with pytest.raises(errors.VerificationError) as caught:
+        run()
+    assert type(caught.value).__name__ == test["error"], f"{test['comment']}: {caught.value}"
+    if "cause" in test:
+        assert type(caught.value.__cause__).__name__ == test["cause"]
+    assert history.is_open(request.nonce)
 
 
 @pytest.mark.parametrize("test", params("rfc9162_inclusion.json"))
@@ -196,8 +266,12 @@ def test_no_two_vectors_of_a_file_are_the_same() -> None:
             assert twin == test["comment"], f"{name}: {twin!r} and {test['comment']!r}"
 
 
+def subclasses(kind: type[Exception]) -> set[type[Exception]]:
+    return {s for direct in kind.__subclasses__() for s in (direct, *subclasses(direct))}
+
+
 def test_every_failure_class_has_a_vector() -> None:
-    classes = {cls.__name__ for cls in errors.VerificationError.__subclasses__()}
+    classes = {cls.__name__ for cls in subclasses(errors.VerificationError)}
     named = {
         test["error"] for name in ALL_FILES for test in entries_of(load(name)) if "error" in test
     }

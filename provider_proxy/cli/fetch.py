@@ -17,12 +17,13 @@ from pathlib import Path
 
 from provider_proxy.cli import files, http
 from provider_proxy.client import ProxyClient
+from provider_proxy.deep import deep_nonce
 from provider_proxy.errors import UsageError
 from provider_proxy.files import write_private
 from provider_proxy.model import PCR_COUNT, mask_of, parse_bank, parse_mask
 from provider_proxy.query import MAX_TIMEOUT_MS, MIN_TIMEOUT_MS
 from provider_proxy.request_file import RequestRecord, encode_request
-from provider_proxy.verify import MemoryHistory, new_challenge
+from provider_proxy.verify import Challenge, MemoryHistory, new_challenge
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--pcrs", metavar="0,1,7", help="the same as a list of PCR numbers")
     parser.add_argument("--bank", default="sha256", help="PCR bank (default: sha256)")
     parser.add_argument("--vm", metavar="UUID", help="ask for the link of this VM to the host")
+    parser.add_argument(
+        "--vtpm-quote",
+        type=Path,
+        metavar="FILE",
+        help="deep quote: take a nonce that this quote of the VM's vTPM is part of",
+    )
+    parser.add_argument("--vtpm-nonce", metavar="TEXT", help="your nonce that the vTPM quoted over")
     parser.add_argument("--timeout-ms", type=int, metavar="N", help="how long the proxy may take")
     parser.add_argument(
         "--evidence",
@@ -76,6 +84,18 @@ def run(args: argparse.Namespace) -> int:
     return asyncio.run(_run(args))
 
 
+def _deepened(args: argparse.Namespace, challenge: Challenge) -> Challenge:
+    """The challenge with the nonce that `--vtpm-quote` asks for."""
+    if args.vtpm_quote is None and args.vtpm_nonce is None:
+        return challenge
+    if args.vtpm_quote is None or args.vtpm_nonce is None or args.vm is None:
+        raise UsageError("--vtpm-quote, --vtpm-nonce and --vm belong together")
+    nonce = deep_nonce(args.vtpm_nonce.encode("utf-8"), files.read_quote(args.vtpm_quote))
+    return dataclasses.replace(
+        challenge, request=dataclasses.replace(challenge.request, nonce=nonce)
+    )
+
+
 async def _run(args: argparse.Namespace) -> int:
     mask = parse_mask(args.mask) if args.mask is not None else parse_pcr_list(args.pcrs)
     try:
@@ -95,6 +115,7 @@ async def _run(args: argparse.Namespace) -> int:
         vm=vm,
         timeout_ms=args.timeout_ms,
     )
+    challenge = _deepened(args, challenge)
     record = RequestRecord(
         request=challenge.request,
         made_at_s=made_at_s,

@@ -11,8 +11,9 @@ from pathlib import Path
 from provider_proxy.attestation_key import insecure_ak_from_pem, parse_ak, parse_public
 from provider_proxy.errors import EvidenceFormatError, UsageError
 from provider_proxy.files import read_file
-from provider_proxy.model import AttestationKey
+from provider_proxy.model import AttestationKey, Quote
 from provider_proxy.pins import PinnedHost, PinStore
+from provider_proxy.wire import MAX_QUOTE_STRING, parse_quote
 
 DEFAULT_CONFIG = Path("/etc/provider-proxy/provider-proxy.toml")
 MAX_KEY_FILE_BYTES = 64 * 1024
@@ -33,6 +34,19 @@ def read_public(path: Path) -> bytes:
     except EvidenceFormatError as exc:
         raise UsageError(f"{path} is no TPM2B_PUBLIC: {exc}") from exc
     return data
+
+
+def read_quote(path: Path) -> Quote:
+    """A quote string, as a Keylime agent gives it, from a file.
+
+    Raises:
+        UsageError: the file holds none.
+        HostError: it cannot be read.
+    """
+    try:
+        return parse_quote(read_file(path, MAX_QUOTE_STRING).decode("ascii").strip())
+    except (EvidenceFormatError, UnicodeDecodeError) as exc:
+        raise UsageError(f"{path} holds no quote: {exc}") from exc
 
 
 def load_ak(ak_tpm: Path | None, insecure_pem: Path | None) -> AttestationKey:

@@ -1,7 +1,8 @@
 """`provider-proxy verify`: judge saved evidence. No TPM, no network, `cryptography` alone.
 
 Nonce, mask, bank and time come from the tenant's own request file. Offline nothing remembers which
-nonces were spent: each run judges the pair of files that it is given.
+nonces were spent: each run judges the pair of files that it is given. Where the evidence carries claims
+about a VM, `--vm` and `--ek` say what the tenant wants of its link.
 """
 
 from __future__ import annotations
@@ -10,15 +11,25 @@ import argparse
 import json
 import sys
 import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from provider_proxy.cli import files
 from provider_proxy.errors import EvidenceFormatError, UsageError
 from provider_proxy.files import read_file
+from provider_proxy.link import ISSUERS, VtpmLink, ek_digest, parse_claims
 from provider_proxy.model import AttestationKey, HashAlg, TrustedHost, VerifiedQuote
-from provider_proxy.policy import Policy, UnsafeAcceptAny, parse_tpm_policy
+from provider_proxy.policy import AllOf, Policy, UnsafeAcceptAny, parse_tpm_policy
 from provider_proxy.request_file import MAX_BYTES, parse_request
-from provider_proxy.verify import DEFAULT_MAX_AGE_S, Challenge, MemoryHistory, Verifier
+from provider_proxy.verify import (
+    DEFAULT_MAX_AGE_S,
+    Challenge,
+    HostHistory,
+    MemoryHistory,
+    Verifier,
+)
 from provider_proxy.wire import MAX_EVIDENCE_WITH_LOGS_BYTES, parse_json_object
 
 MAX_POLICY_BYTES = 1 << 20
@@ -26,6 +37,13 @@ MAX_POLICY_BYTES = 1 << 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    add_judging_arguments(parser)
+    add_link_arguments(parser, required=False)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+
+
+def add_judging_arguments(parser: argparse.ArgumentParser) -> None:
+    """The evidence, the question, whom to trust and what to accept."""
     parser.add_argument("evidence", type=Path, metavar="EVIDENCE", help="the proxy's answer")
     parser.add_argument(
         "--request", type=Path, required=True, metavar="FILE", help="your own request file"
@@ -66,16 +84,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help=f"how old the nonce may be when answered (default: {DEFAULT_MAX_AGE_S:g})",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Verify; prints the requested PCRs.
+def add_link_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Which VM, and which EK of its vTPM, must be linked."""
+    parser.add_argument(
+        "--vm", metavar="UUID", required=required, help="the VM that you ordered must run there"
+    )
+    parser.add_argument(
+        "--ek",
+        type=Path,
+        metavar="FILE",
+        required=required,
+        help="with this EK, which your registrar activated: TPM2B_PUBLIC, raw or base64",
+    )
+    parser.add_argument(
+        "--confirmed", action="store_true", help="the host must have read the EK back from the VM"
+    )
+    parser.add_argument(
+        "--ek-issuer",
+        choices=ISSUERS,
+        help="who must issue EK certificates on the host",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judging:
+    """What the options of `add_judging_arguments` name, read.
+
+    Attributes:
+        age_s: of the nonce when the evidence was there.
+    """
+
+    body: bytes
+    challenge: Challenge
+    host: TrustedHost
+    history: HostHistory
+    policy: Policy
+    age_s: float
+
+
+def load_judging(args: argparse.Namespace) -> Judging:
+    """Read the files.
 
     Raises:
-        VerificationError: refused; the class and message say by which check.
-        UsageError: a file is not what it should be.
-        HostError: a file cannot be read.
+        UsageError, HostError, VerificationError: a file is missing, or not what it should be.
     """
     record = parse_request(read_file(args.request, MAX_BYTES))
     body = read_file(args.evidence, MAX_EVIDENCE_WITH_LOGS_BYTES)
@@ -85,15 +138,57 @@ def run(args: argparse.Namespace) -> int:
     history.open(record.request.nonce)
     # A request made without the pin noted no baseline: it is held against all that was accepted.
     baseline = record.baseline if record.pinned else history.newest()
-    challenge = Challenge(request=record.request, made_at_s=0.0, baseline=baseline)
-    quote = Verifier(_policy(args, record.request.bank), max_age_s=args.max_age).verify(
-        body,
-        challenge,
-        host,
-        history,
-        now_s=record.age_s(body, time.time()),
+    return Judging(
+        body=body,
+        challenge=Challenge(request=record.request, made_at_s=0.0, baseline=baseline),
+        host=host,
+        history=history,
+        policy=load_policy(
+            args.tpm_policy, any_state=args.insecure_any_state, bank=record.request.bank
+        ),
+        age_s=record.age_s(body, time.time()),
     )
-    _show(quote, as_json=args.json)
+
+
+def link_of(args: argparse.Namespace) -> VtpmLink | None:
+    """The link that the options demand; None where they demand none.
+
+    Raises:
+        UsageError: half of it, or no UUID.
+    """
+    if args.vm is None and args.ek is None and not args.confirmed and args.ek_issuer is None:
+        return None
+    if args.vm is None or args.ek is None:
+        raise UsageError("--vm and --ek belong together")
+    try:
+        vm = uuid.UUID(args.vm)
+    except ValueError:
+        raise UsageError("--vm must be a UUID") from None
+    return VtpmLink(
+        vm=vm,
+        ek=ek_digest(files.read_public(args.ek)),
+        confirmed=args.confirmed,
+        issuer=args.ek_issuer,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verify; prints the requested PCRs, and the link where one was demanded.
+
+    Raises:
+        VerificationError: refused; the class and message say by which check.
+        UsageError: a file is not what it should be.
+        HostError: a file cannot be read.
+    """
+    judging = load_judging(args)
+    link = link_of(args)
+    policy = judging.policy if link is None else AllOf((judging.policy, link))
+    quote = Verifier(policy, max_age_s=args.max_age).verify(
+        judging.body, judging.challenge, judging.host, judging.history, now_s=judging.age_s
+    )
+    if quote.claims is not None and link is None:
+        print("warning: the claims about the VM were not judged: no --vm and --ek", file=sys.stderr)
+    _show(quote, link, as_json=args.json)
     return 0
 
 
@@ -103,19 +198,45 @@ def _load_ak(args: argparse.Namespace) -> AttestationKey:
     return files.load_ak(args.ak_tpm, args.insecure_ak_pem)
 
 
-def _policy(args: argparse.Namespace, bank: HashAlg) -> Policy:
-    if args.insecure_any_state:
+def load_policy(path: Path | None, *, any_state: bool, bank: HashAlg) -> Policy:
+    """The policy of a file, or the one that accepts anything, with a warning.
+
+    Raises:
+        UsageError: the file holds no policy.
+    """
+    if any_state or path is None:
+        assert any_state  # argparse, or the reader of the hosts' file, demands one of the two
         print("warning: --insecure-any-state: every state of the host passes", file=sys.stderr)
         return UnsafeAcceptAny()
     try:
-        values = parse_json_object(read_file(args.tpm_policy, MAX_POLICY_BYTES), "the policy")
+        values = parse_json_object(read_file(path, MAX_POLICY_BYTES), "the policy")
     except EvidenceFormatError as exc:
-        raise UsageError(f"{args.tpm_policy}: {exc}") from exc
+        raise UsageError(f"{path}: {exc}") from exc
     return parse_tpm_policy(values, bank=bank)
 
 
-def _show(quote: VerifiedQuote, *, as_json: bool) -> None:
-    values = {
+def link_values(link: VtpmLink, quote: VerifiedQuote) -> dict[str, object]:
+    """An accepted link as a JSON object."""
+    claims = parse_claims(quote.claims)
+    return {
+        "vm": str(claims.vm),
+        "ek": link.ek.hex(),
+        "confirmed": claims.confirmed,
+        "issuer": claims.issuer,
+        "migrated": claims.migrated,
+        "generation": claims.generation,
+    }
+
+
+def link_line(values: Mapping[str, object]) -> str:
+    """The same for people."""
+    state = "confirmed" if values["confirmed"] else "claimed, not confirmed"
+    came = ", migrated here" if values["migrated"] else ""
+    return f"linked: VM {values['vm']} runs there with the EK {values['ek']} ({state}{came})"
+
+
+def _show(quote: VerifiedQuote, link: VtpmLink | None, *, as_json: bool) -> None:
+    values: dict[str, object] = {
         "verified": True,
         "bank": quote.bank.label,
         "pcrs": {str(pcr): digest.hex() for pcr, digest in quote.pcrs.items()},
@@ -126,6 +247,8 @@ def _show(quote: VerifiedQuote, *, as_json: bool) -> None:
         "was_reset": quote.was_reset,
         "ak_name": quote.ak_name.hex(),
     }
+    if link is not None:
+        values["link"] = link_values(link, quote)
     if as_json:
         print(json.dumps(values))
         return
@@ -138,3 +261,5 @@ def _show(quote: VerifiedQuote, *, as_json: bool) -> None:
     )
     if quote.was_reset:
         print("  the host has rebooted since it was last verified")
+    if link is not None:
+        print(f"  {link_line(link_values(link, quote))}")

@@ -14,10 +14,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from evidence_factory import FixedTpm
+from evidence_factory import VM, FixedTpm
 
 from provider_proxy.model import ClockState, HashAlg
-from vectors import ak_cases, proof_cases, quote_cases, reply_cases, request_cases
+from vectors import ak_cases, link_cases, proof_cases, quote_cases, reply_cases, request_cases
 from vectors.cases import NOTES, Case
 
 FORMAT = "provider-proxy/vectors/1"
@@ -116,6 +116,71 @@ def ak_document() -> dict[str, Any]:
     }
 
 
+def link_document() -> dict[str, Any]:
+    """The file of claims under a tenant's demands."""
+    tests = []
+    for number, case in enumerate(link_cases.link_cases(), start=1):
+        test: dict[str, Any] = {
+            "tcId": number,
+            "comment": case.comment,
+            "flags": list(case.flags),
+            "wanted": case.wanted,
+            "claims": case.claims.decode("ascii"),
+            "result": "invalid" if case.error else "valid",
+        }
+        if case.error:
+            test["error"] = case.error
+        tests.append(test)
+    return {
+        "format": FORMAT,
+        "header": [
+            "`claims` came in evidence that is good otherwise, as the answer to a request about the VM",
+            f"{VM}. Judge them under what the tenant wants: the VM that was ordered,",
+            "the SHA-256 of its EK's SPKI, whether it must be confirmed, the issuer (null: any).",
+        ],
+        "notes": link_cases.LINK_NOTES,
+        "numberOfTests": len(tests),
+        "tests": tests,
+    }
+
+
+def deep_document() -> dict[str, Any]:
+    """The file of deep quotes."""
+    tests = []
+    for number, case in enumerate(link_cases.deep_cases(), start=1):
+        test: dict[str, Any] = {
+            "tcId": number,
+            "comment": case.comment,
+            "flags": list(case.flags),
+            "nonce": case.nonce.decode("ascii"),
+            "vak": _base64(case.vak),
+            "vtpmQuote": case.vtpm_quote,
+            "hostNonce": case.host_nonce.decode("ascii"),
+            "evidence": case.evidence.decode("ascii"),
+            "result": "invalid" if case.error else "valid",
+        }
+        if case.error:
+            test["error"] = case.error
+        if case.cause:
+            test["cause"] = case.cause
+        tests.append(test)
+    return {
+        "format": FORMAT,
+        "header": [
+            "The vTPM was to quote over `nonce`; `vtpmQuote` (Keylime's string) is its answer, under",
+            "`vak` (base64 TPM2B_PUBLIC); its PCRs 0 and 7 are read by the tenant's policy, which",
+            f"accepts any value. Then the proxy was asked about the VM {VM}",
+            "with `hostNonce` and mask 0x83; `evidence` is its answer, under `hostAk`. The tenant wants",
+            "that VM with the EK `ek`.",
+        ],
+        "notes": link_cases.DEEP_NOTES,
+        "hostAk": _base64(FixedTpm().ak_public),
+        "ek": link_cases.RSA_EK,
+        "numberOfTests": len(tests),
+        "tests": tests,
+    }
+
+
 FILES: dict[str, Callable[[], dict[str, Any]]] = {
     "valid.json": lambda: evidence_document(request_cases.valid_cases()),
     "reply_json.json": lambda: evidence_document(reply_cases.json_cases()),
@@ -126,6 +191,8 @@ FILES: dict[str, Callable[[], dict[str, Any]]] = {
     "signature.json": lambda: evidence_document(quote_cases.signature_cases()),
     "request.json": lambda: evidence_document(request_cases.cases()),
     "ak.json": ak_document,
+    "link.json": link_document,
+    "deep.json": deep_document,
 }
 
 

@@ -1,0 +1,223 @@
+"""A tenant's own file: which VM an agent id stands for, on which hosts it may run, how to ask those.
+
+`provider-proxy verify-link agent` reads it where Keylime gives it nothing but environment variables. The
+file is the tenant's word and decides alone: an agent that it does not name is refused, so is a key it
+does not know. Relative paths start at the file's own directory. Asks nobody, trusts no environment.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from provider_proxy.errors import UsageError, WrongVmError
+from provider_proxy.files import read_file
+from provider_proxy.link import ISSUERS
+from provider_proxy.pins import LABEL_RE
+
+MAX_BYTES = 4 * 1024 * 1024  # 10,000 agents of 200 bytes, and room
+MAX_TEXT_CHARS = 2048
+AGENT_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)  # Keylime's own ids are such
+_HOST_KEYS = frozenset(
+    ("url", "ca", "cert", "key", "pinned", "tpm_policy", "insecure_any_state", "claims")
+)
+_AGENT_KEYS = frozenset(("vm", "hosts", "confirmed", "ek_issuer"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostEntry:
+    """How to ask one host, and what to accept of it.
+
+    Attributes:
+        pinned: its label in the directory of pins.
+        ca, cert, key: TLS files for its proxy; None where not needed.
+        tpm_policy: file of the host's allowed PCR values; None only with `insecure_any_state`.
+        claims: "never" where the quoter is a Keylime agent: that signs nonces as they come, so that
+            whoever asks it can have claims of his own making signed.
+    """
+
+    name: str
+    url: str
+    pinned: str
+    ca: Path | None
+    cert: Path | None
+    key: Path | None
+    tpm_policy: Path | None
+    insecure_any_state: bool
+    claims: Literal["link", "never"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentEntry:
+    """The VM behind one Keylime agent.
+
+    Attributes:
+        hosts: where it may run, in the order in which they are asked.
+        confirmed, ek_issuer: what `VtpmLink` demands besides.
+    """
+
+    agent: str
+    vm: uuid.UUID
+    hosts: tuple[HostEntry, ...]
+    confirmed: bool
+    ek_issuer: str | None
+
+
+class LinkMap:
+    """The file, read and checked. `pins` is the directory of pins."""
+
+    def __init__(self, pins: Path, agents: Mapping[str, AgentEntry]) -> None:
+        self.pins = pins
+        self._agents = dict(agents)
+
+    def agent(self, agent_id: str) -> AgentEntry:
+        """The VM of an agent id, which may come from anywhere.
+
+        Raises:
+            WrongVmError: no VM was ordered under this id.
+        """
+        entry = self._agents.get(agent_id)
+        if entry is None:
+            shown = "".join(c if c.isprintable() else "?" for c in agent_id[:64])
+            raise WrongVmError(f"no VM was ordered for the agent {shown!r}")
+        return entry
+
+
+def load_link_map(path: Path) -> LinkMap:
+    """Read the file.
+
+    Raises:
+        HostError: it cannot be read.
+        UsageError: it says something impossible; the message names the key.
+    """
+    try:
+        values = tomllib.loads(read_file(path, MAX_BYTES).decode("utf-8"))
+    except (ValueError, RecursionError) as exc:
+        raise UsageError(f"{path} is not TOML: {exc}") from exc
+    return parse_link_map(values, path.absolute().parent)
+
+
+def parse_link_map(values: Mapping[str, object], base: Path) -> LinkMap:
+    """The same from a parsed document.
+
+    Args:
+        base: where relative paths start.
+
+    Raises:
+        UsageError: it says something impossible; the message names the key.
+    """
+    _known(values, frozenset(("pins", "hosts", "agents")), "")
+    pins = _path(values, "pins", "pins", base)
+    if pins is None:
+        raise UsageError("pins is missing: the directory that `provider-proxy pin` keeps")
+    hosts = {
+        name: _host(name, _table(entry, f"hosts.{name}"), base)
+        for name, entry in _table(values.get("hosts"), "hosts").items()
+    }
+    agents = {
+        name: _agent(name, _table(entry, f"agents.{name}"), hosts)
+        for name, entry in _table(values.get("agents"), "agents").items()
+    }
+    return LinkMap(pins, agents)
+
+
+def _host(name: str, values: Mapping[str, object], base: Path) -> HostEntry:
+    at = f"hosts.{name}"
+    _known(values, _HOST_KEYS, f"{at}.")
+    url = _text(values, "url", at)
+    if url is None or not url.startswith(("https://", "http://")):
+        raise UsageError(f"{at}.url must begin with https:// (or http:// on loopback)")
+    cert, key = (_path(values, part, f"{at}.{part}", base) for part in ("cert", "key"))
+    if (cert is None) != (key is None):
+        raise UsageError(f"{at}.cert and {at}.key belong together")
+    pinned = _text(values, "pinned", at) or name
+    if not LABEL_RE.fullmatch(pinned):
+        raise UsageError(f"{at}.pinned must be a label of a pin")
+    claims = values.get("claims", "link")
+    if claims not in ("link", "never"):
+        raise UsageError(f'{at}.claims must be "link" or "never"')
+    any_state = _flag(values, "insecure_any_state", at)
+    policy = _path(values, "tpm_policy", f"{at}.tpm_policy", base)
+    if claims == "link" and any_state == (policy is not None):
+        raise UsageError(f"{at} must have tpm_policy, or insecure_any_state = true, and not both")
+    return HostEntry(
+        name=name,
+        url=url,
+        pinned=pinned,
+        ca=_path(values, "ca", f"{at}.ca", base),
+        cert=cert,
+        key=key,
+        tpm_policy=policy,
+        insecure_any_state=any_state,
+        claims="never" if claims == "never" else "link",
+    )
+
+
+def _agent(name: str, values: Mapping[str, object], hosts: Mapping[str, HostEntry]) -> AgentEntry:
+    at = f"agents.{name}"
+    if not AGENT_RE.fullmatch(name):
+        raise UsageError(f"{at[:80]!r} is no agent id: letters, digits, '.', '_' and '-'")
+    _known(values, _AGENT_KEYS, f"{at}.")
+    vm = _text(values, "vm", at) or name
+    try:
+        parsed = uuid.UUID(vm)
+    except ValueError:
+        raise UsageError(f"{at}.vm must be a UUID; it is needed where the id is none") from None
+    named = values.get("hosts")
+    if not isinstance(named, list) or not named or len(named) != len(set(map(str, named))):
+        raise UsageError(f"{at}.hosts must be a list of names, none twice")
+    for host in named:
+        if not isinstance(host, str) or host not in hosts:
+            raise UsageError(f"{at}.hosts names {host!r}, which is no [hosts.NAME]")
+    issuer = _text(values, "ek_issuer", at)
+    if issuer is not None and issuer not in ISSUERS:
+        raise UsageError(f"{at}.ek_issuer must be one of {', '.join(ISSUERS)}")
+    return AgentEntry(
+        agent=name,
+        vm=parsed,
+        hosts=tuple(hosts[host] for host in named),
+        confirmed=_flag(values, "confirmed", at),
+        ek_issuer=issuer,
+    )
+
+
+def _known(values: Mapping[str, object], keys: frozenset[str], at: str) -> None:
+    for key in values:
+        if key not in keys:
+            raise UsageError(f"{at}{key} is not a key of this file")
+
+
+def _table(value: object, at: str) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{at} must be a table")
+    return value
+
+
+def _text(values: Mapping[str, object], key: str, at: str) -> str | None:
+    value = values.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT_CHARS:
+        raise UsageError(f"{at}.{key} must be text of at most {MAX_TEXT_CHARS} characters")
+    return value
+
+
+def _path(values: Mapping[str, object], key: str, at: str, base: Path) -> Path | None:
+    value = values.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise UsageError(f"{at} must be a path")
+    return base / value
+
+
+def _flag(values: Mapping[str, object], key: str, at: str) -> bool:
+    value = values.get(key, False)
+    if not isinstance(value, bool):
+        raise UsageError(f"{at}.{key} must be true or false")
+    return value
