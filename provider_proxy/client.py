@@ -29,6 +29,7 @@ LOG_PCRS = 0xFFFF  # PCR 10 brings the IMA log, boot PCRs the firmware's
 MAX_IDENTITY_BYTES = 64 * 1024
 MAX_REGISTRATIONS = 100  # a tenant has one registrar, or a few
 NAME_RE = re.compile(r"[A-Za-z0-9._-]{1,80}", re.ASCII)
+MAX_CA_BYTES = 16 * 1024
 MAX_RETRY_AFTER_S = 3600.0
 
 
@@ -110,6 +111,17 @@ class ProxyClient:
             software=bool(raw["software"]),
             registrations=_parse_registrations(raw.get("registrations", [])),
         )
+
+    async def vtpm_ca(self) -> bytes:
+        """Ask for the certificate of the host's vTPM CA: DER, for `check_ca_certificate` to judge.
+
+        Raises:
+            ReplyError: as `fetch`; status 404 where the host has no CA.
+            EvidenceFormatError: not such an answer.
+        """
+        body = await self._get("/verifier/vtpm-ca", MAX_IDENTITY_BYTES)
+        results = Fields(parse_json_object(body, "vtpm-ca"), "vtpm-ca").fields("results")
+        return results.base64("ca_cert", MAX_CA_BYTES)
 
     async def attest(
         self,

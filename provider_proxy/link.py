@@ -51,7 +51,7 @@ class LinkedEk:
     """One EK of a vTPM as the host claims it.
 
     Attributes:
-        alg: "rsa2048" or "ecc384" for example; for people, the digest decides.
+        alg: "rsa2048" or "p384" for example; for people, the digest decides.
         spki_sha256: 32 bytes, see `spki_digest`.
     """
 
@@ -66,9 +66,9 @@ class LinkClaims:
     Attributes:
         running: the VM runs on this host now.
         confirmed: the EKs were read back from the running VM's own vTPM.
-        issuer: who signs the vTPM's EK certificates: "delegate" or "tpm".
+        issuer: who certified the EKs when they were made: "delegate", "tpm" or "unknown".
         migrated: the VM came from another host.
-        generation: counts the changes of this entry.
+        generation: rises each time that a vTPM was made, or came in, under this UUID.
         registered_at: when the EKs became known, seconds since the epoch by the host's clock.
     """
 
@@ -155,7 +155,7 @@ class VtpmLink:
         vm: the VM that was ordered (the cuckoo attack shows another).
         ek: SHA-256 of the SPKI of the EK that the tenant's own registrar activated.
         confirmed: demand that the host has read the EK back from the VM's own vTPM.
-        issuer: demand this issuer of EK certificates: "tpm" or "delegate".
+        issuer: demand that this one certified the EKs: "tpm" or "delegate".
     """
 
     needed_mask = 0

@@ -69,6 +69,7 @@ class TenantDoor:
         version: of this program.
         count: told what became of each request of a known tenant.
         registrations: those of a tenant, for its `GET /verifier/identity`.
+        vtpm_ca: results of `GET /verifier/vtpm-ca`; None where the host has no such CA.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class TenantDoor:
         default_timeout_ms: int,
         max_timeout_ms: int,
         count: Count = lambda tenant, reason: None,
+        vtpm_ca: Mapping[str, object] | None = None,
     ) -> None:
         self._count = count
         self._submit = submit
@@ -91,6 +93,7 @@ class TenantDoor:
         self._identity = encode_envelope(200, "Success", identity)
         self._identity_results = identity
         self._registrations = registrations
+        self._vtpm_ca = None if vtpm_ca is None else encode_envelope(200, "Success", vtpm_ca)
         self._version = encode_envelope(
             200,
             "Success",
@@ -108,6 +111,7 @@ class TenantDoor:
         self._routes: dict[str, Callable[[http1.Request, Tenant], Awaitable[http1.Response]]] = {
             "/verifier/quote": self._quote,
             "/verifier/identity": self._get_identity,
+            "/verifier/vtpm-ca": self._get_vtpm_ca,
             "/version": self._get_version,
             "/openapi.json": self._get_description,
         }
@@ -164,6 +168,12 @@ class TenantDoor:
         results = {**self._identity_results, "registrations": own}
         return http1.Response(body=(encode_envelope(200, "Success", results),))
 
+    async def _get_vtpm_ca(self, request: http1.Request, _tenant: Tenant) -> http1.Response:
+        no_query(request)
+        if self._vtpm_ca is None:
+            raise NotFoundError("this host certifies no vTPMs itself")
+        return http1.Response(body=(self._vtpm_ca,))
+
     async def _get_version(self, request: http1.Request, _tenant: Tenant) -> http1.Response:
         no_query(request)
         return http1.Response(body=(self._version,))
@@ -214,3 +224,12 @@ def identity_results(
         "software": software,
         "registrations": [],
     }
+
+
+def vtpm_ca_results(certificate: bytes) -> dict[str, object]:
+    """The results of `GET /verifier/vtpm-ca`.
+
+    Args:
+        certificate: the CA's, DER.
+    """
+    return {"ca_cert": base64.b64encode(certificate).decode("ascii")}

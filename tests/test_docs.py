@@ -529,6 +529,7 @@ IDENTITY = server.identity_results(
     host_uuid="",
     software=True,
 )
+VTPM_CA = server.vtpm_ca_results(b"")
 TENANT_DOOR = server.TenantDoor(
     no_submit,
     no_identify,
@@ -569,7 +570,7 @@ def test_documented_parameters_are_the_code_s() -> None:
 
 def test_documented_results_are_the_code_s() -> None:
     version = json.loads(TENANT_DOOR._version)["results"]
-    assert codes(rows(API, "Key", "Meaning")) == [*IDENTITY, *version]
+    assert codes(rows(API, "Key", "Meaning")) == [*IDENTITY, *VTPM_CA, *version]
 
 
 def test_documented_metrics_are_the_code_s() -> None:

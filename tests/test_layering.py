@@ -16,6 +16,7 @@ ROOT = Path(provider_proxy.__file__).parent
 PURE = (
     *("errors", "model", "tpm_bytes", "inclusion", "attestation_key", "attestation", "credential"),
     *("wire", "query", "policy", "link", "verify", "deep", "request_file", "soft_tpm"),
+    *("der", "vtpm_ca_check"),
 )
 SHARED = (
     *("files", "metrics", "journal", "http_body"),

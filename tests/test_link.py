@@ -56,7 +56,7 @@ OTHER_EK = encode_public(ec_key("other ek").public_key(), EK_ATTRIBUTES)
 LINK = VtpmLink(vm=VM, ek=ek_digest(EK))
 CLAIMS: dict[str, Any] = {
     "vm": str(VM),
-    "eks": [{"alg": "ecc256", "spki_sha256": ek_digest(EK).hex()}],
+    "eks": [{"alg": "p256", "spki_sha256": ek_digest(EK).hex()}],
     "running": True,
     "confirmed": False,
     "issuer": "delegate",

@@ -53,6 +53,7 @@ RAW = resources.files("provider_proxy").joinpath("openapi.json").read_bytes()
 DOC: dict[str, Any] = json.loads(RAW)
 VECTORS = Path(__file__).parent / "vectors" / "valid.json"
 QUOTE = "/verifier/quote"
+VTPM_CA = "/verifier/vtpm-ca"
 MINIMAL = {"nonce": NONCE, "mask": "0x1"}
 GOOD = f"{QUOTE}?{urlencode(MINIMAL)}"
 CONFIGURED = 408  # limits.busy_status
@@ -147,9 +148,9 @@ def test_schemas_compile() -> None:
 def test_only_evidence_may_grow() -> None:
     """All other objects have the keys that are described, each of them, and no more."""
     schemas = DOC["components"]["schemas"]
-    for name in ("Envelope", "Version", "Identity", "Registration"):
+    for name in ("Envelope", "Version", "Identity", "Registration", "VtpmCa"):
         assert schemas[name]["required"] == list(schemas[name]["properties"])
-    for name in ("Envelope", "Version", "Identity", "Registration", "ParameterResults"):
+    for name in ("Envelope", "Version", "Identity", "Registration", "VtpmCa", "ParameterResults"):
         assert schemas[name]["additionalProperties"] is False
 
 
@@ -352,8 +353,8 @@ def test_documents_have_the_statuses_of_any_path() -> None:
     """What identity, version and description can meet is the door's and `identify`'s doing alone."""
     everywhere = {"200", "400", "403", "414", "431", "501"}
     for path, operation in OPERATIONS.items():
-        of_quotes = {"404", "429", "502", "503", "504"} if path == QUOTE else set()
-        assert set(operation["responses"]) == everywhere | of_quotes
+        more = {QUOTE: {"404", "429", "502", "503", "504"}, VTPM_CA: {"404"}}.get(path, set())
+        assert set(operation["responses"]) == everywhere | more
 
 
 def test_each_response_has_its_status_in_the_envelope() -> None:
@@ -429,6 +430,13 @@ async def test_good_replies_are_as_described() -> None:
             results = reply.results()
             assert set(results) == set(DOC["components"]["schemas"]["Evidence"]["properties"])
             check_reply(QUOTE, reply)
+
+
+async def test_a_host_without_a_ca_says_so_as_described() -> None:
+    async with connected(make_door(no_submit, vtpm_ca=None)) as wire:
+        reply = await wire.get(VTPM_CA)
+        assert reply.status == 404
+        check_reply(VTPM_CA, reply)
 
 
 async def test_the_description_is_served() -> None:

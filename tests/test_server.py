@@ -77,6 +77,7 @@ def make_door(
     identify: Callable[[Peer], Tenant] = lambda peer: TENANT,
     banks: tuple[HashAlg, ...] = (HashAlg.SHA256, HashAlg.SHA1),
     registrations: Callable[[Tenant], server.Registrations] = lambda tenant: (),
+    vtpm_ca: bytes | None = b"certificate",
 ) -> Door:
     handler = server.TenantDoor(
         submit,
@@ -87,6 +88,7 @@ def make_door(
         banks=banks,
         default_timeout_ms=30_000,
         max_timeout_ms=60_000,
+        vtpm_ca=None if vtpm_ca is None else server.vtpm_ca_results(vtpm_ca),
     )
     return Door(handler, observe=lambda status, reason: None)
 

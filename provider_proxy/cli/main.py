@@ -34,6 +34,7 @@ SUBCOMMANDS = {
     "fetch": "ask a proxy for a quote; save the request and the evidence",
     "verify": "verify saved evidence, offline",
     "verify-link": "verify that a VM with its vTPM runs on a host",
+    "vtpm-ca": "get and check the CA that certifies a host's vTPMs",
     "identity": "show what a proxy says of its host's keys",
     "pki": "make a small CA, a server's and tenants' certificates",
     "audit": "prove that a nonce was in a batch of the audit log",

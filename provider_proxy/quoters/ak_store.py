@@ -1,7 +1,7 @@
-"""The AK's authValue and name, kept 0600 in the state directory.
+"""The authValue and name of the AK, or of the vTPM CA's key, kept 0600 in the state directory.
 
-The authValue is what keeps others who may open the TPM device from using the AK; the name is how a
-later start notices that the TPM has been cleared or replaced. Written before the AK is made, so that
+The authValue is what keeps others who may open the TPM device from using the key; the name is how a
+later start notices that the TPM has been cleared or replaced. Written before the key is made, so that
 no crash leaves a key in the TPM whose authValue nobody has.
 """
 
@@ -20,10 +20,28 @@ AUTH_BYTES = 32  # as long as the AK's name algorithm: the most that a TPM keeps
 
 
 class AkStore:
-    """`ak.json` in the state directory."""
+    """`ak.json` in the state directory, or another key's file.
 
-    def __init__(self, state_dir: Path) -> None:
-        self._path = state_dir / "ak.json"
+    Args:
+        key: what the key is to people.
+        handle: the configuration key of its handle.
+        file: its name.
+        after: what has to be done once a new key was made.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        *,
+        key: str = "AK",
+        handle: str = "tpm.ak_handle",
+        file: str = "ak.json",
+        after: str = "tenants must then pin the host anew",
+    ) -> None:
+        self._path = state_dir / file
+        self._key = key
+        self._handle = handle
+        self._after = after
         self._auth = b""
         self._name = b""
         if self._path.exists():
@@ -31,43 +49,44 @@ class AkStore:
 
     def _load(self) -> None:
         try:
-            fields = Fields(parse_json_object(read_secret("ak", self._path), "ak.json"), "ak.json")
+            name = self._path.name
+            fields = Fields(parse_json_object(read_secret(name, self._path), name), name)
             self._auth = fields.hex("auth", AUTH_BYTES)
             self._name = fields.hex("name", 66) if "name" in fields else b""
         except EvidenceFormatError as exc:
             raise HostError(f"{self._path} is damaged: {exc}") from exc
 
     def auth_for(self, is_new: bool) -> bytes:
-        """The authValue of the AK that is there, or that is about to be made.
+        """The authValue of the key that is there, or that is about to be made.
 
         Raises:
-            HostError: an AK is there that we have no authValue for, or ours has gone.
+            HostError: a key is there that we have no authValue for, or ours has gone.
         """
         if is_new and self._name:
             raise HostError(
-                f"the TPM no longer holds the AK {self._name.hex()}: it was cleared or replaced. "
-                f"Remove {self._path} to make a new AK; tenants must then pin the host anew"
+                f"the TPM no longer holds the {self._key} {self._name.hex()}: it was cleared or "
+                f"replaced. Remove {self._path} to make a new one; {self._after}"
             )
         if is_new and not self._auth:
             self._auth = secrets.token_bytes(AUTH_BYTES)
             self._save()
         if not self._auth:
             raise HostError(
-                f"tpm.ak_handle holds an AK, but {self._path} with its authValue is missing; "
-                "choose another tpm.ak_handle or evict that key"
+                f"{self._handle} holds a key, but {self._path} with its authValue is missing; "
+                f"choose another {self._handle} or evict that key"
             )
         return self._auth
 
     def confirm(self, name: bytes) -> None:
-        """Remember the AK's name; the first time that it has quoted.
+        """Remember the key's name; the first time that it has signed.
 
         Raises:
-            HostError: it is not the AK that was there before.
+            HostError: it is not the key that was there before.
         """
         if self._name and self._name != name:
             raise HostError(
-                f"tpm.ak_handle holds the AK {name.hex()}, but it was {self._name.hex()} before; "
-                f"it was left as it is. If this is meant, remove {self._path}"
+                f"{self._handle} holds the {self._key} {name.hex()}, but it was {self._name.hex()} "
+                f"before; it was left as it is. If this is meant, remove {self._path}"
             )
         if not self._name:
             self._name = name

@@ -115,11 +115,22 @@ class EsysQuoter:
         Raises:
             QuoteError: the TPM refuses, because the credential is not for these keys for example.
         """
-        return await self._climb(
-            lambda opened: opened.activate_credential(credential, secret),
-            breaks_circuit=False,
-            gives_way=True,
-        )
+        return await self.on_chip(lambda opened: opened.activate_credential(credential, secret))
+
+    async def on_chip(self, command: Callable[[chip.Chip], T]) -> T:
+        """Run another command on the chip: through the gate, counted in the duty, up the ladder.
+
+        What fails for good opens no circuit: quotes may still be had. Gives way to quotes: a batch waits
+        for one such command at most. Cancel it at your deadline.
+
+        Args:
+            command: runs in the gate's thread, again after a transient failure; raises `TpmError`.
+
+        Raises:
+            QuoteError: the TPM refuses, or is out of order.
+            HostError: what else `command` raises.
+        """
+        return await self._climb(command, breaks_circuit=False, gives_way=True)
 
     async def _climb(
         self,

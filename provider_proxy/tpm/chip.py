@@ -123,6 +123,21 @@ class Chip:
         self._ek = ek
         self._ak = ak
 
+    @property
+    def context(self) -> ESAPI:
+        """The open context, for `ca_key` and in the gate's thread alone."""
+        return self._context
+
+    @property
+    def ek(self) -> ESYS_TR:
+        """The persistent EK."""
+        return self._ek
+
+    @property
+    def ak(self) -> ESYS_TR:
+        """The persistent AK, its authValue set."""
+        return self._ak
+
     def close(self) -> None:
         """Close the context; the persistent keys stay. Raises: TpmError."""
         close_context(self._context)

@@ -212,7 +212,15 @@ def find_or_make_ak(
     auth = ak_auth(made)
     if found is None:
         with tss_errors("making the AK (check owner_auth_file and endorsement_auth_file)"):
-            found = _make_ak(context, handle, algorithm, ek, auths, auth)
+            found = make_under_ek(
+                context,
+                handle,
+                ek.handle,
+                AK_TEMPLATES[algorithm],
+                AK_ATTRIBUTES,
+                auths=auths,
+                auth=auth,
+            )
     with tss_errors("reading the AK"):
         public = read_public(context, found)
         context.tr_set_auth(found, auth)
@@ -230,17 +238,33 @@ def find_or_make_ak(
     return AkInfo(handle=found, public=public, key=key, made=made)
 
 
-def _make_ak(
-    context: ESAPI, handle: int, algorithm: str, ek: EkInfo, auths: Auths, auth: bytes
+def make_under_ek(
+    context: ESAPI,
+    handle: int,
+    ek: ESYS_TR,
+    template: str,
+    attributes: TPMA_OBJECT,
+    *,
+    auths: Auths,
+    auth: bytes,
 ) -> ESYS_TR:
+    """Make a key under the EK and keep it at a persistent handle.
+
+    Args:
+        template: as `TPM2B_PUBLIC.parse` reads it.
+        auth: the key's authValue.
+
+    Raises:
+        TSS2_Exception: the TPM refused; call it inside `tss_errors`.
+    """
     context.tr_set_auth(ESYS_TR.ENDORSEMENT, auths.endorsement)
     context.tr_set_auth(ESYS_TR.OWNER, auths.owner)
-    template = TPM2B_PUBLIC.parse(AK_TEMPLATES[algorithm], objectAttributes=AK_ATTRIBUTES)
+    public_template = TPM2B_PUBLIC.parse(template, objectAttributes=attributes)
     sensitive = TPM2B_SENSITIVE_CREATE(TPMS_SENSITIVE_CREATE(userAuth=auth))
     with endorsement_session(context) as session:
-        private, public, *_ = context.create(ek.handle, sensitive, template, session1=session)
+        private, public, *_ = context.create(ek, sensitive, public_template, session1=session)
     with endorsement_session(context) as session:
-        loaded = context.load(ek.handle, private, public, session1=session)
+        loaded = context.load(ek, private, public, session1=session)
     with _transient(context, loaded):
         return context.evict_control(ESYS_TR.OWNER, loaded, handle)
 

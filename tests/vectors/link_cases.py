@@ -58,7 +58,7 @@ GOOD: dict[str, Any] = {
     "vm": str(VM),
     "eks": [
         {"alg": "rsa2048", "spki_sha256": RSA_EK},
-        {"alg": "ecc384", "spki_sha256": ECC_EK},
+        {"alg": "p384", "spki_sha256": ECC_EK},
     ],
     "running": True,
     "confirmed": True,
@@ -169,7 +169,7 @@ def _forms() -> Iterator[LinkCase]:
 
 
 def _many(count: int) -> list[dict[str, str]]:
-    return [{"alg": "ecc256", "spki_sha256": f"{number:064x}"} for number in range(count)]
+    return [{"alg": "p256", "spki_sha256": f"{number:064x}"} for number in range(count)]
 
 
 def _name(value: object) -> str:

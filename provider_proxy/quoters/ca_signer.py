@@ -1,0 +1,82 @@
+"""Signs for the vTPM CA with its key in the host's TPM, behind the same gate as the quotes.
+
+Each signature is one command of the chip: it waits for its turn, counts in the duty, climbs the ladder.
+Knows nothing of certificates; `vtpm.ca` makes them. The key's authValue lies beside the AK's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import trio
+
+from provider_proxy.config import read_secret
+from provider_proxy.config_tables import Tpm
+from provider_proxy.errors import HostError, QuoteError
+from provider_proxy.quoters.ak_store import AkStore
+from provider_proxy.quoters.esys import EsysQuoter
+from provider_proxy.tpm import ca_key, keys
+
+KEY_FILE = "vtpm-ca-key.json"
+OPEN_LIMIT_S = 120.0  # an EC key is made within a second or two, behind whoever uses the chip
+
+
+class CaSigner:
+    """A `vtpm.ca.Signer` over the host's TPM. Made by `open_ca_signer`.
+
+    Attributes:
+        public: the key's TPM2B_PUBLIC.
+    """
+
+    def __init__(self, quoter: EsysQuoter, key: ca_key.CaKeyAt) -> None:
+        self._quoter = quoter
+        self._key = key
+        self.public = key.public
+
+    async def sign(self, digest: bytes) -> bytes:
+        """A TPMT_SIGNATURE over a SHA-256 digest; cancel it at your deadline.
+
+        Raises:
+            QuoteError, HostError: there is none to be had now.
+        """
+        return await self._quoter.on_chip(lambda chip: ca_key.sign(chip, self._key, digest))
+
+    async def certify(self, qualifying: bytes) -> tuple[bytes, bytes]:
+        """TPM2_Certify of the key by the AK: TPMS_ATTEST and TPMT_SIGNATURE.
+
+        Raises:
+            QuoteError, HostError: there is none to be had now.
+        """
+        return await self._quoter.on_chip(lambda chip: ca_key.certify(chip, self._key, qualifying))
+
+
+async def open_ca_signer(
+    quoter: EsysQuoter, settings: Tpm, state_dir: Path, handle: int
+) -> CaSigner:
+    """Find the CA's key at its handle, or make it there.
+
+    Raises:
+        HostError: a foreign key at the handle, a wrong authorisation, a TPM that refuses.
+    """
+    auths = keys.Auths(
+        owner=read_secret("tpm.owner_auth_file", settings.owner_auth_file),
+        endorsement=read_secret("tpm.endorsement_auth_file", settings.endorsement_auth_file),
+    )
+    store = AkStore(
+        state_dir,
+        key="vTPM CA's key",
+        handle="vtpm.ca_handle",
+        file=KEY_FILE,
+        after="tenants must then trust the new CA",
+    )
+    try:
+        with trio.fail_after(OPEN_LIMIT_S):
+            key = await quoter.on_chip(
+                lambda chip: ca_key.find_or_make(chip, handle, auths, store.auth_for)
+            )
+    except trio.TooSlowError as exc:
+        raise HostError(f"the vTPM CA's key was not to be had in {OPEN_LIMIT_S:g} s") from exc
+    except QuoteError as exc:
+        raise HostError(f"the vTPM CA's key: {exc.__cause__ or exc}") from exc
+    store.confirm(key.name)
+    return CaSigner(quoter, key)

@@ -1,0 +1,224 @@
+"""X.509 of a host's vTPM CA: its own certificate, EK and platform certificates, before they are signed.
+
+Builds values and signs nothing: `tbs_of` gives the bytes that the TPM is to sign, `signed` puts the
+signature in. The signing key thus never has to look like a private key of `cryptography`'s, and the TPM
+can be waited for between the two. No clock, no file: time and serial numbers are handed in.
+Source: TCG EK Credential Profile 2.5, section 3, as swtpm_localca writes it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import uuid
+from typing import Any, Final, NoReturn
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import NameOID
+
+from provider_proxy import der
+from provider_proxy.vtpm.requests import CertificateRequest
+from provider_proxy.vtpm_ca_check import (
+    OID_CERTIFY,
+    OID_DIRECTORY_ATTRIBUTES,
+    OID_EKU,
+    OID_SPECIFICATION,
+    SAN_OIDS,
+    key_usage,
+)
+
+SERIAL_BITS: Final = 159  # 20 octets that are positive: RFC 5280, section 4.1.2.2
+WITHOUT_END: Final = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)
+MAX_COMMON_NAME: Final = 64  # ub-common-name, RFC 5280, appendix A.1
+UUID_CHARS: Final = 36
+PLATFORM: Final = ("provider-proxy", "QEMU", "1")  # manufacturer, model, version of the VM
+
+
+def ca_subject(host_uuid: uuid.UUID, key: ec.EllipticCurvePublicKey) -> x509.Name:
+    """A CA's name: no other host's, and of no other key of this host."""
+    spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return x509.Name(
+        [
+            x509.NameAttribute(NameOID.COMMON_NAME, f"vTPM CA of {host_uuid}"),
+            x509.NameAttribute(NameOID.SERIAL_NUMBER, hashlib.sha256(spki).hexdigest()[:32]),
+        ]
+    )
+
+
+def ca_builder(
+    key: ec.EllipticCurvePublicKey,
+    *,
+    host_uuid: uuid.UUID,
+    not_before: datetime.datetime,
+    serial: int,
+    attest: bytes,
+    signature: bytes,
+    public_area: bytes,
+) -> x509.CertificateBuilder:
+    """The CA's certificate, self-issued.
+
+    Args:
+        attest, signature: TPMS_ATTEST and TPMT_SIGNATURE of TPM2_Certify by the host's AK.
+        public_area: TPMT_PUBLIC of the key: TPM2B_PUBLIC without its size.
+    """
+    subject = ca_subject(host_uuid, key)
+    statement = der.encode(
+        der.SEQUENCE,
+        *(der.encode(der.OCTET_STRING, part) for part in (attest, signature, public_area)),
+    )
+    return (
+        _builder(subject, subject, not_before, serial)
+        .public_key(key)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(key_usage(cert_sign=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+        .add_extension(x509.UnrecognizedExtension(OID_CERTIFY, statement), critical=False)
+    )
+
+
+def vtpm_builder(
+    request: CertificateRequest,
+    ca: x509.Certificate,
+    *,
+    not_before: datetime.datetime,
+    serial: int,
+) -> x509.CertificateBuilder:
+    """An EK certificate, or a platform certificate, of a vTPM."""
+    own = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    values = PLATFORM
+    if request.kind == "ek":
+        values = (request.manufacturer, request.model, request.version)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name(request.vmid))])
+    builder = (
+        _builder(subject, ca.subject, not_before, serial)
+        .public_key(request.public_key)
+        .add_extension(x509.ExtendedKeyUsage([OID_EKU[request.kind]]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName(
+                [
+                    x509.DirectoryName(
+                        x509.Name(
+                            [
+                                x509.NameAttribute(oid, value)
+                                for oid, value in zip(SAN_OIDS[request.kind], values, strict=True)
+                            ]
+                        )
+                    )
+                ]
+            ),
+            critical=True,
+        )
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own), critical=False
+        )
+        .add_extension(key_usage(key=request.public_key), critical=True)
+    )
+    if request.kind == "ek":
+        attributes = x509.UnrecognizedExtension(OID_DIRECTORY_ATTRIBUTES, _specification(request))
+        builder = builder.add_extension(attributes, critical=False)
+    return builder
+
+
+def common_name(vmid: str) -> str:
+    """A vmid, cut to what a common name may hold; the UUID at its end always stays whole."""
+    if len(vmid) <= MAX_COMMON_NAME:
+        return vmid
+    name, _, vm = vmid.rpartition(":")
+    return f"{name[: MAX_COMMON_NAME - UUID_CHARS - 1]}:{vm}"
+
+
+def _specification(request: CertificateRequest) -> bytes:
+    """subjectDirectoryAttributes with tPMSpecification: {family, level, revision}."""
+    return der.encode(
+        der.SEQUENCE,
+        der.encode(
+            der.SEQUENCE,
+            der.encode_oid(OID_SPECIFICATION),
+            der.encode(
+                der.SET,
+                der.encode(
+                    der.SEQUENCE,
+                    der.encode(der.UTF8_STRING, request.spec_family.encode("utf-8")),
+                    der.encode_integer(request.spec_level),
+                    der.encode_integer(request.spec_revision),
+                ),
+            ),
+        ),
+    )
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, not_before: datetime.datetime, serial: int
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .serial_number(serial)
+        .not_valid_before(not_before)
+        .not_valid_after(WITHOUT_END)
+    )
+
+
+def tbs_of(builder: x509.CertificateBuilder) -> bytes:
+    """The TBSCertificate: what is to be signed with ECDSA and SHA-256."""
+    key = _StandIn()
+    builder.sign(key, hashes.SHA256())
+    return key.seen
+
+
+def signed(builder: x509.CertificateBuilder, signature: bytes) -> bytes:
+    """The certificate, DER, with a signature over `tbs_of(builder)`.
+
+    Args:
+        signature: ECDSA-Sig-Value, DER.
+    """
+    return builder.sign(_StandIn(signature), hashes.SHA256()).public_bytes(Encoding.DER)
+
+
+class _StandIn(ec.EllipticCurvePrivateKey):
+    """Stands where the builder wants a private key: notes what is to be signed, gives what was.
+
+    The builder asks it for the kind of its key, and for nothing else of it.
+    """
+
+    def __init__(self, signature: bytes = b"") -> None:
+        self._signature = signature
+        self.seen = b""
+
+    def sign(self, data: Any, signature_algorithm: object) -> bytes:
+        self.seen = bytes(data)
+        return self._signature
+
+    def public_key(self) -> ec.EllipticCurvePublicKey:
+        return _ANY_P256
+
+    @property
+    def curve(self) -> ec.EllipticCurve:
+        return ec.SECP256R1()
+
+    @property
+    def key_size(self) -> int:
+        return 256
+
+    def exchange(self, algorithm: object, peer_public_key: object) -> NoReturn:
+        raise NotImplementedError
+
+    def private_numbers(self) -> NoReturn:
+        raise NotImplementedError
+
+    def private_bytes(self, encoding: object, format: object, encryption: object) -> NoReturn:
+        raise NotImplementedError
+
+    def __copy__(self) -> NoReturn:
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise NotImplementedError
+
+
+_ANY_P256 = ec.derive_private_key(1, ec.SECP256R1()).public_key()  # only its kind is looked at
