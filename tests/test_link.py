@@ -6,7 +6,9 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from hashlib import sha256
@@ -21,6 +23,7 @@ from helpers import FakeQuoter, command, make_answer
 from keylime_helpers import PYTHON, keylime_environment
 from test_server import make_door
 
+import provider_proxy
 from provider_proxy import VtpmLink, ask_host, deep_verify, ek_digest, new_deep_question
 from provider_proxy.attestation_key import parse_ak, parse_public
 from provider_proxy.batcher import Batcher
@@ -140,6 +143,35 @@ def test_a_deep_quote_about_another_vm_was_never_asked_for() -> None:
     deep = Deep()
     with pytest.raises(UsageError):
         deep.verify(link=VtpmLink(vm=uuid.uuid4(), ek=ek_digest(EK)))
+
+
+DOC = (Path(__file__).parent.parent / "docs/vtpm.md").read_text(encoding="utf-8")
+
+
+def test_the_documented_code_runs() -> None:
+    vtpm, host = SoftTpm(pcrs={0: b"guest"}), SoftTpm()
+
+    def ask_the_proxy(request: QuoteRequest) -> bytes:
+        return b"".join(make_answer(host, request, claims=claims_bytes(confirmed=True)).body())
+
+    names: dict[str, Any] = vars(provider_proxy) | {
+        "time": time,
+        "ordered": VM,
+        "ek_tpm": EK,
+        "host": TrustedHost(ak=host.ak),
+        "history": MemoryHistory(),
+        "vak": vtpm.ak,
+        "host_pcrs": UnsafeAcceptAny(),
+        "guest_pcrs": UnsafeAcceptAny(),
+        "ask_the_proxy": ask_the_proxy,
+        "ask_the_agent": lambda nonce: vtpm.quote(nonce, HashAlg.SHA256, 1),
+    }
+    blocks = re.findall(r"^```python\n(.*?)^```$", DOC, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+    assert names["quote"].claims["confirmed"] is True
+    assert dict(names["both"].vtpm.pcrs) == {0: sha256(b"guest").digest()}
 
 
 # --- the environment --------------------------------------------------------------------------------
