@@ -528,11 +528,13 @@ async def hosts(tmp_path: Path) -> AsyncIterator[Hosts]:
 @pytest.mark.real
 async def test_an_agent_is_linked_where_its_vm_runs(hosts: Hosts) -> None:
     hosts.busy = 1  # the first answer is 503
+    hosts.claims["beta"] = claims_bytes(running=False)  # a hostile host must not be in the way
     code, said = await hosts.run()
     assert code == GOOD, said
     assert f"linked: VM {VM} runs there" in said
-    assert hosts.asked[:2] == ["beta", "beta"]  # asked first, and again; has no claims; then
+    assert hosts.asked[:2] == ["beta", "beta"]  # asked first, and again; its claims are refused
     assert "alpha" in hosts.asked
+    assert "VmNotRunningError" in said
 
 
 @pytest.mark.real
@@ -551,9 +553,11 @@ async def test_an_agent_that_is_not_linked_is_refused(hosts: Hosts) -> None:
     code, said = await hosts.run()
     assert (code, "NotConfirmedError" in said) == (REFUSED, True)
     hosts.asked.clear()
+    hosts.claims["alpha"] = None
     hosts.write_map(ports, beta='claims = "never"')
     code, said = await hosts.run()
-    assert (code, "ClaimsNeverError" in said, hosts.asked) == (REFUSED, True, [])
+    assert (code, "ClaimsNeverError" in said, hosts.asked) == (REFUSED, True, ["alpha"])
+    hosts.claims["alpha"] = claims_bytes()
     hosts.write_map({"alpha": 1})  # nobody there
     code, said = await hosts.run()
     assert (code, "Traceback" in said) == (ENVIRONMENT, False)

@@ -183,6 +183,14 @@ async def test_the_ca_is_made_once(tmp_path: Path) -> None:
     assert checked.certificate.not_valid_before_utc == NOW - vtpm_ca.BACKDATED
 
 
+async def test_an_rsa_ak_certifies_as_well(tmp_path: Path) -> None:
+    ak = FixedTpm(rsa_key())
+    ca = await open_host_ca(SoftSigner(ak=ak), ak.ak, tmp_path, host_uuid=HOST)
+    check_ca_certificate(ca.certificate, ak.ak)
+    with pytest.raises(UntrustedCaError):
+        check_ca_certificate(ca.certificate, AK.ak)
+
+
 @pytest.mark.parametrize("spoil", ["other key", "damaged", "too large", "other ak", "other host"])
 async def test_a_certificate_that_does_not_fit_is_made_anew(tmp_path: Path, spoil: str) -> None:
     signer = SoftSigner()

@@ -12,6 +12,7 @@ import asyncio
 import base64
 import binascii
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ from provider_proxy.errors import (
     EkNotLinkedError,
     ReplyError,
     UsageError,
+    VerificationError,
     VmNotRunningError,
 )
 from provider_proxy.link import VtpmLink, ek_digest, spki_digest
@@ -47,6 +49,8 @@ from provider_proxy.model import HashAlg, VerifiedQuote
 from provider_proxy.pins import PinStore
 from provider_proxy.policy import AllOf
 from provider_proxy.verify import Verifier
+
+log = logging.getLogger(__name__)
 
 MAX_VARIABLE_CHARS = 16 * 1024  # an RSA-4096 key as a PEM has 800
 TRIES = 4  # a chip that is busy says so with 503
@@ -205,22 +209,33 @@ def _check_pem(pem: str, digest: bytes) -> None:
 async def _ask(
     known: LinkMap, entry: AgentEntry, link: VtpmLink
 ) -> tuple[HostEntry, VerifiedQuote]:
-    """Ask the hosts in turn until one has claims about the VM; then that one's word is judged.
+    """Ask the hosts in turn until one proves the link; another's refusal cannot take that away.
 
     Raises:
-        VmNotRunningError: none of them has.
-        ReplyError: none of them has, and one gave no answer.
-        VerificationError: a host's evidence was refused.
+        VerificationError: none does, and this is the first refusal.
+        ClaimsNeverError: none does, and one was not asked.
+        ReplyError: none does, and one gave no answer.
+        VmNotRunningError: none of them has claims about the VM.
     """
+    refused: VerificationError | None = None
     silent: ReplyError | None = None
     for host in entry.hosts:
         if host.claims == "never":
-            raise ClaimsNeverError(f'hosts.{host.name} is marked claims = "never"')
+            log.warning('%s is marked claims = "never" and was not asked', host.name)
+            continue
         try:
             return host, await _ask_one(known, host, link)
+        except VerificationError as exc:
+            log.warning("%s: refused: %s: %s", host.name, type(exc).__name__, exc)
+            refused = refused or exc
         except ReplyError as exc:
+            log.warning("%s: %s", host.name, exc)
             if exc.status != NOT_THERE:
-                silent = ReplyError(f"{host.name}: {exc}", status=exc.status)
+                silent = silent or exc
+    if refused is not None:
+        raise refused
+    if any(host.claims == "never" for host in entry.hosts):
+        raise ClaimsNeverError("no host proves the link, and claims of one prove nothing")
     if silent is not None:
         raise silent
     names = ", ".join(host.name for host in entry.hosts)
