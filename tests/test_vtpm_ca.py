@@ -515,6 +515,14 @@ def test_a_bad_certificate_is_refused(name: str) -> None:
         check_vtpm_certificate(BAD_CERTIFICATES[name], CHECKED, key=rsa_key().public_key(), vm=VM)
 
 
+def test_another_ek_of_the_same_kind_is_refused() -> None:
+    key, other = ec_key("ek").public_key(), ec_key("other ek").public_key()
+    made = issue(request=request_for(key))
+    check_vtpm_certificate(made, CHECKED, key=key, vm=VM)
+    with pytest.raises(EkCertificateError, match="another EK"):
+        check_vtpm_certificate(made, CHECKED, key=other, vm=VM)
+
+
 def test_any_byte_of_a_certificate_changed_gives_a_refusal_and_nothing_else() -> None:
     made = issue()
     check_vtpm_certificate(made, CHECKED, key=rsa_key().public_key(), vm=VM)
@@ -577,6 +585,8 @@ async def open_real(
         await work(ca, quoter)
 
 
+EVICT = ("tpm2_evictcontrol", "-C", "o", "-c", hex(CA_HANDLE))
+SIGNING = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|sign"
 VERIFY_CERT = """
 import sys
 from keylime import cert_utils
@@ -637,9 +647,15 @@ async def test_the_ca_s_key_outlives_faults_and_is_never_overwritten(tmp_path: P
             with trio.fail_after(20):
                 await ca.issue(request_for())
             assert quoter.trouble is None
-            tool(made.tcti, "tpm2_evictcontrol", "-C", "o", "-c", hex(CA_HANDLE))
-            with pytest.raises(HostError):
+            tool(made.tcti, *EVICT)
+            with pytest.raises(HostError, match="no longer holds"):
                 await ca.issue(request_for())
+            words = ("tpm2_createprimary", "-C", "o", "-G", "ecc:ecdsa-sha256:null", "-c")
+            tool(made.tcti, *words, "k.ctx", "-a", SIGNING, cwd=tmp_path)
+            tool(made.tcti, *EVICT[:3], "-c", "k.ctx", hex(CA_HANDLE), cwd=tmp_path)
+            with pytest.raises(HostError, match="no longer holds"):
+                await ca.issue(request_for())
+            tool(made.tcti, *EVICT)
             assert quoter.trouble is None  # quotes go on
 
         await open_real(made, state, work, faults=faults)
