@@ -297,6 +297,9 @@ class Vtpm:
         number(0.1, 600), 15.0, "How long reading one back may take, in seconds."
     )
     max_vms: int = _key(integer(1, 100_000), 4096, "VMs that the registry holds at most.")
+    ca_handle: int = _key(
+        read_handle, 0x81000101, "Persistent handle of the key of the CA in the host's TPM."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,15 +34,17 @@ from provider_proxy.audit_file import AuditLog
 from provider_proxy.batch import Batch
 from provider_proxy.batcher import Audit, Batcher
 from provider_proxy.config_tables import Config
-from provider_proxy.errors import ConfigError, HostError
+from provider_proxy.errors import HostError
 from provider_proxy.hostlogs import HostLogFiles
 from provider_proxy.metrics import Metrics
+from provider_proxy.quoters.ca_signer import open_ca_signer
 from provider_proxy.quoters.esys import EsysQuoter, open_quoter
 from provider_proxy.recent import Recent
 from provider_proxy.registrations import Registrations
 from provider_proxy.reload import ReadConfig, Reloader
 from provider_proxy.status import StatusBoard
 from provider_proxy.tenants import TenantBook, load_book
+from provider_proxy.vtpm.ca import HostCa, open_host_ca
 from provider_proxy.vtpm.keeper import Keeper
 from provider_proxy.vtpm.opening import open_keeper, share_socket
 from provider_proxy.vtpm.requests import Issuer
@@ -62,6 +64,18 @@ def open_tpm(config: Config, metrics: Metrics) -> AbstractAsyncContextManager[Es
     return open_quoter(config.tpm, config.state_dir, metrics, host_uuid=config.host_uuid)
 
 
+async def open_ca(config: Config, quoter: EsysQuoter) -> HostCa:
+    """The CA that certifies vTPMs where `vtpm.issuer` is "tpm".
+
+    Raises:
+        HostError, ServiceError: its key, or its certificate, is not to be had.
+    """
+    signer = await open_ca_signer(quoter, config.tpm, config.state_dir, config.vtpm.ca_handle)
+    return await open_host_ca(
+        signer, quoter.ak, config.state_dir, host_uuid=quoter.identity.host_uuid
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
     """Where a running daemon listens; tests ask for port 0."""
@@ -74,7 +88,7 @@ async def run(
     config: Config,
     *,
     open_quoter: OpenQuoter = open_tpm,
-    open_issuer: OpenIssuer | None = None,
+    open_issuer: OpenIssuer = open_ca,
     read_config: ReadConfig | None = None,
     task_status: trio.TaskStatus[Started] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -97,7 +111,10 @@ async def run(
     async with (
         open_quoter(config, metrics) as quoter,
         open_keeper(
-            config.vtpm, config.state_dir, metrics, await _issuer(config, quoter, open_issuer)
+            config.vtpm,
+            config.state_dir,
+            metrics,
+            issuer := await _issuer(config, quoter, open_issuer),
         ) as keeper,
     ):
         recent = Recent()
@@ -107,7 +124,9 @@ async def run(
         )
         registrations.replace(await trio.to_thread.run_sync(registrations.make, config.registrars))
         draining = trio.Event()
-        tenant_door = _tenant_door(config, quoter, batcher, book, recent, registrations)
+        tenant_door = _tenant_door(
+            config, quoter, batcher, book, recent, registrations, issuer
+        )
         tenants = http1.Door(
             tenant_door,
             observe=metrics.count_request,
@@ -204,13 +223,9 @@ def _open_hooks(config: Config) -> list[listeners.Listener]:
     return opened
 
 
-async def _issuer(
-    config: Config, quoter: EsysQuoter, open_issuer: OpenIssuer | None
-) -> Issuer | None:
+async def _issuer(config: Config, quoter: EsysQuoter, open_issuer: OpenIssuer) -> Issuer | None:
     if not config.vtpm.enabled or config.vtpm.issuer == "delegate":
         return None
-    if open_issuer is None:
-        raise ConfigError('vtpm.issuer = "tpm": this program has no CA in the TPM')
     return await open_issuer(config, quoter)
 
 
@@ -291,6 +306,7 @@ def _tenant_door(
     book: TenantBook,
     recent: Recent,
     registrations: Registrations,
+    issuer: Issuer | None,
 ) -> server.TenantDoor:
     identity = quoter.identity
     return server.TenantDoor(
@@ -313,6 +329,7 @@ def _tenant_door(
         default_timeout_ms=config.limits.default_timeout_ms,
         max_timeout_ms=config.limits.max_timeout_ms,
         count=recent.count,
+        vtpm_ca=server.vtpm_ca_results(issuer.certificate) if isinstance(issuer, HostCa) else None,
     )
 
 
