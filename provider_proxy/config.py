@@ -178,7 +178,8 @@ def _check_whole(config: Config) -> None:
     if config.tpm.ek_handle == config.tpm.ak_handle:
         raise ConfigError("tpm.ak_handle must differ from tpm.ek_handle")
     check_registrars(config.registrars, config.tenants, quoter=config.quoter.kind)
-    if config.vtpm.ca_handle in (config.tpm.ek_handle, config.tpm.ak_handle):
+    others = (config.tpm.ek_handle, config.tpm.ak_handle)
+    if config.vtpm.issuer == "tpm" and config.vtpm.ca_handle in others:
         raise ConfigError("vtpm.ca_handle must differ from tpm.ek_handle and tpm.ak_handle")
     if config.quoter.kind == KEYLIME_AGENT:
         _check_agent(config)

@@ -132,6 +132,7 @@ KEYS: dict[str, tuple[Any, list[tuple[str, Any]]]] = {
     "vtpm.confirm": (True, [("false", False)]),
     "vtpm.confirm_limit_s": (15.0, [("0.1", 0.1), ("600", 600.0)]),
     "vtpm.max_vms": (4096, [("1", 1), ("100000", 100_000)]),
+    "vtpm.ca_handle": (0x81000101, [("0x81000000", 0x81000000), ("0x81ffffff", 0x81FFFFFF)]),
     "log.format": ("text", [('"json"', "json"), ('"text"', "text")]),
     "log.level": ("info", [('"debug"', "debug"), ('"warning"', "warning"), ('"error"', "error")]),
     "logs.ima": (
@@ -308,6 +309,8 @@ BAD: list[tuple[str, str, str]] = [
     ("vtpm.confirm", '"yes"', FLAG),
     ("vtpm.confirm_limit_s", "0", ">= 0.1"),
     ("vtpm.max_vms", "0", ">= 1"),
+    ("vtpm.ca_handle", "0x82000000", HANDLE),
+    ("vtpm.ca_handle", "true", HANDLE),
     ("log.format", '"xml"', 'one of "text", "json"'),
     ("log.level", '"INFO"', 'one of "debug", "info", "warning", "error"'),
     ("log.level", "6", 'one of "debug", "info", "warning", "error"'),
@@ -647,6 +650,13 @@ def test_ids_differ_by_host_name_and_url_and_stay() -> None:
             "limits.default_timeout_ms must be <= limits.max_timeout_ms",
         ),
         ("[tpm]\nak_handle = 0x81010001", "tpm.ak_handle must differ from tpm.ek_handle"),
+        *(
+            (
+                f'[vtpm]\nissuer = "tpm"\nca_handle = {handle}',
+                "vtpm.ca_handle must differ from tpm.ek_handle and tpm.ak_handle",
+            )
+            for handle in ("0x81010001", "0x81000100")
+        ),
     ],
 )
 def test_contradictions(text: str, message: str) -> None:

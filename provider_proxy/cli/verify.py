@@ -104,7 +104,7 @@ def add_link_arguments(parser: argparse.ArgumentParser, *, required: bool) -> No
     parser.add_argument(
         "--ek-issuer",
         choices=ISSUERS,
-        help="who must issue EK certificates on the host",
+        help="who must have certified the EK on the host",
     )
 
 
