@@ -116,7 +116,7 @@ class VtpmCa:
     @property
     def subject(self) -> str:
         """RFC 4514, for people."""
-        return self.certificate.subject.rfc4514_string()
+        return self.certificate.subject.rfc4514_string({NameOID.SERIAL_NUMBER: "serialNumber"})
 
 
 def check_ca_certificate(data: bytes, ak: AttestationKey) -> VtpmCa:

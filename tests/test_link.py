@@ -372,7 +372,7 @@ def test_saved_evidence_is_linked(
 ) -> None:
     assert saved.run(words, *OWN_LINK) == GOOD
     said = capsys.readouterr()
-    assert f"linked: VM {VM} runs there" in said.out
+    assert f"linked: VM {VM} runs on the host" in said.out
     assert "claimed, not confirmed" in said.out
     assert saved.run(words, *OWN_LINK, "--json") == GOOD
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -531,7 +531,7 @@ async def test_an_agent_is_linked_where_its_vm_runs(hosts: Hosts) -> None:
     hosts.claims["beta"] = claims_bytes(running=False)  # a hostile host must not be in the way
     code, said = await hosts.run()
     assert code == GOOD, said
-    assert f"linked: VM {VM} runs there" in said
+    assert f"linked: VM {VM} runs on alpha" in said
     assert hosts.asked[:2] == ["beta", "beta"]  # asked first, and again; its claims are refused
     assert "alpha" in hosts.asked
     assert "VmNotRunningError" in said

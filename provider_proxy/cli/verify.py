@@ -198,15 +198,19 @@ def _load_ak(args: argparse.Namespace) -> AttestationKey:
     return files.load_ak(args.ak_tpm, args.insecure_ak_pem)
 
 
-def load_policy(path: Path | None, *, any_state: bool, bank: HashAlg) -> Policy:
+def load_policy(path: Path | None, *, any_state: bool, bank: HashAlg, of: str = "host") -> Policy:
     """The policy of a file, or the one that accepts anything, with a warning.
+
+    Args:
+        of: whose state it judges, for the warning.
 
     Raises:
         UsageError: the file holds no policy.
     """
     if any_state or path is None:
         assert any_state  # argparse, or the reader of the hosts' file, demands one of the two
-        print("warning: --insecure-any-state: every state of the host passes", file=sys.stderr)
+        option = "--insecure-any-state" if of == "host" else "--insecure-any-vtpm-state"
+        print(f"warning: {option}: every state of the {of} passes", file=sys.stderr)
         return UnsafeAcceptAny()
     try:
         values = parse_json_object(read_file(path, MAX_POLICY_BYTES), "the policy")
@@ -228,11 +232,11 @@ def link_values(link: VtpmLink, quote: VerifiedQuote) -> dict[str, object]:
     }
 
 
-def link_line(values: Mapping[str, object]) -> str:
+def link_line(values: Mapping[str, object], host: str = "the host") -> str:
     """The same for people."""
     state = "confirmed" if values["confirmed"] else "claimed, not confirmed"
     came = ", migrated here" if values["migrated"] else ""
-    return f"linked: VM {values['vm']} runs there with the EK {values['ek']} ({state}{came})"
+    return f"linked: VM {values['vm']} runs on {host} with the EK {values['ek']} ({state}{came})"
 
 
 def _show(quote: VerifiedQuote, link: VtpmLink | None, *, as_json: bool) -> None:

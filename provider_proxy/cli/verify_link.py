@@ -137,7 +137,10 @@ def _files(args: argparse.Namespace) -> int:
         vtpm_quote=files.read_quote(args.vtpm_quote),
         vak=parse_ak(files.read_public(args.vak)),
         vtpm_policy=load_policy(
-            args.vtpm_policy, any_state=args.insecure_any_vtpm_state, bank=HashAlg.SHA256
+            args.vtpm_policy,
+            any_state=args.insecure_any_vtpm_state,
+            bank=HashAlg.SHA256,
+            of="vTPM",
         ),
         host_policy=judging.policy,
         link=link,
@@ -149,8 +152,13 @@ def _files(args: argparse.Namespace) -> int:
     return _show(values, as_json=args.json)
 
 
-def _show(values: Mapping[str, object], *, as_json: bool) -> int:
-    print(json.dumps({"linked": True, **values}) if as_json else link_line(values))
+def _show(values: Mapping[str, object], host: str = "the host", *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"linked": True, **values}))
+        return 0
+    print(link_line(values, host))
+    if "vtpm_pcrs" in values:
+        print("  deep: the host's quote came after the vTPM's")
     return 0
 
 
@@ -164,7 +172,7 @@ def _agent(args: argparse.Namespace) -> int:
     link = VtpmLink(vm=entry.vm, ek=ek, confirmed=entry.confirmed, issuer=entry.ek_issuer)
     host, quote = asyncio.run(_ask(known, entry, link))
     values = {"agent": entry.agent, "host": host.name, **link_values(link, quote)}
-    return _show(values, as_json=args.json)
+    return _show(values, host.name, as_json=args.json)
 
 
 def read_environment(variables: Mapping[str, str]) -> tuple[str, bytes]:
