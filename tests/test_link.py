@@ -4,6 +4,7 @@ as people and as Keylime run it. What claims and deep quotes must look like stan
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -20,6 +21,8 @@ import trio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from evidence_factory import VM, FixedTpm, SealedBatch, ec_key, request_number
 from helpers import FakeQuoter, command, make_answer
+from hypothesis import given
+from hypothesis import strategies as st
 from keylime_helpers import PYTHON, keylime_environment
 from test_server import make_door
 
@@ -32,6 +35,7 @@ from provider_proxy.cli.verify_link import MAX_VARIABLE_CHARS, read_environment
 from provider_proxy.errors import (
     EkNotLinkedError,
     LinkClaimsError,
+    LinkError,
     NonceSpentError,
     NotFoundError,
     OverloadedError,
@@ -84,6 +88,21 @@ def pem_of(public: bytes) -> str:
 def test_without_claims_nothing_is_linked() -> None:
     with pytest.raises(LinkClaimsError):
         parse_claims(None)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=70),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(CLAIMS)), JSON_VALUES))
+def test_whatever_is_claimed_links_or_is_a_link_error(changes: dict[str, object]) -> None:
+    with contextlib.suppress(LinkError):
+        LINK.judge(parse_claims(CLAIMS | changes))
+        assert "eks" not in changes or changes["eks"] == CLAIMS["eks"]
+        assert changes.get("running", True) is True
 
 
 def test_an_ek_is_given_by_its_digest() -> None:
