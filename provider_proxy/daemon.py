@@ -124,9 +124,7 @@ async def run(
         )
         registrations.replace(await trio.to_thread.run_sync(registrations.make, config.registrars))
         draining = trio.Event()
-        tenant_door = _tenant_door(
-            config, quoter, batcher, book, recent, registrations, issuer
-        )
+        tenant_door = _tenant_door(config, quoter, batcher, book, recent, registrations, issuer)
         tenants = http1.Door(
             tenant_door,
             observe=metrics.count_request,
