@@ -66,10 +66,12 @@ def test_as_it_is_it_sets_nothing() -> None:
 
 def test_every_setting_is_explained() -> None:
     lines = TEXT.splitlines()
-    keys = {key.rpartition(".")[2]: field for key, field in KEYS.items()}
+    table = ""
     for before, line in itertools.pairwise(lines):
+        if header := re.match(r"\[(\S+)\]", line):
+            table = header[1] + "."
         if setting := re.match(r"#([a-z_]+) = ", line):
             assert before.startswith("# "), f"nothing explains {setting[1]}"
-            field = keys.get(setting[1])
+            field = KEYS.get(table + setting[1])
             assert ("No default." in before) == (field is not None and field.default is None), line
     assert all(len(line) <= 106 for line in lines)
