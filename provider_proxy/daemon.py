@@ -15,65 +15,29 @@ from __future__ import annotations
 
 import gc
 import logging
-import platform
-import secrets
 import signal
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import trio
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from provider_proxy import http1, listeners, server, sysd, watchdog
+from provider_proxy import assembly, http1, listeners, sysd, watchdog
 from provider_proxy.admin import AdminDoor
-from provider_proxy.audit import records_of
-from provider_proxy.audit_file import AuditLog
-from provider_proxy.batch import Batch
-from provider_proxy.batcher import Audit, Batcher
+from provider_proxy.assembly import OpenIssuer, OpenQuoter
+from provider_proxy.batcher import Batcher
 from provider_proxy.config_tables import Config
 from provider_proxy.errors import HostError
-from provider_proxy.hostlogs import HostLogFiles
 from provider_proxy.metrics import Metrics
-from provider_proxy.quoters.ca_signer import open_ca_signer
-from provider_proxy.quoters.esys import EsysQuoter, open_quoter
 from provider_proxy.recent import Recent
-from provider_proxy.registrations import Registrations
 from provider_proxy.reload import ReadConfig, Reloader
-from provider_proxy.status import StatusBoard
-from provider_proxy.tenants import TenantBook, load_book
-from provider_proxy.vtpm.ca import HostCa, open_host_ca
-from provider_proxy.vtpm.keeper import Keeper
+from provider_proxy.tenants import load_book
 from provider_proxy.vtpm.opening import open_keeper, share_socket
-from provider_proxy.vtpm.requests import Issuer
-from provider_proxy.waiting_room import BatchSettings
 
 log = logging.getLogger(__name__)
 
 GC_THRESHOLD = 100_000  # objects in the youngest generation; some 10 MB of garbage at most
 CLOSE_LIMIT_S = 5.0  # for answers that are on their way when the drain is over
-
-OpenQuoter = Callable[[Config, Metrics], AbstractAsyncContextManager[EsysQuoter]]
-OpenIssuer = Callable[[Config, EsysQuoter], Awaitable[Issuer]]
-
-
-def open_tpm(config: Config, metrics: Metrics) -> AbstractAsyncContextManager[EsysQuoter]:
-    """The quoter that the configuration names."""
-    return open_quoter(config.tpm, config.state_dir, metrics, host_uuid=config.host_uuid)
-
-
-async def open_ca(config: Config, quoter: EsysQuoter) -> HostCa:
-    """The CA that certifies vTPMs where `vtpm.issuer` is "tpm".
-
-    Raises:
-        HostError, ServiceError: its key, or its certificate, is not to be had.
-    """
-    signer = await open_ca_signer(quoter, config.tpm, config.state_dir, config.vtpm.ca_handle)
-    return await open_host_ca(
-        signer, quoter.ak, config.state_dir, host_uuid=quoter.identity.host_uuid
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +51,8 @@ class Started:
 async def run(
     config: Config,
     *,
-    open_quoter: OpenQuoter = open_tpm,
-    open_issuer: OpenIssuer = open_ca,
+    open_quoter: OpenQuoter = assembly.open_quoter,
+    open_issuer: OpenIssuer = assembly.open_ca,
     read_config: ReadConfig | None = None,
     task_status: trio.TaskStatus[Started] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -114,17 +78,17 @@ async def run(
             config.vtpm,
             config.state_dir,
             metrics,
-            issuer := await _issuer(config, quoter, open_issuer),
+            issuer := await assembly.make_issuer(config, quoter, open_issuer),
         ) as keeper,
     ):
         recent = Recent()
-        batcher = _make_batcher(config, quoter, metrics, recent, keeper)
-        registrations = Registrations(
-            quoter, metrics, host_uuid=quoter.identity.host_uuid, state_dir=config.state_dir
-        )
+        batcher = assembly.make_batcher(config, quoter, metrics, recent, keeper)
+        registrations = assembly.make_registrations(config, quoter, metrics)
         registrations.replace(await trio.to_thread.run_sync(registrations.make, config.registrars))
         draining = trio.Event()
-        tenant_door = _tenant_door(config, quoter, batcher, book, recent, registrations, issuer)
+        tenant_door = assembly.make_tenant_door(
+            config, quoter, batcher, book, recent, registrations, issuer
+        )
         tenants = http1.Door(
             tenant_door,
             observe=metrics.count_request,
@@ -134,7 +98,7 @@ async def run(
             busy_status=config.limits.busy_status,
         )
         metrics.connections.set_function(lambda: tenants.connections)
-        board = _status_board(config, quoter, batcher, recent, metrics, draining)
+        board = assembly.make_status_board(config, quoter, batcher, recent, metrics, draining)
         admin = http1.Door(
             AdminDoor(
                 metrics,
@@ -219,124 +183,6 @@ def _open_hooks(config: Config) -> list[listeners.Listener]:
         listeners.close_all(opened)
         raise
     return opened
-
-
-async def _issuer(config: Config, quoter: EsysQuoter, open_issuer: OpenIssuer) -> Issuer | None:
-    if not config.vtpm.enabled or config.vtpm.issuer == "delegate":
-        return None
-    return await open_issuer(config, quoter)
-
-
-def _make_batcher(
-    config: Config, quoter: EsysQuoter, metrics: Metrics, recent: Recent, keeper: Keeper | None
-) -> Batcher:
-    settings = BatchSettings(
-        window_s=config.batch.window_ms / 1000,
-        max_leaves=config.batch.max_leaves,
-        isolate_mask=config.batch.isolate_pcrs,
-        max_queue=config.limits.max_queue,
-    )
-    return Batcher(
-        quoter,
-        settings,
-        metrics,
-        claims=keeper.claims if keeper is not None else None,
-        logs=HostLogFiles(config.logs.ima, config.logs.uefi),
-        boottime=_boottime(),
-        audit=_make_audit(config, quoter),
-        observe=recent.batch_done,
-    )
-
-
-def _status_board(
-    config: Config,
-    quoter: EsysQuoter,
-    batcher: Batcher,
-    recent: Recent,
-    metrics: Metrics,
-    draining: trio.Event,
-) -> StatusBoard:
-    program = program_version()
-    metrics.duty.set_function(lambda: quoter.duty)
-    metrics.max_duty.set(config.tpm.max_duty)
-    metrics.learnt_quote_seconds.set_function(lambda: quoter.expected_s)
-    metrics.build_info.labels(program, platform.python_version()).set(1)
-    return StatusBoard(
-        config,
-        quoter,
-        lambda: batcher.queue,
-        recent,
-        metrics,
-        draining=draining.is_set,
-        host={
-            "uuid": str(quoter.identity.host_uuid),
-            "ak_name": quoter.ak.name.hex(),
-            "software": quoter.identity.software,
-        },
-        program=program,
-    )
-
-
-def _make_audit(config: Config, quoter: EsysQuoter) -> Audit | None:
-    if not config.audit.enabled:
-        return None
-    audit_log = AuditLog(
-        config.audit.path, max_bytes=config.audit.max_mb * 1_000_000, keep=config.audit.keep
-    )
-    start = secrets.token_hex(8)  # makes batch numbers unique over restarts
-
-    async def record(batch: Batch) -> None:
-        await audit_log.write(
-            records_of(batch, start=start, ak_name=quoter.ak.name, time=time.time())
-        )
-
-    return record
-
-
-def _boottime() -> int:
-    return int(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME))
-
-
-def _tenant_door(
-    config: Config,
-    quoter: EsysQuoter,
-    batcher: Batcher,
-    book: TenantBook,
-    recent: Recent,
-    registrations: Registrations,
-    issuer: Issuer | None,
-) -> server.TenantDoor:
-    identity = quoter.identity
-    return server.TenantDoor(
-        batcher.submit,
-        book.find,
-        identity=server.identity_results(
-            ak_public=identity.ak_public,
-            ak_pem=quoter.ak.public_key.public_bytes(
-                Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
-            ),
-            ak_name=quoter.ak.name,
-            ek_public=identity.ek_public,
-            ek_cert=identity.ek_cert,
-            host_uuid=str(identity.host_uuid),
-            software=identity.software,
-        ),
-        registrations=lambda tenant: registrations.for_tenant(tenant.name),
-        version=program_version(),
-        banks=config.tpm.banks,
-        default_timeout_ms=config.limits.default_timeout_ms,
-        max_timeout_ms=config.limits.max_timeout_ms,
-        count=recent.count,
-        vtpm_ca=server.vtpm_ca_results(issuer.certificate) if isinstance(issuer, HostCa) else None,
-    )
-
-
-def program_version() -> str:
-    """This program's version; "unknown" where it runs from sources that were never installed."""
-    try:
-        return version("provider-proxy")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _announce(config: Config, started: Started) -> None:

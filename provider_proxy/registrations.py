@@ -17,6 +17,7 @@ import trio
 
 from provider_proxy.config_registrars import agent_id_of, check_distinct
 from provider_proxy.config_tables import RegistrarTable
+from provider_proxy.errors import ConfigError
 from provider_proxy.metrics import Metrics
 from provider_proxy.registrar_client import http_client, tls_context
 from provider_proxy.registration import Registration, TpmIdentity
@@ -55,11 +56,12 @@ class Registrations:
     """The host's registrations, by the registrars' names.
 
     Args:
+        tpm: what is registered; None where somebody else's agent owns the chip, and registers it.
         state_dir: where the locks among this host's processes are.
     """
 
     def __init__(
-        self, tpm: TpmIdentity, metrics: Metrics, *, host_uuid: uuid.UUID, state_dir: Path
+        self, tpm: TpmIdentity | None, metrics: Metrics, *, host_uuid: uuid.UUID, state_dir: Path
     ) -> None:
         self._tpm = tpm
         self._metrics = metrics
@@ -76,6 +78,10 @@ class Registrations:
             HostError: a certificate or key cannot be used.
             ConfigError: two registrars would have one id.
         """
+        if not tables:
+            return ()
+        if self._tpm is None:
+            raise ConfigError('registrars need quoter.kind = "tpm"')
         made = tuple(
             make_registration(
                 name, table, self._tpm, host_uuid=self._host_uuid, state_dir=self._state_dir

@@ -26,11 +26,12 @@ import trio
 import trustme
 
 from provider_proxy import daemon, inclusion, merkle
+from provider_proxy.assembly import OpenQuoter
 from provider_proxy.attestation_key import parse_ak
 from provider_proxy.batch import Answer
 from provider_proxy.cli.main import main
 from provider_proxy.config_tables import Config
-from provider_proxy.daemon import OpenQuoter, Started
+from provider_proxy.daemon import Started
 from provider_proxy.errors import ProviderProxyError
 from provider_proxy.http1 import Door
 from provider_proxy.metrics import Metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import uuid
@@ -19,9 +20,11 @@ from helpers import LIMIT_S, Asker, until
 from keylime_helpers import Registrar, running_registrar
 from tpm_helpers import errors_counted, tool
 
-from provider_proxy import attestation
+from provider_proxy import attestation, daemon
+from provider_proxy.attestation_key import parse_ak
 from provider_proxy.batcher import Batcher
-from provider_proxy.config_tables import KeylimeAgent
+from provider_proxy.client import ProxyClient
+from provider_proxy.config_tables import Config, KeylimeAgent, Listen, QuoterTable, Tpm
 from provider_proxy.errors import AkChangedError, HostError, QuoteError
 from provider_proxy.metrics import Metrics
 from provider_proxy.model import ClockState, HashAlg, QuoteRequest, Tenant, parse_mask, parse_nonce
@@ -505,6 +508,37 @@ async def test_the_registrar_says_whose_ak_it_is(
     pin.pin(settings.agent_id or "", SoftTpm().ak_public, anew=True)
     with pytest.raises(AkChangedError):
         await quote(settings)
+
+
+@pytest.mark.real
+async def test_the_daemon_over_a_real_agent(
+    real: Agent, registrar: Registrar, tmp_path: Path
+) -> None:
+    """From the configuration to a verified answer; about VMs it says nothing, and registers nowhere."""
+    config = Config(
+        state_dir=tmp_path,
+        listen=Listen(address=("127.0.0.1:0",), insecure_plaintext=True),
+        quoter=QuoterTable(kind="keylime-agent"),
+        keylime_agent=settings_of(real, registrar),
+        tpm=Tpm(max_duty=1.0),
+    )
+    async with trio.open_nursery() as nursery:
+        with trio.fail_after(LIMIT_S):
+            started: daemon.Started = await nursery.start(daemon.run, config)
+        async with httpx.AsyncClient(trust_env=False) as http:
+            url = f"http://{started.addresses[0]}"
+            proxy = ProxyClient(http, url)
+            identity = await proxy.identity()
+            asker = Asker(parse_ak(identity.ak_public))
+            challenge = asker.challenge(mask=0x3)
+            verified = asker.verify(await proxy.fetch(challenge.request), challenge)
+            assert set(verified.pcrs) == {0, 1}
+            vm = await http.get(f"{url}/verifier/quote?nonce={'n' * 32}&mask=0x1&vm={uuid.uuid4()}")
+            assert vm.status_code == 404
+            assert identity.software
+        nursery.cancel_scope.cancel()
+    gc.unfreeze()  # the daemon tunes it for a process of its own
+    gc.set_threshold(700, 10, 10)
 
 
 @pytest.mark.real

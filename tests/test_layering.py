@@ -45,7 +45,7 @@ PROVIDER = (
     *("quotas", "batcher", "http1", "tenants", "server", "listeners"),
     *("registrar_client", "registration_state", "registration", "registrations"),
     *("status", "admin"),
-    *("pki", "watchdog", "reload", "daemon"),
+    *("pki", "watchdog", "reload", "assembly", "daemon"),
 )
 PROGRAMS = ("bench.*", "cli.*", "__main__")
 ORDER = (*PURE, *SHARED, *TENANT, *PROVIDER, *PROGRAMS)

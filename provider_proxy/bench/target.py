@@ -18,7 +18,7 @@ from pathlib import Path
 
 import trio
 
-from provider_proxy import daemon, http1
+from provider_proxy import assembly, daemon, http1
 from provider_proxy.config import load_config
 from provider_proxy.config_tables import Config
 from provider_proxy.metrics import Metrics
@@ -40,7 +40,7 @@ def _tell(address: str) -> None:
 
 
 async def _serve_daemon(config: Config, plans: list[Plan]) -> None:
-    opener = partial(_open_disturbed, together(*plans)) if plans else daemon.open_tpm
+    opener = partial(_open_disturbed, together(*plans)) if plans else assembly.open_quoter
     async with trio.open_nursery() as nursery:
         started: daemon.Started = await nursery.start(
             partial(daemon.run, config, open_quoter=opener)
