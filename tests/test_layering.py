@@ -25,6 +25,7 @@ SHARED = (
 TENANT = ("link_map", "client", "keylime")
 PROVIDER = (
     *(
+        "plan",
         "merkle",
         "batch",
         "batch_report",

@@ -7,6 +7,7 @@ Answers are kept and verified after the timing. Seeded: the same seed asks the s
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import ssl
 import time
@@ -24,6 +25,7 @@ from provider_proxy.wire import Fields, parse_json_object
 NONCE_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 NONCE_CHARS = 20  # Keylime's
 BOOT_MASKS = 0x3FF  # PCRs 0 to 9: nobody is isolated, so all share one batch key
+ISOLATED = (0, *(1 << pcr for pcr in (11, 12, 13, 14, 15, 16, 23)))  # a batch key each
 CONNECT_AT_ONCE = 100
 ANSWER_LIMIT_S = 35.0  # above the daemon's default timeout
 POLL_S = 0.02
@@ -73,7 +75,10 @@ class Load:
 class _Tenant(asyncio.Protocol):
     """One connection; sends a request, collects its answer, tells `on_reply`."""
 
-    def __init__(self, seed: int, load: Load, on_reply: Callable[[_Tenant], None]) -> None:
+    def __init__(
+        self, seed: int, load: Load, on_reply: Callable[[_Tenant], None], isolated: int = 0
+    ) -> None:
+        self._isolated = isolated
         self._random = random.Random(seed)  # noqa: S311  # a load generator's nonces
         self._load = load
         self._on_reply = on_reply
@@ -97,7 +102,7 @@ class _Tenant(asyncio.Protocol):
         if self._transport is None or self._request is not None:
             return
         nonce = "".join(self._random.choices(NONCE_ALPHABET, k=NONCE_CHARS)).encode("ascii")
-        mask = self._random.randint(1, BOOT_MASKS)
+        mask = self._random.randint(1, BOOT_MASKS) | self._isolated
         self._request = QuoteRequest(nonce=Nonce(nonce), mask=PcrMask(mask))
         query = encode_quote_query(self._request).encode("ascii")
         self._sent_s = time.monotonic()
@@ -153,13 +158,17 @@ async def _connect(
     load: Load,
     on_reply: Callable[[_Tenant], None],
     contexts: Sequence[ssl.SSLContext] | None = None,
+    keys: int = 1,
 ) -> list[_Tenant]:
-    """Open connections; with `contexts`, by mutual TLS, each tenant's in turn."""
+    """Open connections; with `contexts`, by mutual TLS, each tenant's in turn.
+
+    With `keys`, the tenants ask for PCRs that make so many kinds of requests, which share no batch.
+    """
     loop = asyncio.get_running_loop()
 
     async def connect(number: int) -> _Tenant:
         _, tenant = await loop.create_connection(
-            lambda: _Tenant(seed + number, load, on_reply),
+            lambda: _Tenant(seed + number, load, on_reply, ISOLATED[number % keys]),
             host,
             port,
             ssl=contexts[number % len(contexts)] if contexts else None,
@@ -232,18 +241,28 @@ async def polling(
     seconds: float,
     seed: int,
     contexts: Sequence[ssl.SSLContext] | None = None,
+    keys: int = 1,
+    redraw: bool = False,
+    on_connected: Callable[[], None] = lambda: None,
 ) -> Load:
-    """Every tenant asks once an interval, at a phase of its own; answers are waited for."""
+    """Every tenant asks once an interval, at a phase of its own; answers are waited for.
+
+    With `redraw` the phase is another in each interval: the average over all phases comes sooner.
+    """
     load = Load()
-    connected = await _connect(host, port, tenants, seed, load, lambda tenant: None, contexts)
+    connected = await _connect(host, port, tenants, seed, load, lambda tenant: None, contexts, keys)
+    on_connected()
     loop = asyncio.get_running_loop()
     phase = random.Random(seed)  # noqa: S311
     begin = loop.time()
     for tenant in connected:
-        at = begin + phase.uniform(0, interval_s)
-        while at < begin + seconds:
-            loop.call_at(at, tenant.ask)
-            at += interval_s
+        own = phase.uniform(0, interval_s)
+        for number in range(math.ceil(seconds / interval_s)):
+            at = begin + number * interval_s + own
+            if at < begin + seconds:
+                loop.call_at(at, tenant.ask)
+            if redraw:
+                own = phase.uniform(0, interval_s)
     await asyncio.sleep(seconds)
     await _finish(connected)
     return load

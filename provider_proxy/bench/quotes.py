@@ -66,7 +66,7 @@ def run_baseline(seed: int, say: Say) -> dict[str, object]:
 
 def _run(directory: Path, seed: int, say: Say, delay_ms: float) -> dict[str, object]:
     say("the TPM alone")
-    quote_ms = trio.run(_direct_quote_ms, directory / "direct", delay_ms)
+    quote_ms = trio.run(direct_quote_ms, directory / "direct", delay_ms)
     slow = ("--quote-delay-ms", str(delay_ms))
     batched = config_text(directory / "batched", window_ms=WINDOW_MS, max_duty=1)
     single = config_text(directory / "single", window_ms=WINDOW_MS, max_duty=1, max_leaves=1)
@@ -106,7 +106,7 @@ def _run(directory: Path, seed: int, say: Say, delay_ms: float) -> dict[str, obj
     }
 
 
-async def _direct_quote_ms(state_dir: Path, delay_ms: float) -> float:
+async def direct_quote_ms(state_dir: Path, delay_ms: float) -> float:
     """Median time of a quote on such a TPM, with no daemon in between."""
     plan = delay_quotes(delay_ms / 1000)
     times = []

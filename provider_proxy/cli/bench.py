@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from provider_proxy.bench import bindings, contention, faults, overload, quotes
+from provider_proxy.bench import bindings, contention, faults, overload, plan, quotes, sweeps
 from provider_proxy.errors import UsageError
 from provider_proxy.tpm.disturb import CHIP_QUOTE_MS
 
@@ -19,6 +20,7 @@ SUITES = {
     "contention": contention.run,
     "overload": overload.run,
     "bindings": bindings.run,
+    "plan": plan.run,
 }
 DEFAULT_SEED = 1
 
@@ -36,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=sorted(CHIP_QUOTE_MS),
         help="quotes: a vendor's median chip instead of one of 100 ms",
     )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="DIR",
+        help="plan: measure more, and draw it as PNG and SVG (needs the extra plot)",
+    )
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the load generator")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
@@ -51,12 +59,25 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--baseline goes with quotes")
     if args.chip and args.suite != "quotes":
         raise UsageError("--chip goes with quotes")
+    if args.plot and args.suite != "plan":
+        raise UsageError("--plot goes with plan")
+    if args.plot:
+        from provider_proxy.bench import plots  # before minutes of measuring: it may be missing
     measure = quotes.run_baseline if args.baseline else SUITES[args.suite]
     if args.chip:
         measure = partial(quotes.run, delay_ms=CHIP_QUOTE_MS[args.chip])
     console = Console(stderr=True)
     with console.status("starting") as status:
-        figures = measure(args.seed, lambda text: status.update(f"measuring: {text}"))
+
+        def say(text: str) -> None:
+            status.update(f"measuring: {text}")
+
+        if args.plot:
+            figures, found = sweeps.run_with_points(args.seed, say)
+            for path in plots.draw(found, args.plot):
+                console.print(f"written: {path}", highlight=False)
+        else:
+            figures = measure(args.seed, say)
     if args.json:
         print(json.dumps(figures))
         return 0

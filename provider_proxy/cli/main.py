@@ -43,6 +43,7 @@ SUBCOMMANDS = {
     "register": "register the host in its tenants' registrars once, step by step",
     "registrations": "show how the registrations of a running daemon stand",
     "vms": "list the VMs whose vTPMs this host has registered",
+    "plan": "predict latency and duty for so many tenants, and the window to set",
     "demo": "200 tenants, one TPM, on this machine",
     "bench": "measure on this machine",
 }

@@ -1,0 +1,284 @@
+"""Predicts what the batching rule gives: latencies, the chip's duty, CPU and memory.
+
+A small simulation of docs/adr/0001's rule, request by request: tenants poll, lines collect, a ripe line
+is sealed when the chip is free and rested, and the answers leave one after the other. Also of the two
+rules that were rejected, one quote a request and a free-running tick. Pure: no clock, no sockets, and the
+same seed gives the same figures. `bench plan` holds the predictions against the daemon.
+
+Does not model: tenants that retry, a chip that errs, other programs' commands on the chip.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from provider_proxy.errors import UsageError
+
+DUTY_SPAN_S = 10.0  # as the gate's: no rest is longer than this times the share that is not ours
+SIMULATED_REQUESTS = 20_000  # 200 of them are beyond the 99th percentile
+LEAST_ROUNDS = 20  # polls of each tenant, however many there are
+MOST_ROUNDS = 2_000
+MAX_TENANTS = 100_000
+WINDOWS_MS = (0, 10, 20, 50, 100, 200, 300, 500, 700, 1000, 2000, 5000)
+RESERVE = 1.15  # a prediction may be so far off: see `bench plan`
+WORTH_OF_DUTY = (
+    0.05  # a longer window must free so much more of the chip's time to be worth its wait
+)
+CPU_LIMIT = 0.8  # of the one core that the daemon's loop uses; above it queues grow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What the daemon itself takes: here as `bench plan` measured it on one core of a shared server.
+
+    Attributes:
+        request_s: CPU of a request from its bytes to its place in a line.
+        answer_s: CPU of a request's share in tree and check, and of its answer.
+        batch_s: CPU of a batch, whatever its size; its answers wait for half of it.
+        base_mb: resident memory of a daemon that has no tenant, MB (10^6 bytes).
+        tenant_kb: memory of a tenant's connection and its request, kB.
+    """
+
+    request_s: float = 190e-6
+    answer_s: float = 290e-6
+    batch_s: float = 4e-3
+    base_mb: float = 55.0
+    tenant_kb: float = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """Who asks, and what answers.
+
+    Attributes:
+        tenants: how many poll.
+        interval_s: each asks once an interval, at a moment of its own.
+        quote_s: the chip's time for a quote.
+        window_s, max_leaves, max_duty: as configured.
+        keys: kinds of requests (bank, isolated PCRs, allowed PCRs) that do not share a batch.
+        tick_s: not our rule but a tick that runs freely: whoever came since the last one is quoted.
+    """
+
+    tenants: int
+    interval_s: float
+    quote_s: float
+    window_s: float = 0.05
+    max_leaves: int = 1024
+    max_duty: float = 0.5
+    keys: int = 1
+    tick_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tenants <= MAX_TENANTS:
+            raise UsageError(f"tenants must be 1 to {MAX_TENANTS}")
+        if not 1 <= self.keys <= self.tenants:
+            raise UsageError("keys must be at least 1, and no more than tenants")
+        if not (self.interval_s > 0 and self.quote_s > 0 and self.window_s >= 0):
+            raise UsageError("interval and chip time must be above 0, the window not below")
+        if not 0 < self.max_duty <= 1 or self.max_leaves < 1:
+            raise UsageError("the duty must be above 0 and at most 1, a batch have a leaf at least")
+
+    @property
+    def turn_s(self) -> float:
+        """From one quote's begin to the next one's, where the chip never waits."""
+        return self.quote_s + self.rest_s
+
+    @property
+    def rest_s(self) -> float:
+        """The rest after a quote that keeps the duty."""
+        return min(self.quote_s * (1 / self.max_duty - 1), DUTY_SPAN_S * (1 - self.max_duty))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a scenario comes to.
+
+    Attributes:
+        p50_ms, p99_ms: from a request's bytes to its answer's.
+        quotes_per_s, duty: of the chip; the duty is the share of its time that quotes take.
+        leaves: requests a batch, on average.
+        answered_per_s: below tenants / interval where tenants still wait when they would ask again.
+        cpu: share of one core. memory_mb: resident, MB.
+    """
+
+    p50_ms: float
+    p99_ms: float
+    quotes_per_s: float
+    duty: float
+    leaves: float
+    answered_per_s: float
+    cpu: float
+    memory_mb: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A window, what it comes to, and whether that is good enough."""
+
+    window_ms: float
+    prediction: Prediction
+    fits: bool
+
+
+def predict(scenario: Scenario, costs: Costs | None = None, *, seed: int = 1) -> Prediction:
+    """Simulate; the first poll of each tenant does not count."""
+    costs = costs or Costs()
+    rounds = math.ceil(SIMULATED_REQUESTS / scenario.tenants)
+    rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, rounds))
+    dice = random.Random(seed)  # noqa: S311  # a simulation
+    run = Simulation(scenario, costs, dice)
+    run.play(draw_polls(scenario, rounds + 1, dice))
+    latencies = sorted(run.latencies)
+    span_s = max(run.end_s, (rounds + 1) * scenario.interval_s) - scenario.interval_s
+    rate = len(latencies) / span_s
+    quotes = run.quotes / span_s
+    return Prediction(
+        p50_ms=quantile(latencies, 0.5) * 1000,
+        p99_ms=quantile(latencies, 0.99) * 1000,
+        quotes_per_s=quotes,
+        duty=quotes * scenario.quote_s,
+        leaves=len(latencies) / run.quotes,
+        answered_per_s=rate,
+        cpu=rate * (costs.request_s + costs.answer_s) + quotes * costs.batch_s,
+        memory_mb=costs.base_mb + scenario.tenants * costs.tenant_kb / 1000,
+    )
+
+
+def quantile(ascending: Sequence[float], share: float) -> float:
+    """A quantile of ascending values; infinite where there are none."""
+    if not ascending:
+        return math.inf
+    return ascending[min(len(ascending) - 1, int(len(ascending) * share))]
+
+
+def choose(
+    scenario: Scenario,
+    deadline_s: float,
+    costs: Costs | None = None,
+    *,
+    windows_ms: Iterable[float] = WINDOWS_MS,
+) -> tuple[Choice | None, list[Choice]]:
+    """The window to set, and what each candidate comes to.
+
+    It is the one that leaves the chip the most time among those whose p99 meets the deadline with
+    `RESERVE`; of about equal ones the shortest. A longer window only pays while few ask: under load
+    the quote itself is the window.
+
+    Returns:
+        The choice, None where no window meets the deadline; and all candidates.
+    """
+    found = []
+    for window_ms in windows_ms:
+        if window_ms and window_ms / 1000 >= deadline_s:
+            continue  # no answer could come in time
+        prediction = predict(replace(scenario, window_s=window_ms / 1000), costs)
+        # Later than the interval, and tenants cannot ask as often as they would.
+        bound_s = min(deadline_s, scenario.interval_s)
+        fits = prediction.p99_ms * RESERVE <= bound_s * 1000 and prediction.cpu <= CPU_LIMIT
+        found.append(Choice(window_ms=window_ms, prediction=prediction, fits=fits))
+    best: Choice | None = None
+    for candidate in (choice for choice in found if choice.fits):
+        saved = best.prediction.duty - candidate.prediction.duty if best else 1.0
+        if saved >= WORTH_OF_DUTY:
+            best = candidate
+    return best, found
+
+
+def draw_polls(scenario: Scenario, rounds: int, dice: random.Random) -> list[tuple[float, int]]:
+    """When (seconds from the begin) which tenant asks, ascending: once an interval, at any moment."""
+    return sorted(
+        ((number + dice.random()) * scenario.interval_s, tenant)
+        for number in range(rounds)
+        for tenant in range(scenario.tenants)
+    )
+
+
+class Simulation:
+    """One run of the rule. Times are seconds from its begin; the first interval is a warm-up.
+
+    Attributes:
+        latencies: of each request that counts, in seconds.
+        quotes: how many counted. end_s: when the last answer left.
+    """
+
+    def __init__(self, scenario: Scenario, costs: Costs, dice: random.Random) -> None:
+        self._is = scenario
+        self._costs = costs
+        self._dice = dice
+        self._lines: dict[int, list[tuple[float, int]]] = {}  # key: (arrival, tenant), oldest first
+        self._waits = [False] * scenario.tenants
+        self._answered = [0.0] * scenario.tenants
+        self._flush_free_s = 0.0
+        # While it answers, the loop also takes in those who ask: it has less of the core.
+        taken = scenario.tenants / scenario.interval_s * costs.request_s
+        self._answer_s = costs.answer_s / max(0.1, 1 - taken)
+        self.latencies: list[float] = []
+        self.quotes = 0
+        self.end_s = 0.0
+
+    def play(self, polls: Sequence[tuple[float, int]]) -> None:
+        """Serve these polls; who has not had its last answer does not ask."""
+        scenario = self._is
+        at, now, rested = 0, 0.0, 0.0
+
+        def admit(until_s: float) -> None:
+            nonlocal at
+            while at < len(polls) and polls[at][0] <= until_s:
+                arrival, tenant = polls[at]
+                at += 1
+                if self._waits[tenant] or self._answered[tenant] > arrival:
+                    continue  # it has not had its last answer
+                self._waits[tenant] = True
+                self._lines.setdefault(tenant % scenario.keys, []).append((arrival, tenant))
+
+        while at < len(polls) or self._lines:
+            if not self._lines:
+                now = max(now, polls[at][0])
+            admit(now)
+            if not self._lines:
+                continue  # who asked then still waits for an answer
+            ripe_s = self._ripe_s()
+            while ripe_s > now:  # who comes in the meantime may fill a line
+                step = min(ripe_s, polls[at][0]) if at < len(polls) else ripe_s
+                now = step
+                admit(now)
+                ripe_s = self._ripe_s()
+            now = max(now, rested)
+            admit(now)
+            key = next(key for key in self._lines if self._line_ripe_s(key) <= now)
+            now = self._quote(key, now)
+            rested = now + scenario.rest_s
+
+    def _ripe_s(self) -> float:
+        return min(self._line_ripe_s(key) for key in self._lines)
+
+    def _line_ripe_s(self, key: int) -> float:
+        line, scenario = self._lines[key], self._is
+        if scenario.tick_s is not None:
+            return math.ceil(line[0][0] / scenario.tick_s) * scenario.tick_s
+        if len(line) >= scenario.max_leaves:
+            return line[scenario.max_leaves - 1][0]
+        return line[0][0] + scenario.window_s
+
+    def _quote(self, key: int, now: float) -> float:
+        """Seal, quote and answer; when the chip has done its part."""
+        line, scenario, costs = self._lines.pop(key), self._is, self._costs
+        taken, rest = line[: scenario.max_leaves], line[scenario.max_leaves :]
+        if rest:
+            self._lines[key] = rest  # behind the other lines
+        end_s = now + scenario.quote_s
+        self._flush_free_s = max(end_s, self._flush_free_s) + costs.batch_s / 2
+        counts = now >= scenario.interval_s
+        self.quotes += counts
+        self._dice.shuffle(taken)  # the loop answers in no order
+        for arrival, tenant in taken:
+            self._flush_free_s += self._answer_s
+            self._waits[tenant] = False
+            self._answered[tenant] = self._flush_free_s
+            if counts:
+                self.latencies.append(self._flush_free_s - arrival + costs.request_s)
+        self.end_s = self._flush_free_s
+        return end_s
