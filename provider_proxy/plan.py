@@ -46,7 +46,7 @@ class Costs:
     answer_s: float = 290e-6
     batch_s: float = 4e-3
     base_mb: float = 55.0
-    tenant_kb: float = 20.0
+    tenant_kb: float = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

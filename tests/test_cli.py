@@ -377,10 +377,15 @@ def run_without(modules: str, *words: str | Path, cwd: Path | None = None) -> Do
         ("merklelib", ("serve", "--config", "c"), "host"),
         ("tpm2_pytss", ("serve", "--config", "c"), "host"),
         ("prometheus_client", ("serve", "--config", "c"), "host"),
+        ("matplotlib", ("bench", "plan", "--plot", "d"), "plot"),
     ],
 )
 def test_a_missing_extra_is_named(modules: str, words: tuple[str, ...], extra: str) -> None:
     expect(run_without(modules, *words), ENVIRONMENT, f"extra '{extra}'", modules)
+
+
+def test_a_plan_needs_no_tpm_libraries() -> None:
+    expect(run_without("tpm2_pytss", "plan", "--tenants", "3", "--quote-ms", "50", "--json"), GOOD)
 
 
 def test_verify_needs_no_extra(files: Files) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from provider_proxy import config_files as module
 from provider_proxy.cli import main as cli
@@ -133,6 +135,30 @@ def test_the_line_of_each_key(path: Path) -> None:
     }
     assert document.tables["tenants.c.d"].line == 23
     assert document.data == tomllib.loads(LINES.replace("\r", ""))
+
+
+VALUES = (
+    *("1", "1979-05-27T07:32:00Z # ]", '"a # ]"', r'"\""', "'\\'", "{ a = 1, b.c = [] }", "[]  "),
+    *("[1,\n 2, # ]\n]", "[[\n], [ # [\n]\n]", "[{ x = 1 },\n { x = '''\n]''' }]"),
+    *("'''x\n[y]\nz = 1\n'''", '"""\n\\"""\n= ]\n"""', '"""a\n""""', '"""\\\n\n  b"""'),
+)
+BETWEEN = ("", "# k0 = 1", "   ", "[t{n}]", "  [ t{n} . 'a.b' ] # ]", "[[l{n}]]", "#[\n#]")
+
+
+@given(st.lists(st.tuples(st.sampled_from(BETWEEN), st.sampled_from(VALUES)), max_size=12))
+def test_lines_of_any_document(pieces: list[tuple[str, str]]) -> None:
+    """Whatever stands between them and in them, each key has its line, and none is invented."""
+    text, wanted = "", {}
+    for number, (between, value) in enumerate(pieces):
+        text += between.replace("{n}", str(number)) + "\n"
+        wanted[f"k{number}"] = text.count("\n") + 1
+        text += f"k{number} = {value}\n"
+    tomllib.loads(text)  # it is TOML
+    found = {}
+    for line, header, keys in module._statements(text):
+        if not header:
+            found[next(key for key in keys if key.startswith("k"))] = line
+    assert found == wanted
 
 
 def test_a_value_of_very_many_lines_costs_only_its_line(path: Path) -> None:

@@ -6,8 +6,11 @@ import functools
 import json
 import math
 import random
+import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -244,6 +247,18 @@ def test_plan_says_what_to_set(capsys: pytest.CaptureFixture[str]) -> None:
     assert output.splitlines()[-1] == "Set batch.window_ms = 500"
 
 
+def test_the_document_s_plan_is_what_it_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "sizing.md").read_text(encoding="utf-8")
+    (words,) = re.findall(r"^provider-proxy plan (.*)$", text, re.MULTILINE)
+    (block,) = re.findall(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert plan(*words.split()) == 0
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert block.splitlines() == printed
+
+
 def test_plan_json(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--tenants", "9", "--quote-ms", "50", "--max-duty", "0.25", "--keys", "2", "--json")
     assert plan(*words) == 0
@@ -285,3 +300,19 @@ def test_a_wrong_command_line(words: str) -> None:
 def test_an_impossible_plan(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("--tenants", "1", "--quote-ms", "1", *words.split()) == cli.EXIT_USAGE
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.real
+@pytest.mark.skipif(shutil.which("swtpm") is None, reason="swtpm is not installed")
+def test_the_chip_of_the_configuration_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(
+        f'state_dir = "{tmp_path}/state"\n[listen]\ninsecure_plaintext = true\n'
+        '[tpm]\ntcti = "embedded"\nmax_duty = 0.2\n'
+    )
+    assert plan("--tenants", "3", "--measure", "--config", str(path), "--json") == 0
+    got = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 < got["quote_s"] < 1
+    assert got["max_duty"] == 0.2

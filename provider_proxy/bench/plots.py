@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -15,11 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from provider_proxy.bench.sweeps import EAGER, FEW, MANY, TICK_S, Curve, Sweeps
+from provider_proxy.bench.sweeps import EAGER, EAGER_S, FEW, MANY, TICK_S, Curve, Sweeps
 from provider_proxy.errors import HostError
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],
     "font.size": 9,
@@ -110,12 +111,12 @@ def _numbers(axis: object, ticks: Sequence[float]) -> None:
 
 def _heading(figure: Figure, title: str, text: str) -> None:
     height = figure.get_figheight()
-    at = {"ha": "left", "va": "top"}
+    at: dict[str, Any] = {"ha": "left", "va": "top"}
     figure.text(0.012, 1 - 0.08 / height, title, fontsize=11.5, fontweight="bold", **at)
     figure.text(0.012, 1 - 0.33 / height, text, fontsize=8.5, color=GREY, **at)
 
 
-def _key(axes: Axes, where: str) -> None:
+def _key(axes: Axes, where: Literal["lower right", "upper left"]) -> None:
     """What lines and marks mean, in grey: it holds for all colours."""
     handles = [
         Line2D([], [], color=GREY, linewidth=1.8, marker="o", markersize=5, label="p99"),
@@ -151,7 +152,7 @@ def _by_tenants(sweeps: Sweeps) -> Figure:
     axes.set_ylabel("latency, ms")
     axes.axhline(DEFAULT_TIMEOUT_MS, color=GREY, linewidth=0.8, linestyle=":")
     axes.text(1, DEFAULT_TIMEOUT_MS * 1.06, "30 s: the default timeout", fontsize=8, color=GREY)
-    bold = {"fontweight": "bold", "ha": "right"}
+    bold: dict[str, Any] = {"fontweight": "bold", "ha": "right"}
     axes.text(27, 12_500, "one quote a request", color=ORANGE, **bold)
     axes.text(1000, 1400, f"a tick of {TICK_S:g} s that runs freely", color=GREEN, **bold)
     axes.text(1000, 465, "this rule: batch while busy", color=BLUE, **bold)
@@ -195,7 +196,11 @@ def _by_window(sweeps: Sweeps) -> Figure:
     middle.text(0.5, 0.53, f"{MANY} tenants, every 2 s", color=BLUE, fontweight="bold")
     middle.text(0.5, 0.30, f"{FEW} tenants, every 2 s", color=ORANGE, fontweight="bold")
     low.text(
-        0.5, 150, f"{EAGER} tenants who ask again at once, duty 1", color=GREEN, fontweight="bold"
+        0.5,
+        150,
+        f"{EAGER} tenants, every {EAGER_S * 1000:.0f} ms or as soon as they can, duty 1",
+        color=GREEN,
+        fontweight="bold",
     )
     figure.align_ylabels((top, middle, low))
     _heading(

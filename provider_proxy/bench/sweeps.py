@@ -30,6 +30,8 @@ CHIP = "infineon-rsa"
 INTERVAL_S = 2.0
 TICK_S = 1.0
 SECONDS = 20.0
+FEW_SECONDS = 40.0  # where fewer than `FEW_PER_S` ask a second
+FEW_PER_S = 6
 AT_ONCE = 3
 TENANTS = (1, 2, 3, 5, 7, 10, 14, 20, 30, 50, 70, 100, 200, 300, 500, 1000)
 MEASURED_TENANTS = (1, 3, 10, 30, 100, 300)
@@ -37,7 +39,7 @@ MEASURED_ONE_BY_ONE = (1, 2, 4, 10)
 WINDOWS_MS = (0, 5, 10, 20, 50, 75, 100, 150, 200, 300, 500, 700, 1000)
 MEASURED_WINDOWS_MS = (0, 50, 200, 500, 1000)
 FEW, MANY = 5, 100
-AGAIN_AT_ONCE_S = 0.02  # an interval that short is no pause
+EAGER_S = 0.1  # a pause shorter than a turn; with none, all tenants fall into one step
 EAGER = 100
 
 
@@ -87,7 +89,7 @@ def run(directory: Path, costs: Costs, quote_s: float, seed: int, say: Say) -> S
         "few": (replace(base, tenants=FEW), MEASURED_WINDOWS_MS),
         "many": (replace(base, tenants=MANY), MEASURED_WINDOWS_MS),
         "eager": (
-            replace(base, tenants=EAGER, interval_s=AGAIN_AT_ONCE_S, max_duty=1.0),
+            replace(base, tenants=EAGER, interval_s=EAGER_S, max_duty=1.0),
             MEASURED_WINDOWS_MS,
         ),
     }
@@ -139,7 +141,9 @@ def _measure(
     def one(number: int, key: tuple[str, float], scenario: Scenario) -> Measured:
         say(f"sweep: {key[0]}, {key[1]:g} ({number + 1} of {len(wanted)})")
         at = Point(name=f"sweep{number}", chip=CHIP, scenario=scenario)
-        return measure(directory, at.name, at, SECONDS, seed + number)
+        few = scenario.tenants / scenario.interval_s < FEW_PER_S
+        seconds = FEW_SECONDS if few else SECONDS
+        return measure(directory, at.name, at, seconds, seed + number)[0]
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         futures = {
