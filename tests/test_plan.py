@@ -25,7 +25,7 @@ from provider_proxy.errors import UsageError
 from provider_proxy.metrics import Metrics
 from provider_proxy.model import Nonce, PcrMask, QuoteRequest, Tenant
 from provider_proxy.plan import Costs, Scenario, Simulation, choose, draw_polls, predict, quantile
-from provider_proxy.tpm import gate
+from provider_proxy.tpm import pace
 from provider_proxy.waiting_room import BatchSettings
 
 FREE = Costs(request_s=0, answer_s=0, batch_s=0)
@@ -135,7 +135,7 @@ def test_the_duty_is_kept_and_used() -> None:
         crowd = replace(CROWD, tenants=500, max_duty=duty)
         assert predict(crowd, FREE).duty == pytest.approx(duty, rel=0.02)
     assert replace(CROWD, quote_s=60, max_duty=0.1).rest_s == pytest.approx(9)  # as the gate's
-    assert module.DUTY_SPAN_S == gate.DUTY_SPAN_S
+    assert module.DUTY_SPAN_S == pace.DUTY_SPAN_S
 
 
 def test_what_goes_in_comes_out() -> None:
