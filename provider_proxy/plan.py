@@ -24,9 +24,7 @@ MOST_ROUNDS = 2_000
 MAX_TENANTS = 100_000
 WINDOWS_MS = (0, 10, 20, 50, 100, 200, 300, 500, 700, 1000, 2000, 5000)
 RESERVE = 1.15  # a prediction may be so far off: see `bench plan`
-WORTH_OF_DUTY = (
-    0.05  # a longer window must free so much more of the chip's time to be worth its wait
-)
+WORTH_OF_DUTY = 0.05  # less of the chip's time is not worth a longer window
 CPU_LIMIT = 0.8  # of the one core that the daemon's loop uses; above it queues grow
 
 
@@ -163,9 +161,9 @@ def choose(
 ) -> tuple[Choice | None, list[Choice]]:
     """The window to set, and what each candidate comes to.
 
-    It is the one that leaves the chip the most time among those whose p99 meets the deadline with
-    `RESERVE`; of about equal ones the shortest. A longer window only pays while few ask: under load
-    the quote itself is the window.
+    Among those whose p99 meets the deadline with `RESERVE`, it is the shortest that leaves the chip
+    about as much time as any of them. A longer window only pays while few ask: under load the quote
+    itself is the window.
 
     Returns:
         The choice, None where no window meets the deadline; and all candidates.
@@ -179,11 +177,9 @@ def choose(
         bound_s = min(deadline_s, scenario.interval_s)
         fits = prediction.p99_ms * RESERVE <= bound_s * 1000 and prediction.cpu <= CPU_LIMIT
         found.append(Choice(window_ms=window_ms, prediction=prediction, fits=fits))
-    best: Choice | None = None
-    for candidate in (choice for choice in found if choice.fits):
-        saved = best.prediction.duty - candidate.prediction.duty if best else 1.0
-        if saved >= WORTH_OF_DUTY:
-            best = candidate
+    good = [choice for choice in found if choice.fits]
+    least = min((choice.prediction.duty for choice in good), default=0.0)
+    best = next((c for c in good if c.prediction.duty <= least + WORTH_OF_DUTY), None)
     return best, found
 
 
