@@ -30,6 +30,9 @@ ROUNDS = 3  # where one is short; the median's machine was not busy with somethi
 CALIBRATION_S = 10.0
 REQUEST_SHARE = 0.4  # of a request's CPU, what is spent before it waits
 
+SHOWN = {"p50_ms": ".0f", "p99_ms": ".0f", "duty": ".2f", "cpu": ".1%"}
+"""The figures that people look at first, and how they read them."""
+
 Say = Callable[[str], None]
 
 

@@ -7,6 +7,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -81,6 +82,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(figures))
         return 0
+    if args.suite == "plan":
+        _print_points(figures)
+        return 0
     table = Table(title=f"provider-proxy bench {args.suite}", show_header=False)
     for name, value in figures.items():
         if isinstance(value, dict):
@@ -91,3 +95,24 @@ def run(args: argparse.Namespace) -> int:
             table.add_row(name, str(value))
     Console().print(table)
     return 0
+
+
+def _print_points(figures: dict[str, object]) -> None:
+    """A row a point: what was measured, and how far that is from what was predicted."""
+    table = Table(
+        title="provider-proxy bench plan",
+        caption="measured, and how far that is from the prediction; ms, CPU of one core",
+        box=box.SIMPLE,
+        pad_edge=False,
+    )
+    for head in ("point", "p50", "p99", "duty", "CPU", "ok"):
+        table.add_column(head, justify="left" if head == "point" else "right", no_wrap=True)
+    for name, row in figures.items():
+        if isinstance(row, dict):
+            shown = [
+                f"{row[f'{figure}_measured']:{form}} {row[f'{figure}_ratio'] - 1:+4.0%}"
+                for figure, form in plan.SHOWN.items()
+            ]
+            table.add_row(name, *shown, "yes" if row["within_15_percent"] else "no")
+    Console().print(table)
+    print(f"{figures['points_within_15_percent']} of {figures['points']} points within 15 %")
