@@ -110,10 +110,13 @@ def _beside(path: Path, name: str, most: int, owner: int) -> list[Path]:
     """The drop-ins of a folder, sorted; hidden ones are an editor's and not meant."""
     folder = path.parent / name
     try:
-        status = folder.stat()
-        if stat.S_ISDIR(status.st_mode):
-            _check_writers(folder, status, owner)
-        found = sorted(file for file in folder.glob("*.toml") if not file.name.startswith("."))
+        _check_writers(folder, folder.stat(), owner)
+        # Not glob(), which takes a folder that it may not read for an empty one.
+        found = sorted(
+            file
+            for file in folder.iterdir()
+            if file.name.endswith(".toml") and not file.name.startswith(".")
+        )
     except FileNotFoundError:
         return []
     except OSError as exc:

@@ -317,6 +317,21 @@ def test_what_everybody_can_write_is_refused(path: Path, folder: str) -> None:
     load_config(path)
 
 
+@pytest.mark.parametrize("folder", ["conf.d", "tenants.d"])
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(path: Path, folder: str) -> None:
+    place = path.parent / folder
+    place.write_text("")
+    with pytest.raises(HostError, match=f"^cannot read {place}: Not a directory"):
+        load_config(path)
+    place.unlink()
+    place.mkdir(mode=0)
+    if os.geteuid() == 0:  # reads it all the same
+        load_config(path)
+    else:
+        with pytest.raises(HostError, match=f"^cannot read {place}: Permission denied"):
+            load_config(path)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 def test_a_strangers_drop_in_is_refused(path: Path) -> None:
     extra = drop_in(path, "a.toml", "")
