@@ -37,14 +37,14 @@ class Costs:
         answer_s: CPU of a request's share in tree and check, and of its answer.
         batch_s: CPU of a batch, whatever its size; its answers wait for half of it.
         base_mb: resident memory of a daemon that has no tenant, MB (10^6 bytes).
-        tenant_kb: memory of a tenant's connection and its request, kB.
+        tenant_kb: memory of a tenant's connection by mutual TLS, and of its request, kB.
     """
 
     request_s: float = 190e-6
     answer_s: float = 290e-6
     batch_s: float = 4e-3
     base_mb: float = 55.0
-    tenant_kb: float = 30.0
+    tenant_kb: float = 85.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="the extra plot is not installed")
 
 from provider_proxy.bench import plots, sweeps
-from provider_proxy.bench.plan import POINTS, Measured, compare, point
+from provider_proxy.bench.plan import POINTS, Measured, compare, median_of, point
 from provider_proxy.cli import main as cli
 from provider_proxy.errors import HostError
 from provider_proxy.plan import Prediction
@@ -112,6 +112,13 @@ def test_a_point_is_within_or_not() -> None:
     for name, factor in (("p50_ms", 1.16), ("p99_ms", 0.84), ("duty", 1.16)):
         worse = measured(**{name: getattr(PREDICTION, name) * factor})
         assert compare(at, PREDICTION, worse)["within_15_percent"] is False
+
+
+def test_rounds_give_their_median() -> None:
+    rounds = [measured(p50_ms=p50, cpu=cpu) for p50, cpu in ((300, 0.3), (900, 0.1), (310, 0.2))]
+    one = median_of(rounds)
+    assert (one.p50_ms, one.cpu, one.p99_ms) == (310, 0.2, 640)
+    assert (one.quotes, one.requests) == (27, 81)
 
 
 def test_points_are_many_and_differ() -> None:
