@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from importlib import resources
 
-from provider_proxy import http1
 from provider_proxy.config import is_loopback
 from provider_proxy.errors import WrongHostError
+from provider_proxy.http_messages import HTML, TEXT, Request, Response
 from provider_proxy.metrics import Metrics
 from provider_proxy.server import Registrations, no_query, route
 from provider_proxy.wire import encode_envelope
@@ -61,49 +61,47 @@ class AdminDoor:
             "/vms": self._get_vms,
         }
 
-    async def __call__(self, request: http1.Request) -> http1.Response:
+    async def __call__(self, request: Request) -> Response:
         """Answer a request. Raises: RequestError."""
         if request.peer.uid is None:  # a browser cannot be made to speak to a unix socket
             check_host(request.host)
         return await route(self._routes, request)(request)
 
-    async def _get_page(self, request: http1.Request) -> http1.Response:
+    async def _get_page(self, request: Request) -> Response:
         no_query(request)
-        return http1.Response(
-            body=(self._page,), content_type=http1.HTML, headers=self._page_headers
-        )
+        return Response(body=(self._page,), content_type=HTML, headers=self._page_headers)
 
-    async def _get_status(self, request: http1.Request) -> http1.Response:
+    async def _get_status(self, request: Request) -> Response:
         no_query(request)
-        return http1.Response(
+        return Response(
             body=(encode_envelope(200, "Success", self._status()),), headers=(NO_SNIFF,)
         )
 
-    async def _health(self, _request: http1.Request) -> http1.Response:
-        return http1.Response(body=(encode_envelope(200, "alive", {}),))
+    async def _health(self, _request: Request) -> Response:
+        return Response(body=(encode_envelope(200, "alive", {}),))
 
-    async def _ready(self, _request: http1.Request) -> http1.Response:
+    async def _ready(self, _request: Request) -> Response:
         why = self._not_ready()
         status = 200 if why is None else 503
-        return http1.Response(
+        return Response(
             status=status,
             body=(encode_envelope(status, why or "ready", {}),),
             reason="ok" if why is None else "not ready",
         )
 
-    async def _get_metrics(self, _request: http1.Request) -> http1.Response:
-        return http1.Response(body=(self._metrics.text(),), content_type=http1.TEXT)
+    async def _get_metrics(self, _request: Request) -> Response:
+        return Response(body=(self._metrics.text(),), content_type=TEXT)
 
-    async def _get_registrations(self, request: http1.Request) -> http1.Response:
+    async def _get_registrations(self, request: Request) -> Response:
         no_query(request)
         results = {"registrations": list(self._registrations())}
-        return http1.Response(body=(encode_envelope(200, "Success", results),), headers=(NO_SNIFF,))
+        return Response(body=(encode_envelope(200, "Success", results),), headers=(NO_SNIFF,))
 
-    async def _get_vms(self, request: http1.Request) -> http1.Response:
+    async def _get_vms(self, request: Request) -> Response:
         no_query(request)
         listed = list(self._vms()) if self._vms is not None else []
         results = {"enabled": self._vms is not None, "vms": listed}
-        return http1.Response(body=(encode_envelope(200, "Success", results),), headers=(NO_SNIFF,))
+        return Response(body=(encode_envelope(200, "Success", results),), headers=(NO_SNIFF,))
 
 
 NO_SNIFF = (b"X-Content-Type-Options", b"nosniff")

@@ -13,7 +13,6 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from provider_proxy import http1
 from provider_proxy.batch import Answer
 from provider_proxy.errors import (
     DeadlineError,
@@ -23,6 +22,7 @@ from provider_proxy.errors import (
     ProviderProxyError,
     UnknownTenantError,
 )
+from provider_proxy.http_messages import Peer, Request, Response
 from provider_proxy.model import HashAlg, QuoteRequest, Tenant
 from provider_proxy.query import parse_quote_query
 from provider_proxy.quotas import Quotas
@@ -56,7 +56,7 @@ Count = Callable[[str, str], None]
 Registrations = Sequence[Mapping[str, object]]
 """What is told of some registrations."""
 
-Identify = Callable[[http1.Peer], Tenant]
+Identify = Callable[[Peer], Tenant]
 """Says who a connection's tenant is. Raises `RequestError` for one that may not come in."""
 
 
@@ -108,7 +108,7 @@ class TenantDoor:
         self._banks = banks
         self._default_timeout_ms = default_timeout_ms
         self._max_timeout_ms = max_timeout_ms
-        self._routes: dict[str, Callable[[http1.Request, Tenant], Awaitable[http1.Response]]] = {
+        self._routes: dict[str, Callable[[Request, Tenant], Awaitable[Response]]] = {
             "/verifier/quote": self._quote,
             "/verifier/identity": self._get_identity,
             "/verifier/vtpm-ca": self._get_vtpm_ca,
@@ -116,7 +116,7 @@ class TenantDoor:
             "/openapi.json": self._get_description,
         }
 
-    async def __call__(self, request: http1.Request) -> http1.Response:
+    async def __call__(self, request: Request) -> Response:
         """Answer a request.
 
         Raises:
@@ -135,7 +135,7 @@ class TenantDoor:
         self._count(tenant.name, response.reason)
         return response
 
-    async def _quote(self, request: http1.Request, tenant: Tenant) -> http1.Response:
+    async def _quote(self, request: Request, tenant: Tenant) -> Response:
         asked = parse_quote_query(request.query)
         if asked.bank not in self._banks:
             offered = ", ".join(bank.label for bank in self._banks)
@@ -158,32 +158,32 @@ class TenantDoor:
             raise
         finally:
             self._quotas.leave(quota, log_bytes=sum(map(len, body[1:])))
-        return http1.Response(body=body)
+        return Response(body=body)
 
-    async def _get_identity(self, request: http1.Request, tenant: Tenant) -> http1.Response:
+    async def _get_identity(self, request: Request, tenant: Tenant) -> Response:
         no_query(request)
         own = list(self._registrations(tenant))
         if not own:
-            return http1.Response(body=(self._identity,))
+            return Response(body=(self._identity,))
         results = {**self._identity_results, "registrations": own}
-        return http1.Response(body=(encode_envelope(200, "Success", results),))
+        return Response(body=(encode_envelope(200, "Success", results),))
 
-    async def _get_vtpm_ca(self, request: http1.Request, _tenant: Tenant) -> http1.Response:
+    async def _get_vtpm_ca(self, request: Request, _tenant: Tenant) -> Response:
         no_query(request)
         if self._vtpm_ca is None:
             raise NotFoundError("this host certifies no vTPMs itself")
-        return http1.Response(body=(self._vtpm_ca,))
+        return Response(body=(self._vtpm_ca,))
 
-    async def _get_version(self, request: http1.Request, _tenant: Tenant) -> http1.Response:
+    async def _get_version(self, request: Request, _tenant: Tenant) -> Response:
         no_query(request)
-        return http1.Response(body=(self._version,))
+        return Response(body=(self._version,))
 
-    async def _get_description(self, request: http1.Request, _tenant: Tenant) -> http1.Response:
+    async def _get_description(self, request: Request, _tenant: Tenant) -> Response:
         no_query(request)
-        return http1.Response(body=(self._description,))
+        return Response(body=(self._description,))
 
 
-def route(routes: Mapping[str, R], request: http1.Request) -> R:
+def route(routes: Mapping[str, R], request: Request) -> R:
     """The handler of a request's path.
 
     Raises:
@@ -197,7 +197,7 @@ def route(routes: Mapping[str, R], request: http1.Request) -> R:
     return found
 
 
-def no_query(request: http1.Request) -> None:
+def no_query(request: Request) -> None:
     """Raises: ParameterError where a path that takes no parameters was given some."""
     if request.query:
         raise ParameterError("query", "this path takes no parameters")

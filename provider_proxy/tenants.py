@@ -23,7 +23,7 @@ from cryptography.x509.oid import NameOID
 from provider_proxy.config_tables import Listen, TenantRules
 from provider_proxy.errors import HostError, UnknownTenantError
 from provider_proxy.files import read_file
-from provider_proxy.http1 import Peer
+from provider_proxy.http_messages import Peer
 from provider_proxy.model import Tenant
 
 MAX_CRL_BYTES = 16 * 1024 * 1024  # some 400,000 serials

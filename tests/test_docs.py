@@ -35,6 +35,7 @@ from provider_proxy import (
     daemon,
     errors,
     http1,
+    http_messages,
     link_map,
     model,
     query,
@@ -521,7 +522,7 @@ async def no_submit(*_args: object, **_kwargs: object) -> Any:
     raise AssertionError("nothing is asked here")
 
 
-def no_identify(_peer: http1.Peer) -> model.Tenant:
+def no_identify(_peer: http_messages.Peer) -> model.Tenant:
     raise AssertionError("nothing is asked here")
 
 
@@ -596,7 +597,7 @@ def test_documented_errors_are_the_code_s() -> None:
     }
     configured = {408}  # limits.busy_status, which the text names
     assert "limits.busy_status = 408" in read("docs/http-api.md")
-    assert {int(row[0]) for row in listed} | {200} | configured == set(http1.REASONS)
+    assert {int(row[0]) for row in listed} | {200} | configured == set(http_messages.REASONS)
     for row in listed:
         kind = vars(errors).get(code(row[1]))
         if kind is not None:
@@ -604,7 +605,8 @@ def test_documented_errors_are_the_code_s() -> None:
     words = {code(row[1]) for row in listed if not code(row[1]).endswith("Error")}
     strings = {
         node.value
-        for node in ast.walk(ast.parse(read("provider_proxy/http1.py")))
+        for module in ("http1", "http_messages")
+        for node in ast.walk(ast.parse(read(f"provider_proxy/{module}.py")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     assert words <= strings

@@ -20,7 +20,7 @@ import trio.testing
 import trustme
 from helpers import LIMIT_S, Certs, Wire, connect, connected, get_bytes, make_certs, until
 
-from provider_proxy import http1
+from provider_proxy import http1, http_messages
 from provider_proxy.errors import (
     ClientGoneError,
     DeadlineError,
@@ -36,7 +36,8 @@ from provider_proxy.errors import (
     TenantLimitError,
     UnknownTenantError,
 )
-from provider_proxy.http1 import Door, Request, Response
+from provider_proxy.http1 import Door
+from provider_proxy.http_messages import Request, Response
 
 OK = get_bytes("/ok")
 BIG = 8 * 1024 * 1024
@@ -72,7 +73,9 @@ class Site:
                 await self.release.wait()
                 return Response(body=(b"in time",))
             case "/big":
-                return Response(body=(b"<", b"x" * (BIG - 2), b">"), content_type=http1.TEXT)
+                return Response(
+                    body=(b"<", b"x" * (BIG - 2), b">"), content_type=http_messages.TEXT
+                )
             case "/bug":
                 raise RuntimeError("a bug")
             case "/error":
@@ -144,7 +147,7 @@ async def _anything_more(wire: Wire) -> bytes:
 async def test_a_large_body_comes_whole(site: Site) -> None:
     async with open_port(site) as address, connect(address) as wire:
         reply = await wire.get("/big")
-        assert reply.header("Content-Type") == http1.TEXT.decode()
+        assert reply.header("Content-Type") == http_messages.TEXT.decode()
         assert reply.body == b"<" + b"x" * (BIG - 2) + b">"
         assert (await wire.get("/ok")).status == 200
 
@@ -389,7 +392,7 @@ async def test_an_unknown_transfer_encoding_is_501(site: Site) -> None:
             "Request Header Fields Too Large",
         ),
         (get_bytes("/" + "x" * 100_000), 431, "Request Header Fields Too Large"),
-        (get_bytes("/" + "x" * http1.MAX_TARGET_CHARS), 414, "URI Too Long"),
+        (get_bytes("/" + "x" * http_messages.MAX_TARGET_CHARS), 414, "URI Too Long"),
         (b"G" * 70_000, 431, "Request Header Fields Too Large"),
     ],
 )
@@ -405,7 +408,7 @@ async def test_too_much_is_refused(site: Site, data: bytes, status: int, reason:
 
 async def test_the_longest_target_is_served(site: Site) -> None:
     async with pair(site) as wire:
-        target = "/" + "x" * (http1.MAX_TARGET_CHARS - 1)
+        target = "/" + "x" * (http_messages.MAX_TARGET_CHARS - 1)
         assert (await wire.get(target)).body == b"GET %s?" % target.encode()
 
 

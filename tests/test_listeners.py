@@ -24,7 +24,8 @@ from helpers import LIMIT_S, Certs, connect, get_bytes, listening_socket, make_c
 
 from provider_proxy.config_tables import Listen
 from provider_proxy.errors import ConfigError, HostError
-from provider_proxy.http1 import ClientStream, Door, Request, Response
+from provider_proxy.http1 import ClientStream, Door
+from provider_proxy.http_messages import Request, Response
 from provider_proxy.listeners import (
     Listener,
     adopt_listeners,

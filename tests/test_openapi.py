@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from jsonschema_rs import Draft202012Validator, ValidationError
 from test_server import NONCE, VM, make_door
 
-from provider_proxy import errors, http1, model, query, server
+from provider_proxy import errors, http1, http_messages, model, query, server
 from provider_proxy.batcher import Batcher
 from provider_proxy.errors import (
     ParameterError,
@@ -33,7 +33,8 @@ from provider_proxy.errors import (
     ServiceError,
     WrongHostError,
 )
-from provider_proxy.http1 import Door, Peer
+from provider_proxy.http1 import Door
+from provider_proxy.http_messages import Peer
 from provider_proxy.metrics import Metrics
 from provider_proxy.model import (
     HashAlg,
@@ -205,7 +206,10 @@ def test_patterns_bounds_and_defaults_are_the_codes() -> None:
     description = DOC["info"]["description"]
     assert f"longer than {query.MAX_QUERY_CHARS} characters" in description
     too_long = OPERATIONS[QUOTE]["responses"]["414"]
-    assert f"longer than {http1.MAX_TARGET_CHARS:,} characters" in resolve(too_long)["description"]
+    assert (
+        f"longer than {http_messages.MAX_TARGET_CHARS:,} characters"
+        in resolve(too_long)["description"]
+    )
 
 
 def is_parsed(name: str, text: str) -> bool:
@@ -332,7 +336,14 @@ def error_kinds() -> list[type[ProviderProxyError]]:
 
 def statuses_of_the_code() -> set[int]:
     kinds = {vars(errors)[kind.__name__].status for kind in error_kinds()}
-    refusals = set(map(int, re.findall(r"\brefuse\((\d+)", inspect.getsource(http1))))
+    refusals = set(
+        map(
+            int,
+            re.findall(
+                r"\brefuse\((\d+)", inspect.getsource(http1) + inspect.getsource(http_messages)
+            ),
+        )
+    )
     hints: set[int] = set()
     for module in (h11._connection, h11._headers, h11._events, h11._readers, h11._util):
         found = re.findall(r"error_status_hint(?:: int )? ?= ?(\d+)", inspect.getsource(module))
@@ -343,7 +354,7 @@ def statuses_of_the_code() -> set[int]:
 
 def test_statuses_are_the_codes() -> None:
     described = {code_of(resolve(r)) for r in DOC["components"]["responses"].values()}
-    sent = set(http1.REASONS) - NEVER_SENT - {CONFIGURED}
+    sent = set(http_messages.REASONS) - NEVER_SENT - {CONFIGURED}
     assert described | {200} == statuses_of_the_code() == sent
     used = {int(status) for op in OPERATIONS.values() for status in op["responses"]}
     assert used == statuses_of_the_code() - {NOT_OF_GET}
@@ -374,7 +385,7 @@ async def no_submit(*_args: object, **_kwargs: object) -> Any:
 def check_reply(path: str | None, reply: Reply) -> None:
     """A reply is what the description says of its path and status."""
     response = response_of(path, reply.status)
-    assert reply.reason.encode() == http1.REASONS[reply.status]
+    assert reply.reason.encode() == http_messages.REASONS[reply.status]
     assert reply.header("Content-Type") in response["content"]
     validator(schema_of(response)).validate(json.loads(reply.body))
     for name, header in response["headers"].items():
@@ -493,7 +504,7 @@ BAD_HTTP: list[tuple[bytes, int]] = [
     (get_bytes("{}", "Content-Length: 1") + b"x", 400),
     (get_bytes("{}", "Transfer-Encoding: chunked"), 400),
     (get_bytes("{}", "no header"), 400),
-    (get_bytes("{}?" + "x" * http1.MAX_TARGET_CHARS), 414),
+    (get_bytes("{}?" + "x" * http_messages.MAX_TARGET_CHARS), 414),
     (get_bytes("{}", "X: " + "x" * 3 * http1.MAX_HEAD_BYTES), 431),
     (get_bytes("{}", "Transfer-Encoding: gzip"), 501),
     *((get_bytes("{}", method=method), 405) for method in ("POST", "PUT", "DELETE", "OPTIONS")),

@@ -23,7 +23,8 @@ from provider_proxy.errors import (
     TenantLimitError,
     UnknownTenantError,
 )
-from provider_proxy.http1 import Door, Peer
+from provider_proxy.http1 import Door
+from provider_proxy.http_messages import Peer
 from provider_proxy.metrics import Metrics
 from provider_proxy.model import HashAlg, QuoteRequest, Tenant
 from provider_proxy.soft_tpm import SoftTpm

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from provider_proxy.config_tables import TenantRules
 from provider_proxy.errors import HostError, TenantLimitError, UnknownTenantError
-from provider_proxy.http1 import Peer
+from provider_proxy.http_messages import Peer
 from provider_proxy.model import Tenant
 from provider_proxy.quotas import LOG_BURST_BYTES, LOG_BYTES_PER_S, MAX_REMEMBERED, Quotas
 from provider_proxy.tenants import TenantBook, load_crl, parse_certificate

@@ -32,7 +32,7 @@ from vtpm_helpers import (
     rsa_key,
 )
 
-from provider_proxy import http1
+from provider_proxy import http1, http_messages
 from provider_proxy.admin import AdminDoor
 from provider_proxy.cli import main as cli
 from provider_proxy.config_tables import Vtpm
@@ -767,11 +767,11 @@ async def test_vms_of_a_daemon_that_keeps_none(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     door = AdminDoor(Metrics(), lambda: None, dict)
-    request = http1.Request(
+    request = http_messages.Request(
         method="GET",
         path="/vms",
         query="",
-        peer=http1.Peer(name="", is_gone=lambda: False, limit=lambda _: None),
+        peer=http_messages.Peer(name="", is_gone=lambda: False, limit=lambda _: None),
     )
     body = json.loads(b"".join((await door(request)).body))
     assert body["results"] == {"enabled": False, "vms": []}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import trio
 
-from provider_proxy import assembly, daemon, http1
+from provider_proxy import assembly, daemon, http1, http_messages
 from provider_proxy.config import load_config
 from provider_proxy.config_tables import Config
 from provider_proxy.metrics import Metrics
@@ -50,9 +50,9 @@ async def _serve_daemon(config: Config, plans: list[Plan]) -> None:
 
 async def _serve_constant(size: int) -> None:
     """The same HTTP server with nothing behind it."""
-    response = http1.Response(body=(b"x" * size,))
+    response = http_messages.Response(body=(b"x" * size,))
 
-    async def answer(_request: http1.Request) -> http1.Response:
+    async def answer(_request: http_messages.Request) -> http_messages.Response:
         return response
 
     door = http1.Door(answer, observe=lambda status, reason: None, max_connections=100_000)
