@@ -369,7 +369,8 @@ class _Connection:
 
 def _handshake_failure(cause: BaseException | None) -> str:
     """Why a handshake failed, from a bounded set of words."""
-    if not isinstance(cause, ssl.SSLError) or isinstance(cause, ssl.SSLEOFError):
+    gone = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
+    if not isinstance(cause, ssl.SSLError) or isinstance(cause, gone):
         return "client_gone"
     if isinstance(cause, ssl.SSLCertVerificationError):
         return "bad_certificate"
