@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 import uuid
@@ -17,20 +16,14 @@ from provider_proxy.errors import EvidenceFormatError, ReplyError
 from provider_proxy.http_body import IDENTITY, read_body
 from provider_proxy.model import HashAlg, QuoteRequest, TrustedHost, VerifiedQuote
 from provider_proxy.query import encode_quote_query
+from provider_proxy.replies import body_limit, refused
 from provider_proxy.verify import HostHistory, Verifier, new_challenge
-from provider_proxy.wire import (
-    MAX_EVIDENCE_BYTES,
-    MAX_EVIDENCE_WITH_LOGS_BYTES,
-    Fields,
-    parse_json_object,
-)
+from provider_proxy.wire import Fields, parse_json_object
 
-LOG_PCRS = 0xFFFF  # PCR 10 brings the IMA log, boot PCRs the firmware's
 MAX_IDENTITY_BYTES = 64 * 1024
 MAX_REGISTRATIONS = 100  # a tenant has one registrar, or a few
 NAME_RE = re.compile(r"[A-Za-z0-9._-]{1,80}", re.ASCII)
 MAX_CA_BYTES = 16 * 1024
-MAX_RETRY_AFTER_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,10 +77,8 @@ class ProxyClient:
         Raises:
             ReplyError: no answer, an HTTP error, or too large an answer.
         """
-        limit = MAX_EVIDENCE_BYTES
-        if request.mask & LOG_PCRS:
-            limit = MAX_EVIDENCE_WITH_LOGS_BYTES
-        return await self._get(f"/verifier/quote?{encode_quote_query(request)}", limit)
+        target = f"/verifier/quote?{encode_quote_query(request)}"
+        return await self._get(target, body_limit(request.mask))
 
     async def identity(self) -> ClaimedIdentity:
         """Ask for the host's keys.
@@ -162,11 +153,8 @@ class ProxyClient:
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
             raise ReplyError(f"the proxy gave no answer: {str(exc) or type(exc).__name__}") from exc
         if response.status_code != 200:
-            raise ReplyError(
-                f"the proxy answered {response.status_code}: {_status_text(body)}",
-                status=response.status_code,
-                retry_after_s=_retry_after(response),
-            )
+            retry_after = response.headers.get("retry-after", "")
+            raise refused(response.status_code, body, retry_after)
         return body
 
 
@@ -183,19 +171,3 @@ def _parse_registrations(value: object) -> tuple[ClaimedRegistration, ...]:
             raise EvidenceFormatError("identity.results.registrations holds a name that is none")
         found.append(ClaimedRegistration(**texts))
     return tuple(found)
-
-
-def _status_text(body: bytes) -> str:
-    """The envelope's status, fit to be shown: one short printable line."""
-    try:
-        text = json.loads(body)["status"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return "no reason given"
-    return "".join(c if c.isprintable() else "?" for c in str(text)[:200])
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    value = response.headers.get("retry-after", "")
-    if not value.isascii() or not value.isdecimal() or len(value) > 9:
-        return None
-    return min(float(value), MAX_RETRY_AFTER_S)

@@ -8,10 +8,8 @@ by path only; a file that others can read is refused. `config_tables` says which
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import os
 import re
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,12 +25,13 @@ from provider_proxy.config_tables import (
     TenantRules,
 )
 from provider_proxy.config_values import fail
-from provider_proxy.errors import ConfigError, HostError
+from provider_proxy.config_values import is_loopback as is_loopback
+from provider_proxy.errors import ConfigError
+from provider_proxy.files import read_secret as read_secret
 
 C = TypeVar("C")
 
 EMBEDDED = "embedded"
-MAX_SECRET_BYTES = 4096
 NAME_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)  # no ':', see tenants.py
 
 
@@ -214,33 +213,7 @@ def check_local(key: str, addresses: tuple[str, ...]) -> None:
             raise ConfigError(f"{key} is for loopback and unix sockets only, not {address}")
 
 
-def is_loopback(host: str) -> bool:
-    """True for addresses of this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"  # another name may resolve to anything
-
-
 def split_address(address: str) -> tuple[str, int]:
     """Split "host:port" or "[ipv6]:port"."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
-
-
-def read_secret(key: str, path: Path | None) -> bytes:
-    """Read a secret by its path, without a final newline; empty where there is no path.
-
-    Raises:
-        HostError: it cannot be read, others can read it, or it is no plain file.
-    """
-    if path is None:
-        return b""
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o077:
-                raise HostError(f"{key}: {path} must be a plain file that only its owner can read")
-            return file.read(MAX_SECRET_BYTES).removesuffix(b"\n")
-    except OSError as exc:
-        raise HostError(f"{key}: cannot read {path}: {exc.strerror}") from exc

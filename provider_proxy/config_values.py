@@ -257,3 +257,11 @@ def split_contact(contact: str) -> tuple[str, int]:
     """The address and the port of what `read_contact` gave."""
     host, _, port = contact.rpartition(":")
     return str(ipaddress.ip_address(host.strip("[]"))), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """True for addresses of this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"  # another name may resolve to anything

@@ -350,3 +350,7 @@ class UntrustedCaError(LinkError):
 
 class EkCertificateError(LinkError):
     """Check 7: a vTPM's certificate is not that host's CA's, or not of the profile."""
+
+
+class LogError(PolicyError):
+    """Check 7: a log does not replay to the signed PCRs, or holds what the policy does not allow."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from pathlib import Path
 
 from provider_proxy.errors import HostError, UsageError
+
+MAX_SECRET_BYTES = 4096
 
 
 def read_file(path: Path, limit: int) -> bytes:
@@ -18,6 +21,30 @@ def read_file(path: Path, limit: int) -> bytes:
     """
     try:
         with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as exc:
+        raise HostError(f"cannot read {path}: {exc.strerror}") from exc
+    if len(data) > limit:
+        raise UsageError(f"{path} is larger than {limit} bytes")
+    return data
+
+
+def read_trusted(path: Path, limit: int) -> bytes:
+    """Read a file whose word counts: a configuration, a policy.
+
+    Raises:
+        HostError: it cannot be read, is no plain file, or everybody can write it.
+        UsageError: it is larger than `limit` bytes.
+    """
+    try:
+        # Not blocking: a FIFO that nobody writes to must not hold us up.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise HostError(f"cannot read {path}: not a plain file")
+            if status.st_mode & stat.S_IWOTH:
+                raise HostError(f"{path}: everybody can write it; see chmod o-w")
             data = file.read(limit + 1)
     except OSError as exc:
         raise HostError(f"cannot read {path}: {exc.strerror}") from exc
@@ -92,3 +119,21 @@ class FileLock:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+def read_secret(key: str, path: Path | None) -> bytes:
+    """Read a secret by its path, without a final newline; empty where there is no path.
+
+    Raises:
+        HostError: it cannot be read, others can read it, or it is no plain file.
+    """
+    if path is None:
+        return b""
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o077:
+                raise HostError(f"{key}: {path} must be a plain file that only its owner can read")
+            return file.read(MAX_SECRET_BYTES).removesuffix(b"\n")
+    except OSError as exc:
+        raise HostError(f"{key}: cannot read {path}: {exc.strerror}") from exc

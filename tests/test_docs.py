@@ -29,7 +29,6 @@ import pytest
 
 from provider_proxy import (
     admin,
-    client,
     config,
     config_tables,
     daemon,
@@ -39,6 +38,7 @@ from provider_proxy import (
     link_map,
     model,
     query,
+    replies,
     server,
     verify,
     wire,
@@ -63,6 +63,7 @@ from provider_proxy.model import (
 from provider_proxy.policy import UnsafeAcceptAny
 from provider_proxy.soft_tpm import SoftTpm
 from provider_proxy.verify import Challenge, MemoryHistory, Verifier
+from provider_proxy.watch_config import parse_watch_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -196,7 +197,9 @@ TOML_BLOCKS = [(doc, block) for doc in OWN for block in fenced(doc, "toml")]
 @pytest.mark.parametrize(("doc", "block"), TOML_BLOCKS)
 def test_toml_blocks_are_configurations(doc: Path, block: str) -> None:
     values = tomllib.loads(block)
-    if "pins" in values:
+    if doc.name == "watch.md":
+        parse_watch_config(values)
+    elif "pins" in values:
         link_map.parse_link_map(values, doc.parent)  # a tenant's, of docs/vtpm.md
     else:
         config.parse_config(values)
@@ -205,7 +208,7 @@ def test_toml_blocks_are_configurations(doc: Path, block: str) -> None:
 def test_toml_blocks_are_there() -> None:
     assert {doc.name for doc, _ in TOML_BLOCKS} == {
         *("README.md", "configuration.md", "keylime-agent.md", "registration.md"),
-        "vtpm.md",
+        *("vtpm.md", "watch.md"),
     }
 
 
@@ -364,7 +367,7 @@ def test_documented_limits_are_the_code_s() -> None:
     kib = wire.MAX_EVIDENCE_BYTES >> 10
     assert limits["body"].startswith(f"{mib} MiB; the client reads {kib} KiB")
     assert "below 16" in limits["body"]
-    assert client.LOG_PCRS == 0xFFFF
+    assert replies.LOG_PCRS == 0xFFFF
     assert limits["`quote`"].startswith(f"{wire.MAX_QUOTE_STRING:,} characters")
     assert limits["`tree_size`"] == f"2^{model.MAX_TREE_SIZE.bit_length() - 1}"
     assert limits["`path`"] == f"{wire.PATH_LIMIT} entries"
@@ -651,7 +654,7 @@ GLOSSARY_TERMS = (
     "nonce, request, challenge, waiter, batch key, isolation class, line, window, ripe, seal, "
     "batch, drain, salt, leaf, padding, tree, root, path, proof, reply, evidence, label, claims, "
     "link, vTPM, registry, hook, claimed, confirmed, generation, "
-    "self-check, check, policy, binding, pin, history"
+    "self-check, check, policy, binding, pin, history, watcher, round, verdict, replay, report"
 )
 
 

@@ -57,6 +57,12 @@ def test_the_command_itself_brings_no_more() -> None:
     assert brought_by("provider_proxy.cli.main") <= {"provider_proxy"} | CRYPTOGRAPHY
 
 
+def test_the_watcher_brings_nothing_of_the_host_s() -> None:
+    brought = brought_by("provider_proxy.cli.watch")
+    assert {"trio", "httpx", "h11", "prometheus_client"} <= brought
+    assert not brought & {"merklelib", "tpm2_pytss", "matplotlib"}  # httpx looks for rich
+
+
 @pytest.mark.parametrize(
     ("module", "package"),
     [

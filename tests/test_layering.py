@@ -16,13 +16,17 @@ ROOT = Path(provider_proxy.__file__).parent
 PURE = (
     *("errors", "model", "tpm_bytes", "inclusion", "attestation_key", "attestation", "credential"),
     *("wire", "query", "policy", "link", "verify", "deep", "request_file", "soft_tpm"),
-    *("der", "vtpm_ca_check"),
+    *("der", "vtpm_ca_check", "ima", "runtime_policy", "eventlog", "watch"),
 )
 SHARED = (
-    *("files", "metrics", "journal", "http_body"),
+    *("files", "metrics", "journal", "config_values", "http_body"),
     *("pins", "ek_chain", "single_flight", "agent_records", "bindings"),
 )
-TENANT = ("link_map", "client", "keylime")
+TENANT = (
+    *("link_map", "replies", "client", "keylime"),
+    *("watch_tables", "watch_config", "watch_policy", "watch_state", "watch_http", "watch_metrics"),
+    *("watch_reports", "watch_host", "watch_registrars", "watcher"),
+)
 PROVIDER = (
     *(
         "plan",
@@ -33,7 +37,6 @@ PROVIDER = (
         "audit",
         "audit_file",
         "waiting_room",
-        "config_values",
         "config_tables",
         "config_registrars",
         "config_files",
@@ -54,16 +57,27 @@ ORDER = (*PURE, *SHARED, *TENANT, *PROVIDER, *PROGRAMS)
 
 THIRD_PARTY = {
     "cryptography": ("*",),
-    "trio": (*PROVIDER, "bench.*", "cli.*"),
+    "trio": (
+        *(*PROVIDER, "bench.*", "cli.*"),
+        *("watch_http", "watch_reports", "watch_host", "watcher"),
+    ),
     "httpx": (
-        *("http_body", "agent_records", "bindings", "client", "keylime", "quoters.*"),
-        *("registrar_client", "registration", "bench.*", "cli.*"),
+        *("http_body", "agent_records", "bindings", "client", "keylime"),
+        *(
+            "watch_reports",
+            "watch_registrars",
+            "quoters.*",
+            "registrar_client",
+            "registration",
+            "bench.*",
+            "cli.*",
+        ),
     ),
     "anyio": ("single_flight", "agent_records", "bindings"),
-    "h11": ("http_messages", "http1"),
+    "h11": ("http_messages", "http1", "watch_http"),
     "merklelib": ("merkle",),
     "tpm2_pytss": ("tpm.*", "quoters.*"),
-    "prometheus_client": ("metrics",),
+    "prometheus_client": ("metrics", "watch_metrics"),
     "rich": ("cli.*",),
     "matplotlib": ("bench.*", "cli.*"),
 }

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from provider_proxy.bench import bindings, contention, faults, overload, plan, quotes, sweeps
+from provider_proxy.bench import bindings, contention, faults, overload, plan, quotes, sweeps, watch
 from provider_proxy.errors import UsageError
 from provider_proxy.tpm.disturb import CHIP_QUOTE_MS
 
@@ -22,6 +22,7 @@ SUITES = {
     "overload": overload.run,
     "bindings": bindings.run,
     "plan": plan.run,
+    "watch": watch.run,
 }
 DEFAULT_SEED = 1
 

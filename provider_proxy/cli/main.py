@@ -36,6 +36,7 @@ SUBCOMMANDS = {
     "verify-link": "verify that a VM with its vTPM runs on a host",
     "vtpm-ca": "get and check the CA that certifies a host's vTPMs",
     "identity": "show what a proxy says of its host's keys",
+    "watch": "verify the hosts under one's VMs, again and again",
     "pki": "make a small CA, a server's and tenants' certificates",
     "audit": "prove that a nonce was in a batch of the audit log",
     "pin": "say which AK is trusted for which host",
@@ -96,6 +97,8 @@ def run(argv: Sequence[str]) -> int:
         code: int = args.run(args)
     except ModuleNotFoundError as exc:
         extra = EXTRA_OF.get((exc.name or "").partition(".")[0])
+        if extra is not None and _command_in(argv) == "watch":
+            extra = "watch"
         if extra is None:
             raise
         print(

@@ -1,0 +1,101 @@
+"""`provider-proxy watch`: verify the hosts under one's VMs, again and again.
+
+Reports go to stdout as JSON lines, the log to stderr. With `--once` every host is asked once, and the
+exit code says what came of it: 0 all are trusted, 1 one was refused, 3 one could not be judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import sys
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from provider_proxy.errors import HostError
+from provider_proxy.watch_config import load_watch_config
+from provider_proxy.watch_host import HostWatch
+from provider_proxy.watcher import Watcher, verdicts
+
+GC_THRESHOLD = 50_000  # allocations between two looks at the youngest objects
+OTHER_FILES = 100  # state, policies, webhook, commands
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="the hosts and their policies"
+    )
+    parser.add_argument(
+        "--once", action="store_true", help="ask every host once; the exit code says the result"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="with --once: one JSON object as the last line"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Watch.
+
+    Raises:
+        ConfigError, UsageError: the file, or a policy that it names, is wrong.
+        HostError: a file is missing, or the state cannot be kept.
+    """
+    config = load_watch_config(args.config)
+    _allow_connections(len(config.hosts))
+    if args.once:
+        return _once(Watcher(config), args.json)
+    watcher = Watcher(config, write=_write)
+    # What lives as long as the process is not walked again and again: that would hold up whoever is
+    # due. Reference counts free what a round leaves behind.
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD, 20, 100)
+    trio.run(partial(watcher.run, partial(load_watch_config, args.config)))
+    return 0
+
+
+def _allow_connections(hosts: int) -> None:
+    """A connection a host: use all the open files that the process may have.
+
+    Raises:
+        HostError: they are too few.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = hosts + OTHER_FILES
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise HostError(f"{hosts} hosts need {needed} open files, and the limit is {hard}")
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _write(line: bytes) -> None:
+    sys.stdout.buffer.write(line)
+    sys.stdout.buffer.flush()
+
+
+def _once(watcher: Watcher, as_json: bool) -> int:
+    hosts = trio.run(watcher.once)
+    trusted, refused, failed = verdicts(hosts)
+    if as_json:
+        summary = {name: _summary(host) for name, host in hosts.items()}
+        figures = {"trusted": trusted, "refused": refused, "failed": failed, "hosts": summary}
+        print(json.dumps(figures))
+    else:
+        width = max(map(len, hosts))
+        for name, host in hosts.items():
+            state = host.verdict.value if host.verdict else "not asked"
+            why = f"  {type(host.error).__name__}: {host.error}" if host.error else ""
+            print(f"{name:{width}}  {state}{why}")
+    return 1 if refused else 3 if failed else 0
+
+
+def _summary(host: HostWatch) -> dict[str, object]:
+    return {
+        "state": host.verdict.value if host.verdict else None,
+        "error": type(host.error).__name__ if host.error else None,
+        "reason": str(host.error) if host.error else None,
+    }

@@ -1,0 +1,46 @@
+"""What a proxy's HTTP answer says besides its body, read with suspicion; for our HTTP clients."""
+
+from __future__ import annotations
+
+import json
+
+from provider_proxy.errors import ReplyError
+from provider_proxy.wire import MAX_EVIDENCE_BYTES, MAX_EVIDENCE_WITH_LOGS_BYTES
+
+LOG_PCRS = 0xFFFF  # PCR 10 brings the IMA log, boot PCRs the firmware's
+MAX_RETRY_AFTER_S = 3600.0
+MAX_STATUS_CHARS = 200
+
+
+def body_limit(mask: int) -> int:
+    """How many bytes a good answer to a request of this mask may have."""
+    return MAX_EVIDENCE_WITH_LOGS_BYTES if mask & LOG_PCRS else MAX_EVIDENCE_BYTES
+
+
+def refused(status: int, body: bytes, retry_after: str) -> ReplyError:
+    """The error of an answer that is not 200.
+
+    Args:
+        body: of bounded size; Keylime's envelope where it comes from a proxy.
+        retry_after: the header's value; empty where there is none.
+    """
+    return ReplyError(
+        f"the proxy answered {status}: {_status_text(body)}",
+        status=status,
+        retry_after_s=_seconds(retry_after),
+    )
+
+
+def _status_text(body: bytes) -> str:
+    """The envelope's status, fit to be shown: one short printable line."""
+    try:
+        text = json.loads(body)["status"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "no reason given"
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:MAX_STATUS_CHARS])
+
+
+def _seconds(value: str) -> float | None:
+    if not value.isascii() or not value.isdecimal() or len(value) > 9:
+        return None
+    return min(float(value), MAX_RETRY_AFTER_S)

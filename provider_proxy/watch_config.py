@@ -1,0 +1,186 @@
+"""The watcher's file: TOML in, frozen values out, and every complaint names its key.
+
+Unknown keys are refused. `[defaults]` holds what hosts have in common, `[hosts.NAME]` what is a host's
+own; `hosts.d/*.toml` beside the file adds hosts. `provider_ip`, `provider_port` and
+`need_provider_quote` have the names that Keylime's tenant would have for them. Policies are files, read
+by `watch_policy`; secrets are paths. `watch_tables` says which keys there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from provider_proxy.config_values import fail, is_loopback
+from provider_proxy.errors import ConfigError
+from provider_proxy.files import read_trusted
+from provider_proxy.watch_tables import (
+    HOST_NAME_RE,
+    OWN_KEYS,
+    TABLES,
+    URL_RE,
+    HostRules,
+    RegistrarTable,
+    WatchConfig,
+    Webhook,
+)
+
+C = TypeVar("C")
+
+MAX_FILE_BYTES = 8 * 1024 * 1024  # 20,000 hosts of ten keys
+MAX_HOSTS = 20_000  # a process on one core holds fewer at any useful interval
+MAX_DROP_INS = 20_000
+DROP_INS = "hosts.d"  # beside the file
+
+
+def load_watch_config(path: Path) -> WatchConfig:
+    """Read a file, and the hosts in `hosts.d/*.toml` beside it.
+
+    Raises:
+        HostError: a file is missing or cannot be read.
+        ConfigError: not TOML, or a value is wrong; the message names the file or the key.
+    """
+    data = _read_toml(path)
+    hosts = data.get("hosts", {})
+    extras = sorted((path.parent / DROP_INS).glob("*.toml"))
+    if len(extras) > MAX_DROP_INS:
+        raise ConfigError(f"more than {MAX_DROP_INS} files in {DROP_INS}")
+    for extra in extras:
+        part = _read_toml(extra)
+        more = part.get("hosts")
+        if set(part) != {"hosts"} or not isinstance(more, dict) or not isinstance(hosts, dict):
+            raise ConfigError(f"{extra}: holds [hosts.NAME] tables and nothing else")
+        twice = sorted(set(hosts) & set(more))
+        if twice:
+            raise ConfigError(f"{extra}: hosts.{twice[0]} is there already")
+        hosts = hosts | more
+    if hosts:
+        data["hosts"] = hosts
+    return parse_watch_config(data, folder=path.parent)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(read_trusted(path, MAX_FILE_BYTES).decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise ConfigError(f"{path}: {exc}") from exc
+
+
+def parse_watch_config(data: Mapping[str, object], *, folder: Path = Path()) -> WatchConfig:
+    """Check a parsed TOML document.
+
+    Args:
+        folder: where relative paths begin.
+
+    Raises:
+        ConfigError: the message names the key.
+    """
+    rest = {key: value for key, value in data.items() if key not in ("hosts", "registrars")}
+    config = _read_table(WatchConfig, rest, "", folder)
+    registrars = _read_registrars(data.get("registrars", {}), folder)
+    for name in OWN_KEYS:
+        if getattr(config.defaults, name) != getattr(HostRules(), name):
+            raise ConfigError(f"defaults.{name} belongs in [hosts.NAME]")
+    hosts = data.get("hosts", {})
+    if not isinstance(hosts, dict) or not hosts:
+        raise fail("hosts", "tables, [hosts.NAME], one at least")
+    if len(hosts) > MAX_HOSTS:
+        raise ConfigError(f"hosts are more than {MAX_HOSTS}")
+    found = {}
+    for name, table in hosts.items():
+        key = f"hosts.{name}"
+        if not HOST_NAME_RE.fullmatch(name):
+            raise fail(key, "a name of letters, digits, '.', '_' and '-'")
+        if not isinstance(table, dict):
+            raise fail(key, "a table")
+        own = _read_table(HostRules, table, key + ".", folder)
+        found[name] = dataclasses.replace(
+            config.defaults, **{setting: getattr(own, setting) for setting in table}
+        )
+        _check_host(key, found[name])
+        if found[name].registrar is not None and found[name].registrar not in registrars:
+            raise ConfigError(f"{key}.registrar is no [registrars.NAME]")
+    _check_webhook(config.webhook)
+    return dataclasses.replace(config, hosts=found, registrars=registrars)
+
+
+def _read_registrars(data: object, folder: Path) -> Mapping[str, RegistrarTable]:
+    if not isinstance(data, dict):
+        raise fail("registrars", "tables, [registrars.NAME]")
+    found = {}
+    for name, table in data.items():
+        key = f"registrars.{name}"
+        if not HOST_NAME_RE.fullmatch(name) or not isinstance(table, dict):
+            raise fail(key, "a table, its name letters, digits, '.', '_' and '-'")
+        made = found[name] = _read_table(RegistrarTable, table, key + ".", folder)
+        parts = URL_RE.fullmatch(made.url or "")
+        if parts is None or (parts["scheme"] == "http" and not is_loopback(parts["host"])):
+            raise ConfigError(f"{key}.url must be an https URL")
+        if (made.cert is None) != (made.key is None):
+            raise ConfigError(f"{key}.cert and key belong together")
+        if (made.ek_ca is None) != made.insecure_no_ek:
+            raise ConfigError(f"{key} needs ek_ca, or else insecure_no_ek: who vouches for EKs?")
+    return found
+
+
+def _read_table(kind: type[C], data: Mapping[str, object], prefix: str, folder: Path) -> C:
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        key = prefix + name
+        if name not in fields:
+            raise ConfigError(f"{key} is not a key; known are {', '.join(sorted(fields))}")
+        if "read" in fields[name].metadata:
+            read = fields[name].metadata["read"](key, value)
+            values[name] = folder / read if isinstance(read, Path) else read
+        elif isinstance(value, dict):
+            values[name] = _read_table(TABLES[name], value, key + ".", folder)
+        else:
+            raise fail(key, "a table")
+    return kind(**values)
+
+
+def _check_host(key: str, rules: HostRules) -> None:
+    """What one key of a host alone cannot tell."""
+    if not rules.provider_ip:
+        raise ConfigError(f"{key}.provider_ip is missing")
+    if rules.insecure_plaintext and not is_loopback(rules.provider_ip):
+        raise ConfigError(f"{key}.insecure_plaintext is for proxies on loopback only")
+    if (rules.tls_cert is None) != (rules.tls_key is None):
+        raise ConfigError(f"{key}.tls_cert and tls_key belong together")
+    if rules.insecure_plaintext and (rules.tls_cert or rules.tls_ca):
+        raise ConfigError(f"{key}.insecure_plaintext must not stand beside TLS files")
+    if rules.insecure_trust_on_first_use != bool(rules.first_use_pcrs):
+        raise ConfigError(f"{key}.first_use_pcrs and insecure_trust_on_first_use belong together")
+    if rules.runtime_policy is not None and not rules.ima:
+        raise ConfigError(f"{key}.runtime_policy needs ima")
+    if rules.boot_policy is not None and not rules.uefi:
+        raise ConfigError(f"{key}.boot_policy needs uefi")
+    if rules.uefi and not rules.uefi_pcrs:
+        raise ConfigError(f"{key}.uefi_pcrs must name at least one PCR")
+    judged = rules.tpm_policy or rules.first_use_pcrs or rules.ima or rules.uefi
+    if not judged and not rules.insecure_any_state:
+        raise ConfigError(
+            f"{key} has no policy: set tpm_policy, ima or uefi (or insecure_trust_on_first_use, "
+            "or insecure_any_state)"
+        )
+    if judged and rules.insecure_any_state:
+        raise ConfigError(f"{key}.insecure_any_state must not stand beside a policy")
+    if rules.registrar is not None and rules.uuid is None:
+        raise ConfigError(f"{key}.registrar needs uuid, the host's id there")
+    if rules.timeout_s > rules.max_age_s:
+        raise ConfigError(f"{key}.timeout_s must be <= max_age_s")
+
+
+def _check_webhook(webhook: Webhook) -> None:
+    if webhook.url is None:
+        return
+    if webhook.secret_file is None:
+        raise ConfigError("webhook.secret_file is missing: reports are signed")
+    parts = URL_RE.fullmatch(webhook.url)
+    assert parts is not None
+    if parts["scheme"] == "http" and not is_loopback(parts["host"].strip("[]")):
+        raise ConfigError("webhook.url must be https, except on loopback")

@@ -1,0 +1,195 @@
+"""A kept-alive connection to one proxy: h11 on a trio stream, for a process that asks thousands.
+
+One pool for all hosts costs a millisecond and more a request, and more with each connection in it; here
+a host has its own connection, one request at a time. Nothing that comes back is trusted: head, body and
+time are bounded, redirects are not followed, and any surprise closes the connection.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import h11
+import trio
+
+from provider_proxy.errors import ReplyError
+from provider_proxy.replies import refused
+
+CONNECT_LIMIT_S = 10.0
+MAX_HEAD_BYTES = 16 * 1024  # the proxy's has 200 bytes
+RECEIVE_BYTES = 64 * 1024
+MAX_ERROR_BYTES = 16 * 1024  # Keylime's envelope with one line of text
+NO_ANSWER = "the proxy closed the connection without an answer"
+
+Connect = Callable[[], Awaitable[trio.abc.Stream]]
+"""Opens a stream to the proxy. Raises OSError or ssl.SSLError."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where a proxy answers.
+
+    Attributes:
+        host: IP address or name.
+        context: of TLS; None for plaintext.
+        server_name: what the certificate must be for.
+    """
+
+    host: str
+    port: int
+    context: ssl.SSLContext | None
+    server_name: str
+
+    async def connect(self) -> trio.abc.Stream:
+        """Open a stream; TLS is shaken hands on."""
+        stream = await trio.open_tcp_stream(self.host, self.port)
+        if self.context is None:
+            return stream
+        secured = trio.SSLStream(
+            stream, self.context, server_hostname=self.server_name, https_compatible=True
+        )
+        try:
+            await secured.do_handshake()
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
+        return secured
+
+
+class ProxyConnection:
+    """A proxy, asked again and again over one connection while it lasts.
+
+    Args:
+        connect: opens a stream.
+        authority: of the Host header.
+    """
+
+    def __init__(self, connect: Connect, authority: str) -> None:
+        self._connect = connect
+        self._authority = authority.encode("ascii", "replace")
+        self._stream: trio.abc.Stream | None = None
+        self._http = h11.Connection(h11.CLIENT)
+
+    async def get(self, target: str, limit: int) -> bytes:
+        """The body of a good answer.
+
+        A connection that was kept may have been closed meanwhile: the request is sent once more on a
+        new one where not a byte came back. The caller bounds the time.
+
+        Args:
+            target: path and query.
+            limit: of the body, in bytes.
+
+        Raises:
+            ReplyError: no answer, an HTTP error, or too large an answer.
+        """
+        tries = (True, False) if self._stream is not None else (False,)
+        try:
+            for again in tries:
+                try:
+                    return await self._exchange(target, limit)
+                except _NothingCameError as exc:
+                    await self._drop()
+                    if not again:
+                        raise ReplyError(NO_ANSWER) from exc
+            raise AssertionError("unreachable")
+        finally:
+            if self._http.our_state is not h11.IDLE:
+                await self._drop()
+
+    async def aclose(self) -> None:
+        """Close the connection, if there is one."""
+        await self._drop()
+
+    async def _drop(self) -> None:
+        stream, self._stream = self._stream, None
+        self._http = h11.Connection(h11.CLIENT)
+        if stream is not None:
+            await trio.aclose_forcefully(stream)
+
+    async def _open(self) -> trio.abc.Stream:
+        if self._stream is not None:
+            return self._stream
+        try:
+            with trio.fail_after(CONNECT_LIMIT_S):
+                self._stream = await self._connect()
+        except trio.TooSlowError as exc:
+            raise ReplyError(f"no connection within {CONNECT_LIMIT_S:g} s") from exc
+        except (OSError, trio.BrokenResourceError) as exc:  # ssl.SSLError is an OSError
+            raise ReplyError(f"no connection: {_reason(exc)}") from exc
+        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
+        return self._stream
+
+    async def _exchange(self, target: str, limit: int) -> bytes:
+        stream = await self._open()
+        http = self._http
+        head = http.send(
+            h11.Request(method=b"GET", target=target, headers=[(b"Host", self._authority)])
+        )
+        assert head is not None
+        http.send(h11.EndOfMessage())
+        try:
+            await stream.send_all(head)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise _NothingCameError from None
+        try:
+            response, body = await self._answer(stream, limit)
+        except h11.RemoteProtocolError as exc:
+            raise ReplyError(f"the proxy's answer is no HTTP: {exc}") from exc
+        if response.status_code != 200:
+            retry_after = dict(response.headers).get(b"retry-after", b"")
+            raise refused(response.status_code, body, retry_after.decode("ascii", "replace"))
+        return body
+
+    async def _answer(self, stream: trio.abc.Stream, limit: int) -> tuple[h11.Response, bytes]:
+        """Head and body; the connection is ready for the next request, or will be dropped."""
+        http = self._http
+        response: h11.Response | None = None
+        came = False
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            event = http.next_event()
+            if event is h11.NEED_DATA:
+                try:
+                    data = bytes(await stream.receive_some(RECEIVE_BYTES))
+                except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+                    if not came:
+                        raise _NothingCameError from None
+                    raise ReplyError("the connection broke within the answer") from exc
+                if not data and not came:
+                    raise _NothingCameError
+                came = True
+                http.receive_data(data)
+            elif isinstance(event, h11.Response):
+                response = event
+                if response.status_code != 200:
+                    limit = MAX_ERROR_BYTES
+            elif isinstance(event, h11.Data):
+                parts.append(bytes(event.data))
+                size += len(event.data)
+                if size > limit:
+                    raise ReplyError(f"the proxy's answer is larger than {limit} bytes")
+            elif isinstance(event, h11.EndOfMessage):
+                assert response is not None
+                if http.our_state is h11.DONE and http.their_state is h11.DONE:
+                    http.start_next_cycle()
+                return response, b"".join(parts)
+            elif not isinstance(event, h11.InformationalResponse):
+                raise ReplyError("the connection ended within the answer")
+
+
+class _NothingCameError(Exception):
+    """The connection ended before the first byte of an answer; never leaves this module."""
+
+
+def _reason(exc: BaseException) -> str:
+    """Why a connection failed, for people: the cause below trio's own words."""
+    cause = exc.__cause__ if isinstance(exc, trio.BrokenResourceError) and exc.__cause__ else exc
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"its certificate is not good: {cause.verify_message}"
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return str(cause) or type(cause).__name__

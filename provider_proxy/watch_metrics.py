@@ -1,0 +1,100 @@
+"""What the watcher counts, for Prometheus: an object handed in, written as a text file.
+
+prometheus-client is behind it, with a registry of its own. The file is replaced as a whole, so that
+node_exporter's textfile collector never reads half of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from provider_proxy.errors import HostError
+from provider_proxy.watch import State
+
+LATENESS_BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+FILE_MODE = 0o644  # node_exporter is another user; there is no secret in it
+
+
+class WatchMetrics:
+    """Counters and gauges; names begin with `provider_proxy_watch_`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        prefix = "provider_proxy_watch_"
+        self.checks = Counter(
+            prefix + "checks",
+            "Questions to proxies, by result: ok, or the error's class.",
+            ["result"],
+            registry=self.registry,
+        )
+        self.hosts = Gauge(
+            prefix + "hosts", "Watched hosts, by state.", ["state"], registry=self.registry
+        )
+        self.host_trusted = Gauge(
+            prefix + "host_trusted",
+            "1 while a host's last verdict is TRUSTED.",
+            ["host"],
+            registry=self.registry,
+        )
+        self.host_verified = Gauge(
+            prefix + "host_verified_timestamp_seconds",
+            "When a host's evidence last verified, seconds since the epoch.",
+            ["host"],
+            registry=self.registry,
+        )
+        self.lateness = Histogram(
+            prefix + "lateness_seconds",
+            "From when a host was due until it was asked.",
+            buckets=LATENESS_BUCKETS,
+            registry=self.registry,
+        )
+        self.reports = Counter(
+            prefix + "reports",
+            "Reports, by where they go and whether they got there.",
+            ["sink", "outcome"],
+            registry=self.registry,
+        )
+        self.save_failures = Counter(
+            prefix + "save_failures",
+            "Saves of the state that failed. Must stay 0.",
+            registry=self.registry,
+        )
+
+    def count_states(self, states: Iterable[State]) -> None:
+        """Set the gauge of hosts by state."""
+        found = dict.fromkeys(State, 0)
+        for state in states:
+            found[state] += 1
+        for state, count in found.items():
+            self.hosts.labels(state.value).set(count)
+
+    def forget_host(self, name: str) -> None:
+        """A host is no longer watched."""
+        for gauge in (self.host_trusted, self.host_verified):
+            if (name,) in gauge._metrics:
+                gauge.remove(name)
+
+    def text(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+def write_textfile(path: Path, data: bytes) -> None:
+    """Replace the file; others may read it.
+
+    Raises:
+        HostError: it cannot be written.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # not *.prom: nobody reads it
+    try:
+        part.unlink(missing_ok=True)
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+        part.replace(path)
+    except OSError as exc:
+        raise HostError(f"cannot write {path}: {exc.strerror}") from exc

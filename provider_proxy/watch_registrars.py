@@ -1,0 +1,86 @@
+"""The watcher's AKs from one's own registrars: what they recorded, checked, cached and pinned.
+
+`bindings` does the checking: the AK's attributes, the EK's chain to a vendor's CA, both keys against the
+pin, on every call. Here each `[registrars.NAME]` gets one pooled client, and a host that names a
+registrar gets its AK from there; all others have theirs pinned by hand.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+
+import httpx
+
+from provider_proxy.bindings import Binding, EkJudge, RegistrarBindings, UnsafeAnyEk
+from provider_proxy.ek_chain import EkStore
+from provider_proxy.errors import HostError
+from provider_proxy.pins import PinStore
+from provider_proxy.watch_host import PinnedAks, Trust
+from provider_proxy.watch_tables import HostRules, RegistrarTable, WatchConfig
+
+TIMEOUT_S = 30.0  # a registrar answers from its database; the host's own retries come after it
+
+
+class Registrars:
+    """The clients and bindings of all registrars; outlives a reload.
+
+    Args:
+        config: its `registrars` and `pins`.
+
+    Raises:
+        HostError: a TLS file or the directory of CAs cannot be read.
+        UsageError: no CA in it.
+    """
+
+    def __init__(self, config: WatchConfig) -> None:
+        self.pins = PinStore(config.pins)
+        self._clients: list[httpx.AsyncClient] = []
+        self.bindings: Mapping[str, RegistrarBindings] = {
+            name: self._open(name, table) for name, table in config.registrars.items()
+        }
+
+    def _open(self, name: str, table: RegistrarTable) -> RegistrarBindings:
+        eks: EkJudge = EkStore(table.ek_ca) if table.ek_ca is not None else UnsafeAnyEk()
+        client = open_client(name=name, table=table)
+        self._clients.append(client)
+        assert table.url is not None
+        return RegistrarBindings(client, table.url, pins=self.pins, eks=eks)
+
+    async def aclose(self) -> None:
+        """Close the clients."""
+        for client in self._clients:
+            await client.aclose()
+
+
+def open_client(*, name: str, table: RegistrarTable) -> httpx.AsyncClient:
+    """A client for one registrar. Raises: HostError where a TLS file is missing or no PEM."""
+    try:
+        context = ssl.create_default_context(cafile=table.ca)
+        if table.cert is not None:
+            context.load_cert_chain(table.cert, table.key)
+    except OSError as exc:  # ssl.SSLError included
+        raise HostError(f"registrars.{name}: {exc}") from exc
+    return httpx.AsyncClient(verify=context, timeout=TIMEOUT_S, trust_env=False)
+
+
+class KnownAks:
+    """An `AkSource`: of a registrar for the hosts that name one, of the pins for the others."""
+
+    def __init__(self, registrars: Registrars) -> None:
+        self._bindings = registrars.bindings
+        self._pinned = PinnedAks(registrars.pins)
+        self._bound: dict[str, tuple[Binding, Trust]] = {}
+
+    async def trusted(self, name: str, rules: HostRules) -> Trust:
+        """Raises: as `RegistrarBindings.get`, or `PinnedAks.trusted`."""
+        if rules.registrar is None:
+            return await self._pinned.trusted(name, rules)
+        assert rules.uuid is not None
+        bindings = self._bindings[rules.registrar]
+        binding = await bindings.get(rules.uuid, label=rules.pin or name)
+        known = self._bound.get(name)
+        if known is None or known[0] is not binding:
+            trust = Trust(host=binding.host, newest=binding.pinned.newest())
+            known = self._bound[name] = (binding, trust)
+        return known[1]

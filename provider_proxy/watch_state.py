@@ -1,0 +1,220 @@
+"""What the watcher remembers of its hosts over restarts: one file, saved as a whole now and then.
+
+Each accepted clock state counts in memory at once. On disk they come together, at most once in a save
+interval, so that thousands of hosts do not mean hundreds of fsyncs a second. A crash loses the states of
+the last interval and never more: after it a host may go back to what it was at the last save without
+being noticed, but not further; and the pin's own record is a lower bound beside it. A damaged file
+is an error, not a fresh start.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from provider_proxy.errors import EvidenceFormatError, HostError
+from provider_proxy.files import FileLock, read_file, write_private
+from provider_proxy.model import PCR_COUNT, AkName, ClockState
+from provider_proxy.verify import MemoryHistory
+from provider_proxy.wire import Fields, clock_values, parse_clock, parse_json_object
+
+FORMAT = "provider-proxy/watch-state/1"
+FILE_NAME = "hosts.json"
+LOCK_NAME = ".lock"
+MAX_STATE_BYTES = 64 * 1024 * 1024  # 20,000 hosts with 24 PCRs of first use make 60 MB
+MAX_DIGEST_BYTES = 64
+_HEAD = b'{"format":"' + FORMAT.encode("ascii") + b'","hosts":{'
+_TAIL = b"}}\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostRecord:
+    """What is on disk of one host.
+
+    Attributes:
+        ak_name: the AK that it is about; another AK's clock says nothing.
+        newest: None where nothing was accepted yet.
+        first_use: PCR values that were trusted at first use; empty for none.
+    """
+
+    ak_name: AkName
+    newest: ClockState | None
+    first_use: Mapping[int, bytes]
+
+
+class WatchedHistory(MemoryHistory):
+    """One host's history; says when it has something to save."""
+
+    def __init__(self, store: StateStore, name: str, newest: ClockState | None) -> None:
+        super().__init__(newest)
+        self._store = store
+        self._name = name
+
+    def accept(self, state: ClockState) -> None:
+        """Remember a state; on disk with the next save."""
+        newest = self.newest()
+        if newest is None or state > newest:
+            super().accept(state)
+            self._store.touch(self._name)
+
+
+class StateStore:
+    """The file of a state directory, and the lock that keeps a second watcher out of it.
+
+    Attributes:
+        is_dirty: something was accepted since the last snapshot.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._path = directory / FILE_NAME
+        self._lock = FileLock(directory / LOCK_NAME)
+        self._records: dict[str, HostRecord] = {}
+        self._histories: dict[str, tuple[AkName, WatchedHistory]] = {}
+        self._first_use: dict[tuple[str, AkName], Mapping[int, bytes]] = {}
+        self._parts: dict[str, bytes] = {}  # of the file, a host each
+        self._touched: set[str] = set()
+        self.is_dirty = False
+
+    def touch(self, name: str) -> None:
+        """A host's record has changed."""
+        self._touched.add(name)
+        self.is_dirty = True
+
+    def open(self) -> None:
+        """Lock the directory and read what is there.
+
+        Raises:
+            HostError: another watcher has it, or the file is damaged or unreadable.
+        """
+        if not self._lock.take():
+            raise HostError(f"{self._directory}: another watcher has this state_dir")
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self) -> None:
+        if self._path.exists():
+            self._records = parse_state(read_file(self._path, MAX_STATE_BYTES), self._path)
+            self._parts = {name: encode_record(name, r) for name, r in self._records.items()}
+
+    def close(self) -> None:
+        """Let others have the directory. Does not save."""
+        self._lock.release()
+
+    def history(self, name: str, ak_name: AkName, newest: ClockState | None) -> WatchedHistory:
+        """The history of a host under one AK; the same object as long as the AK is the same.
+
+        Args:
+            newest: what the pin knows; counts where it is newer than ours.
+        """
+        known = self._histories.get(name)
+        if known is not None and known[0] == ak_name:
+            if newest is not None:
+                known[1].accept(newest)
+            return known[1]
+        record = self._records.get(name)
+        if record is not None and record.ak_name == ak_name and record.newest is not None:
+            newest = record.newest if newest is None else max(newest, record.newest)
+        made = WatchedHistory(self, name, newest)
+        self._histories[name] = (ak_name, made)
+        return made
+
+    def first_use(self, name: str, ak_name: AkName) -> Mapping[int, bytes] | None:
+        """PCR values trusted at first use under this AK; None where there were none."""
+        mine = self._first_use.get((name, ak_name))
+        record = self._records.get(name)
+        if mine is None and record is not None and record.ak_name == ak_name:
+            mine = record.first_use or None
+        return mine
+
+    def was_pinned_anew(self, name: str, ak_name: AkName) -> bool:
+        """True where what is on disk is about another AK."""
+        record = self._records.get(name)
+        return record is not None and record.ak_name != ak_name
+
+    def trust_first_use(self, name: str, ak_name: AkName, values: Mapping[int, bytes]) -> None:
+        """Remember PCR values for good."""
+        if self.first_use(name, ak_name) != values:
+            self._first_use[name, ak_name] = dict(values)
+            self.touch(name)
+
+    def snapshot(self) -> bytes:
+        """The file as it should be now; what is accepted from here on is dirty again.
+
+        Only what has changed is encoded: a thousand hosts at once would be felt by all that are due.
+        Hosts that are no longer watched stay in it: one that comes back must not begin afresh.
+        """
+        self.is_dirty = False
+        for name in self._touched:
+            ak_name, history = self._histories[name]
+            record = self._records[name] = HostRecord(
+                ak_name=ak_name,
+                newest=history.newest(),
+                first_use=self.first_use(name, ak_name) or {},
+            )
+            self._parts[name] = encode_record(name, record)
+        self._touched.clear()
+        return _HEAD + b",".join(self._parts.values()) + _TAIL
+
+    def write(self, data: bytes) -> None:
+        """Put a snapshot on disk; may run in a thread of its own.
+
+        Raises:
+            HostError: it cannot be written.
+        """
+        write_private(self._path, data)
+
+
+def encode_record(name: str, record: HostRecord) -> bytes:
+    """A host's part of the file."""
+    values: dict[str, object] = {"ak_name": record.ak_name.hex()}
+    if record.newest is not None:
+        values["newest"] = clock_values(record.newest)
+    if record.first_use:
+        values["first_use"] = {str(pcr): v.hex() for pcr, v in record.first_use.items()}
+    return json.dumps({name: values}, separators=(",", ":")).encode("ascii")[1:-1]
+
+
+def parse_state(data: bytes, path: Path) -> dict[str, HostRecord]:
+    """Read the file.
+
+    Raises:
+        HostError: anything else; the message names the file.
+    """
+    try:
+        values = parse_json_object(data, "state")
+        if Fields(values, "state").text("format", 64) != FORMAT:
+            raise EvidenceFormatError("an unknown format")
+        hosts = values.get("hosts")
+        if not isinstance(hosts, dict):
+            raise EvidenceFormatError("no hosts")
+        return {name: _parse_record(name, record) for name, record in hosts.items()}
+    except EvidenceFormatError as exc:
+        raise HostError(
+            f"{path} is damaged ({exc}); without it no host's past is known: restore it, or "
+            "remove it where you know why"
+        ) from exc
+
+
+def _parse_record(name: str, record: object) -> HostRecord:
+    if not isinstance(record, dict):
+        raise EvidenceFormatError(f"{name} is not an object")
+    fields = Fields(record, name)
+    first_use: dict[int, bytes] = {}
+    if "first_use" in fields:
+        pcrs = fields.fields("first_use")
+        first_use = {
+            pcr: pcrs.hex(str(pcr), MAX_DIGEST_BYTES)
+            for pcr in range(PCR_COUNT)
+            if str(pcr) in pcrs
+        }
+    return HostRecord(
+        ak_name=AkName(fields.hex("ak_name", 66)),
+        newest=parse_clock(fields.fields("newest")) if "newest" in fields else None,
+        first_use=first_use,
+    )

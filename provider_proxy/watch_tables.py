@@ -1,0 +1,255 @@
+"""The tables of the watcher's file: a table is a dataclass, a key is a field of it.
+
+A field's metadata says how to read and check the value (`read`) and what it means (`doc`). Nothing is
+read here; `watch_config` does that. docs/watch.md lists the keys; a test holds it against these.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from provider_proxy.config_values import (
+    Reader,
+    fail,
+    integer,
+    number,
+    one_of,
+    read_flag,
+    read_path,
+    read_pcrs,
+    read_text,
+)
+from provider_proxy.model import HashAlg, mask_of
+
+C = TypeVar("C")
+
+MAX_COMMAND_WORDS = 100
+HOST_NAME_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)  # also a pin's label
+AGENT_ID_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~-]{0,79}", re.ASCII)  # 80: Keylime's column
+ADDRESS_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}", re.ASCII)
+URL_RE = re.compile(  # strict: what two readers could read as two hosts is none
+    r"(?P<scheme>https?)://(?P<host>\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9.-]{1,253})(:[0-9]{1,5})?"
+    r"(/[\w.~!$&'()*+,;=:/?%-]{0,2000})?",
+    re.ASCII,
+)
+DEFAULT_UEFI_PCRS = mask_of(range(8))  # the firmware's own; 8 and 9 are the boot loader's
+
+
+def _key(read: Reader, default: Any, doc: str) -> Any:
+    return field(default=default, metadata={"read": read, "doc": doc})
+
+
+def _table(kind: type[C]) -> C:
+    made: C = field(default_factory=kind)
+    return made
+
+
+def _read_agent_id(key: str, value: object) -> str:
+    text = read_text(key, value)
+    if not AGENT_ID_RE.fullmatch(text):
+        raise fail(key, "a UUID, or letters, digits, '.', '_', '~' and '-', 80 at most")
+    return text
+
+
+def _read_address(key: str, value: object) -> str:
+    text = read_text(key, value)
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        if not ADDRESS_RE.fullmatch(text):
+            raise fail(key, "an IP address or a host's name") from None
+        return text
+
+
+def _read_bank(key: str, value: object) -> HashAlg:
+    return HashAlg.from_label(one_of(*(alg.label for alg in HashAlg))(key, value))
+
+
+def _read_argv(key: str, value: object) -> tuple[str, ...]:
+    if (
+        not isinstance(value, list)
+        or not 1 <= len(value) <= MAX_COMMAND_WORDS
+        or not all(isinstance(word, str) and "\0" not in word for word in value)
+        or not value[0].startswith("/")
+    ):
+        raise fail(key, "a list of words, the first of them a program's absolute path")
+    return tuple(value)
+
+
+def _read_url(key: str, value: object) -> str:
+    text = read_text(key, value)
+    if not URL_RE.fullmatch(text):
+        raise fail(key, "a URL of http or https, without a user's name")
+    return text
+
+
+def _read_label(key: str, value: object) -> str:
+    text = read_text(key, value)
+    if not HOST_NAME_RE.fullmatch(text):
+        raise fail(key, "a name of letters, digits, '.', '_' and '-'")
+    return text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostRules:
+    """`[defaults]` and `[hosts.NAME]`: one host, its policy and how it is asked."""
+
+    provider_ip: str = _key(
+        _read_address, "", "Where the host's proxy answers: IP address or name. Needed."
+    )
+    provider_port: int = _key(integer(1, 65535), 8890, "Its port.")
+    need_provider_quote: bool = _key(
+        read_flag, True, "Whether the host is asked; without, it is only listed."
+    )
+    uuid: str | None = _key(
+        _read_agent_id, None, "The host's id at your registrar; goes into reports."
+    )
+    registrar: str | None = _key(
+        _read_label,
+        None,
+        "A [registrars.NAME]: AK and EK are what it recorded, checked and pinned.",
+    )
+    pin: str | None = _key(_read_label, None, "Name of the host's pin; the host's own by default.")
+    tls_ca: Path | None = _key(
+        read_path, None, "CA of the proxy's certificate, PEM; the system's where there is none."
+    )
+    tls_cert: Path | None = _key(read_path, None, "Own certificate, PEM.")
+    tls_key: Path | None = _key(read_path, None, "Its private key, PEM.")
+    tls_name: str | None = _key(
+        _read_address, None, "What the proxy's certificate is for; provider_ip by default."
+    )
+    insecure_plaintext: bool = _key(read_flag, False, "No TLS. For proxies on loopback only.")
+    interval_s: float = _key(number(0.1, 86_400), 10.0, "Seconds from one question to the next.")
+    jitter: float = _key(
+        number(0, 0.5), 0.1, "Share of the interval by which each is longer or shorter, by chance."
+    )
+    timeout_s: float = _key(number(0.1, 600), 30.0, "How long a whole answer may take, in seconds.")
+    max_age_s: float = _key(
+        number(0.1, 3600), 60.0, "How old a nonce may be when its answer is there, in seconds."
+    )
+    max_retries: int = _key(
+        integer(0, 100), 5, "Retries of a round in which no evidence came, before FAILED."
+    )
+    retry_interval_s: float = _key(
+        number(0.1, 3600), 2.0, "Wait before the first retry; it doubles with each, in seconds."
+    )
+    max_retry_s: float = _key(
+        number(0.1, 3600), 60.0, "The longest wait, whatever Retry-After says, in seconds."
+    )
+    on_invalid: str = _key(
+        one_of("continue", "stop"),
+        "continue",
+        "After INVALID_QUOTE: ask on at the interval, or no more until SIGHUP.",
+    )
+    bank: HashAlg = _key(_read_bank, HashAlg.SHA256, "PCR bank that is asked for.")
+    tpm_policy: Path | None = _key(
+        read_path, None, "PCR values in Keylime's tpm_policy JSON; a file."
+    )
+    insecure_trust_on_first_use: bool = _key(
+        read_flag, False, "Whatever first_use_pcrs hold at the first answer is good from then on."
+    )
+    first_use_pcrs: int = _key(read_pcrs, 0, "PCRs that insecure_trust_on_first_use is about.")
+    insecure_any_state: bool = _key(
+        read_flag, False, "No policy at all: proves that some state was signed."
+    )
+    ima: bool = _key(read_flag, False, "Whether PCR 10 is asked for and the IMA list replayed.")
+    runtime_policy: Path | None = _key(
+        read_path, None, "Files that IMA may have measured, Keylime's runtime policy JSON; a file."
+    )
+    uefi: bool = _key(read_flag, False, "Whether the firmware's event log is replayed.")
+    uefi_pcrs: int = _key(read_pcrs, DEFAULT_UEFI_PCRS, "PCRs that the event log must lead to.")
+    boot_policy: Path | None = _key(
+        read_path, None, "Digests that may be extended into a PCR, JSON; a file."
+    )
+
+
+OWN_KEYS = ("provider_ip", "uuid", "pin")
+"""What two hosts cannot have in common, and `[defaults]` therefore not hold."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistrarTable:
+    """`[registrars.NAME]`: one of your own registrars (Keylime's)."""
+
+    url: str | None = _key(_read_url, None, "Its https URL, port 8891 as a rule. Needed.")
+    ca: Path | None = _key(read_path, None, "CA of its certificate, PEM; the system's by default.")
+    cert: Path | None = _key(read_path, None, "Own certificate, PEM; it demands one.")
+    key: Path | None = _key(read_path, None, "Its private key, PEM.")
+    ek_ca: Path | None = _key(
+        read_path, None, "Directory of the TPM vendors' CAs that vouch for EKs."
+    )
+    insecure_no_ek: bool = _key(
+        read_flag, False, "Check no EK certificate: a TPM of software passes for a chip."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Webhook:
+    """`[webhook]`: a URL that is told of each change."""
+
+    url: str | None = _key(_read_url, None, "Where reports are posted; http on loopback only.")
+    secret_file: Path | None = _key(
+        read_path, None, "File with the key of the signature; readable by its owner alone. Needed."
+    )
+    ca: Path | None = _key(read_path, None, "CA of its certificate, PEM; the system's by default.")
+    timeout_s: float = _key(number(0.1, 120), 10.0, "How long one try may take, in seconds.")
+    max_tries: int = _key(integer(1, 100), 8, "Tries of a report before it is given up.")
+    retry_interval_s: float = _key(
+        number(0.05, 3600), 1.0, "Wait before the second try; it doubles with each, in seconds."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """`[command]`: a program that is started for each change, the report on its stdin."""
+
+    argv: tuple[str, ...] = _key(_read_argv, (), "Program and arguments; no shell.")
+    timeout_s: float = _key(number(0.1, 3600), 30.0, "After which it is ended, in seconds.")
+    max_running: int = _key(integer(1, 100), 4, "How many run at once.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsTable:
+    """`[metrics]`: Prometheus' text format in a file."""
+
+    textfile: Path | None = _key(
+        read_path, None, "File for node_exporter's textfile collector; replaced as a whole."
+    )
+    interval_s: float = _key(number(0.1, 3600), 15.0, "How often it is written, in seconds.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchConfig:
+    """The whole file."""
+
+    state_dir: Path = _key(
+        read_path, Path("/var/lib/provider-proxy-watch"), "Where what was accepted is remembered."
+    )
+    pins: Path = _key(
+        read_path,
+        Path("/var/lib/provider-proxy-watch/pins"),
+        "Directory of the pinned hosts; see the command pin.",
+    )
+    save_interval_s: float = _key(
+        number(0.05, 60), 1.0, "How often accepted clock states are saved, all at once, in seconds."
+    )
+    max_concurrent: int = _key(integer(1, 10_000), 256, "Hosts that are asked at the same time.")
+    defaults: HostRules = _table(HostRules)
+    hosts: Mapping[str, HostRules] = field(default_factory=dict)
+    registrars: Mapping[str, RegistrarTable] = field(default_factory=dict)
+    webhook: Webhook = _table(Webhook)
+    command: Command = _table(Command)
+    metrics: MetricsTable = _table(MetricsTable)
+
+
+TABLES: dict[str, type[Any]] = {
+    "defaults": HostRules,
+    "webhook": Webhook,
+    "command": Command,
+    "metrics": MetricsTable,
+}

@@ -1,0 +1,332 @@
+"""Watches many hosts in one process: a task a host, and beside them saving, metrics and signals.
+
+Beginnings are spread, so that neither this process nor a proxy sees all hosts at once, and again after
+the first question, so that the spread lasts. A reload is made as a whole before any of it is used;
+where a part of it is bad, the old one goes on. On the way out reports are delivered and the state saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import signal
+import ssl
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import trio
+
+from provider_proxy.errors import ConfigError, HostError, ProviderProxyError
+from provider_proxy.watch import State
+from provider_proxy.watch_host import AkSource, HostWatch, Setting, Shared
+from provider_proxy.watch_http import Endpoint
+from provider_proxy.watch_metrics import WatchMetrics, write_textfile
+from provider_proxy.watch_policy import HostPolicy, PolicyFiles
+from provider_proxy.watch_registrars import KnownAks, Registrars
+from provider_proxy.watch_reports import (
+    DRAIN_LIMIT_S,
+    CommandSink,
+    LineSink,
+    Reporter,
+    Sink,
+    WebhookSink,
+    webhook_client,
+    webhook_secret,
+)
+from provider_proxy.watch_state import StateStore
+from provider_proxy.watch_tables import HostRules, WatchConfig
+
+log = logging.getLogger(__name__)
+
+STARTS_PER_S = 200.0  # TLS handshakes with client certificates cost 2 ms each
+ReadConfig = Callable[[], WatchConfig]
+
+
+def make_settings(config: WatchConfig, aks: AkSource) -> Mapping[str, Setting]:
+    """Everything that the hosts need, made and checked.
+
+    Raises:
+        UsageError: a policy file is wrong.
+        HostError: a file is missing or no PEM.
+    """
+    files = PolicyFiles()
+    contexts: dict[tuple[Path | None, Path | None, Path | None], ssl.SSLContext] = {}
+    settings = {}
+    for name, rules in config.hosts.items():
+        endpoint = None
+        if rules.need_provider_quote:
+            HostPolicy(rules, files)  # reads its files, and says now what is wrong with them
+            endpoint = _endpoint(rules, contexts)
+        settings[name] = Setting(rules=rules, files=files, aks=aks, endpoint=endpoint)
+    return settings
+
+
+def _endpoint(
+    rules: HostRules,
+    contexts: dict[tuple[Path | None, Path | None, Path | None], ssl.SSLContext],
+) -> Endpoint:
+    context = None
+    if not rules.insecure_plaintext:
+        key = (rules.tls_ca, rules.tls_cert, rules.tls_key)
+        if key not in contexts:
+            try:
+                contexts[key] = ssl.create_default_context(cafile=rules.tls_ca)
+                if rules.tls_cert is not None:
+                    contexts[key].load_cert_chain(rules.tls_cert, rules.tls_key)
+            except OSError as exc:  # ssl.SSLError included
+                raise HostError(f"tls_ca, tls_cert, tls_key: {exc}") from exc
+        context = contexts[key]
+    return Endpoint(
+        host=rules.provider_ip,
+        port=rules.provider_port,
+        context=context,
+        server_name=rules.tls_name or rules.provider_ip,
+    )
+
+
+class Watcher:
+    """All hosts of a configuration.
+
+    Args:
+        config: as it was read.
+        write: for JSON lines; None for none.
+        rng: spreads beginnings, intervals and retries; no secret comes from it.
+
+    Raises:
+        UsageError, HostError: as `make_settings`; or the state_dir cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: WatchConfig,
+        *,
+        write: Callable[[bytes], object] | None = None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._config = config
+        self.metrics = WatchMetrics()
+        self._write = write
+        self._rng = rng or random.Random()  # noqa: S311  # spreads; no secret
+        self._store = StateStore(config.state_dir)
+        self._registrars = Registrars(config)
+        self._settings = make_settings(config, KnownAks(self._registrars))
+        self._reporter: Reporter | None = None
+        self._scopes: dict[str, trio.CancelScope] = {}
+        self.hosts: dict[str, HostWatch] = {}
+
+    async def run(
+        self,
+        read_config: ReadConfig | None = None,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Watch until SIGTERM or SIGINT, or until cancelled; SIGHUP reads the hosts again.
+
+        Raises:
+            HostError: nobody reads stdout any more, or the state cannot be saved at the end.
+        """
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            await self._with_reports(self._watch, signals, read_config, task_status)
+
+    async def once(self) -> Mapping[str, HostWatch]:
+        """One round of every host that is asked.
+
+        Raises:
+            HostError: the state cannot be saved.
+        """
+        await self._with_reports(self._round_of_all)
+        return self.hosts
+
+    async def _with_reports(self, body: Callable[..., object], *args: object) -> None:
+        """Run something while reports are delivered; then save, and let them get there."""
+        self._store.open()
+        try:
+            async with AsyncExitStack() as stack:
+                stack.push_async_callback(self._registrars.aclose)
+                self._reporter = Reporter(await self._sinks(stack), self.metrics)
+                try:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._reporter.run)
+                        try:
+                            await body(*args)  # type: ignore[misc]
+                        finally:
+                            self._reporter.close()
+                            nursery.cancel_scope.deadline = trio.current_time() + DRAIN_LIMIT_S
+                except BaseExceptionGroup as group:
+                    ours, others = group.split(ProviderProxyError)
+                    if ours is None or others is not None:
+                        raise
+                    raise _first(ours) from group
+        finally:
+            with trio.CancelScope(shield=True):
+                try:
+                    await self._save()
+                finally:
+                    self._store.close()
+
+    async def _sinks(self, stack: AsyncExitStack) -> Sequence[Sink]:
+        sinks: list[Sink] = []
+        if self._write is not None:
+            sinks.append(LineSink(self._write))
+        webhook, command = self._config.webhook, self._config.command
+        if webhook.url is not None:
+            secret = webhook_secret(webhook)
+            client = await stack.enter_async_context(webhook_client(webhook))
+            sinks.append(WebhookSink(webhook, client, secret, rng=self._rng))
+        if command.argv:
+            sinks.append(CommandSink(command))
+        return sinks
+
+    def _host(self, name: str, setting: Setting) -> HostWatch:
+        reporter = self._reporter
+        assert reporter is not None
+        shared = Shared(
+            store=self._store,
+            metrics=self.metrics,
+            tell=reporter.tell,
+            asking=self._asking,
+            rng=self._rng,
+        )
+        host = self.hosts[name] = HostWatch(name, setting, shared)
+        return host
+
+    async def _round_of_all(self) -> None:
+        self._asking = trio.CapacityLimiter(self._config.max_concurrent)
+        async with trio.open_nursery() as nursery:
+            for name, setting in self._settings.items():
+                host = self._host(name, setting)
+                if setting.endpoint is not None:
+                    nursery.start_soon(_round_and_close, host)
+        self._write_metrics()
+
+    async def _watch(
+        self,
+        signals: AsyncIterator[int],
+        read_config: ReadConfig | None,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        self._asking = trio.CapacityLimiter(self._config.max_concurrent)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._save_often)
+            if self._config.metrics.textfile is not None:
+                nursery.start_soon(self._write_metrics_often)
+            self._start(nursery, self._settings)
+            asked = sum(setting.endpoint is not None for setting in self._settings.values())
+            log.info("watching %d hosts, %d more are listed", asked, len(self._settings) - asked)
+            task_status.started()
+            async for number in signals:
+                if number != signal.SIGHUP:
+                    break
+                if read_config is not None:
+                    await self._reload(nursery, read_config)
+            log.info("stopping")
+            nursery.cancel_scope.cancel()
+
+    def _start(self, nursery: trio.Nursery, settings: Mapping[str, Setting]) -> None:
+        due_s = trio.current_time()
+        asked = sum(setting.endpoint is not None for setting in settings.values())
+        for name, setting in settings.items():
+            host = self._host(name, setting)
+            due = math.inf
+            if setting.endpoint is not None:
+                due = due_s
+                # All of them within one interval, however many there are.
+                due_s += min(1 / STARTS_PER_S, setting.rules.interval_s / asked)
+            self._scopes[name] = trio.CancelScope()
+            nursery.start_soon(_within, self._scopes[name], host, due)
+
+    async def _reload(self, nursery: trio.Nursery, read_config: ReadConfig) -> None:
+        """Read the hosts again; what is wrong with them is logged, and nothing changes."""
+        try:
+            config = await trio.to_thread.run_sync(read_config)
+            aks = KnownAks(self._registrars)
+            for rules in config.hosts.values():
+                if rules.registrar is not None and rules.registrar not in self._config.registrars:
+                    raise ConfigError(f"registrars.{rules.registrar} is new, which takes a restart")
+            settings = await trio.to_thread.run_sync(make_settings, config, aks)
+        except ProviderProxyError as exc:
+            log.error("reload refused, going on as before: %s", exc)
+            return
+        for name in (
+            "state_dir",
+            "pins",
+            "registrars",
+            "webhook",
+            "command",
+            "metrics",
+            "save_interval_s",
+        ):
+            if getattr(config, name) != getattr(self._config, name):
+                log.warning("reload: %s has changed, which takes a restart", name)
+        self._asking.total_tokens = config.max_concurrent
+        for name in set(self._settings) - set(settings):
+            self._scopes.pop(name).cancel()
+            del self.hosts[name]
+            self.metrics.forget_host(name)
+        for name in set(self._settings) & set(settings):
+            self.hosts[name].renew(settings[name])
+        new = {name: setting for name, setting in settings.items() if name not in self.hosts}
+        self._start(nursery, new)
+        self._settings = settings
+        log.info("reloaded: %d hosts", len(settings))
+
+    async def _save(self) -> None:
+        if self._store.is_dirty:
+            data = self._store.snapshot()
+            try:
+                await trio.to_thread.run_sync(self._store.write, data)
+            except HostError:
+                self._store.is_dirty = True
+                self.metrics.save_failures.inc()
+                raise
+
+    async def _save_often(self) -> None:
+        while True:
+            await trio.sleep(self._config.save_interval_s)
+            try:
+                await self._save()
+            except HostError as exc:
+                log.error("the state is not saved: %s", exc)
+
+    async def _write_metrics_often(self) -> None:
+        while True:
+            self._write_metrics()
+            await trio.sleep(self._config.metrics.interval_s)
+
+    def _write_metrics(self) -> None:
+        path = self._config.metrics.textfile
+        if path is None:
+            return
+        self.metrics.count_states(host.state for host in self.hosts.values())
+        try:
+            write_textfile(path, self.metrics.text())
+        except HostError as exc:
+            log.error("metrics: %s", exc)
+
+
+async def _within(scope: trio.CancelScope, host: HostWatch, due: float) -> None:
+    with scope:
+        await host.run(due)
+
+
+async def _round_and_close(host: HostWatch) -> None:
+    try:
+        await host.round()
+    finally:
+        await host.aclose()
+
+
+def _first(group: BaseExceptionGroup[ProviderProxyError]) -> ProviderProxyError:
+    """One error of a group: the one that the command ends with."""
+    inner = group.exceptions[0]
+    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
+
+
+def verdicts(hosts: Mapping[str, HostWatch]) -> tuple[int, int, int]:
+    """How many asked hosts are trusted, refused, and without a verdict on evidence."""
+    asked = [host for host in hosts.values() if host.verdict is not None]
+    trusted = sum(host.verdict is State.TRUSTED for host in asked)
+    refused = sum(host.verdict is State.INVALID_QUOTE for host in asked)
+    return trusted, refused, len(asked) - trusted - refused

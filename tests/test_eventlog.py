@@ -1,0 +1,213 @@
+"""The firmware's event log: made-up logs of both forms, tampered ones, any bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from provider_proxy.errors import LogError, UsageError
+from provider_proxy.eventlog import (
+    EV_NO_ACTION,
+    MAX_LOG_BYTES,
+    check_boot_log,
+    parse_boot_policy,
+    parse_event_log,
+    replay,
+)
+from provider_proxy.model import AkName, ClockState, HashAlg, VerifiedQuote
+
+ALGORITHMS = {0x04: 20, 0x0B: 32, 0x0C: 48, 0x12: 32}  # 0x12: SM3, which we do not know
+SEPARATOR = 4
+ACTION = 5
+S_CRTM = 8
+
+
+def spec(algorithms: Mapping[int, int] = ALGORITHMS) -> bytes:
+    """TCG_EfiSpecIDEvent."""
+    data = b"Spec ID Event03\0" + struct.pack("<IBBBBI", 0, 0, 2, 0, 2, len(algorithms))
+    for alg, size in algorithms.items():
+        data += struct.pack("<HH", alg, size)
+    return data + b"\0"
+
+
+def old(pcr: int, kind: int, data: bytes, digest: bytes | None = None) -> bytes:
+    """TCG_PCR_EVENT."""
+    sha1 = hashlib.sha1(data).digest() if digest is None else digest
+    return struct.pack("<II20sI", pcr, kind, sha1, len(data)) + data
+
+
+def digest_of(alg: int, data: bytes) -> bytes:
+    if alg in set(HashAlg):
+        return HashAlg(alg).digest(data)
+    return bytes(ALGORITHMS[alg])
+
+
+def new(pcr: int, kind: int, data: bytes, algorithms: Mapping[int, int] = ALGORITHMS) -> bytes:
+    """TCG_PCR_EVENT2."""
+    event = struct.pack("<III", pcr, kind, len(algorithms))
+    for alg in algorithms:
+        event += struct.pack("<H", alg) + digest_of(alg, data)
+    return event + struct.pack("<I", len(data)) + data
+
+
+def header(algorithms: Mapping[int, int] = ALGORITHMS) -> bytes:
+    return old(0, EV_NO_ACTION, spec(algorithms), bytes(20))
+
+
+def locality(value: int) -> bytes:
+    return new(0, EV_NO_ACTION, b"StartupLocality\0" + bytes([value]))
+
+
+EVENTS = [
+    (0, S_CRTM, b"firmware 1.2"),
+    (1, ACTION, b"settings"),
+    (7, 0x80000001, b"SecureBoot\x01"),
+    (0, SEPARATOR, bytes(4)),
+    (7, SEPARATOR, bytes(4)),
+    (4, 0x80000003, b"loader"),
+]
+BODY = b"".join(new(*event) for event in EVENTS)
+LOG = header() + locality(3) + BODY
+
+
+def expected(bank: HashAlg, begin: int = 0) -> dict[int, bytes]:
+    values = {0: bytes(bank.digest_bytes - 1) + bytes([begin])}
+    for pcr, _, data in EVENTS:
+        before = values.get(pcr, bytes(bank.digest_bytes))
+        values[pcr] = bank.digest(before + bank.digest(data))
+    return values
+
+
+def quote(bank: HashAlg = HashAlg.SHA256, **changes: bytes) -> VerifiedQuote:
+    """What was signed, with PCRs 0 to 7."""
+    values = {pcr: bytes(bank.digest_bytes) for pcr in range(8)} | expected(bank, 3)
+    values |= {int(name[3:]): value for name, value in changes.items()}
+    return VerifiedQuote(
+        bank=bank,
+        pcrs=values,
+        clock=ClockState(reset_count=1, restart_count=0, clock_ms=1),
+        clock_safe=True,
+        firmware_version=1,
+        was_reset=False,
+        ak_name=AkName(b""),
+        claims=None,
+    )
+
+
+@pytest.mark.parametrize("bank", [HashAlg.SHA1, HashAlg.SHA256, HashAlg.SHA384])
+def test_a_crypto_agile_log(bank: HashAlg) -> None:
+    events = parse_event_log(LOG)
+    assert [event.pcr for event in events if event.kind != EV_NO_ACTION] == [0, 1, 7, 0, 7, 4]
+    assert replay(events, bank) == expected(bank, 3)
+    assert replay(parse_event_log(header() + BODY), bank) == expected(bank)
+    check_boot_log(LOG, quote(bank), 0xFF)
+
+
+def test_a_log_of_sha_1_alone() -> None:
+    log = b"".join(old(*event) for event in EVENTS)
+    assert replay(parse_event_log(log), HashAlg.SHA1) == expected(HashAlg.SHA1)
+    with pytest.raises(LogError, match="no digests of bank sha256"):
+        replay(parse_event_log(log), HashAlg.SHA256)
+
+
+def test_an_event_that_is_no_measurement_extends_nothing() -> None:
+    log = LOG + new(0, EV_NO_ACTION, b"SP800-155 Event3") + new(0xFFFFFFFF, EV_NO_ACTION, b"x")
+    check_boot_log(log, quote(), 0xFF)
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        LOG + new(0, ACTION, b"more"),
+        header() + locality(3) + BODY[: -len(new(*EVENTS[-1]))],
+        header() + locality(4) + BODY,
+        header() + BODY,
+        header() + locality(3) + new(*EVENTS[1]) + BODY,
+        LOG.replace(HashAlg.SHA256.digest(b"loader"), HashAlg.SHA256.digest(b"evil")),
+        None,
+    ],
+)
+def test_a_tampered_log_is_refused(log: bytes | None) -> None:
+    with pytest.raises(LogError):
+        check_boot_log(log, quote(), 0xFF)
+
+
+def test_only_the_pcrs_that_are_asked_for_must_come_out() -> None:
+    other = quote(pcr4=HashAlg.SHA256.digest(b"kexec"))
+    check_boot_log(LOG, other, 0x8F)
+    with pytest.raises(LogError, match="PCR 4"):
+        check_boot_log(LOG, other, 0x10)
+
+
+@pytest.mark.parametrize(
+    ("log", "why"),
+    [
+        (b"", "ends early"),
+        (LOG[:-1], "ends early"),
+        (LOG + b"\0", "ends early"),
+        (LOG + bytes(40), "more digests|no digests|ends early"),
+        (header({}), "too many hash algorithms, or none"),
+        (header(dict.fromkeys(range(100, 109), 32)), "too many hash algorithms"),
+        (header({0x0B: 20}), "wrongly"),
+        (header({0x0B: 32}) + new(0, ACTION, b"x", {0x04: 20}), "out of place"),
+        (header({0x0B: 32}) + new(0, ACTION, b"x", {0x04: 20, 0x0B: 32}), "more digests"),
+        (LOG + new(24, ACTION, b"x"), "a PCR that there is not"),
+        (LOG + locality(3), "out of place"),
+        (header() + locality(1) + BODY, "out of place"),
+        (bytes(MAX_LOG_BYTES + 1), "too large"),
+    ],
+)
+def test_what_is_no_log_is_refused(log: bytes, why: str) -> None:
+    with pytest.raises(LogError, match=why):
+        replay(parse_event_log(log), HashAlg.SHA256)
+
+
+def test_too_many_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("provider_proxy.eventlog.MAX_EVENTS", 3)
+    with pytest.raises(LogError, match="too many events"):
+        parse_event_log(LOG)
+
+
+def digests(pcr: int) -> list[str]:
+    return [HashAlg.SHA256.digest(data).hex() for n, _, data in EVENTS if n == pcr]
+
+
+def test_a_boot_policy() -> None:
+    good = parse_boot_policy(
+        json.dumps({"4": digests(4), "7": digests(7)}).encode(), bank=HashAlg.SHA256
+    )
+    check_boot_log(LOG, quote(), 0xFF, good)
+    bad = parse_boot_policy(json.dumps({"4": digests(7)}).encode(), bank=HashAlg.SHA256)
+    with pytest.raises(LogError, match=r"PCR 4 was extended with .* 0x80000003"):
+        check_boot_log(LOG, quote(), 0xFF, bad)
+    nothing = parse_boot_policy(b'{"1": []}', bank=HashAlg.SHA256)
+    with pytest.raises(LogError, match="PCR 1"):
+        check_boot_log(LOG, quote(), 0xFF, nothing)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [b"", b"[]", b"{}", b'{"24":[]}', b'{"00":[]}', b'{"0":"ab"}', b'{"0":["ab"]}', b"[" * 9999],
+)
+def test_what_is_no_boot_policy_is_refused(bad: bytes) -> None:
+    with pytest.raises(UsageError):
+        parse_boot_policy(bad, bank=HashAlg.SHA256)
+
+
+@given(st.binary(max_size=300), st.integers(0, len(LOG)), st.integers(0, len(LOG)))
+@example(b"\xff" * 4, len(header()) + 8, len(header()) + 12)
+def test_any_bytes_give_typed_errors_alone(data: bytes, start: int, end: int) -> None:
+    """Bytes alone, and in the middle of a good log."""
+    for log in (data, LOG[:start] + data + LOG[end:]):
+        try:
+            check_boot_log(log, quote(), 0xFF)
+        except LogError:
+            continue
+        # What leads to the signed values extends the same, whatever else it says.
+        assert replay(parse_event_log(log), HashAlg.SHA256) == expected(HashAlg.SHA256, 3)

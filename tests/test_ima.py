@@ -1,0 +1,398 @@
+"""The IMA list's replay: true and tampered lists, in parts, violations, allow-lists, any bytes.
+
+The lists are made here from the kernel's own rules (template data, SHA-1, extend) with hashlib alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from provider_proxy.errors import LogError, UsageError
+from provider_proxy.ima import (
+    MAX_LINE_CHARS,
+    MAX_PARTS,
+    ImaReplay,
+    Outcome,
+    parse_entry,
+)
+from provider_proxy.model import HashAlg
+from provider_proxy.runtime_policy import parse_runtime_policy
+
+GOOD = hashlib.sha256(b"good").hexdigest()
+BAD = hashlib.sha256(b"bad").hexdigest()
+
+
+@dataclass(frozen=True)
+class Line:
+    """A measurement, as text and as what is hashed."""
+
+    text: str
+    data: bytes
+    violation: bool = False
+
+
+def field(data: bytes) -> bytes:
+    return struct.pack("<I", len(data)) + data
+
+
+def line(
+    path: str | bytes = "/usr/bin/true",
+    digest: str = GOOD,
+    *,
+    template: str = "ima-ng",
+    more: str | None = None,
+    violation: bool = False,
+    shown: str | None = None,
+    prefix: str = "sha256",
+) -> Line:
+    name = path if isinstance(path, bytes) else path.encode()
+    value = bytes(32).hex() if violation else digest
+    data = field(f"{prefix}:".encode() + b"\0" + bytes.fromhex(value)) + field(name + b"\0")
+    if more is not None:
+        data += field(bytes.fromhex(more))
+    sha1 = bytes(20).hex() if violation else hashlib.sha1(data).hexdigest()
+    text = f"10 {sha1} {template} {prefix}:{value} {shown or name.decode()}"
+    if more is not None:
+        text += f" {more}"
+    return Line(text, data, violation)
+
+
+def pcr10(lines: Sequence[Line], bank: HashAlg = HashAlg.SHA256) -> bytes:
+    value = bytes(bank.digest_bytes)
+    for one in lines:
+        extended = b"\xff" * len(value) if one.violation else bank.digest(one.data)
+        value = bank.digest(value + extended)
+    return value
+
+
+def text(lines: Sequence[Line]) -> str:
+    return "".join(one.text + "\n" for one in lines)
+
+
+def offer(replay: ImaReplay, part: str | None, entry: int, quoted: bytes) -> Outcome:
+    for _ in replay.offer(part, entry, quoted):
+        pass
+    return replay.outcome
+
+
+HOST = [
+    line("boot_aggregate"),
+    line("/usr/lib/systemd/systemd"),
+    line("/usr/bin/bash", template="ima-sig", more="030204deadbeef"),
+    line("/usr/bin/env", template="ima-sig", more=""),
+    line("/var/log/wtmp", violation=True),
+    line(".builtin_trusted_keys", template="ima-buf", more="00ff"),
+    line("/usr/bin/ls", template="ima-ngv2", prefix="ima:sha256"),
+    *(line(f"/opt/{n}", hashlib.sha256(b"%d" % n).hexdigest()) for n in range(600)),
+]
+
+
+@pytest.mark.parametrize("bank", list(HashAlg))
+def test_a_true_list_leads_to_the_signed_value(bank: HashAlg) -> None:
+    replay = ImaReplay(bank)
+    assert offer(replay, text(HOST), 0, pcr10(HOST, bank)) is Outcome.MATCHED
+    assert replay.next_entry == len(HOST)
+    assert replay.violations == 1
+
+
+def test_what_came_after_the_quote_is_left_for_later() -> None:
+    replay = ImaReplay(HashAlg.SHA256)
+    assert offer(replay, text(HOST), 0, pcr10(HOST[:5])) is Outcome.MATCHED
+    assert replay.next_entry == 5
+    assert offer(replay, text(HOST[5:]), 5, pcr10(HOST)) is Outcome.MATCHED
+    assert replay.next_entry == len(HOST)
+    assert offer(replay, "", len(HOST), pcr10(HOST)) is Outcome.MATCHED
+
+
+def test_an_empty_list_is_that_of_a_pcr_never_extended() -> None:
+    assert offer(ImaReplay(HashAlg.SHA256), "", 0, bytes(32)) is Outcome.MATCHED
+
+
+def test_a_long_list_comes_in_parts() -> None:
+    replay, quoted = ImaReplay(HashAlg.SHA256), pcr10(HOST)
+    for start in range(0, len(HOST), 100):
+        assert replay.outcome is Outcome.MORE
+        assert replay.next_entry == start
+        offer(replay, text(HOST[start : start + 100]), start, quoted)
+    assert replay.outcome is Outcome.MATCHED
+
+
+def test_a_list_without_end_is_refused() -> None:
+    replay = ImaReplay(HashAlg.SHA256)
+    for part in range(MAX_PARTS - 1):
+        assert offer(replay, text([line(f"/{part}")]), part, bytes(32 * [1])) is Outcome.MORE
+    with pytest.raises(LogError, match="does not lead"):
+        offer(replay, text([line("/last")]), MAX_PARTS - 1, bytes(32 * [1]))
+    assert replay.next_entry == 0
+
+
+def refused(replay: ImaReplay, part: str | None, entry: int, quoted: bytes) -> str:
+    """Ask on, with nothing more to be had, until it is refused."""
+    for _ in range(4):
+        now = part if replay.next_entry == entry else ""
+        try:
+            offer(replay, now, replay.next_entry, quoted)
+        except LogError as exc:
+            return str(exc)
+    raise AssertionError("it was not refused")
+
+
+TAMPERED: dict[str, list[Line]] = {
+    "left out": HOST[:3] + HOST[4:],
+    "put in": [*HOST[:3], line("/evil"), *HOST[3:]],
+    "exchanged": [*HOST[:3], HOST[4], HOST[3], *HOST[5:]],
+    "cut": HOST[:-1],
+    "another digest": [*HOST[:3], line("/usr/bin/env", BAD), *HOST[4:]],
+    "violation hidden": [*HOST[:4], line("/var/log/wtmp"), *HOST[5:]],
+    "violation feigned": [*HOST[:3], line("/usr/bin/env", violation=True), *HOST[4:]],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_tampered_list_is_refused(name: str) -> None:
+    replay = ImaReplay(HashAlg.SHA256)
+    assert "does not lead" in refused(replay, text(TAMPERED[name]), 0, pcr10(HOST))
+    assert replay.next_entry == 0  # the next answer must hold it whole
+    assert offer(replay, text(HOST), 0, pcr10(HOST)) is Outcome.MATCHED
+
+
+def test_a_path_renamed_in_the_text_is_seen_by_its_template_hash() -> None:
+    changed = HOST[1].text.replace("systemd", "harmless", 1)
+    with pytest.raises(LogError, match="not what was hashed"):
+        parse_entry(changed)
+
+
+def test_a_reboot_is_replayed_from_the_beginning() -> None:
+    replay = ImaReplay(HashAlg.SHA256)
+    offer(replay, text(HOST), 0, pcr10(HOST))
+    fresh = [line("boot_aggregate", BAD), line("/sbin/init")]
+    # The proxy sends the whole list where the entry asked for is beyond its end.
+    assert offer(replay, text(fresh), 0, pcr10(fresh)) is Outcome.MATCHED
+    assert replay.next_entry == 2
+    assert replay.violations == 0
+
+
+def test_a_reboot_with_a_longer_list_is_found_out() -> None:
+    replay = ImaReplay(HashAlg.SHA256)
+    offer(replay, text(HOST[:3]), 0, pcr10(HOST[:3]))
+    fresh = [line(f"/fresh/{n}") for n in range(10)]
+    quoted = pcr10(fresh)
+    assert offer(replay, text(fresh[3:]), 3, quoted) is Outcome.MORE
+    assert offer(replay, "", 10, quoted) is Outcome.MORE
+    assert replay.next_entry == 0
+    assert offer(replay, text(fresh), 0, quoted) is Outcome.MATCHED
+
+
+def test_a_list_from_elsewhere_is_refused() -> None:
+    replay = ImaReplay(HashAlg.SHA256)
+    with pytest.raises(LogError, match="does not begin"):
+        offer(replay, text(HOST[1:]), 1, pcr10(HOST))
+    with pytest.raises(LogError, match="no IMA list"):
+        offer(replay, None, 0, pcr10(HOST))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "",
+        "10",
+        "11 " + HOST[0].text[3:],
+        HOST[0].text.replace("ima-ng", "ima"),
+        HOST[0].text.replace("ima-ng", "evil-ng"),
+        HOST[0].text.replace("sha256:", "sha256"),
+        HOST[0].text.replace("sha256:", "sha256:zz"),
+        HOST[0].text + " more",
+        "10 00 ima-ng sha256:00 /x",
+        HOST[0].text + "x" * MAX_LINE_CHARS,
+    ],
+)
+def test_what_is_no_line_is_refused(bad: str) -> None:
+    with pytest.raises(LogError):
+        parse_entry(bad)
+    replay = ImaReplay(HashAlg.SHA256)
+    with pytest.raises(LogError):
+        offer(replay, bad + "\n", 0, bytes(32 * [1]))
+    assert replay.next_entry == 0
+
+
+def test_half_a_line_is_refused() -> None:
+    with pytest.raises(LogError, match="within a line"):
+        offer(ImaReplay(HashAlg.SHA256), text(HOST)[:-1], 0, pcr10(HOST))
+
+
+def test_names_that_are_no_utf_8() -> None:
+    odd = line(b"/tmp/\xff\xfe", shown="/tmp/\\xff\\xfe")
+    literal = line("/tmp/\\xff")
+    assert offer(ImaReplay(HashAlg.SHA256), text([odd, literal]), 0, pcr10([odd, literal])) is (
+        Outcome.MATCHED
+    )
+
+
+def test_a_signature_s_template_with_five_fields() -> None:
+    digest = bytes.fromhex(GOOD)
+    data = field(b"sha256:\0" + digest) + field(b"/x\0") + field(b"") + field(b"") + field(b"")
+    one = Line(f"10 {hashlib.sha1(data).hexdigest()} ima-modsig sha256:{GOOD} /x   ", data)
+    assert offer(ImaReplay(HashAlg.SHA256), text([one]), 0, pcr10([one])) is Outcome.MATCHED
+
+
+# --- allow-lists --------------------------------------------------------------------------------------
+
+
+def policy(**values: Any) -> bytes:
+    return json.dumps({"meta": {"version": 1}, "release": 0, **values}).encode()
+
+
+DIGESTS = {
+    "/usr/lib/systemd/systemd": [GOOD],
+    "/usr/bin/bash": [BAD, GOOD],
+    "/usr/bin/env": [GOOD],
+    "/usr/bin/ls": [GOOD],
+}
+WIDE: dict[str, Any] = {
+    "digests": DIGESTS,
+    "excludes": ["/opt/.*", "/var/log/"],
+    "keyrings": {".builtin_trusted_keys": [GOOD]},
+}
+
+
+def judged(**values: Any) -> str | None:
+    replay = ImaReplay(HashAlg.SHA256, parse_runtime_policy(policy(**values)))
+    try:
+        assert offer(replay, text(HOST), 0, pcr10(HOST)) is Outcome.MATCHED
+    except LogError as exc:
+        return str(exc)
+    return None
+
+
+def test_an_allow_list_that_fits() -> None:
+    assert judged(**WIDE) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"digests": {**DIGESTS, "/usr/bin/bash": [BAD]}}, "entry 2: /usr/bin/bash has the digest"),
+        ({"digests": {}}, "entry 1: /usr/lib/systemd/systemd is not in"),
+        ({"excludes": ["/opt/.*"]}, "entry 4: /var/log/wtmp is not in"),
+        (
+            {
+                "excludes": ["/opt/.*"],
+                "digests": {**DIGESTS, "/var/log/wtmp": ["00" * 32]},
+            },
+            "entry 4: /var/log/wtmp was written to",
+        ),
+        ({"excludes": ["/var/log/"]}, "entry 7: /opt/0 is not in"),
+        ({"keyrings": {}}, "entry 5: .builtin_trusted_keys is not in"),
+    ],
+)
+def test_an_allow_list_that_does_not(change: dict[str, Any], why: str) -> None:
+    assert why in (judged(**{**WIDE, **change}) or "")
+
+
+def test_ignored_keyrings_and_buffers() -> None:
+    assert judged(**{**WIDE, "keyrings": {}, "ima": {"ignored_keyrings": ["*"]}}) is None
+    assert judged(**{**WIDE, "keyrings": {}, "ima-buf": WIDE["keyrings"]}) is None
+
+
+def test_the_boot_aggregate_is_one_only_in_the_first_place() -> None:
+    lines = [line("boot_aggregate"), line("boot_aggregate", BAD)]
+    replay = ImaReplay(HashAlg.SHA256, parse_runtime_policy(policy(digests={})))
+    with pytest.raises(LogError, match="entry 1: boot_aggregate is not in"):
+        offer(replay, text(lines), 0, pcr10(lines))
+
+
+def test_what_is_not_allowed_is_not_forgotten() -> None:
+    replay = ImaReplay(HashAlg.SHA256, parse_runtime_policy(policy(digests={"/a": [GOOD]})))
+    lines = [line("/a"), line("/b")]
+    with pytest.raises(LogError, match="/b is not in"):
+        offer(replay, text(lines), 0, pcr10(lines))
+    assert replay.next_entry == 2
+    more = [*lines, line("/a")]
+    for part, quoted in (("", pcr10(lines)), (text(more[2:]), pcr10(more))):
+        with pytest.raises(LogError, match="/b is not in"):
+            offer(replay, part, 2, quoted)
+    fresh = [line("/a")]  # a reboot ends it
+    assert offer(replay, text(fresh), 0, pcr10(fresh)) is Outcome.MATCHED
+
+
+def test_a_line_that_is_not_proven_yet_is_not_judged() -> None:
+    replay = ImaReplay(HashAlg.SHA256, parse_runtime_policy(policy(digests={"/a": [GOOD]})))
+    lines = [line("/a"), line("/b")]
+    assert offer(replay, text(lines), 0, pcr10(lines[:1])) is Outcome.MATCHED
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"",
+        b"[]",
+        b"[" * 100_000,
+        policy(digests=[]),
+        policy(digests={"/a": GOOD}),
+        policy(digests={"/a": [1]}),
+        policy(digests={"/a": ["xyz"]}),
+        policy(excludes="x"),
+        policy(excludes=["("]),
+        policy(ima=[1]),
+        policy(ima={"ignored_keyrings": "x"}),
+        policy(ima={"dm_policy": {"rules": 1}}),
+        policy(**{"verification-keys": "key"}),
+        policy(allowlist={}),
+    ],
+)
+def test_what_is_no_runtime_policy_is_refused(bad: bytes) -> None:
+    with pytest.raises(UsageError):
+        parse_runtime_policy(bad)
+
+
+# --- any bytes ----------------------------------------------------------------------------------------
+
+WORDS = st.sampled_from(
+    ["10", "11", "00" * 20, "ima-ng", "ima-sig", "ima-modsig", f"sha256:{GOOD}", "/x", "", "\\x41"]
+)
+
+
+@given(
+    st.lists(st.text(max_size=40) | st.lists(WORDS, max_size=8).map(" ".join), max_size=6),
+    st.integers(0, 3),
+    st.sampled_from(list(HashAlg)),
+)
+def test_any_text_gives_typed_errors_alone(lines: list[str], entry: int, bank: HashAlg) -> None:
+    replay = ImaReplay(bank, parse_runtime_policy(policy(digests={})))
+    try:
+        outcome = offer(replay, "\n".join(lines), entry, bytes(bank.digest_bytes))
+    except LogError:
+        return
+    assert outcome is Outcome.MORE or replay.next_entry == 0
+
+
+@given(
+    st.binary(max_size=200)
+    | st.recursive(
+        st.none() | st.integers() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["digests", "excludes", "ima", "keyrings", "ignored_keyrings", "x"]
+                ),
+                inner,
+            )
+        ),
+        max_leaves=8,
+    ).map(lambda value: json.dumps(value).encode())
+)
+def test_any_runtime_policy_gives_typed_errors_alone(data: bytes) -> None:
+    with contextlib.suppress(UsageError):
+        parse_runtime_policy(data)

@@ -1,0 +1,162 @@
+"""Whom the watcher trusts: a registrar's record, checked and pinned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trio
+from fake_registrar import FakeRegistrar
+from soft_ek import Authority, SoftHost, ek_certificate, rsa_ek
+from test_bindings import FakeBook, register
+from watch_helpers import Rig
+
+from provider_proxy.errors import ConfigError, HostError
+from provider_proxy.soft_tpm import SoftTpm
+from provider_proxy.watch import State
+from provider_proxy.watch_config import parse_watch_config
+from provider_proxy.watch_registrars import KnownAks, Registrars
+from provider_proxy.watch_tables import HostRules
+
+VENDOR = Authority("vendor")
+AGENT = "host-17.example"
+VM = "0b8c5f0e-8f5a-4b7e-9d3c-2a1f6e5d4c3b"
+
+
+def config(directory: Path, **table: Any) -> dict[str, Any]:
+    made = {"url": FakeRegistrar.url, "ek_ca": str(directory / "cas")} | table
+    return {
+        "pins": str(directory / "pins"),
+        "registrars": {"mine": {k: v for k, v in made.items() if v is not None}},
+        "hosts": {
+            "h": {
+                "provider_ip": "192.0.2.1",
+                "insecure_any_state": True,
+                "registrar": "mine",
+                "uuid": AGENT,
+            }
+        },
+    }
+
+
+@pytest.fixture
+def book(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeBook:
+    """A registrar that is reached through any client of the watcher's."""
+    made = FakeBook()
+    (tmp_path / "cas").mkdir()
+    (tmp_path / "cas" / "vendor.pem").write_bytes(VENDOR.pem())
+
+    def client(**_settings: Any) -> httpx.AsyncClient:
+        return made.client()
+
+    monkeypatch.setattr("provider_proxy.watch_registrars.open_client", client)
+    return made
+
+
+def host_of(tpm: SoftTpm, number: int = 0, *, vouched: bool = True) -> SoftHost:
+    ek = rsa_ek(number)
+    return SoftHost(tpm=tpm, ek=ek, ek_cert=ek_certificate(VENDOR, ek) if vouched else None)
+
+
+async def judged(rig: Rig, directory: Path) -> State:
+    """One round, by a new watcher."""
+    registrars = Registrars(parse_watch_config(config(directory)))
+    rig.aks = KnownAks(registrars)  # type: ignore[assignment]
+    try:
+        return await rig.host(registrar="mine", uuid=AGENT, max_retries=0).round()
+    finally:
+        await registrars.aclose()
+
+
+async def test_a_registered_host_is_trusted_and_pinned(
+    tmp_path: Path, nursery: trio.Nursery, book: FakeBook
+) -> None:
+    rig = Rig(tmp_path)
+    rig.proxy.serve_in(nursery)
+    assert await judged(rig, tmp_path) is State.INVALID_QUOTE  # not registered
+    assert rig.reports[-1]["error"] == "NotRegisteredError"
+    assert not rig.proxy.asked
+    register(book, AGENT, host_of(rig.proxy.tpm))
+    assert await judged(rig, tmp_path) is State.TRUSTED
+    assert rig.reports[-1]["uuid"] == AGENT
+    assert (tmp_path / "pins" / "h.json").exists()
+    # A stranger replaces the record by that of a genuine TPM of his own.
+    book.ask("DELETE", f"/v2.6/agents/{AGENT}")
+    stranger = SoftTpm()
+    register(book, AGENT, host_of(stranger, 1))
+    rig.proxy.tpm = stranger
+    assert await judged(rig, tmp_path) is State.INVALID_QUOTE
+    assert rig.reports[-1]["error"] == "PinChangedError"
+
+
+async def test_an_ek_that_nobody_vouches_for_is_refused(
+    tmp_path: Path, nursery: trio.Nursery, book: FakeBook
+) -> None:
+    rig = Rig(tmp_path)
+    rig.proxy.serve_in(nursery)
+    register(book, AGENT, host_of(rig.proxy.tpm, vouched=False))
+    assert await judged(rig, tmp_path) is State.INVALID_QUOTE
+    assert rig.reports[-1]["error"] == "UntrustedEkError"
+
+
+async def test_a_registrar_that_is_away_fails_the_host(
+    tmp_path: Path, nursery: trio.Nursery, book: FakeBook
+) -> None:
+    rig = Rig(tmp_path)
+    rig.proxy.serve_in(nursery)
+
+    async def broken() -> None:
+        raise httpx.ConnectError("no route")
+
+    book.fake.before = broken
+    assert await judged(rig, tmp_path) is State.FAILED
+    assert rig.reports[-1]["error"] == "ReplyError"
+
+
+async def test_hosts_without_a_registrar_have_their_pins(tmp_path: Path, book: FakeBook) -> None:
+    registrars = Registrars(parse_watch_config(config(tmp_path)))
+    tpm = SoftTpm()
+    registrars.pins.pin("other", tpm.ak_public)
+    aks = KnownAks(registrars)
+    trust = await aks.trusted("other", HostRules(provider_ip="192.0.2.2"))
+    assert trust.host.ak.name == tpm.ak.name
+    assert not book.fake.calls
+    await registrars.aclose()
+
+
+@pytest.mark.parametrize(
+    ("table", "host", "why"),
+    [
+        ({"url": None}, {}, "url must be an https URL"),
+        ({"url": "http://registrar.example:8891"}, {}, "url must be an https URL"),
+        ({"ek_ca": None}, {}, "who vouches"),
+        ({"insecure_no_ek": True}, {}, "who vouches"),
+        ({"cert": "x"}, {}, "belong together"),
+        ({"x": 1}, {}, "is not a key"),
+        ({}, {"registrar": "yours"}, "is no"),
+        ({}, {"registrar": "mine", "uuid": "a/b"}, "uuid must be"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    tmp_path: Path, table: dict[str, Any], host: dict[str, Any], why: str
+) -> None:
+    data = config(tmp_path, **table)
+    data["hosts"]["h"] |= host
+    with pytest.raises(ConfigError, match=why):
+        parse_watch_config(data)
+
+
+def test_a_registrar_needs_the_host_s_id_there(tmp_path: Path) -> None:
+    data = config(tmp_path)
+    del data["hosts"]["h"]["uuid"]
+    with pytest.raises(ConfigError, match="registrar needs uuid"):
+        parse_watch_config(data)
+
+
+def test_a_bad_tls_file_of_a_registrar(tmp_path: Path) -> None:
+    (tmp_path / "cas").mkdir()
+    (tmp_path / "cas" / "vendor.pem").write_bytes(VENDOR.pem())
+    with pytest.raises(HostError, match=r"registrars\.mine"):
+        Registrars(parse_watch_config(config(tmp_path, ca=str(tmp_path / "none.pem"))))
