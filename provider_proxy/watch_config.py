@@ -169,6 +169,10 @@ def _check_host(key: str, rules: HostRules) -> None:
         )
     if judged and rules.insecure_any_state:
         raise ConfigError(f"{key}.insecure_any_state must not stand beside a policy")
+    if (rules.vm is None) != (rules.vm_ek is None):
+        raise ConfigError(f"{key}.vm and vm_ek belong together")
+    if rules.vm_confirmed and rules.vm is None:
+        raise ConfigError(f"{key}.vm_confirmed needs vm")
     if rules.registrar is not None and rules.uuid is None:
         raise ConfigError(f"{key}.registrar needs uuid, the host's id there")
     if rules.timeout_s > rules.max_age_s:

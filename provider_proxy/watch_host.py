@@ -306,6 +306,7 @@ class HostWatch:
                 now_s=trio.current_time(),
                 history=history,
                 bank=rules.bank,
+                vm=rules.vm,
                 ima_ml_entry=policy.ima_ml_entry,
             )
             request = challenge.request

@@ -6,14 +6,19 @@ mean nothing before the PCRs are verified. Policy files are the tenant's own and
 
 from __future__ import annotations
 
+import base64
+import binascii
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
+from uuid import UUID
 
-from provider_proxy.errors import EvidenceFormatError, PolicyError, UsageError
+from provider_proxy.errors import EvidenceFormatError, PolicyError, UsageError, VerificationError
 from provider_proxy.eventlog import BootPolicy, check_boot_log, parse_boot_policy
 from provider_proxy.files import read_trusted
 from provider_proxy.ima import IMA_PCR, ImaReplay, Outcome
+from provider_proxy.link import VtpmLink, ek_digest
 from provider_proxy.model import HashAlg, HostLogs, VerifiedQuote, mask_of
 from provider_proxy.policy import AllOf, PcrPolicy, Policy, UnsafeAcceptAny, parse_tpm_policy
 from provider_proxy.runtime_policy import RuntimePolicy, parse_runtime_policy
@@ -22,6 +27,7 @@ from provider_proxy.wire import parse_json_object
 
 T = TypeVar("T")
 
+MAX_PUBLIC_BYTES = 64 * 1024
 MAX_POLICY_BYTES = 1024 * 1024
 MAX_RUNTIME_POLICY_BYTES = 256 * 1024 * 1024  # ones of 20 MB are in use
 ANY_STATE_MASK = 1  # insecure_any_state asks for PCR 0, for a quote needs one
@@ -52,6 +58,16 @@ class PolicyFiles:
             return parse_boot_policy(data, bank=bank)
 
         return self._once(path, bank, MAX_POLICY_BYTES, parse, BootPolicy)
+
+    def link(self, vm: UUID, ek: Path, *, confirmed: bool) -> VtpmLink:
+        """The link of a VM to its host, the EK of its vTPM in a file. Raises: UsageError, HostError."""
+        data = read_trusted(ek, MAX_PUBLIC_BYTES)
+        with contextlib.suppress(binascii.Error):  # raw, then
+            data = base64.b64decode(data.strip(), validate=True)
+        try:
+            return VtpmLink(vm=vm, ek=ek_digest(data), confirmed=confirmed)
+        except VerificationError as exc:
+            raise UsageError(f"{ek}: {exc}") from exc
 
     def _once(
         self,
@@ -141,6 +157,8 @@ class HostPolicy:
         if rules.first_use_pcrs:
             self.first_use = FirstUsePolicy(rules.first_use_pcrs, known)
             policies.append(self.first_use)
+        if rules.vm is not None and rules.vm_ek is not None:
+            policies.append(files.link(rules.vm, rules.vm_ek, confirmed=rules.vm_confirmed))
         log_mask = self._uefi_mask | (1 << IMA_PCR if rules.ima else 0)
         if log_mask or rules.insecure_any_state:
             policies.append(UnsafeAcceptAny())  # the logs are judged after the PCRs, below

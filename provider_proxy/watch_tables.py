@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import UUID
 
 from provider_proxy.config_values import (
     Reader,
@@ -23,6 +24,7 @@ from provider_proxy.config_values import (
     read_path,
     read_pcrs,
     read_text,
+    read_uuid,
 )
 from provider_proxy.model import HashAlg, mask_of
 
@@ -166,9 +168,18 @@ class HostRules:
     boot_policy: Path | None = _key(
         read_path, None, "Digests that may be extended into a PCR, JSON; a file."
     )
+    vm: UUID | None = _key(
+        read_uuid, None, "VM that must be linked to the host; asked for with each quote."
+    )
+    vm_ek: Path | None = _key(
+        read_path, None, "EK of that VM's vTPM: TPM2B_PUBLIC, raw or base64; a file."
+    )
+    vm_confirmed: bool = _key(
+        read_flag, False, "Whether the host must have read that EK back from the VM's own vTPM."
+    )
 
 
-OWN_KEYS = ("provider_ip", "uuid", "pin")
+OWN_KEYS = ("provider_ip", "uuid", "pin", "vm", "vm_ek")
 """What two hosts cannot have in common, and `[defaults]` therefore not hold."""
 
 

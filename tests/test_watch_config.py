@@ -125,6 +125,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"hosts": {"h": {**HOST, "on_invalid": "ignore"}}}, "on_invalid must be one of"),
     ({"hosts": {"h": {**HOST, "bank": "md5"}}}, "bank must be one of"),
     ({"hosts": {"h": {**HOST, "pin": "../x"}}}, "pin must be a name"),
+    ({"hosts": {"h": {**HOST, "vm": "x"}}}, "vm must be a UUID"),
     ({"hosts": {"h": HOST}, "defaults": {"provider_ip": "192.0.2.1"}}, "belongs in"),
     ({"hosts": {"h": HOST}, "defaults": {"pin": "x"}}, "defaults.pin belongs in"),
     ({"hosts": {"h": HOST}, "webhook": {"url": "ftp://x"}}, "webhook.url must be"),

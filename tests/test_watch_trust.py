@@ -1,7 +1,8 @@
-"""Whom the watcher trusts: a registrar's record, checked and pinned."""
+"""Whom the watcher trusts: a registrar's record, checked and pinned; and the link of a VM's vTPM."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import httpx
 import pytest
 import trio
 from fake_registrar import FakeRegistrar
+from helpers import make_answer
 from soft_ek import Authority, SoftHost, ek_certificate, rsa_ek
 from test_bindings import FakeBook, register
-from watch_helpers import Rig
+from watch_helpers import FakeProxy, Rig, response
 
 from provider_proxy.errors import ConfigError, HostError
+from provider_proxy.link import ek_digest
+from provider_proxy.model import QuoteRequest
 from provider_proxy.soft_tpm import SoftTpm
 from provider_proxy.watch import State
 from provider_proxy.watch_config import parse_watch_config
@@ -137,6 +141,9 @@ async def test_hosts_without_a_registrar_have_their_pins(tmp_path: Path, book: F
         ({"x": 1}, {}, "is not a key"),
         ({}, {"registrar": "yours"}, "is no"),
         ({}, {"registrar": "mine", "uuid": "a/b"}, "uuid must be"),
+        ({}, {"vm": VM}, "vm and vm_ek belong together"),
+        ({}, {"vm_ek": "x"}, "vm and vm_ek belong together"),
+        ({}, {"vm_confirmed": True}, "vm_confirmed needs vm"),
     ],
 )
 def test_what_is_wrong_is_named(
@@ -160,3 +167,61 @@ def test_a_bad_tls_file_of_a_registrar(tmp_path: Path) -> None:
     (tmp_path / "cas" / "vendor.pem").write_bytes(VENDOR.pem())
     with pytest.raises(HostError, match=r"registrars\.mine"):
         Registrars(parse_watch_config(config(tmp_path, ca=str(tmp_path / "none.pem"))))
+
+
+# --- the link -----------------------------------------------------------------------------------------
+
+
+def claims(**changes: Any) -> bytes:
+    values = {
+        "vm": VM,
+        "eks": [{"alg": "rsa2048", "spki_sha256": ek_digest(vm_ek()).hex()}],
+        "running": True,
+        "confirmed": False,
+        "issuer": "delegate",
+        "migrated": False,
+        "generation": 1,
+        "registered_at": 1.0,
+    }
+    return json.dumps(values | changes).encode()
+
+
+def vm_ek() -> bytes:
+    return SoftHost(ek=rsa_ek(3)).ek_public
+
+
+@pytest.mark.parametrize(
+    ("changes", "rules", "error"),
+    [
+        ({}, {}, None),
+        ({"confirmed": True}, {"vm_confirmed": True}, None),
+        ({}, {"vm_confirmed": True}, "NotConfirmedError"),
+        ({"running": False}, {}, "VmNotRunningError"),
+        ({"eks": []}, {}, "EkNotLinkedError"),
+        ({"vm": "6f1d2c3b-4a5e-4c7d-8e9f-0a1b2c3d4e5f"}, {}, "ClaimsError"),
+        ({"running": 1}, {}, "LinkClaimsError"),
+    ],
+)
+async def test_the_link_is_judged(
+    tmp_path: Path,
+    nursery: trio.Nursery,
+    changes: dict[str, Any],
+    rules: dict[str, Any],
+    error: str | None,
+) -> None:
+    rig = Rig(tmp_path, proxy=FakeProxy())
+    rig.proxy.serve_in(nursery)
+
+    def answer(request: QuoteRequest) -> bytes:
+        assert str(request.vm) == VM
+        made = make_answer(rig.proxy.tpm, request, claims=claims(**changes))
+        return response(200, b"".join(made.body()))
+
+    rig.proxy.answer = answer
+    (tmp_path / "ek").write_bytes(vm_ek())
+    data = {"provider_ip": "192.0.2.1", "insecure_any_state": True, "vm": VM}
+    parsed = parse_watch_config({"hosts": {"h": {**data, "vm_ek": str(tmp_path / "ek"), **rules}}})
+    host = rig.host(vm=parsed.hosts["h"].vm, vm_ek=parsed.hosts["h"].vm_ek, **rules)
+    expected = State.TRUSTED if error is None else State.INVALID_QUOTE
+    assert await host.round() is expected
+    assert rig.reports[-1]["error"] == error
