@@ -5,6 +5,7 @@
          ├─ doors               a listener each; a task a connection
          ├─ registrations       a task a tenant's registrar; none keeps READY or a quote waiting
          ├─ watchdog            ends the process where a TPM command hangs
+         ├─ unit_status         a line for `systemctl status`
          └─ signals             SIGTERM and SIGINT begin the drain, SIGHUP reloads
 
 Up: TPM and keys, then listeners, then READY. Down: STOPPING; new requests get 503 and a closed
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 
 import trio
 
-from provider_proxy import assembly, http1, listeners, sysd, watchdog
+from provider_proxy import assembly, http1, listeners, sysd, unit_status, watchdog
 from provider_proxy.admin import AdminDoor
 from provider_proxy.assembly import OpenIssuer, OpenQuoter
 from provider_proxy.batcher import Batcher
@@ -72,6 +73,7 @@ async def run(
     inherited = sysd.take_listen_sockets()
     adopted = listeners.adopt_listeners(inherited, context)
     metrics = Metrics()
+    sysd.notify_status(unit_status.OPENING)
     async with (
         open_quoter(config, metrics) as quoter,
         open_keeper(
@@ -147,6 +149,9 @@ async def run(
                 with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                     task_status.started(started)
                     sysd.notify("READY=1")
+                    nursery.start_soon(
+                        unit_status.run, recent, quoter, lambda: batcher.queue.waiting
+                    )
                     async with trio.open_nursery() as doors:
                         for listener in open_doors:
                             doors.start_soon(_accept, tenants, listener)

@@ -117,6 +117,11 @@ class Recent:
             )
         )
 
+    @property
+    def last(self) -> PastBatch | None:
+        """The newest batch; None before the first."""
+        return self._batches[-1] if self._batches else None
+
     def count(self, tenant: str, reason: str) -> None:
         """Count what became of a tenant's request: "ok", or the name of an error's class."""
         minute = int(self._monotonic()) // 60

@@ -1,6 +1,6 @@
-"""systemd's two protocols: readiness notification and socket activation.
+"""systemd's protocols: notification, watchdog and socket activation.
 
-Source: sd_notify(3) and sd_listen_fds(3). Without systemd both are silent.
+Source: sd_notify(3), sd_watchdog_enabled(3) and sd_listen_fds(3). Without systemd all are silent.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ def notify(state: str) -> None:
             sock.send(state.encode("utf-8"))
         except OSError:
             return  # a manager that went away must not take the service with it
+
+
+def notify_status(line: str) -> None:
+    """Set the line that `systemctl status` shows; line feeds in it are blanks."""
+    notify("STATUS=" + line.replace("\n", " "))
 
 
 def watchdog_s() -> float:

@@ -1,7 +1,8 @@
-"""Ends the process where a TPM command hangs, and tells systemd's watchdog that the loop is alive.
+"""Ends the process where a TPM command hangs, and tells systemd's watchdog that loop and chip live.
 
 A thread that waits in a TPM driver cannot be ended; the process can, and systemd starts it again. A chip
-that answers errors, or is not asked at all, is no reason: only a command in flight counts.
+that answers errors, or is not asked at all, is no reason: only a command in flight counts. systemd
+hears nothing while one hangs, nor while trio's loop does not come round to this task.
 """
 
 from __future__ import annotations
@@ -51,6 +52,6 @@ async def run(
         if quoter.in_flight_s > hang_limit_s:
             log.critical("a TPM command has been in flight for over %g s; ending", hang_limit_s)
             end_process()
-        if wanted_s < math.inf:
+        elif wanted_s < math.inf:
             sysd.notify("WATCHDOG=1")
         await trio.sleep(interval)

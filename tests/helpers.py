@@ -469,24 +469,37 @@ class NotifySocket:
 
     Attributes:
         alive: how often the watchdog was heard.
+        status: the lines for `systemctl status`, and when they came (monotonic).
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.alive = 0
+        self.status: list[tuple[str, float]] = []
         self.sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     async def open(self) -> None:
         await self.sock.bind(str(self.path))
 
     async def next(self) -> str:
-        """The next message; the watchdog's are left out."""
+        """The next message; the watchdog's and the status lines are counted, and left out."""
         with trio.fail_after(LIMIT_S):
             while True:
                 message = (await self.sock.recv(4096)).decode("utf-8")
-                if message != "WATCHDOG=1":
+                if message == "WATCHDOG=1":
+                    self.alive += 1
+                elif message.startswith("STATUS="):
+                    self.status.append((message.removeprefix("STATUS="), time.monotonic()))
+                else:
                     return message
-                self.alive += 1
+
+    async def ping(self) -> None:
+        """Wait for the watchdog's next message; nothing but status lines may come before it."""
+        while True:
+            message = (await self.sock.recv(4096)).decode("utf-8")
+            if message == "WATCHDOG=1":
+                return
+            assert message.startswith("STATUS="), message
 
 
 @dataclass(slots=True, kw_only=True)

@@ -49,7 +49,7 @@ PROVIDER = (
     *("quotas", "batcher", "http_messages", "http1", "tenants", "server", "listeners"),
     *("registrar_client", "registration_state", "registration", "registrations"),
     *("status", "admin"),
-    *("pki", "watchdog", "reload", "assembly", "daemon"),
+    *("pki", "watchdog", "unit_status", "reload", "assembly", "daemon"),
 )
 PROGRAMS = ("bench.*", "cli.*", "__main__")
 ORDER = (*PURE, *SHARED, *TENANT, *PROVIDER, *PROGRAMS)

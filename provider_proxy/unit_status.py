@@ -1,0 +1,65 @@
+"""The line that `systemctl status` shows: what the last batch was, and how many wait.
+
+A task of the daemon's looks once a second and tells only what has changed, so that systemd reads one
+datagram a second at most, however many batches there are. It judges nothing: see `watchdog` for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import trio
+
+from provider_proxy import sysd
+from provider_proxy.recent import OK, PastBatch
+
+TELL_EVERY_S = 1.0
+MAX_TROUBLE_CHARS = 200  # of the TPM's own words; a status is one line
+OPENING = "opening the TPM and its keys"
+
+
+class Past(Protocol):
+    """What was done."""
+
+    @property
+    def last(self) -> PastBatch | None:
+        """The newest batch; None before the first."""
+        ...
+
+
+class Chip(Protocol):
+    """What a quoter tells of its chip."""
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no quote can be had now; None while one can."""
+        ...
+
+
+def status_line(last: PastBatch | None, waiting: int, trouble: str | None) -> str:
+    """One line: trouble of the chip, else the last batch; and how many wait."""
+    if trouble is not None:
+        what = "no quotes: " + " ".join(trouble.split())[:MAX_TROUBLE_CHARS]
+    elif last is None:
+        what = "no batch yet"
+    else:
+        leaves = "1 leaf" if last.leaves == 1 else f"{last.leaves} leaves"
+        done = f"in {last.quote_ms:.0f} ms" if last.outcome == OK else f"refused, {last.outcome}"
+        what = f"batch {last.number}: {leaves} {done}"
+    return f"{what}; {waiting} waiting"
+
+
+async def run(past: Past, chip: Chip, waiting: Callable[[], int]) -> None:
+    """Tell until cancelled.
+
+    Args:
+        waiting: how many requests wait for a batch.
+    """
+    told = ""
+    while True:
+        line = status_line(past.last, waiting(), chip.trouble)
+        if line != told:
+            sysd.notify_status(line)
+            told = line
+        await trio.sleep(TELL_EVERY_S)
