@@ -15,11 +15,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from provider_proxy.errors import ConfigError
+from provider_proxy.files import credentials_directory
 from provider_proxy.model import PCR_COUNT, HashAlg, mask_of
 
 Reader = Callable[[str, Any], Any]
 
 PERSISTENT_HANDLES = range(0x81000000, 0x82000000)
+CREDENTIAL = "credential:"
+CREDENTIAL_NAME_RE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}", re.ASCII)
 IDENTITY_RE = re.compile(
     r"spiffe://[^\s]{1,2000}|dns:[a-z0-9._-]{1,253}|email:[^\s]{3,254}|cn:[^\n]{1,64}"
     r"|sha256:[0-9a-f]{64}|uid:[0-9]{1,10}"
@@ -77,8 +80,13 @@ def read_flag(key: str, value: object) -> bool:
 
 
 def read_path(key: str, value: object) -> Path:
-    """A path, not empty."""
+    """A path, not empty; "credential:NAME" is a credential of the unit's."""
     text = read_text(key, value)
+    if text.startswith(CREDENTIAL):
+        name = text.removeprefix(CREDENTIAL)
+        if not CREDENTIAL_NAME_RE.fullmatch(name):
+            raise fail(key, "a path; credential:NAME takes letters, digits, '.', '_' and '-'")
+        return credentials_directory() / name
     if not text or "\0" in text:
         raise fail(key, "a path")
     return Path(text)

@@ -10,6 +10,7 @@ from pathlib import Path
 from provider_proxy.errors import HostError, UsageError
 
 MAX_SECRET_BYTES = 4096
+UNIT_CREDENTIALS = Path("/run/credentials/provider-proxy.service")  # systemd.exec(5)
 
 
 def read_file(path: Path, limit: int) -> bytes:
@@ -121,6 +122,15 @@ class FileLock:
             self._fd = None
 
 
+def credentials_directory() -> Path:
+    """Where systemd puts the unit's credentials: $CREDENTIALS_DIRECTORY.
+
+    Outside the unit, as for a command on the daemon's configuration, it is where the unit has them.
+    """
+    path = Path(os.environ.get("CREDENTIALS_DIRECTORY", ""))
+    return path if path.is_absolute() else UNIT_CREDENTIALS
+
+
 def read_secret(key: str, path: Path | None) -> bytes:
     """Read a secret by its path, without a final newline; empty where there is no path.
 
@@ -132,7 +142,10 @@ def read_secret(key: str, path: Path | None) -> bytes:
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o077:
+            # systemd gives a credential to the unit's user by an ACL, whose mask stands in the
+            # place of the group's bits.
+            others = 0o007 if path.parent == credentials_directory() else 0o077
+            if not stat.S_ISREG(status.st_mode) or status.st_mode & others:
                 raise HostError(f"{key}: {path} must be a plain file that only its owner can read")
             return file.read(MAX_SECRET_BYTES).removesuffix(b"\n")
     except OSError as exc:

@@ -181,6 +181,10 @@ BAD: list[tuple[str, str, str]] = [
     ("listen.tls_key", "true", TEXT),
     ("listen.client_ca", '""', PATH),
     ("listen.client_crl", "1", TEXT),
+    ("listen.client_crl", '"credential:"', PATH),
+    ("listen.client_crl", '"credential:../crl"', PATH),
+    ("listen.client_crl", '"credential:.crl"', PATH),
+    ("listen.client_crl", '"credential:a/crl"', PATH),
     ("listen.insecure_plaintext", "1", FLAG),
     ("listen.insecure_plaintext", '"yes"', FLAG),
     ("admin.address", '"9100"', ADDRESS),
@@ -795,3 +799,42 @@ def test_no_vtpms_beside_a_keylime_agent() -> None:
     agent = dataclasses.replace(config.quoter, kind="keylime-agent")
     with pytest.raises(ConfigError, match=r"vtpm\.enabled needs"):
         config_whole._check_whole(dataclasses.replace(config, quoter=agent))
+
+
+# --- credentials ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("directory", "path"),
+    [
+        ("/run/credentials/x.service", "/run/credentials/x.service/secret_tls.key"),
+        (None, "/run/credentials/provider-proxy.service/secret_tls.key"),
+        ("", "/run/credentials/provider-proxy.service/secret_tls.key"),
+        ("relative", "/run/credentials/provider-proxy.service/secret_tls.key"),
+    ],
+)
+def test_a_credential_is_a_path(
+    monkeypatch: pytest.MonkeyPatch, directory: str | None, path: str
+) -> None:
+    if directory is None:
+        monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    else:
+        monkeypatch.setenv("CREDENTIALS_DIRECTORY", directory)
+    text = '[listen]\ntls_cert = "/c"\ntls_key = "credential:secret_tls.key"\n'
+    assert parse_config(tomllib.loads(text)).listen.tls_key == Path(path)
+
+
+def test_a_credential_s_group_bits_are_the_mask_of_its_acl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd makes them 0440 root:root, with an ACL for the unit's user."""
+    path = tmp_path / "secret_owner"
+    path.write_text("password\n")
+    path.chmod(0o440)
+    with pytest.raises(HostError, match="only its owner can read"):
+        read_secret("tpm.owner_auth_file", path)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert read_secret("tpm.owner_auth_file", path) == b"password"
+    path.chmod(0o444)
+    with pytest.raises(HostError, match="only its owner can read"):
+        read_secret("tpm.owner_auth_file", path)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from helpers import (
     Certs,
     command,
     connect,
+    free_port,
     is_alive,
     make_certs,
     plain_toml,
@@ -169,8 +170,6 @@ def test_without_a_manager_there_are_none(monkeypatch: pytest.MonkeyPatch) -> No
 
 # --- the daemon on sockets of systemd's -------------------------------------------------------------
 
-ACTIVATE_TOOL = shutil.which("systemd-socket-activate")
-
 
 def inherited(sock: socket.socket) -> tuple[list[str], tuple[int, ...]]:
     """A launcher that hands over one socket, and the file descriptors that it needs itself."""
@@ -228,26 +227,38 @@ async def test_inherited_sockets_speak_tls_where_it_is_set(tmp_path: Path, certs
 
 @pytest.mark.real
 async def test_started_by_the_first_connection(tmp_path: Path) -> None:
-    """By systemd's own tool where it is installed; by its stand-in above where it is not."""
-    path = tmp_path / "door"
+    """By systemd's own tool, which waits with the sockets and hands them over."""
+    path, port = tmp_path / "door", free_port()
+    listen = ["-l", str(path), "-l", f"127.0.0.1:{port}", "--fdname=door:more"]
+    launcher = ["systemd-socket-activate", "-E", "NOTIFY_SOCKET", *listen]
     toml = plain_toml(tmp_path / "s")
-    with contextlib.ExitStack() as stack:
-        if ACTIVATE_TOOL is not None:
-            launcher = [ACTIVATE_TOOL, "-E", "NOTIFY_SOCKET", "-l", str(path)]
-            fds: tuple[int, ...] = ()
-        else:
-            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
-            sock.bind(str(path))
-            sock.listen()
-            launcher, fds = inherited(sock)
-        async with serving(tmp_path, toml, launcher=launcher, pass_fds=fds, lazy=True) as serve:
-            await until(path.is_socket, "the socket")
-            async with connect(f"unix:{path}") as wire:
-                assert (await wire.get("/version")).status == 200
+    async with serving(tmp_path, toml, launcher=launcher, lazy=True) as serve:
+        await until(path.is_socket, "the socket")
+        async with connect(f"unix:{path}") as wire:
+            assert (await wire.get("/version")).status == 200  # it waited for the daemon
             assert await serve.notify.next() == "READY=1"
-            assert await serve.stop(signal.SIGTERM) == 0
-            assert await serve.notify.next() == "STOPPING=1"
+            assert serve.addresses == [f"unix:{path}", f"127.0.0.1:{port}"]
+            asker = Asker(await trusted_ak(f"127.0.0.1:{port}"))
+            await quote_over(wire, asker)
+            async with connect(f"127.0.0.1:{port}") as other:
+                await quote_over(other, asker)
+        assert await serve.stop(signal.SIGTERM) == 0
+        assert await serve.notify.next() == "STOPPING=1"
     assert path.is_socket()
+
+
+@pytest.mark.real
+async def test_a_reload_is_told_with_its_time(tmp_path: Path) -> None:
+    """As Type=notify-reload demands: RELOADING with the clock's time, then READY."""
+    async with serving(tmp_path, plain_toml(tmp_path / "s")) as serve:
+        before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        serve.process.send_signal(signal.SIGHUP)
+        first, _, second = (await serve.notify.next()).partition("\n")
+        assert first == "RELOADING=1"
+        name, _, usec = second.partition("=")
+        assert name == "MONOTONIC_USEC"
+        assert before <= int(usec) <= time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        assert await serve.notify.next() == "READY=1"
 
 
 @pytest.mark.real

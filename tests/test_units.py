@@ -1,0 +1,133 @@
+"""The systemd units as systemd's own tools see them: no complaint, a bound on the exposure, users and
+files as they should be. What runs under them is tried where systemd runs: `make test-kvm`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.real
+
+SYSTEMD = Path(__file__).resolve().parents[1] / "systemd"
+SERVICE = SYSTEMD / "provider-proxy.service"
+MAX_EXPOSURE = 13  # tenths; a TPM, tenants outside and unix sockets' users make up what is left
+LIMIT_S = 60
+
+
+def tool(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, words)), capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+
+
+@pytest.fixture
+def units(tmp_path: Path) -> list[Path]:
+    """Copies whose program exists on this machine."""
+    copies = []
+    for path in sorted(SYSTEMD.glob("provider-proxy.*")):
+        copies.append(tmp_path / path.name)
+        text = path.read_text().replace("/usr/bin/provider-proxy", sys.executable)
+        copies[-1].write_text(text)
+    assert [path.suffix for path in copies] == [".service", ".socket"]
+    return copies
+
+
+def test_systemd_has_no_complaint(units: list[Path]) -> None:
+    done = tool("systemd-analyze", "verify", "--man=no", *units)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def exposures(service: Path) -> dict[str, float]:
+    """What systemd finds fault with, and how much."""
+    done = tool("systemd-analyze", "security", "--offline=true", "--json=short", service)
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return {row["json_field"]: float(row["exposure"]) for row in rows if row["exposure"]}
+
+
+def test_exposure_is_within_its_bound(units: list[Path]) -> None:
+    words = ("systemd-analyze", "security", "--offline=true", "--no-pager")
+    bound = f"--threshold={MAX_EXPOSURE}"
+    done = tool(*words, bound, units[0])
+    assert done.returncode == 0, done.stdout
+    assert tool(*words, f"--threshold={MAX_EXPOSURE - 1}", units[0]).returncode != 0
+
+
+def test_what_is_left_of_the_exposure_is_what_the_daemon_is_for(units: list[Path]) -> None:
+    assert set(exposures(units[0])) == {
+        "RootDirectoryOrRootImage",  # the TPM's libraries are the host's
+        "PrivateDevices",  # would hide the TPM
+        "DeviceAllow",
+        "RestrictAddressFamilies_AF_UNIX",  # notification, admin, hooks
+        "RestrictAddressFamilies_AF_INET_INET6",  # tenants, registrars
+        "PrivateNetwork",
+        "IPAddressDeny",
+        "PrivateUsers",  # would hide who a unix socket's user is
+    }
+
+
+def test_every_hardening_group_says_what_it_breaks() -> None:
+    groups = re.split(r"^# --- ", SERVICE.read_text(), flags=re.MULTILINE)[1:]
+    assert len(groups) >= 7
+    for group in groups:
+        comment = re.match(r"(?:.*\n#)*.*\n", group)
+        assert comment is not None
+        assert "Breaks:" in comment[0]
+
+
+def test_user_and_group_are_made(tmp_path: Path) -> None:
+    folder = tmp_path / "usr/lib/sysusers.d"
+    folder.mkdir(parents=True)
+    (tmp_path / "etc").mkdir()
+    shutil.copy(SYSTEMD / "sysusers.d/provider-proxy.conf", folder)
+    done = tool("systemd-sysusers", f"--root={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    users = entries(tmp_path / "etc/passwd")
+    assert users["provider-proxy"][-2:] == ["/var/lib/provider-proxy", "/usr/sbin/nologin"]
+    assert entries(tmp_path / "etc/group")["tss"][-1] == "provider-proxy"
+
+
+def entries(path: Path) -> dict[str, list[str]]:
+    """The lines of passwd(5) or group(5), by name."""
+    return {line.split(":")[0]: line.split(":") for line in path.read_text().splitlines()}
+
+
+def test_the_logs_become_the_group_s_and_the_secrets_root_s(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("giving files away takes root")
+    for folder in ("usr/lib/tmpfiles.d", "etc"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\n")
+    (tmp_path / "etc/group").write_text("root:x:0:\nprovider-proxy:x:4321:\n")
+    logs = [
+        tmp_path / "sys/kernel/security" / name
+        for name in (
+            "integrity/ima/ascii_runtime_measurements",
+            "integrity/ima/ascii_runtime_measurements_sha256",
+            "tpm0/binary_bios_measurements",
+        )
+    ]
+    for path in logs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o400)
+    other = tmp_path / "sys/kernel/security/integrity/ima/policy"
+    other.touch(mode=0o600)
+    shutil.copy(SYSTEMD / "tmpfiles.d/provider-proxy.conf", tmp_path / "usr/lib/tmpfiles.d")
+    done = tool("systemd-tmpfiles", f"--root={tmp_path}", "--create", "provider-proxy.conf")
+    assert done.returncode == 0, done.stderr
+    for path in logs:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o440
+        assert (path.stat().st_uid, path.stat().st_gid) == (0, 4321)
+    assert stat.S_IMODE(other.stat().st_mode) == 0o600
+    secrets = (tmp_path / "etc/provider-proxy/secrets").stat()
+    assert (stat.S_IMODE(secrets.st_mode), secrets.st_uid, secrets.st_gid) == (0o700, 0, 0)
+    config = (tmp_path / "etc/provider-proxy").stat()
+    assert (stat.S_IMODE(config.st_mode), config.st_gid) == (0o750, 4321)
