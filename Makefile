@@ -6,6 +6,9 @@
 # make test-libvirt  the vTPM link with a real libvirt (root; libvirt-daemon-system, qemu-system-x86)
 # make soak      faults of all kinds in random order, for ten minutes (SOAK_SECONDS=600)
 # make bench     the figures of this machine
+# make man       the manual pages and the shells' completion, into build/
+# make deb       the Debian package, into dist/, looked at by lintian
+# make test-deb  that package installed, started, asked, upgraded and purged, in a copy of this system (root)
 #
 # sudo is used only where this is not root and a Debian package is missing.
 
@@ -18,12 +21,13 @@ WHEEL_VENV := .venv-wheel
 DEBIAN := swtpm swtpm-tools tpm2-tools libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv util-linux openssl systemd
 # For the tests alone: a browser for the status page.
 DEBIAN_TESTS := chromium chromium-driver
+DEBIAN_BUILD := debhelper dpkg-dev fakeroot lintian
 PROMTOOL := .promtool/usr/bin/promtool
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 missing = $(shell for p in $(1); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done)
 SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: install system browser promtool keylime demo test test-libvirt check format lint types wheel soak bench clean
+.PHONY: install system system-deb browser promtool keylime demo test test-libvirt check format lint types wheel soak bench man deb test-deb clean
 
 install: $(STAMP)
 
@@ -108,6 +112,20 @@ soak: install
 
 bench: install
 	$(BIN)/provider-proxy bench quotes --json
+
+man: install
+	$(BIN)/python packages/manpages.py build/man
+	$(BIN)/python packages/completion.py build/completion
+
+system-deb:
+	$(call into_system,$(DEBIAN_BUILD))
+
+deb: system-deb install
+	packages/build-deb.sh dist
+	lintian --fail-on error,warning --allow-root dist/provider-proxy_*.deb
+
+test-deb: deb
+	packages/test-deb.sh dist/provider-proxy_*.deb
 
 clean:
 	rm -rf .promtool $(VENV) $(WHEEL_VENV) $(KEYLIME_VENV) $(KEYLIME_VENV)-agent dist build *.egg-info

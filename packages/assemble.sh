@@ -1,0 +1,39 @@
+#!/bin/sh
+# assemble.sh PYTHON DIRECTORY: the daemon and all that it needs as a virtual environment that will be
+# at /usr/lib/provider-proxy, whatever DIRECTORY is now.
+#
+# The versions are those of constraints.txt. Nothing in it depends on when or where it was built.
+set -eu
+python=$1
+mkdir -p "$2"
+app=$(cd "$2" && pwd)
+tools=$(mktemp -d)
+trap 'rm -rf "$tools"' EXIT
+
+"$python" -m venv "$tools/venv"
+"$python" -m venv --without-pip "$app"
+# No debugging information, so that no path of this machine is in the one package that is compiled here.
+CFLAGS="-g0 -O2 -ffile-prefix-map=$tools=." LDFLAGS="-Wl,--build-id=none" \
+    "$tools/venv/bin/python" -m pip --disable-pip-version-check --python "$app/bin/python3" \
+    install -q --no-compile -c constraints.txt '.[host]'
+
+# The one command is the launcher's; what else there is would have this machine's paths.
+find "$app/bin" -mindepth 1 ! -name 'python3*' -delete
+rm -rf "$app/include" "$app/share" "$app"/lib64
+ln -sf "$python" "$app/bin/python3"
+find "$app/bin" -mindepth 1 ! -name python3 -delete
+site=$(echo "$app"/lib/python3*/site-packages)
+printf 'home = /usr/bin\ninclude-system-site-packages = false\nversion = %s\n' \
+    "$("$python" -c 'import platform; print(platform.python_version())')" > "$app/pyvenv.cfg"
+# dpkg keeps the list of files; the others say where pip found its wheels.
+rm -f "$site"/*.dist-info/RECORD "$site"/*.dist-info/REQUESTED "$site"/*.dist-info/direct_url.json
+# Tests and sources of the packages' own.
+find "$site" -depth -type d \( -name tests -o -name _tests -o -name __pycache__ \) -exec rm -rf {} +
+find "$site" \( -name '*.c' -o -name '*.h' -o -name '*.pyx' \) -delete
+find "$site" -type f -name '*.py' -exec sed -i '1{/^#!/s/.*/#/}' {} +  # modules, not programs
+find "$site" -type f -exec chmod 644 {} +
+find "$site" -type f -name '*.so*' -exec strip --strip-unneeded --remove-section=.comment {} +
+# Read-only for the daemon, so compiled now: by content, not by time, and by names that are the host's.
+# By its own interpreter: merklelib's sources are in an encoding that a package in there brings.
+(cd "$site" && "$app/bin/python3" -m compileall -q -j 1 --invalidation-mode unchecked-hash \
+    -s . -p "/usr/lib/provider-proxy/lib/$(basename "$(dirname "$site")")/site-packages" .)
