@@ -93,10 +93,11 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-# The wheel as a tenant gets it: nothing but cryptography beside it.
+# The wheel as a tenant gets it, built from the source distribution: nothing but cryptography beside it.
 wheel: install
 	rm -rf dist $(WHEEL_VENV)
 	$(BIN)/python -m build --outdir dist . >/dev/null
+	$(BIN)/python packages/check_dists.py dist
 	$(PYTHON) -m venv $(WHEEL_VENV)
 	$(WHEEL_VENV)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt dist/*.whl
 	cd tests/vectors && ../../$(WHEEL_VENV)/bin/python ../wheel_smoke.py

@@ -14,6 +14,8 @@ else
 fi
 export SOURCE_DATE_EPOCH
 umask 022
+# What is compiled here is compiled with our flags: no wheel that pip made earlier for somebody else.
+export PIP_CACHE_DIR="$PWD/build/pip-cache"
 
 tree=build/deb/provider-proxy-$version
 rm -rf build/deb
