@@ -9,6 +9,7 @@
 # make man       the manual pages and the shells' completion, into build/
 # make deb       the Debian package, into dist/, looked at by lintian
 # make test-deb  that package installed, started, asked, upgraded and purged, in a copy of this system (root)
+# make test-kvm  the same in a virtual machine with a TPM, IMA and systemd, rebooted as well (root; 10 minutes)
 #
 # sudo is used only where this is not root and a Debian package is missing.
 
@@ -22,12 +23,13 @@ DEBIAN := swtpm swtpm-tools tpm2-tools libtss2-dev gcc libc6-dev pkg-config pyth
 # For the tests alone: a browser for the status page.
 DEBIAN_TESTS := chromium chromium-driver
 DEBIAN_BUILD := debhelper dpkg-dev fakeroot lintian
+DEBIAN_KVM := e2fsprogs mmdebstrap ovmf qemu-system-x86
 PROMTOOL := .promtool/usr/bin/promtool
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 missing = $(shell for p in $(1); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done)
 SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: install system system-deb browser promtool keylime demo test test-libvirt check format lint types wheel soak bench man deb test-deb clean
+.PHONY: install system system-deb browser promtool keylime demo test test-libvirt check format lint types wheel soak bench man deb test-deb system-kvm test-kvm clean
 
 install: $(STAMP)
 
@@ -127,6 +129,13 @@ deb: system-deb install
 
 test-deb: deb
 	packages/test-deb.sh dist/provider-proxy_*.deb
+
+system-kvm:
+	$(call into_system,$(DEBIAN_KVM))
+
+# The first time it fetches a Debian by this machine's apt sources, into build/kvm.
+test-kvm: system-kvm deb
+	$(SUDO) $(BIN)/python packages/test_kvm.py dist/provider-proxy_*.deb
 
 clean:
 	rm -rf .promtool $(VENV) $(WHEEL_VENV) $(KEYLIME_VENV) $(KEYLIME_VENV)-agent dist build *.egg-info
