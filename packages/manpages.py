@@ -21,6 +21,7 @@ from pathlib import Path
 
 from provider_proxy import config_tables
 from provider_proxy.cli import main as cli
+from provider_proxy.config_values import as_toml
 from provider_proxy.daemon import program_version
 
 PROSE = Path(__file__).with_name("man")
@@ -120,23 +121,10 @@ def keys(kind: type) -> Iterator[str]:
     for field in dataclasses.fields(kind):
         if "doc" in field.metadata:
             yield from (".TP", rf"\fB{escape(field.name)}\fR")
-            default = as_toml(field.default)
-            yield escape(field.metadata["doc"] + (f" Default: {default}." if default else ""))
-
-
-def as_toml(value: object) -> str:
-    """A default that reads well in one line; empty for the others."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, int):
-        return hex(value) if value >= 1 << 16 else str(value)
-    if isinstance(value, str | Path):
-        return f'"{value}"'
-    if isinstance(value, tuple) and value and all(isinstance(item, str) for item in value):
-        return ", ".join(f'"{item}"' for item in value)
-    return ""
+            text = field.metadata["doc"]
+            if field.default is not None:
+                text += f" Default: {as_toml(field.metadata['read'], field.default)}."
+            yield escape(text)
 
 
 # --- parts of a page --------------------------------------------------------------------------------

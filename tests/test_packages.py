@@ -10,13 +10,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from provider_proxy import config_tables
+from provider_proxy import config, config_tables
 from provider_proxy.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +27,9 @@ LIMIT_S = 60
 
 def load(name: str) -> ModuleType:
     """A script of the packages' folder."""
-    spec = importlib.util.spec_from_file_location(f"packages_{name}", ROOT / f"packages/{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"packages_{Path(name).name}", ROOT / f"packages/{name}.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -196,3 +200,49 @@ def test_shells_can_read_their_scripts(shell: str, words: list[str], tmp_path: P
     path.write_text(SCRIPTS[shell])
     done = run(shell, *words, path)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- the Debian package -----------------------------------------------------------------------------
+
+
+def test_the_configuration_that_the_package_brings_is_one() -> None:
+    text = (ROOT / "packages/debian/provider-proxy.toml").read_text()
+    found = config.parse_config(tomllib.loads(text))
+    assert found.listen.address == config_tables.Listen().address
+    assert found.tpm == config_tables.Tpm()
+    commented = re.sub(r"^#(?=[\[a-z])", "", text, flags=re.MULTILINE)
+    assert "acme" in config.parse_config(tomllib.loads(commented)).tenants
+
+
+@pytest.mark.parametrize(
+    "name", ["assemble.sh", "build-deb.sh", "debian/postrm", "debian/prerm", "test-deb.sh"]
+)
+def test_scripts_are_well_formed(name: str) -> None:
+    path = ROOT / "packages" / name
+    shell = path.read_text().splitlines()[0].removeprefix("#!")
+    done = run(shell, "-n", path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_replay_of_an_ima_list() -> None:
+    """Entries of both templates, a name with blanks, and a violation; a list that grew meanwhile."""
+    ima = load("kvm/ima")
+    digest = "sha256:" + "ab" * 32
+    lines = [
+        f"10 {'11' * 20} ima-ng {digest} /bin/a b",
+        f"10 {'11' * 20} ima-sig {digest} /bin/a b ",
+        f"10 {'11' * 20} ima-sig {digest} /bin/a 0302",
+        f"10 {'00' * 20} ima-sig sha256:{'00' * 32} /var/log/x ",
+    ]
+    value = bytes(32)
+    for line in lines:
+        value = sha256(value + ima.extended(line)).digest()
+    log = "\n".join([*lines, lines[0], ""])
+    assert ima.matching_prefix(log, value) == (4, 5)
+    assert ima.matching_prefix(log, sha256(value).digest()) is None
+    assert ima.extended(lines[3]) == b"\xff" * 32
+    field = b"sha256:\0" + b"\xab" * 32
+    own = b"\x28\0\0\0" + field + b"\x09\0\0\0/bin/a b\0"
+    assert ima.extended(lines[0]) == sha256(own).digest()
+    assert ima.extended(lines[1]) == sha256(own + bytes(4)).digest()
+    assert ima.extended(lines[2]) != ima.extended(lines[1])
