@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 KEYLIME_VENV := .venv-keylime
 WHEEL_VENV := .venv-wheel
-DEBIAN := swtpm swtpm-tools tpm2-tools libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv util-linux openssl systemd
+DEBIAN := swtpm swtpm-tools tpm2-tools libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv util-linux openssl systemd man-db
 # For the tests alone: a browser for the status page.
 DEBIAN_TESTS := chromium chromium-driver
 DEBIAN_BUILD := debhelper dpkg-dev fakeroot lintian
