@@ -12,6 +12,7 @@ import queue
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -24,6 +25,13 @@ log = logging.getLogger(__name__)
 START_LIMIT_S = 10.0
 STOP_LIMIT_S = 5.0
 POLL_S = 0.01
+# Asks the kernel for SIGTERM when its parent dies, prctl(2), and becomes another program. setpriv would
+# do as well, but sets capabilities on the way, which the unit's system call filter refuses.
+WITH_PARENT = (
+    "import ctypes, os, signal, sys; PR_SET_PDEATHSIG = 1; "
+    "ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM)); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
 CMD_GET_CAPABILITY = b"\0\0\0\1"  # swtpm_ioctls(3)
 
 
@@ -65,9 +73,8 @@ class EmbeddedTpm:
             HostError: swtpm is not installed, or ended (its state is in use, for example).
         """
         swtpm = shutil.which("swtpm")
-        setpriv = shutil.which("setpriv")
-        if swtpm is None or setpriv is None:
-            raise HostError('tpm.tcti = "embedded" needs swtpm: apt install swtpm util-linux')
+        if swtpm is None:
+            raise HostError('tpm.tcti = "embedded" needs swtpm: apt install swtpm')
         try:
             self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as exc:
@@ -75,9 +82,9 @@ class EmbeddedTpm:
         self._sockets = Path(tempfile.mkdtemp(prefix="provider-proxy-"))
         path = self._sockets / "tpm"
         log = self._sockets / "log"
-        # pdeathsig: should we be killed, the swtpm goes too and frees its state. The kernel sends it
-        # when the *thread* that forked ends, so a thread of its own keeps watch for as long.
-        command = [setpriv, "--pdeathsig", "TERM", swtpm, "socket", "--tpm2"]
+        # Should we be killed, the swtpm goes too and frees its state. The kernel's signal comes when
+        # the *thread* that forked ends, so a thread of its own keeps watch for as long.
+        command = [sys.executable, "-I", "-S", "-c", WITH_PARENT, swtpm, "socket", "--tpm2"]
         command += [
             "--tpmstate",
             f"dir={self._state_dir}",
