@@ -110,7 +110,9 @@ def config_page() -> str:
     out = [*head(CONFIG_PAGE, 5, "configuration of provider-proxy(1)")]
     out += prose(CONFIG_PAGE, "DESCRIPTION")
     out += [".SH KEYS OUTSIDE A TABLE", *keys(config_tables.Config)]
-    for table, kind in config_tables.TABLES.items():
+    named = {f"{name}.NAME": kind for name, kind in config_tables.NAMED_TABLES.items()}
+    del named["tenants.NAME"]  # the keys of [tenant_defaults]
+    for table, kind in (config_tables.TABLES | named).items():
         out += [f".SH TABLE [{escape(table)}]"]
         out += keys(kind)
     return finish(out, CONFIG_PAGE, [f"{PROGRAM}(1)", f"{PROGRAM}-serve(1)"])
