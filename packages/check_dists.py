@@ -47,11 +47,12 @@ def files_of_checkout() -> dict[str, bytes]:
 
 
 def check_wheel(path: Path, package: dict[str, bytes]) -> None:
-    """The package, byte by byte, and its metadata."""
+    """The package, byte by byte, its metadata and the hooks."""
     with zipfile.ZipFile(path) as wheel:
         held = {name: wheel.read(name) for name in wheel.namelist()}
     rest = {name for name in held if name not in package}
-    assert all(name.split("/")[0].endswith(".dist-info") for name in rest), sorted(rest)
+    ends = (".dist-info", ".data")  # metadata, and the hooks
+    assert all(name.split("/")[0].endswith(ends) for name in rest), sorted(rest)
     missing = {name for name, data in package.items() if held.get(name) != data}
     assert not missing, sorted(missing)
 
