@@ -77,6 +77,7 @@ ask() {
     provider-proxy verify evidence.json --request request.json --ak-tpm "ak-$1.b64" --insecure-any-state | head -1
 }
 
+rm -rf /etc/provider-proxy /var/lib/provider-proxy  # of this copy's: the host may have a trial's
 is "nothing of it is here" "$(traces)" ""
 apt-get install -y -qq --no-install-recommends ./package.deb >/tmp/out 2>&1 || { cat /tmp/out; fail "apt-get install"; }
 first=$(dpkg-query -W -f '${Version}' provider-proxy)
