@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from provider_proxy import config_tables
+from provider_proxy.assembly import program_version
 from provider_proxy.cli import main as cli
 from provider_proxy.config_values import as_toml
-from provider_proxy.daemon import program_version
 
 PROSE = Path(__file__).with_name("man")
 PROGRAM = "provider-proxy"
