@@ -6,10 +6,7 @@ few bytes of it can be gigabytes.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from typing import cast
-
+import anyio
 import httpx
 
 from provider_proxy.errors import ReplyError
@@ -32,11 +29,14 @@ async def read_body(response: httpx.Response, limit: int, who: str) -> bytes:
     if response.headers.get("content-encoding", "identity") != "identity":
         raise ReplyError(f"{who} sends a compressed answer, which nobody asked for")
     body = bytearray()
-    # Closed at once where we stop in the middle; httpx annotates its generators as iterators.
-    parts = cast(AsyncGenerator[bytes, None], response.aiter_bytes())
-    async with aclosing(parts) as chunks:
-        async for chunk in chunks:
-            body += chunk
-            if len(body) > limit:
-                raise ReplyError(f"{who} sends an answer larger than {limit} bytes")
+    # Cancelled, not left: so httpx's generators end where they are and the connection is closed, where
+    # a break would leave them to the garbage collector (trio warns of it).
+    with anyio.CancelScope() as enough:
+        async for chunk in response.aiter_bytes():
+            if len(body) + len(chunk) > limit:
+                enough.cancel()
+            else:
+                body += chunk
+    if enough.cancel_called:
+        raise ReplyError(f"{who} sends an answer larger than {limit} bytes")
     return bytes(body)

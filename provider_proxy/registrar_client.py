@@ -20,8 +20,8 @@ import trio
 
 from provider_proxy.config_tables import RegistrarTable
 from provider_proxy.credential import MAX_BLOB_BYTES
-from provider_proxy.errors import EvidenceFormatError, HostError, RegistrarError
-from provider_proxy.http_body import IDENTITY
+from provider_proxy.errors import EvidenceFormatError, HostError, RegistrarError, ReplyError
+from provider_proxy.http_body import IDENTITY, read_body
 from provider_proxy.wire import Fields, parse_json_object
 
 MAX_BODY_BYTES = 64 * 1024  # a record has 5 kB with an EK certificate
@@ -188,19 +188,11 @@ class RegistrarClient:
         Raises:
             RegistrarError: no answer in time, too large an answer, or another status.
         """
-        data = bytearray()
-        encoded = False
         try:
-            # Cancelled, not left: then httpx's generators end where they are and close the connection,
-            # where `http_body.read_body` would leave them to the garbage collector (trio warns of it).
-            with trio.fail_after(CALL_LIMIT_S), trio.CancelScope() as enough:
+            with trio.fail_after(CALL_LIMIT_S):
                 async with self._http.stream(method, self._url + path, json=body) as response:
                     status = response.status_code
-                    encoded = "content-encoding" in response.headers
-                    async for chunk in response.aiter_raw():
-                        data += chunk
-                        if encoded or len(data) > MAX_BODY_BYTES:
-                            enough.cancel()
+                    data = await read_body(response, MAX_BODY_BYTES, "the registrar")
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as exc:
             why = printable(str(exc)) or type(exc).__name__
             raise RegistrarError(f"the registrar gave no answer: {why}") from exc
@@ -208,15 +200,13 @@ class RegistrarClient:
             raise RegistrarError(
                 f"the registrar gave no answer: none within {CALL_LIMIT_S:g} s"
             ) from exc
-        if encoded:
-            raise RegistrarError("the registrar's answer is encoded, unasked")
-        if len(data) > MAX_BODY_BYTES:
-            raise RegistrarError(f"the registrar's answer is larger than {MAX_BODY_BYTES} bytes")
+        except ReplyError as exc:
+            raise RegistrarError(str(exc)) from exc
         if status != 200:
             raise RegistrarError(
-                f"the registrar answered {status}: {_status_text(bytes(data))}", status=status
+                f"the registrar answered {status}: {_status_text(data)}", status=status
             )
-        return bytes(data)
+        return data
 
     def _results(self, body: bytes) -> Mapping[str, object]:
         try:

@@ -73,7 +73,7 @@ THIRD_PARTY = {
             "cli.*",
         ),
     ),
-    "anyio": ("single_flight", "agent_records", "bindings"),
+    "anyio": ("http_body", "single_flight", "agent_records", "bindings"),
     "h11": ("http_messages", "http1", "watch_http"),
     "merklelib": ("merkle",),
     "tpm2_pytss": ("tpm.*", "quoters.*"),
