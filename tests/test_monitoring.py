@@ -174,6 +174,14 @@ FIRES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         },
         {},
     ),
+    "ProviderProxyRegistrationNeedsYou": (
+        {'provider_proxy_registrations{registrar="acme", state="conflict"}': "1x120"},
+        {"job": "provider-proxy", "registrar": "acme", "state": "conflict"},
+    ),
+    "ProviderProxyRegistrarAway": (
+        {'provider_proxy_registrations{registrar="acme", state="away"}': "1x120"},
+        {"job": "provider-proxy", "registrar": "acme", "state": "away"},
+    ),
 }
 # All of these at once, and nothing fires: a proxy that is well.
 WELL = {
@@ -191,6 +199,9 @@ WELL = {
     'provider_proxy_wait_seconds_bucket{le="0.4"}': "0+10x120",
     'provider_proxy_wait_seconds_bucket{le="+Inf"}': "0+10x120",
     "provider_proxy_learnt_quote_seconds": "0.1x100 0.15x20",
+    'provider_proxy_registrations{registrar="acme", state="registered"}': "1x120",
+    'provider_proxy_registrations{registrar="acme", state="conflict"}': "0x120",
+    'provider_proxy_registrations{registrar="acme", state="away"}': "0x90 1x30",
     'provider_proxy_tls_handshakes_total{result="ok", reason="ok"}': "0+50x120",
     'provider_proxy_tls_handshakes_total{result="failed", reason="protocol"}': "0+5x120",
 }
@@ -220,7 +231,8 @@ def test_each_alert_fires_and_none_without_cause(tmp_path: Path) -> None:
         values, labels = FIRES[alert]
         own = {"instance": "a", **labels, **rule["labels"]}
         summary = rule["annotations"]["summary"].replace("{{ $labels.instance }}", "a")
-        summary = summary.replace("{{ $labels.code }}", labels.get("code", ""))
+        for label, value in labels.items():
+            summary = summary.replace(f"{{{{ $labels.{label} }}}}", value)
         annotations = {**rule["annotations"], "summary": summary}
         cases.append(
             rule_test(values, alert, [{"exp_labels": own, "exp_annotations": annotations}])
