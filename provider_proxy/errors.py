@@ -354,3 +354,15 @@ class EkCertificateError(LinkError):
 
 class LogError(PolicyError):
     """Check 7: a log does not replay to the signed PCRs, or holds what the policy does not allow."""
+
+
+class KeylimeRefusedError(PolicyError):
+    """Check 7: the tenant's own Keylime verifier does not accept the quote.
+
+    Attributes:
+        reasons: Keylime's own, "pcr_validation.invalid_pcr_0: …" each.
+    """
+
+    def __init__(self, reasons: tuple[str, ...]) -> None:
+        super().__init__("Keylime's verifier refuses: " + "; ".join(reasons))
+        self.reasons = reasons

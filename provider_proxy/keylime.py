@@ -22,10 +22,9 @@ import httpx
 from provider_proxy import attestation
 from provider_proxy.client import ProxyClient
 from provider_proxy.errors import (
-    PolicyError,
+    KeylimeRefusedError,
     ReplyError,
     UsageError,
-    VerificationError,
 )
 from provider_proxy.http_body import IDENTITY, read_body
 from provider_proxy.model import Evidence, TrustedHost, VerifiedQuote, mask_of
@@ -39,20 +38,6 @@ API_VERSION = "2.6"  # 3.0 answers 500 (7.14.3)
 MAX_POLICY_BYTES = 64 * 1024 * 1024  # runtime policies of tens of thousands of files are 20 MB
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # it sends back all that it was sent
 MAX_REASONS = 64
-
-
-class KeylimeRefusedError(VerificationError):
-    """Keylime's verifier refused the quote.
-
-    Attributes:
-        reasons: Keylime's own, "pcr_validation.invalid_pcr_0: …" each.
-    """
-
-    check = PolicyError.check
-
-    def __init__(self, reasons: tuple[str, ...]) -> None:
-        super().__init__("Keylime's verifier refuses: " + "; ".join(reasons))
-        self.reasons = reasons
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -179,7 +179,7 @@ def test_an_export_is_what_other_commands_take(host: Host) -> None:
     for name in ("default", "raw"):
         words = ("add", name, "--ak-tpm", name, "--pins", "pins", "--json")
         done = expect(run_here("pin", *words, cwd=host.folder), GOOD)
-        assert last_object(done) == {"host": name, "ak_name": made["ak_name"]}
+        assert last_object(done) == {"host": name, "ak_name": made["ak_name"], "ek_name": None}
 
 
 @pytest.mark.real
@@ -300,17 +300,17 @@ def test_pin_add_list_remove(tenant: Tenant) -> None:
     assert expect(tenant.add(), GOOD).stdout == f"h {name}\n"
     tenant.put("raw", tenant.tpm.ak_public)
     done = expect(tenant.add("--json", label="b", ak="raw"), GOOD)
-    assert last_object(done) == {"host": "b", "ak_name": name}
+    assert last_object(done) == {"host": "b", "ak_name": name, "ek_name": None}
     tenant.pins.load("h").accept(ClockState(reset_count=3, restart_count=1, clock_ms=777))
     assert last_object(expect(tenant.pin("list", "--json"), GOOD)) == {
         "hosts": [
-            {"host": "b", "ak_name": name, "reset_count": None, "clock_ms": None},
-            {"host": "h", "ak_name": name, "reset_count": 3, "clock_ms": 777},
+            {"host": "b", "ak_name": name, "ek_name": None, "reset_count": None, "clock_ms": None},
+            {"host": "h", "ak_name": name, "ek_name": None, "reset_count": 3, "clock_ms": 777},
         ]
     }
     lines = expect(tenant.pin("list"), GOOD).stdout.splitlines()
     assert len(lines) == 2
-    assert lines[1].split() == ["h", name, "3", "777"]
+    assert lines[1].split() == ["h", name, "-", "3", "777"]
     assert last_object(expect(tenant.pin("remove", "b", "--json"), GOOD)) == {"host": "b"}
     expect(tenant.pin("remove", "h"), GOOD)
     assert tenant.pins.labels() == []

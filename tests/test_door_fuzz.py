@@ -47,7 +47,7 @@ SEED = int(os.environ.get("FUZZ_SEED", "1"))
 CASES = int(os.environ.get("FUZZ_CASES", "4000"))
 EXAMPLES = 250  # of a path in schemathesis' own phase
 SENDERS = 12
-ANSWER_S = 5.0  # a good tenant's answer, and a fuzzed connection's end; both take milliseconds
+ANSWER_S = 20.0  # a good tenant's answer, and a fuzzed connection's end; both take milliseconds
 GOOD_PAUSE_S = 0.01
 REJECTED = ["400", "404", "405", "414", "431"]  # long arguments make a long target, or a long head
 

@@ -23,6 +23,7 @@ from provider_proxy.client import ProxyClient
 from provider_proxy.config_tables import Logs, TenantRules
 from provider_proxy.errors import (
     InclusionError,
+    KeylimeRefusedError,
     PolicyError,
     QualifyingDataError,
     ReplyError,
@@ -32,7 +33,6 @@ from provider_proxy.errors import (
 )
 from provider_proxy.keylime import (
     KeylimePolicies,
-    KeylimeRefusedError,
     KeylimeVerifier,
     RegisteredHost,
     check_host,

@@ -40,6 +40,7 @@ NO_VECTOR = {
     "NonceSpentError",  # about two calls, and a vector is one
     "PinChangedError",  # about a store of pins
     "PolicyError",  # about a policy, and a vector has none
+    "KeylimeRefusedError",  # about somebody else's verifier
     "ClaimsNeverError",  # about a tenant's own word on a host
     "UntrustedCaError",  # certificates: test_vtpm_ca.py
     "EkCertificateError",

@@ -212,6 +212,7 @@ def test_the_order_of_checks_is_the_numbers_order() -> None:
     numbers = [getattr(errors, name).check for name in FAULTS if name != "UsageError"]
     assert numbers == sorted(numbers)
     about_the_key = {"UntrustedAkError", "PinChangedError"}  # before there is any evidence
+    about_the_key |= {"NotRegisteredError", "BindingError", "UntrustedEkError"}
     assert set(FAULTS) - {"UsageError"} | about_the_key == {
         cls.__name__ for cls in VerificationError.__subclasses__()
     }

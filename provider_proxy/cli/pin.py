@@ -125,7 +125,7 @@ def _list(args: argparse.Namespace) -> int:
         print(json.dumps({"hosts": hosts}))
     else:
         for host in hosts:
-            print("  ".join(f"{value}" for value in host.values()))
+            print("  ".join("-" if value is None else f"{value}" for value in host.values()))
     return 0
 
 
