@@ -332,10 +332,6 @@ class LinkIssuerError(LinkError):
     """Check 7: the EK's certificate does not come from where the tenant wants it from."""
 
 
-class ClaimsNeverError(LinkError):
-    """Check 7: the tenant has marked this host as one whose claims prove nothing."""
-
-
 class VtpmQuoteError(LinkError):
     """Check 7: the vTPM's own quote was refused; the cause says by which check."""
 

@@ -54,6 +54,32 @@ def read_trusted(path: Path, limit: int) -> bytes:
     return data
 
 
+def demand_ours(path: Path) -> None:
+    """Return where nobody but root and this process' user can change what stands at `path`.
+
+    The file or directory itself, and every directory on the way to it, with links followed and not: the
+    owner is one of the two, and nobody else may write (in a sticky directory he cannot replace anything).
+
+    Raises:
+        HostError: somebody else can, or it is neither file nor directory, or cannot be looked at.
+    """
+    try:
+        real = path.resolve(strict=True)
+        for part in dict.fromkeys((real, *real.parents, *path.absolute().parents)):
+            status = part.stat()
+            others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            is_sticky = part != real and status.st_mode & stat.S_ISVTX
+            if status.st_uid not in (0, os.geteuid()) or (others_write and not is_sticky):
+                raise HostError(
+                    f"{path}: others can change it: {part} must belong to root or to the user of this "
+                    "program, and not be writable by group or others"
+                )
+        if not (real.is_file() or real.is_dir()):
+            raise HostError(f"{path} is neither a file nor a directory")
+    except (OSError, RuntimeError, ValueError) as exc:  # RuntimeError: a circle of links
+        raise HostError(f"cannot look at {path}: {getattr(exc, 'strerror', None) or exc}") from exc
+
+
 def write_private(path: Path, data: bytes) -> None:
     """Write a file that only its owner can read; after a crash it is the old one or the new one.
 

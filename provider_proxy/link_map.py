@@ -1,8 +1,8 @@
 """A tenant's own file: which VM an agent id stands for, on which hosts it may run, how to ask those.
 
-`provider-proxy verify-link agent` reads it where Keylime gives it nothing but environment variables. The
-file is the tenant's word and decides alone: an agent that it does not name is refused, so is a key it
-does not know. Relative paths start at the file's own directory. Asks nobody, trusts no environment.
+`provider-proxy ek-check` reads it where Keylime gives it nothing but environment variables. The file is
+the tenant's word and decides alone: an agent that it does not name is refused, so is a key that it does
+not know. Relative paths start at the file's own directory. Asks nobody, trusts no environment.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from provider_proxy.pins import LABEL_RE
 
 MAX_BYTES = 4 * 1024 * 1024  # 10,000 agents of 200 bytes, and room
 MAX_TEXT_CHARS = 2048
+DEFAULT_LIMIT_S = (
+    60.0  # whoever adds an agent waits for us; Keylime's tenant sets no limit of its own
+)
+MIN_LIMIT_S, MAX_LIMIT_S = 0.1, 600.0
 AGENT_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)  # Keylime's own ids are such
 _HOST_KEYS = frozenset(
     ("url", "ca", "cert", "key", "pinned", "tpm_policy", "insecure_any_state", "claims")
@@ -38,7 +42,8 @@ class HostEntry:
         ca, cert, key: TLS files for its proxy; None where not needed.
         tpm_policy: file of the host's allowed PCR values; None only with `insecure_any_state`.
         claims: "never" where the quoter is a Keylime agent: that signs nonces as they come, so that
-            whoever asks it can have claims of his own making signed.
+            whoever asks it can have claims of his own making signed. Such a host is judged by its state
+            alone.
     """
 
     name: str
@@ -57,7 +62,7 @@ class AgentEntry:
     """The VM behind one Keylime agent.
 
     Attributes:
-        hosts: where it may run, in the order in which they are asked.
+        hosts: where it may run: all of them prove links, or none does.
         confirmed, ek_issuer: what `VtpmLink` demands besides.
     """
 
@@ -67,12 +72,23 @@ class AgentEntry:
     confirmed: bool
     ek_issuer: str | None
 
+    @property
+    def is_linked(self) -> bool:
+        """Whether its hosts prove which of them the VM runs on."""
+        return self.hosts[0].claims == "link"
+
 
 class LinkMap:
-    """The file, read and checked. `pins` is the directory of pins."""
+    """The file, read and checked.
 
-    def __init__(self, pins: Path, agents: Mapping[str, AgentEntry]) -> None:
+    Attributes:
+        pins: the directory of pins.
+        limit_s: how long judging an agent may take, retries included, in seconds.
+    """
+
+    def __init__(self, pins: Path, limit_s: float, agents: Mapping[str, AgentEntry]) -> None:
         self.pins = pins
+        self.limit_s = limit_s
         self._agents = dict(agents)
 
     def agent(self, agent_id: str) -> AgentEntry:
@@ -111,7 +127,7 @@ def parse_link_map(values: Mapping[str, object], base: Path) -> LinkMap:
     Raises:
         UsageError: it says something impossible; the message names the key.
     """
-    _known(values, frozenset(("pins", "hosts", "agents")), "")
+    _known(values, frozenset(("pins", "limit_s", "hosts", "agents")), "")
     pins = _path(values, "pins", "pins", base)
     if pins is None:
         raise UsageError("pins is missing: the directory that `provider-proxy pin` keeps")
@@ -123,7 +139,18 @@ def parse_link_map(values: Mapping[str, object], base: Path) -> LinkMap:
         name: _agent(name, _table(entry, f"agents.{name}"), hosts)
         for name, entry in _table(values.get("agents"), "agents").items()
     }
-    return LinkMap(pins, agents)
+    return LinkMap(pins, _limit_s(values), agents)
+
+
+def _limit_s(values: Mapping[str, object]) -> float:
+    value = values.get("limit_s", DEFAULT_LIMIT_S)
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not MIN_LIMIT_S <= value <= MAX_LIMIT_S
+    ):
+        raise UsageError(f"limit_s must be a number from {MIN_LIMIT_S:g} to {MAX_LIMIT_S:g}")
+    return float(value)
 
 
 def _host(name: str, values: Mapping[str, object], base: Path) -> HostEntry:
@@ -143,7 +170,7 @@ def _host(name: str, values: Mapping[str, object], base: Path) -> HostEntry:
         raise UsageError(f'{at}.claims must be "link" or "never"')
     any_state = _flag(values, "insecure_any_state", at)
     policy = _path(values, "tpm_policy", f"{at}.tpm_policy", base)
-    if claims == "link" and any_state == (policy is not None):
+    if any_state == (policy is not None):
         raise UsageError(f"{at} must have tpm_policy, or insecure_any_state = true, and not both")
     return HostEntry(
         name=name,
@@ -177,13 +204,27 @@ def _agent(name: str, values: Mapping[str, object], hosts: Mapping[str, HostEntr
     issuer = _text(values, "ek_issuer", at)
     if issuer is not None and issuer not in ISSUERS:
         raise UsageError(f"{at}.ek_issuer must be one of {', '.join(ISSUERS)}")
-    return AgentEntry(
+    entry = AgentEntry(
         agent=name,
         vm=parsed,
         hosts=tuple(hosts[host] for host in named),
         confirmed=_flag(values, "confirmed", at),
         ek_issuer=issuer,
     )
+    _check_claims(entry, at)
+    return entry
+
+
+def _check_claims(entry: AgentEntry, at: str) -> None:
+    if len({host.claims for host in entry.hosts}) > 1:
+        raise UsageError(
+            f'{at}.hosts mixes hosts that prove the link and hosts marked claims = "never": '
+            "what one of those accepts makes the others' link worth nothing"
+        )
+    if not entry.is_linked and (entry.confirmed or entry.ek_issuer is not None):
+        raise UsageError(
+            f'{at}: confirmed and ek_issuer are about the link, and its hosts are claims = "never"'
+        )
 
 
 def _known(values: Mapping[str, object], keys: frozenset[str], at: str) -> None:

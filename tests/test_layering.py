@@ -23,7 +23,7 @@ SHARED = (
     *("pins", "ek_chain", "single_flight", "agent_records", "bindings"),
 )
 TENANT = (
-    *("link_map", "replies", "client", "keylime"),
+    *("link_map", "replies", "client", "keylime", "ek_check"),
     *("watch_tables", "watch_config", "watch_policy", "watch_state", "watch_http", "watch_metrics"),
     *("watch_reports", "watch_host", "watch_registrars", "watcher"),
 )
@@ -73,7 +73,7 @@ THIRD_PARTY = {
             "cli.*",
         ),
     ),
-    "anyio": ("http_body", "single_flight", "agent_records", "bindings"),
+    "anyio": ("http_body", "single_flight", "agent_records", "bindings", "ek_check"),
     "h11": ("http_messages", "http1", "watch_http"),
     "merklelib": ("merkle",),
     "tpm2_pytss": ("tpm.*", "quoters.*"),

@@ -1,5 +1,6 @@
-"""The tenant's check of a vTPM's link: the library as a tenant calls it, its file of agents, the command
-as people and as Keylime run it. What claims and deep quotes must look like stands in the vectors."""
+"""The tenant's check of a vTPM's link: the library as a tenant calls it, the command on saved
+evidence. What claims and deep quotes must look like stands in the vectors; Keylime's way, in
+test_ek_check.py."""
 
 from __future__ import annotations
 
@@ -8,55 +9,39 @@ import contextlib
 import json
 import os
 import re
-import subprocess
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from evidence_factory import VM, FixedTpm, SealedBatch, ec_key, request_number
-from helpers import FakeQuoter, command, make_answer
+from helpers import make_answer
 from hypothesis import given
 from hypothesis import strategies as st
-from keylime_helpers import PYTHON, keylime_environment
-from test_server import make_door
 
 import provider_proxy
 from provider_proxy import VtpmLink, ask_host, deep_verify, ek_digest, new_deep_question
-from provider_proxy.attestation_key import parse_ak, parse_public
-from provider_proxy.batcher import Batcher
+from provider_proxy.attestation_key import parse_ak
 from provider_proxy.cli import main as cli
-from provider_proxy.cli.verify_link import MAX_VARIABLE_CHARS, read_environment
 from provider_proxy.errors import (
     EkNotLinkedError,
     LinkClaimsError,
     LinkError,
     NonceSpentError,
-    NotFoundError,
-    OverloadedError,
     StaleEvidenceError,
     UsageError,
-    WrongVmError,
 )
 from provider_proxy.link import parse_claims
-from provider_proxy.link_map import LinkMap, load_link_map, parse_link_map
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import HashAlg, Nonce, PcrMask, QuoteRequest, Tenant, TrustedHost
-from provider_proxy.pins import PinStore
+from provider_proxy.model import HashAlg, Nonce, PcrMask, QuoteRequest, TrustedHost
 from provider_proxy.policy import UnsafeAcceptAny
 from provider_proxy.request_file import RequestRecord, encode_request
 from provider_proxy.soft_tpm import SoftTpm, encode_public
 from provider_proxy.verify import MemoryHistory
-from provider_proxy.waiting_room import BatchSettings
 from provider_proxy.wire import encode_quote
 
 GOOD, REFUSED, USAGE, ENVIRONMENT = 0, 1, 2, 3
-AGENT = "d432fbb3-d2f1-4a97-9ef7-75bd81c00000"
 EK_ATTRIBUTES = 0x000300B2  # an EK's of the TCG's template: restricted, decrypt
 EK = encode_public(ec_key("ek").public_key(), EK_ATTRIBUTES)
 OTHER_EK = encode_public(ec_key("other ek").public_key(), EK_ATTRIBUTES)
@@ -75,11 +60,6 @@ CLAIMS: dict[str, Any] = {
 
 def claims_bytes(**changes: object) -> bytes:
     return json.dumps(CLAIMS | changes).encode()
-
-
-def pem_of(public: bytes) -> str:
-    key = parse_public(public).public_key
-    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
 # --- the library ------------------------------------------------------------------------------------
@@ -191,138 +171,6 @@ def test_the_documented_code_runs() -> None:
         exec(block, names)
     assert names["quote"].claims["confirmed"] is True
     assert dict(names["both"].vtpm.pcrs) == {0: sha256(b"guest").digest()}
-
-
-# --- the environment --------------------------------------------------------------------------------
-
-ENVIRON = {"AGENT_UUID": AGENT, "EK_TPM": base64.b64encode(EK).decode(), "EK": pem_of(EK)}
-
-
-def test_the_environment_of_keylime_is_read() -> None:
-    assert read_environment(ENVIRON) == (AGENT, ek_digest(EK))
-    rest = {"EK": "", "EK_CERT": "?", "PROVKEYS": "?", "TPM_CERT_STORE": "/nonexistent"}
-    assert read_environment(ENVIRON | rest) == (AGENT, ek_digest(EK))
-
-
-@pytest.mark.parametrize(
-    ("changes", "error"),
-    [
-        ({"AGENT_UUID": ""}, UsageError),
-        ({"EK_TPM": ""}, UsageError),
-        ({"EK_TPM": "A" * (MAX_VARIABLE_CHARS + 1)}, UsageError),
-        ({"EK": "A" * (MAX_VARIABLE_CHARS + 1)}, UsageError),
-        ({"EK_TPM": "AAAA"}, EkNotLinkedError),
-        ({"EK_TPM": "\udcff"}, EkNotLinkedError),
-        ({"EK_TPM": "A A="}, EkNotLinkedError),
-        ({"EK_TPM": "A" * 8000}, EkNotLinkedError),
-        ({"EK_TPM": base64.b64encode(EK + b"\0").decode()}, EkNotLinkedError),
-        ({"EK_TPM": base64.b64encode(OTHER_EK).decode()}, EkNotLinkedError),  # not the PEM's
-        ({"EK": "no PEM"}, EkNotLinkedError),
-        ({"EK": "\udcff"}, EkNotLinkedError),
-        ({"EK": pem_of(OTHER_EK)}, EkNotLinkedError),
-    ],
-    ids=lambda value: str(value)[:50].encode("ascii", "replace").decode(),
-)
-def test_a_hostile_environment_is_refused(changes: dict[str, str], error: type[Exception]) -> None:
-    with pytest.raises(error):
-        read_environment(ENVIRON | changes)
-
-
-# --- the tenant's file ------------------------------------------------------------------------------
-
-MAP: dict[str, Any] = {
-    "pins": "pins",
-    "hosts": {
-        "alpha": {"url": "https://alpha:8890", "tpm_policy": "alpha.json", "ca": "/etc/ca.pem"},
-        "beta": {"url": "http://127.0.0.1:1", "insecure_any_state": True, "pinned": "old-beta"},
-        "gamma": {"url": "https://gamma", "claims": "never"},
-    },
-    "agents": {
-        AGENT: {"vm": str(VM), "hosts": ["beta", "alpha"], "confirmed": True, "ek_issuer": "tpm"},
-        str(VM): {"hosts": ["alpha"]},
-    },
-}
-
-
-def test_the_map_is_read() -> None:
-    known = parse_link_map(MAP, Path("/base"))
-    assert known.pins == Path("/base/pins")
-    entry = known.agent(AGENT)
-    assert (entry.vm, entry.confirmed, entry.ek_issuer) == (VM, True, "tpm")
-    assert [host.pinned for host in entry.hosts] == ["old-beta", "alpha"]
-    assert entry.hosts[1].tpm_policy == Path("/base/alpha.json")
-    assert entry.hosts[1].ca == Path("/etc/ca.pem")
-    own = known.agent(str(VM))
-    assert (own.vm, own.confirmed, own.ek_issuer) == (VM, False, None)
-
-
-@pytest.mark.parametrize("agent", ["", "x", AGENT.upper(), AGENT + "\n", "../pins", "\udcff"])
-def test_an_agent_that_is_not_there_is_refused(agent: str) -> None:
-    with pytest.raises(WrongVmError):
-        parse_link_map(MAP, Path("/base")).agent(agent)
-
-
-def changed(path: str, value: object) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(json.dumps(MAP))
-    *outer, last = path.split(".")
-    target = values
-    for name in outer:
-        target = target[name]
-    target[last] = value
-    return values
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("pins", None),
-        ("pins", 1),
-        ("pins", "a\0b"),
-        ("pin", "pins"),
-        ("hosts", None),
-        ("hosts", []),
-        ("agents", None),
-        ("hosts.alpha", "https://alpha"),
-        ("hosts.alpha.url", None),
-        ("hosts.alpha.url", "alpha"),
-        ("hosts.alpha.url", "file:///etc/passwd"),
-        ("hosts.alpha.url", "https://" + "x" * 3000),
-        ("hosts.alpha.cert", "cert.pem"),
-        ("hosts.alpha.pinned", "../alpha"),
-        ("hosts.alpha.tpm_policy", None),
-        ("hosts.alpha.insecure_any_state", True),
-        ("hosts.beta.insecure_any_state", 1),
-        ("hosts.alpha.claims", "always"),
-        ("hosts.alpha.claim", "never"),
-        (f"agents.{AGENT}.vm", "web"),
-        (f"agents.{AGENT}.hosts", []),
-        (f"agents.{AGENT}.hosts", "alpha"),
-        (f"agents.{AGENT}.hosts", ["alpha", "alpha"]),
-        (f"agents.{AGENT}.hosts", ["delta"]),
-        (f"agents.{AGENT}.hosts", [["alpha"]]),
-        (f"agents.{AGENT}.confirmed", "yes"),
-        (f"agents.{AGENT}.ek_issuer", "me"),
-        (f"agents.{AGENT}.ek", "x"),
-        ("agents.not-a-uuid", {"hosts": ["alpha"]}),
-        ("agents.", {"vm": str(VM), "hosts": ["alpha"]}),
-    ],
-)
-def test_a_bad_map_is_refused(path: str, value: object) -> None:
-    values = changed(path, value)
-    with pytest.raises(UsageError) as caught:
-        parse_link_map(values, Path("/base"))
-    assert path.split(".")[-1] in str(caught.value) or "insecure_any_state" in str(caught.value)
-
-
-@pytest.mark.parametrize("data", [b"\xff", b"pins = ", b"[hosts]\n[hosts]\n"])
-def test_a_map_that_is_no_toml_is_refused(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "map").write_bytes(data)
-    with pytest.raises(UsageError):
-        load_link_map(tmp_path / "map")
-
-
-def test_a_host_that_is_marked_needs_no_policy() -> None:
-    assert isinstance(parse_link_map(changed("hosts.gamma.pinned", "x"), Path()), LinkMap)
 
 
 # --- saved evidence ---------------------------------------------------------------------------------
@@ -468,149 +316,3 @@ def test_half_a_link_is_a_usage_error(saved: Saved, more: tuple[str, ...]) -> No
     except SystemExit as exc:  # argparse's own
         code = exc.code
     assert code == USAGE
-
-
-# --- as Keylime runs it, against a door -------------------------------------------------------------
-
-
-class Hosts:
-    """Doors of two hosts, and a tenant's file about them. `claims` says what each claims."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.claims: dict[str, bytes | None] = {"alpha": claims_bytes(), "beta": None}
-        self.tpms = {name: SoftTpm(pcrs={0: b"firmware"}) for name in self.claims}
-        self.busy = 0
-        self.ports: dict[str, int] = {}
-        self.asked: list[str] = []
-        for name, tpm in self.tpms.items():
-            PinStore(folder / "pins").pin(name, tpm.ak_public)
-        policy = json.dumps({"0": [sha256(b"firmware").hexdigest()]})
-        (folder / "policy.json").write_text(policy)
-
-    def claims_of(self, name: str) -> Callable[[Tenant, QuoteRequest], bytes]:
-        def claims(_tenant: Tenant, _request: QuoteRequest) -> bytes:
-            self.asked.append(name)
-            if self.busy:
-                self.busy -= 1
-                raise OverloadedError("busy", retry_after_s=0.1)
-            found = self.claims[name]
-            if found is None:
-                raise NotFoundError("no such VM runs here for you")
-            return found
-
-        return claims
-
-    def write_map(self, ports: dict[str, int], *, agent: str = "", **more: str) -> None:
-        lines = ['pins = "pins"']
-        for name, port in ports.items():
-            lines += [f"[hosts.{name}]", f'url = "http://127.0.0.1:{port}"']
-            lines += ['tpm_policy = "policy.json"', more.get(name, "")]
-        names = ", ".join(f'"{name}"' for name in reversed(ports))
-        lines += [f'[agents."{AGENT}"]', f'vm = "{VM}"', f"hosts = [{names}]", agent]
-        (self.folder / "map.toml").write_text("\n".join(lines))
-
-    async def run(self, **environ: str) -> tuple[int, str]:
-        """The command as a program: exit code and all that it said."""
-        done = await trio.run_process(
-            command("verify-link", "agent", "--map", "map.toml"),
-            env={**os.environ, **ENVIRON, **environ},
-            cwd=self.folder,
-            capture_stdout=True,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-        return done.returncode, done.stdout.decode()
-
-
-@pytest.fixture
-async def hosts(tmp_path: Path) -> AsyncIterator[Hosts]:
-    made = Hosts(tmp_path)
-    async with trio.open_nursery() as nursery:
-        ports = made.ports
-        for name, tpm in made.tpms.items():
-            batcher = Batcher(
-                FakeQuoter(tpm),
-                BatchSettings(window_s=0),
-                Metrics(),
-                claims=made.claims_of(name),
-            )
-            nursery.start_soon(batcher.run)
-            listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-            ports[name] = listeners[0].socket.getsockname()[1]
-            nursery.start_soon(trio.serve_listeners, make_door(batcher.submit).serve, listeners)
-        made.write_map(ports)
-        yield made
-        nursery.cancel_scope.cancel()
-
-
-@pytest.mark.real
-async def test_an_agent_is_linked_where_its_vm_runs(hosts: Hosts) -> None:
-    hosts.busy = 1  # the first answer is 503
-    hosts.claims["beta"] = claims_bytes(running=False)  # a hostile host must not be in the way
-    code, said = await hosts.run()
-    assert code == GOOD, said
-    assert f"linked: VM {VM} runs on alpha" in said
-    assert hosts.asked[:2] == ["beta", "beta"]  # asked first, and again; its claims are refused
-    assert "alpha" in hosts.asked
-    assert "VmNotRunningError" in said
-
-
-@pytest.mark.real
-async def test_an_agent_that_is_not_linked_is_refused(hosts: Hosts) -> None:
-    ports = hosts.ports
-    code, said = await hosts.run(AGENT_UUID=str(uuid.uuid4()))
-    assert (code, "WrongVmError" in said) == (REFUSED, True)
-    assert hosts.asked == []
-    code, said = await hosts.run(EK_TPM=base64.b64encode(OTHER_EK).decode(), EK="")
-    assert (code, "EkNotLinkedError" in said) == (REFUSED, True)
-    hosts.claims["alpha"] = None
-    code, said = await hosts.run()
-    assert (code, "VmNotRunningError" in said) == (REFUSED, True)
-    hosts.claims["alpha"] = claims_bytes()
-    hosts.write_map(ports, agent="confirmed = true")
-    code, said = await hosts.run()
-    assert (code, "NotConfirmedError" in said) == (REFUSED, True)
-    hosts.asked.clear()
-    hosts.claims["alpha"] = None
-    hosts.write_map(ports, beta='claims = "never"')
-    code, said = await hosts.run()
-    assert (code, "ClaimsNeverError" in said, hosts.asked) == (REFUSED, True, ["alpha"])
-    hosts.claims["alpha"] = claims_bytes()
-    hosts.write_map({"alpha": 1})  # nobody there
-    code, said = await hosts.run()
-    assert (code, "Traceback" in said) == (ENVIRONMENT, False)
-    hosts.write_map({"alpha": ports["beta"]})  # another host's proxy answers in its place
-    hosts.claims["beta"] = claims_bytes()
-    code, said = await hosts.run()
-    assert (code, "SignatureError" in said) == (REFUSED, True)
-    hosts.write_map({"alpha": ports["alpha"]})
-    hosts.tpms["alpha"].extend(0, b"another firmware")
-    code, said = await hosts.run()
-    assert (code, "PolicyError" in said) == (REFUSED, True)
-
-
-CALL_SCRIPT = """
-import os, sys
-from keylime import cert_utils
-sys.exit(0 if cert_utils.verify_ek_script(sys.argv[1], dict(os.environ), sys.argv[2]) else 7)
-"""
-
-
-@pytest.mark.real
-async def test_keylime_s_own_call_of_the_script(hosts: Hosts, tmp_path: Path) -> None:
-    script = tmp_path / "check"
-    words = " ".join(command("verify-link", "agent", "--map", str(hosts.folder / "map.toml")))
-    script.write_text(f"#!/bin/sh\nexec {words}\n")
-    script.chmod(0o755)
-    environment = keylime_environment(tmp_path) | ENVIRON | {"PROVKEYS": "{}", "EK_CERT": ""}
-    for claims, code in ((claims_bytes(), 0), (claims_bytes(running=False), 7)):
-        hosts.claims["alpha"] = claims
-        done = await trio.run_process(
-            [PYTHON, "-c", CALL_SCRIPT, script, tmp_path],
-            env=environment,
-            capture_stdout=True,
-            capture_stderr=True,
-            check=False,
-        )
-        assert done.returncode == code, done.stderr.decode()

@@ -41,7 +41,6 @@ NO_VECTOR = {
     "PinChangedError",  # about a store of pins
     "PolicyError",  # about a policy, and a vector has none
     "KeylimeRefusedError",  # about somebody else's verifier
-    "ClaimsNeverError",  # about a tenant's own word on a host
     "UntrustedCaError",  # certificates: test_vtpm_ca.py
     "EkCertificateError",
     "NotRegisteredError",  # about a registrar's record, and a vector has none

@@ -173,9 +173,7 @@ async def _check_deep(tenant: TenantAt) -> None:
 async def _check_agent(tenant: TenantAt, code: int, word: str) -> None:
     tenant.write_map()
     ek = base64.b64encode((tenant.folder / "ek").read_bytes()).decode()
-    said = await tenant.run(
-        "verify-link agent --map map.toml", code=code, AGENT_UUID=str(VM), EK_TPM=ek
-    )
+    said = await tenant.run("ek-check --config map.toml", code=code, AGENT_UUID=str(VM), EK_TPM=ek)
     assert word in said
 
 

@@ -1,29 +1,17 @@
 """`provider-proxy verify-link`: does this VM, with this EK, run on that host now?
 
-`files` judges saved evidence, with `--vtpm-quote` both quotes of a deep one. `agent` is for Keylime: its
-`ek_check_script` gives it environment variables alone, all of them hostile; what the VM is, where it may
-run and what to demand stands in the tenant's own file (`link_map`). It asks the proxy itself.
+`files` judges saved evidence, with `--vtpm-quote` both quotes of a deep one. Asks nobody.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import base64
-import binascii
 import json
-import logging
-import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-from provider_proxy.attestation_key import MAX_PUBLIC_BYTES, parse_ak
-from provider_proxy.cli import files, http
+from provider_proxy.attestation_key import parse_ak
+from provider_proxy.cli import files
 from provider_proxy.cli.verify import (
     add_judging_arguments,
     add_link_arguments,
@@ -33,31 +21,11 @@ from provider_proxy.cli.verify import (
     load_judging,
     load_policy,
 )
-from provider_proxy.client import ProxyClient
 from provider_proxy.deep import deep_verify
-from provider_proxy.errors import (
-    ClaimsNeverError,
-    EkNotLinkedError,
-    ReplyError,
-    UsageError,
-    VerificationError,
-    VmNotRunningError,
-)
-from provider_proxy.link import VtpmLink, ek_digest, spki_digest
-from provider_proxy.link_map import AgentEntry, HostEntry, LinkMap, load_link_map
-from provider_proxy.model import HashAlg, VerifiedQuote
-from provider_proxy.pins import PinStore
+from provider_proxy.errors import UsageError
+from provider_proxy.model import HashAlg
 from provider_proxy.policy import AllOf
 from provider_proxy.verify import Verifier
-
-log = logging.getLogger(__name__)
-
-MAX_VARIABLE_CHARS = 16 * 1024  # an RSA-4096 key as a PEM has 800
-TRIES = 4  # a chip that is busy says so with 503
-LONGEST_WAIT_S = 10.0  # between two tries: whoever adds an agent waits for us
-NOT_THERE = 404
-BUSY = (503, 504)
-ANY_STATE_MASK = 0x1  # where no policy reads a PCR, a quote needs one all the same
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,18 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     state.add_argument(
         "--insecure-any-vtpm-state", action="store_true", help="accept whatever they hold"
     )
-    saved.set_defaults(act=_files)
-    agent = actions.add_parser("agent", help="as Keylime's ek_check_script: ask the proxy")
-    agent.add_argument(
-        "--map",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="your own file of agents, VMs and hosts, TOML",
-    )
-    agent.set_defaults(act=_agent)
-    for action in (saved, agent):
-        action.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    saved.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -103,16 +60,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         VerificationError: refused; the class says why.
         UsageError, HostError: a file or an option is wrong or missing.
-        ReplyError: no proxy gave an answer.
     """
-    code: int = args.act(args)
-    return code
-
-
-# --- saved evidence ---------------------------------------------------------------------------------
-
-
-def _files(args: argparse.Namespace) -> int:
     judging = load_judging(args)
     link = link_of(args)
     assert link is not None  # both options are required
@@ -160,115 +108,3 @@ def _show(values: Mapping[str, object], host: str = "the host", *, as_json: bool
     if "vtpm_pcrs" in values:
         print("  deep: the host's quote came after the vTPM's")
     return 0
-
-
-# --- Keylime's ek_check_script ----------------------------------------------------------------------
-
-
-def _agent(args: argparse.Namespace) -> int:
-    agent_id, ek = read_environment(os.environ)
-    known = load_link_map(args.map)
-    entry = known.agent(agent_id)
-    link = VtpmLink(vm=entry.vm, ek=ek, confirmed=entry.confirmed, issuer=entry.ek_issuer)
-    host, quote = asyncio.run(_ask(known, entry, link))
-    values = {"agent": entry.agent, "host": host.name, **link_values(link, quote)}
-    return _show(values, host.name, as_json=args.json)
-
-
-def read_environment(variables: Mapping[str, str]) -> tuple[str, bytes]:
-    """The agent's id, and the digest of its EK's SPKI, from what `ek_check_script` is given.
-
-    `EK_TPM` is what the registrar's credential activation was about. `EK`, the same key as a PEM, must
-    agree with it. `EK_CERT`, `PROVKEYS` and `TPM_CERT_STORE` are not used: the link needs no certificate.
-
-    Raises:
-        UsageError: a variable is missing or too long: this is not Keylime.
-        EkNotLinkedError: the EK is no key, or the two do not agree.
-    """
-    for name in ("AGENT_UUID", "EK_TPM"):
-        if not variables.get(name):
-            raise UsageError(f"{name} is not in the environment: Keylime's ek_check_script has it")
-    for name in ("AGENT_UUID", "EK_TPM", "EK"):
-        if len(variables.get(name, "")) > MAX_VARIABLE_CHARS:
-            raise UsageError(f"{name} is longer than {MAX_VARIABLE_CHARS} characters")
-    try:
-        public = base64.b64decode(variables["EK_TPM"].strip(), validate=True)
-    except (binascii.Error, ValueError) as exc:
-        raise EkNotLinkedError("EK_TPM is not base64") from exc
-    if len(public) > MAX_PUBLIC_BYTES:
-        raise EkNotLinkedError("EK_TPM is too long")
-    digest = ek_digest(public)
-    if variables.get("EK"):
-        _check_pem(variables["EK"], digest)
-    return variables["AGENT_UUID"], digest
-
-
-def _check_pem(pem: str, digest: bytes) -> None:
-    try:
-        key = load_pem_public_key(pem.encode("utf-8", "surrogateescape"))
-    except (ValueError, UnsupportedAlgorithm) as exc:
-        raise EkNotLinkedError("EK is no PEM of a public key") from exc
-    if not isinstance(key, ec.EllipticCurvePublicKey | rsa.RSAPublicKey):
-        raise EkNotLinkedError("EK is neither an RSA nor an EC key")
-    if spki_digest(key) != digest:
-        raise EkNotLinkedError("EK and EK_TPM are not the same key")
-
-
-async def _ask(
-    known: LinkMap, entry: AgentEntry, link: VtpmLink
-) -> tuple[HostEntry, VerifiedQuote]:
-    """Ask the hosts in turn until one proves the link; another's refusal cannot take that away.
-
-    Raises:
-        VerificationError: none does, and this is the first refusal.
-        ClaimsNeverError: none does, and one was not asked.
-        ReplyError: none does, and one gave no answer.
-        VmNotRunningError: none of them has claims about the VM.
-    """
-    refused: VerificationError | None = None
-    silent: ReplyError | None = None
-    for host in entry.hosts:
-        if host.claims == "never":
-            log.warning('%s is marked claims = "never" and was not asked', host.name)
-            continue
-        try:
-            return host, await _ask_one(known, host, link)
-        except VerificationError as exc:
-            log.warning("%s: refused: %s: %s", host.name, type(exc).__name__, exc)
-            refused = refused or exc
-        except ReplyError as exc:
-            log.warning("%s: %s", host.name, exc)
-            if exc.status != NOT_THERE:
-                silent = silent or exc
-    if refused is not None:
-        raise refused
-    if any(host.claims == "never" for host in entry.hosts):
-        raise ClaimsNeverError("no host proves the link, and claims of one prove nothing")
-    if silent is not None:
-        raise silent
-    names = ", ".join(host.name for host in entry.hosts)
-    raise VmNotRunningError(f"no host has claims about the VM {link.vm}; asked: {names}")
-
-
-async def _ask_one(known: LinkMap, host: HostEntry, link: VtpmLink) -> VerifiedQuote:
-    pinned = PinStore(known.pins).load(host.pinned)
-    policy = load_policy(host.tpm_policy, any_state=host.insecure_any_state, bank=HashAlg.SHA256)
-    reach = argparse.Namespace(url=host.url, ca=host.ca, cert=host.cert, key=host.key)
-    verifier = Verifier(AllOf((policy, link)))
-    async with http.make_client(reach) as client:
-        proxy = ProxyClient(client, host.url)
-        for left in reversed(range(TRIES)):
-            try:
-                return await proxy.attest(
-                    verifier,
-                    pinned.host,
-                    pinned,
-                    mask=policy.needed_mask or ANY_STATE_MASK,
-                    vm=link.vm,
-                    now=time.monotonic,
-                )
-            except ReplyError as exc:
-                if not left or exc.status not in BUSY:
-                    raise
-                await asyncio.sleep(min(exc.retry_after_s or 1.0, LONGEST_WAIT_S))
-    raise AssertionError("the last try returns or raises")
