@@ -25,6 +25,7 @@
     ├── RegistrarError             a registrar gave no usable answer                        (exit 3)
     └── VerificationError          evidence refused; a class for each numbered check        (exit 1)
         └── PolicyError            check 7: the state is proven, and not what the policy wants
+            ├── KeylimeRefusedError  check 7: the tenant's Keylime verifier refused the quote
             └── LinkError          check 7: the link of a VM's vTPM to the host; a class a cause
 
 `str(error)` is the public message: it may be shown to the other side. What only we may see hangs

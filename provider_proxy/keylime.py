@@ -29,6 +29,7 @@ from provider_proxy.errors import (
 from provider_proxy.http_body import IDENTITY, read_body
 from provider_proxy.model import Evidence, TrustedHost, VerifiedQuote, mask_of
 from provider_proxy.policy import parse_tpm_policy
+from provider_proxy.replies import status_text
 from provider_proxy.verify import HostHistory, Verifier, new_challenge
 from provider_proxy.wire import encode_quote, parse_evidence
 
@@ -115,7 +116,6 @@ class KeylimeVerifier:
 
         Raises:
             KeylimeRefusedError: it does not accept it.
-            UsageError: it takes these policies for none.
             ReplyError: no answer, or none that can be understood.
         """
         body = json.dumps(
@@ -126,7 +126,9 @@ class KeylimeVerifier:
         ).encode("utf-8")
         status, answer = await self._post(f"/v{API_VERSION}/verify/evidence", body)
         if status != 200:
-            raise ReplyError(f"the verifier answered {status}", status=status)
+            raise ReplyError(
+                f"the verifier answered {status}: {status_text(answer)}", status=status
+            )
         reasons = _parse_verdict(answer)
         if reasons is not None:
             raise KeylimeRefusedError(reasons)
@@ -205,6 +207,34 @@ class RegisteredHost:
     ak_public: bytes
 
 
+async def ask_host(
+    proxy: ProxyClient,
+    registered: RegisteredHost,
+    verifier: Verifier,
+    policies: KeylimePolicies,
+    *,
+    mask: int = 0,
+    timeout_ms: int | None = None,
+    now: Callable[[], float] = time.monotonic,
+) -> tuple[VerifiedQuote, Evidence]:
+    """The first half of `check_host`: what we have verified, for Keylime to judge.
+
+    Raises:
+        VerificationError: our checks refuse it.
+        ReplyError: the proxy gave no answer.
+    """
+    history = registered.history
+    challenge = new_challenge(
+        mask=mask | policies.mask, now_s=now(), history=history, timeout_ms=timeout_ms
+    )
+    try:
+        body = await proxy.fetch(challenge.request)
+        verified = verifier.verify(body, challenge, registered.host, history, now_s=now())
+    finally:
+        history.spend(challenge.request.nonce)  # unanswered or refused: never good again
+    return verified, parse_evidence(body)
+
+
 async def check_host(
     proxy: ProxyClient,
     registered: RegisteredHost,
@@ -225,21 +255,11 @@ async def check_host(
     Raises:
         VerificationError: our checks refuse it (Keylime was not asked), or Keylime's do.
         ReplyError: proxy or verifier gave no answer.
-        UsageError: see `KeylimeVerifier.judge`.
     """
-    history = registered.history
-    challenge = new_challenge(
-        mask=mask | policies.mask, now_s=now(), history=history, timeout_ms=timeout_ms
+    verified, evidence = await ask_host(
+        proxy, registered, verifier, policies, mask=mask, timeout_ms=timeout_ms, now=now
     )
-    try:
-        body = await proxy.fetch(challenge.request)
-        verified = verifier.verify(body, challenge, registered.host, history, now_s=now())
-    finally:
-        history.spend(challenge.request.nonce)  # unanswered or refused: never good again
     await keylime.judge(
-        parse_evidence(body),
-        policies,
-        ek_public=registered.ek_public,
-        ak_public=registered.ak_public,
+        evidence, policies, ek_public=registered.ek_public, ak_public=registered.ak_public
     )
     return verified

@@ -25,13 +25,13 @@ def refused(status: int, body: bytes, retry_after: str) -> ReplyError:
         retry_after: the header's value; empty where there is none.
     """
     return ReplyError(
-        f"the proxy answered {status}: {_status_text(body)}",
+        f"the proxy answered {status}: {status_text(body)}",
         status=status,
         retry_after_s=_seconds(retry_after),
     )
 
 
-def _status_text(body: bytes) -> str:
+def status_text(body: bytes) -> str:
     """The envelope's status, fit to be shown: one short printable line."""
     try:
         text = json.loads(body)["status"]

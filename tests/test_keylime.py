@@ -1,30 +1,19 @@
-"""Stock Keylime as the judge: what it is given, how its answers are read; and the real verifier."""
+"""Stock Keylime as the judge: what it is given, how its answers are read. The real one is beside."""
 
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from hashlib import sha1, sha256
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import replace
 
 import httpx
 import pytest
-import trio
-from helpers import LIMIT_S, make_evidence
-from keylime_helpers import KeylimeVerifier as RealVerifier
-from keylime_helpers import Registrar, running_registrar, running_verifier
-from tpm_helpers import daemon_over, plain_config, swtpm_at, tool
+from helpers import make_evidence
 
-from provider_proxy.attestation_key import parse_ak
 from provider_proxy.client import ProxyClient
-from provider_proxy.config_tables import Logs, TenantRules
 from provider_proxy.errors import (
     InclusionError,
     KeylimeRefusedError,
-    PolicyError,
     QualifyingDataError,
     ReplyError,
     SignatureError,
@@ -37,7 +26,7 @@ from provider_proxy.keylime import (
     RegisteredHost,
     check_host,
 )
-from provider_proxy.model import HashAlg, TrustedHost, VerifiedQuote
+from provider_proxy.model import TrustedHost, VerifiedQuote
 from provider_proxy.policy import UnsafeAcceptAny
 from provider_proxy.query import parse_quote_query
 from provider_proxy.soft_tpm import SoftTpm
@@ -244,120 +233,3 @@ async def test_a_nonce_is_never_left_open() -> None:
     with pytest.raises(QualifyingDataError):
         await site.check()
     assert not history._open
-
-
-# --- the real verifier ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tenant:
-    """A tenant's Keylime."""
-
-    registrar: Registrar
-    verifier: RealVerifier
-
-
-@pytest.fixture(scope="module")
-def tenant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenant]:
-    with (
-        running_registrar(tmp_path_factory.mktemp("keylime")) as registrar,
-        running_verifier(registrar) as verifier,
-    ):
-        yield Tenant(registrar=registrar, verifier=verifier)
-
-
-def ima_entry(path: str, content: bytes) -> tuple[str, bytes]:
-    """A line of an ima-ng list, and what the kernel extends PCR 10's SHA-256 bank with."""
-    digest = b"sha256:\0" + sha256(content).digest()
-    name = path.encode() + b"\0"
-    template = struct.pack("<I", len(digest)) + digest + struct.pack("<I", len(name)) + name
-    line = f"10 {sha1(template).hexdigest()} ima-ng sha256:{sha256(content).hexdigest()} {path}\n"
-    return line, sha256(template).digest()
-
-
-def runtime_policy(entries: list[tuple[str, bytes]]) -> str:
-    return text(
-        {
-            "meta": {"version": 1, "generator": 0},
-            "release": 0,
-            "digests": {path: [sha256(content).hexdigest()] for path, content in entries},
-            "excludes": [],
-            "keyrings": {},
-            "ima": {"ignored_keyrings": [], "log_hash_alg": "sha1", "dm_policy": None},
-            "ima-buf": {},
-            "verification-keys": "",
-        }
-    )
-
-
-@asynccontextmanager
-async def host(tmp_path: Path) -> AsyncIterator[tuple[str, dict[int, str]]]:
-    """A daemon on a swtpm whose kernel has run two programs; its URL and its PCRs."""
-    ima = tmp_path / "ima"
-    with swtpm_at(tmp_path / "tpm") as chip:
-        with ima.open("w") as lines:
-            for path, content in IMA_LINES:
-                line, digest = ima_entry(path, content)
-                lines.write(line)
-                tool(chip.tcti, "tpm2_pcrextend", f"10:sha256={digest.hex()}")
-        tool(chip.tcti, "tpm2_pcrextend", f"4:sha256={'ab' * 32}")
-        values = {4: sha256(bytes(32) + b"\xab" * 32).hexdigest(), 0: "00" * 32}
-        config = replace(
-            plain_config(tmp_path / "state", chip.tcti),
-            logs=Logs(ima=ima, uefi=tmp_path / "none"),
-            tenant_defaults=TenantRules(pcr_allow=0xFFFFFF),
-        )
-        async with daemon_over(config) as started:
-            yield f"http://{started.addresses[0]}", values
-
-
-async def judged(
-    tenant: Tenant, url: str, policies: KeylimePolicies, *, ak_public: bytes | None = None
-) -> VerifiedQuote:
-    async with (
-        httpx.AsyncClient(trust_env=False) as http,
-        httpx.AsyncClient(
-            verify=tenant.registrar.client_context(), trust_env=False, timeout=30
-        ) as keylime,
-    ):
-        proxy = ProxyClient(http, url)
-        identity = await proxy.identity()
-        ak_public = ak_public or identity.ak_public
-        with trio.fail_after(LIMIT_S):
-            return await check_host(
-                proxy,
-                RegisteredHost(
-                    host=TrustedHost(ak=parse_ak(ak_public)),
-                    history=MemoryHistory(),
-                    ek_public=identity.ek_public,
-                    ak_public=ak_public,
-                ),
-                Verifier(UnsafeAcceptAny()),
-                KeylimeVerifier(keylime, tenant.verifier.url),
-                policies,
-            )
-
-
-@pytest.mark.real
-async def test_the_real_verifier_and_the_policies_that_it_has(
-    tenant: Tenant, tmp_path: Path
-) -> None:
-    async with host(tmp_path) as (url, values):
-        tpm = text({str(pcr): [value] for pcr, value in values.items()})
-        verified = await judged(tenant, url, KeylimePolicies(tpm=tpm))
-        assert verified.pcrs[4].hex() == values[4]
-        assert verified.bank is HashAlg.SHA256
-
-        wrong = text({"4": ["00" * 32]})
-        with pytest.raises(KeylimeRefusedError, match="invalid_pcr_4") as refused:
-            await judged(tenant, url, KeylimePolicies(tpm=wrong))
-        assert isinstance(refused.value, VerificationError)
-        assert refused.value.check == PolicyError.check
-
-        good = KeylimePolicies(tpm=tpm, runtime=runtime_policy(IMA_LINES))
-        assert 10 in (await judged(tenant, url, good)).pcrs
-        with pytest.raises(KeylimeRefusedError, match="ima"):
-            await judged(tenant, url, KeylimePolicies(runtime=runtime_policy(IMA_LINES[:1])))
-
-        with pytest.raises(SignatureError):
-            await judged(tenant, url, good, ak_public=SoftTpm().ak_public)

@@ -20,8 +20,7 @@ from provider_proxy.client import ProxyClient
 from provider_proxy.deep import deep_nonce
 from provider_proxy.errors import UsageError
 from provider_proxy.files import write_private
-from provider_proxy.model import PCR_COUNT, mask_of, parse_bank, parse_mask
-from provider_proxy.query import MAX_TIMEOUT_MS, MIN_TIMEOUT_MS
+from provider_proxy.model import parse_bank
 from provider_proxy.request_file import RequestRecord, encode_request
 from provider_proxy.verify import Challenge, MemoryHistory, new_challenge
 
@@ -29,9 +28,7 @@ from provider_proxy.verify import Challenge, MemoryHistory, new_challenge
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     files.add_tls_arguments(parser)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--mask", metavar="0x…", help="PCR mask; bit n stands for PCR n")
-    which.add_argument("--pcrs", metavar="0,1,7", help="the same as a list of PCR numbers")
+    files.add_pcr_arguments(parser, required=True)
     parser.add_argument("--bank", default="sha256", help="PCR bank (default: sha256)")
     parser.add_argument("--vm", metavar="UUID", help="ask for the link of this VM to the host")
     parser.add_argument(
@@ -41,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="deep quote: take a nonce that this quote of the VM's vTPM is part of",
     )
     parser.add_argument("--vtpm-nonce", metavar="TEXT", help="your nonce that the vTPM quoted over")
-    parser.add_argument("--timeout-ms", type=int, metavar="N", help="how long the proxy may take")
+    files.add_timeout_argument(parser)
     parser.add_argument(
         "--evidence",
         type=Path,
@@ -61,16 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     files.add_pins_argument(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-
-
-def parse_pcr_list(text: str) -> int:
-    """Read "0,1,7". Raises: UsageError."""
-    numbers = text.split(",")
-    if not all(
-        n.isascii() and n.isdecimal() and len(n) < 3 and int(n) < PCR_COUNT for n in numbers
-    ):
-        raise UsageError(f"--pcrs must be numbers from 0 to {PCR_COUNT - 1} joined by commas")
-    return mask_of(int(n) for n in numbers)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,13 +84,12 @@ def _deepened(args: argparse.Namespace, challenge: Challenge) -> Challenge:
 
 
 async def _run(args: argparse.Namespace) -> int:
-    mask = parse_mask(args.mask) if args.mask is not None else parse_pcr_list(args.pcrs)
+    mask = files.parse_pcrs(args)
     try:
         vm = uuid.UUID(args.vm) if args.vm is not None else None
     except ValueError:
         raise UsageError("--vm must be a UUID") from None
-    if args.timeout_ms is not None and not MIN_TIMEOUT_MS <= args.timeout_ms <= MAX_TIMEOUT_MS:
-        raise UsageError(f"--timeout-ms must be in {MIN_TIMEOUT_MS}..{MAX_TIMEOUT_MS}")
+    timeout_ms = files.parse_timeout_ms(args)
     pinned = files.load_pin(args)
     made_at_s = time.time()
     begin = time.monotonic()
@@ -113,7 +99,7 @@ async def _run(args: argparse.Namespace) -> int:
         history=pinned or MemoryHistory(),
         bank=parse_bank(args.bank),
         vm=vm,
-        timeout_ms=args.timeout_ms,
+        timeout_ms=timeout_ms,
     )
     challenge = _deepened(args, challenge)
     record = RequestRecord(

@@ -1,4 +1,4 @@
-"""Arguments that subcommands share: the trusted AK, and how to reach a proxy."""
+"""Arguments that subcommands share: the trusted AK, what to ask for, how to reach proxy and registrar."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 from provider_proxy.attestation_key import insecure_ak_from_pem, parse_ak, parse_public
 from provider_proxy.errors import EvidenceFormatError, UsageError
 from provider_proxy.files import read_file
-from provider_proxy.model import AttestationKey, Quote
+from provider_proxy.model import PCR_COUNT, AttestationKey, Quote, mask_of, parse_mask
 from provider_proxy.pins import PinnedHost, PinStore
+from provider_proxy.query import MAX_TIMEOUT_MS, MIN_TIMEOUT_MS
+from provider_proxy.verify import DEFAULT_MAX_AGE_S
 from provider_proxy.wire import MAX_QUOTE_STRING, parse_quote
 
 DEFAULT_CONFIG = Path("/etc/provider-proxy/provider-proxy.toml")
@@ -92,6 +94,80 @@ def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ca", type=Path, metavar="FILE", help="CA of the proxy's certificate")
     parser.add_argument("--cert", type=Path, metavar="FILE", help="own certificate, PEM")
     parser.add_argument("--key", type=Path, metavar="FILE", help="its private key, PEM")
+
+
+def add_registrar_arguments(parser: argparse.ArgumentParser) -> None:
+    """What goes with `--registrar URL`: its TLS, the host's id there, who vouches for the EK."""
+    parser.add_argument("--registrar-ca", type=Path, metavar="FILE", help="CA of the registrar")
+    parser.add_argument("--registrar-cert", type=Path, metavar="FILE", help="own certificate, PEM")
+    parser.add_argument("--registrar-key", type=Path, metavar="FILE", help="its private key, PEM")
+    parser.add_argument("--agent-id", metavar="ID", help="the host's id there (default: HOST)")
+    parser.add_argument(
+        "--ek-tpm",
+        type=Path,
+        metavar="FILE",
+        help="its EK: TPM2B_PUBLIC; you vouch for it, and its certificate is not looked at",
+    )
+    parser.add_argument(
+        "--ek-ca", type=Path, metavar="DIR", help="the TPM vendors' CAs that you trust"
+    )
+    parser.add_argument(
+        "--insecure-no-ek",
+        action="store_true",
+        help="check no EK certificate; a TPM of software then passes for the host's",
+    )
+
+
+def add_pcr_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """`--mask` or `--pcrs`, for `parse_pcrs`."""
+    which = parser.add_mutually_exclusive_group(required=required)
+    which.add_argument("--mask", metavar="0x…", help="PCR mask; bit n stands for PCR n")
+    which.add_argument("--pcrs", metavar="0,1,7", help="the same as a list of PCR numbers")
+
+
+def parse_pcrs(args: argparse.Namespace) -> int:
+    """The mask of `--mask` or `--pcrs`; 0 where neither is given.
+
+    Raises:
+        UsageError, ParameterError: no such mask, no such list.
+    """
+    if args.mask is not None:
+        return parse_mask(args.mask)
+    return 0 if args.pcrs is None else parse_pcr_list(args.pcrs)
+
+
+def parse_pcr_list(text: str) -> int:
+    """Read "0,1,7". Raises: UsageError."""
+    numbers = text.split(",")
+    if not all(
+        n.isascii() and n.isdecimal() and len(n) < 3 and int(n) < PCR_COUNT for n in numbers
+    ):
+        raise UsageError(f"--pcrs must be numbers from 0 to {PCR_COUNT - 1} joined by commas")
+    return mask_of(int(n) for n in numbers)
+
+
+def add_timeout_argument(parser: argparse.ArgumentParser) -> None:
+    """`--timeout-ms`, for `parse_timeout_ms`."""
+    parser.add_argument("--timeout-ms", type=int, metavar="N", help="how long the proxy may take")
+
+
+def parse_timeout_ms(args: argparse.Namespace) -> int | None:
+    """`--timeout-ms`. Raises: UsageError."""
+    if args.timeout_ms is not None and not MIN_TIMEOUT_MS <= args.timeout_ms <= MAX_TIMEOUT_MS:
+        raise UsageError(f"--timeout-ms must be in {MIN_TIMEOUT_MS}..{MAX_TIMEOUT_MS}")
+    timeout_ms: int | None = args.timeout_ms
+    return timeout_ms
+
+
+def add_max_age_argument(parser: argparse.ArgumentParser) -> None:
+    """`--max-age`."""
+    parser.add_argument(
+        "--max-age",
+        type=float,
+        default=DEFAULT_MAX_AGE_S,
+        metavar="SECONDS",
+        help=f"how old the nonce may be when answered (default: {DEFAULT_MAX_AGE_S:g})",
+    )
 
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:

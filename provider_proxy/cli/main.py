@@ -34,6 +34,7 @@ SUBCOMMANDS = {
     "fetch": "ask a proxy for a quote; save the request and the evidence",
     "verify": "verify saved evidence, offline",
     "verify-link": "verify that a VM with its vTPM runs on a host",
+    "keylime-check": "have your own Keylime verifier judge a host, after our checks",
     "ek-check": "Keylime's ek_check_script: is the host under an agent's VM good",
     "vtpm-ca": "get and check the CA that certifies a host's vTPMs",
     "identity": "show what a proxy says of its host's keys",

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from provider_proxy.attestation_key import parse_public
-from provider_proxy.cli.files import read_public
+from provider_proxy.cli.files import add_registrar_arguments, read_public
 from provider_proxy.errors import UsageError
 from provider_proxy.pins import PinnedHost, PinStore
 
@@ -27,24 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     key.add_argument(
         "--registrar", metavar="URL", help="take AK and EK from this registrar, and check them"
     )
-    add.add_argument(
-        "--ek-tpm",
-        type=Path,
-        metavar="FILE",
-        help="its EK: TPM2B_PUBLIC; you vouch for it, and its certificate is not looked at",
-    )
-    add.add_argument("--registrar-ca", type=Path, metavar="FILE", help="CA of the registrar")
-    add.add_argument("--registrar-cert", type=Path, metavar="FILE", help="own certificate, PEM")
-    add.add_argument("--registrar-key", type=Path, metavar="FILE", help="its private key, PEM")
-    add.add_argument("--agent-id", metavar="ID", help="the host's id there (default: HOST)")
-    add.add_argument(
-        "--ek-ca", type=Path, metavar="DIR", help="the TPM vendors' CAs that you trust"
-    )
-    add.add_argument(
-        "--insecure-no-ek",
-        action="store_true",
-        help="check no EK certificate; a TPM of software then passes for the host's",
-    )
+    add_registrar_arguments(add)
     add.add_argument(
         "--anew", action="store_true", help="replace another AK or EK; you know why it changed"
     )

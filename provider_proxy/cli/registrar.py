@@ -1,9 +1,11 @@
-"""What `pin add` takes from a registrar: a record whose keys are checked. Needs the extra `client`."""
+"""The registrar of a command line: records whose keys are checked. Needs the extra `client`."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from provider_proxy.agent_records import AgentRecord
 from provider_proxy.bindings import EkJudge, KnownEk, RegistrarBindings, UnsafeAnyEk
@@ -24,7 +26,28 @@ def read_record(args: argparse.Namespace, *, ek_by_hand: bytes | None) -> AgentR
         ReplyError: the registrar gave no answer.
         UsageError, HostError: an option or a file is wrong.
     """
-    return asyncio.run(_read(args, _judge(args, ek_by_hand)))
+
+    async def read() -> AgentRecord:
+        async with open_bindings(args, ek_by_hand=ek_by_hand) as bindings:
+            return await bindings.record(args.agent_id or args.label)
+
+    return asyncio.run(read())
+
+
+@asynccontextmanager
+async def open_bindings(
+    args: argparse.Namespace, *, ek_by_hand: bytes | None
+) -> AsyncIterator[RegistrarBindings]:
+    """The bindings of the registrar that the options name, of which nothing is cached.
+
+    Raises:
+        UsageError, HostError: an option or a file is wrong.
+    """
+    judge = _judge(args, ek_by_hand)
+    options = "--registrar-ca, --registrar-cert, --registrar-key"
+    tls = (args.registrar_ca, args.registrar_cert, args.registrar_key)
+    async with open_client(*tls, options=options) as http:
+        yield RegistrarBindings(http, args.registrar, pins=PinStore(args.pins), eks=judge, ttl_s=0)
 
 
 def _judge(args: argparse.Namespace, ek_by_hand: bytes | None) -> EkJudge:
@@ -37,13 +60,3 @@ def _judge(args: argparse.Namespace, ek_by_hand: bytes | None) -> EkJudge:
     if args.ek_ca is not None:
         return EkStore(args.ek_ca)
     return UnsafeAnyEk()
-
-
-async def _read(args: argparse.Namespace, judge: EkJudge) -> AgentRecord:
-    options = "--registrar-ca, --registrar-cert, --registrar-key"
-    tls = (args.registrar_ca, args.registrar_cert, args.registrar_key)
-    async with open_client(*tls, options=options) as http:
-        bindings = RegistrarBindings(
-            http, args.registrar, pins=PinStore(args.pins), eks=judge, ttl_s=0
-        )
-        return await bindings.record(args.agent_id or args.label)

@@ -24,7 +24,6 @@ from provider_proxy.model import AttestationKey, HashAlg, TrustedHost, VerifiedQ
 from provider_proxy.policy import AllOf, Policy, UnsafeAcceptAny, parse_tpm_policy
 from provider_proxy.request_file import MAX_BYTES, parse_request
 from provider_proxy.verify import (
-    DEFAULT_MAX_AGE_S,
     Challenge,
     HostHistory,
     MemoryHistory,
@@ -77,13 +76,7 @@ def add_judging_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="accept whatever the PCRs hold; proves only that the host's TPM answered",
     )
-    parser.add_argument(
-        "--max-age",
-        type=float,
-        default=DEFAULT_MAX_AGE_S,
-        metavar="SECONDS",
-        help=f"how old the nonce may be when answered (default: {DEFAULT_MAX_AGE_S:g})",
-    )
+    files.add_max_age_argument(parser)
 
 
 def add_link_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:

@@ -1,0 +1,221 @@
+"""`provider-proxy keylime-check`: two judges, one verdict.
+
+The registrar says which AK is the host's, and `bindings` checks what that is worth. Our checks find the
+nonce in the quote, and the selection in what was signed. Only then is the tenant's own, unmodified
+verifier asked, with the tenant's policies. The verdict is good where both are content; where one of
+them said nothing there is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from provider_proxy.bindings import Binding
+from provider_proxy.cli import files, http
+from provider_proxy.cli.registrar import open_bindings
+from provider_proxy.client import ProxyClient
+from provider_proxy.errors import (
+    KeylimeRefusedError,
+    ProviderProxyError,
+    ReplyError,
+    UsageError,
+    VerificationError,
+)
+from provider_proxy.files import read_file
+from provider_proxy.keylime import (
+    MAX_POLICY_BYTES,
+    KeylimePolicies,
+    KeylimeVerifier,
+    RegisteredHost,
+    ask_host,
+)
+from provider_proxy.model import VerifiedQuote
+from provider_proxy.pins import PinStore
+from provider_proxy.policy import UnsafeAcceptAny
+from provider_proxy.verify import Verifier
+
+NOT_ASKED, GOOD, REFUSED, NO_ANSWER = "not asked", "good", "refused", "no answer"
+EXIT_OF = {GOOD: 0, REFUSED: 1, NO_ANSWER: 3}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    files.add_tls_arguments(parser)
+    parser.add_argument(
+        "--pinned",
+        metavar="HOST",
+        required=True,
+        help="your name of the host; its EK and AK are pinned under it at first trust",
+    )
+    parser.add_argument(
+        "--pins", type=Path, required=True, metavar="DIR", help="directory of the pins"
+    )
+    parser.add_argument(
+        "--registrar",
+        required=True,
+        metavar="URL",
+        help="your registrar, which says what its AK is",
+    )
+    files.add_registrar_arguments(parser)
+    parser.add_argument(
+        "--verifier", required=True, metavar="URL", help="your verifier, https://…:8881"
+    )
+    parser.add_argument("--verifier-ca", type=Path, metavar="FILE", help="CA of the verifier")
+    parser.add_argument("--verifier-cert", type=Path, metavar="FILE", help="own certificate, PEM")
+    parser.add_argument("--verifier-key", type=Path, metavar="FILE", help="its private key, PEM")
+    for name, what in (
+        ("--tpm-policy", 'allowed PCR values, {"0": ["hex", …]}'),
+        ("--runtime-policy", "files that IMA may have measured"),
+        ("--mb-policy", "measured-boot policy"),
+    ):
+        parser.add_argument(name, type=Path, metavar="FILE", help=f"for Keylime: {what}")
+    files.add_pcr_arguments(parser, required=False)
+    files.add_timeout_argument(parser)
+    files.add_max_age_argument(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Word:
+    """What one judge says. `error` is the class of the error, where it is one of ours."""
+
+    state: str
+    reasons: tuple[str, ...] = ()
+    error: str | None = None
+
+    def __str__(self) -> str:
+        return ": ".join((self.state, *self.reasons[:1])) + "".join(
+            f"\n         {reason}" for reason in self.reasons[1:]
+        )
+
+
+def _word_of(error: ProviderProxyError) -> Word:
+    if isinstance(error, KeylimeRefusedError):
+        return Word(state=REFUSED, reasons=error.reasons)
+    name = type(error).__name__
+    if isinstance(error, VerificationError):
+        return Word(state=REFUSED, reasons=(f"{name}: {error}",), error=name)
+    return Word(state=NO_ANSWER, reasons=(str(error),), error=name)
+
+
+@dataclass(slots=True, kw_only=True)
+class Verdict:
+    """Both judges' words; good only where both said so."""
+
+    ours: Word = Word(state=NOT_ASKED)
+    keylime: Word = Word(state=NOT_ASKED)
+    binding: Binding | None = None
+    quote: VerifiedQuote | None = None
+
+    @property
+    def state(self) -> str:
+        """The verdict: the first word that is not "good", ours before Keylime's."""
+        return self.keylime.state if self.ours.state == GOOD else self.ours.state
+
+
+def run(args: argparse.Namespace) -> int:
+    """Judge; prints the verdict, which the exit code says, too.
+
+    Raises:
+        UsageError, HostError: an option or a file is wrong; nobody was asked.
+    """
+    policies = _load_policies(args)
+    verdict = asyncio.run(_judge(args, policies))
+    print(json.dumps(_values(verdict)) if args.json else _lines(verdict))
+    return EXIT_OF[verdict.state]
+
+
+def _load_policies(args: argparse.Namespace) -> KeylimePolicies:
+    texts: list[str | None] = []
+    for path in (args.tpm_policy, args.runtime_policy, args.mb_policy):
+        try:
+            text = None if path is None else read_file(path, MAX_POLICY_BYTES).decode("utf-8")
+        except UnicodeDecodeError as exc:
+            raise UsageError(f"{path} is not UTF-8") from exc
+        texts.append(text)
+    tpm, runtime, measured_boot = texts
+    return KeylimePolicies(tpm=tpm, runtime=runtime, measured_boot=measured_boot)
+
+
+async def _judge(args: argparse.Namespace, policies: KeylimePolicies) -> Verdict:
+    verdict = Verdict()
+    mask, timeout_ms = files.parse_pcrs(args), files.parse_timeout_ms(args)
+    tls = (args.verifier_ca, args.verifier_cert, args.verifier_key)
+    options = "--verifier-ca, --verifier-cert, --verifier-key"
+    if not args.verifier.startswith("https://"):
+        raise UsageError("--verifier must begin with https://")
+    async with (
+        http.make_client(args) as proxy_http,
+        http.open_client(*tls, options=options) as keylime_http,
+        open_bindings(args, ek_by_hand=_ek_by_hand(args)) as bindings,
+    ):
+        try:
+            binding = await bindings.get(args.agent_id or args.pinned, label=args.pinned)
+            verdict.binding = binding
+            verdict.quote, evidence = await ask_host(
+                ProxyClient(proxy_http, args.url),
+                RegisteredHost(
+                    host=binding.host,
+                    history=binding.history,
+                    ek_public=binding.ek_public,
+                    ak_public=binding.ak_public,
+                ),
+                Verifier(UnsafeAcceptAny(), max_age_s=args.max_age),
+                policies,
+                mask=mask,
+                timeout_ms=timeout_ms,
+            )
+        except (VerificationError, ReplyError) as exc:
+            verdict.ours = _word_of(exc)
+            return verdict
+        verdict.ours = Word(state=GOOD)
+        try:
+            await KeylimeVerifier(keylime_http, args.verifier).judge(
+                evidence, policies, ek_public=binding.ek_public, ak_public=binding.ak_public
+            )
+        except (VerificationError, ReplyError) as exc:
+            verdict.keylime = _word_of(exc)
+        else:
+            verdict.keylime = Word(state=GOOD)
+    return verdict
+
+
+def _ek_by_hand(args: argparse.Namespace) -> bytes | None:
+    """The EK that a person vouches for: with `--ek-tpm` now, or with `pin add --ek-tpm` before."""
+    if args.ek_tpm is not None:
+        return files.read_public(args.ek_tpm)
+    if args.ek_ca is not None or args.insecure_no_ek:
+        return None
+    pins = PinStore(args.pins)
+    pinned = pins.load(args.pinned) if pins.has(args.pinned) else None
+    return pinned.ek_public if pinned is not None and pinned.ek_by_hand else None
+
+
+def _lines(verdict: Verdict) -> str:
+    ours = str(verdict.ours)
+    if verdict.quote is not None and verdict.ours.state == GOOD:
+        pcrs = ", ".join(map(str, verdict.quote.pcrs))
+        ours += f": fresh quote of PCRs {pcrs}, signed by the registered AK"
+    what = "none" if verdict.state == NO_ANSWER else verdict.state
+    return f"ours:    {ours}\nkeylime: {verdict.keylime}\nverdict: {what}"
+
+
+def _values(verdict: Verdict) -> Mapping[str, object]:
+    binding, quote = verdict.binding, verdict.quote
+    return {
+        "verdict": "none" if verdict.state == NO_ANSWER else verdict.state,
+        "ours": _word_values(verdict.ours),
+        "keylime": _word_values(verdict.keylime),
+        "agent_id": None if binding is None else binding.agent_id,
+        "ak_name": None if binding is None else binding.host.ak.name.hex(),
+        "pcrs": None if quote is None else {str(pcr): v.hex() for pcr, v in quote.pcrs.items()},
+    }
+
+
+def _word_values(word: Word) -> Mapping[str, object]:
+    return {"state": word.state, "error": word.error, "reasons": list(word.reasons)}
