@@ -4,8 +4,13 @@ that registers itself, and our commands: `keylime-check`, `ek-check`, and docs/t
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import signal
 import struct
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -19,13 +24,16 @@ import trio
 from evidence_factory import VM
 from helpers import LIMIT_S, command, make_certs, until_answered
 from keylime_helpers import KeylimeVerifier as RealVerifier
-from keylime_helpers import Registrar, running_registrar, running_verifier
+from keylime_helpers import Registrar, free_port, running_registrar, running_verifier
+from test_docs import code, fenced, read, rows
 from test_ek_check import EK, keylime_tenant
 from tpm_helpers import daemon_over, plain_config, swtpm_at, tool
 
+from provider_proxy import ek_check, link_map
 from provider_proxy.attestation_key import parse_ak
 from provider_proxy.client import ProxyClient
 from provider_proxy.config_tables import Config, Logs, RegistrarTable, TenantRules
+from provider_proxy.config_values import IDENTITY_RE, read_identities
 from provider_proxy.errors import (
     KeylimeRefusedError,
     PolicyError,
@@ -349,3 +357,64 @@ async def test_keylime_s_tenant_asks_about_a_real_host(tmp_path: Path) -> None:
             (tmp_path / "gamma.json").write_text(text({"0": [value * 32]}))
             got, said = await keylime_tenant(tmp_path, str(VM), EK, *words)
             assert (got, word in said) == (code, True), said
+
+
+# --- docs/tenants.md ----------------------------------------------------------------------------------
+
+DOC = "docs/tenants.md"
+
+
+def test_documented_session_runs(tenant: Tenant, tmp_path: Path) -> None:
+    registrar = tenant.registrar
+    for file in (registrar.ca, registrar.client_cert, registrar.client_key):
+        shutil.copy(file, tmp_path)
+    script = "".join(block for block in fenced(DOC, "sh") if ".example" not in block)
+    ports = {"8890": free_port(), "8895": free_port(), "8891": registrar.tls_port}
+    for port, ours in {**ports, "8881": tenant.verifier.port}.items():
+        script = script.replace(port, str(ours))
+    script = script.replace("sleep 1", "sleep 0.1")
+    process = subprocess.Popen(
+        ["sh", "-c", script],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0,
+    )
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:  # the group is this script's alone
+            os.killpg(process.pid, signal.SIGTERM)
+            process.communicate()
+    assert process.returncode == 0, output
+    shown = [block for block in fenced(DOC, "") if not block.startswith("#!")]
+    assert len(shown) == 4
+    at = 0
+    for block in shown:
+        assert block in output[at:], output
+        at = output.index(block, at)
+
+
+def test_documented_forms_of_identities_are_the_code_s() -> None:
+    listed = rows(DOC, "Form", "From", "Example")
+    examples = [code(row[2]) for row in listed]
+    assert list(read_identities("key", examples)) == examples
+    assert [code(row[0]) for row in listed] == [
+        f"{re.split('[:]', example)[0]}:{'//' if '//' in example else ''}…" for example in examples
+    ]
+    assert {example.partition(":")[0] for example in examples} == set(
+        re.findall(r"(\w+):", IDENTITY_RE.pattern)
+    )
+
+
+def test_documented_retries_are_the_code_s() -> None:
+    *most, last = map(str, ek_check.PASSING)
+    text_ = read(DOC)
+    assert f"the statuses {', '.join(most)} and {last}" in text_
+    assert f"`limit_s` ({link_map.DEFAULT_LIMIT_S:g} s where" in text_
