@@ -26,7 +26,8 @@ from helpers import LIMIT_S, command, make_certs, until_answered
 from keylime_helpers import KeylimeVerifier as RealVerifier
 from keylime_helpers import Registrar, free_port, running_registrar, running_verifier
 from test_docs import code, fenced, read, rows
-from test_ek_check import EK, keylime_tenant
+from test_ek_check import keylime_tenant
+from test_link import EK
 from tpm_helpers import daemon_over, plain_config, swtpm_at, tool
 
 from provider_proxy import ek_check, link_map
