@@ -60,6 +60,7 @@ from provider_proxy.soft_tpm import SoftTpm
 from provider_proxy.waiting_room import BatchSettings
 
 GOOD, REFUSED, USAGE, ENVIRONMENT = 0, 1, 2, 3
+KEYLIME_REFUSES = 7  # of KEYLIME_TENANT, below
 AGENT = "d432fbb3-d2f1-4a97-9ef7-75bd81c00000"
 FIRMWARE = sha256(b"firmware").digest()
 
@@ -648,6 +649,6 @@ async def test_keylime_s_own_tenant_runs_it(hosts: Hosts) -> None:
     assert "alpha: good: fresh quote of PCRs 0, as policy.json allows\nlinked: VM" in said
     hosts.claims["alpha"] = claims_bytes(running=False)
     code, said = await keylime_tenant(hosts.folder, AGENT, EK, *words)
-    assert code == 7, said
+    assert code == KEYLIME_REFUSES, said
     assert "failed to validate EK" in said
     assert "VmNotRunningError: the VM does not run on this host" in said

@@ -14,6 +14,7 @@ import trio
 from cryptography.hazmat.primitives.serialization import Encoding
 from helpers import LIMIT_S, Certs, command, make_certs, serving
 from keylime_helpers import PYTHON, keylime_environment
+from test_ek_check import KEYLIME_REFUSES, keylime_tenant
 from test_vtpm_ca import VERIFY_CERT
 from test_vtpm_real import (
     NV_ECC,
@@ -171,10 +172,12 @@ async def _check_deep(tenant: TenantAt) -> None:
 
 
 async def _check_agent(tenant: TenantAt, code: int, word: str) -> None:
+    """Keylime's own tenant, before it hands over V."""
     tenant.write_map()
-    ek = base64.b64encode((tenant.folder / "ek").read_bytes()).decode()
-    said = await tenant.run("ek-check --config map.toml", code=code, AGENT_UUID=str(VM), EK_TPM=ek)
-    assert word in said
+    ek = (tenant.folder / "ek").read_bytes()
+    words = ("ek-check", "--config", str(tenant.folder / "map.toml"))
+    got, said = await keylime_tenant(tenant.folder, str(VM), ek, *words)
+    assert (got, word in said) == (KEYLIME_REFUSES if code else GOOD, True), said
 
 
 @pytest.mark.real
