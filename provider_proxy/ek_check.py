@@ -191,9 +191,8 @@ class _Host:
                 break
             else:
                 break
-        if (link is not None) == (
-            self.quote is not None
-        ):  # one proof is enough, one refusal too many
+        is_good = self.quote is not None
+        if is_good == (link is not None):  # one proof is enough, and one refusal too many
             settle()
 
     def _failed(self, error: ProviderProxyError) -> None:
