@@ -148,7 +148,8 @@ class PinStore:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def _path(self, label: str) -> Path:
+    def path_of(self, label: str) -> Path:
+        """The file of a pin, be it there or not. Raises: UsageError for a label that is no name."""
         if not LABEL_RE.fullmatch(label):
             raise UsageError("a host's label is letters, digits, '.', '_' and '-', 101 at most")
         return self._directory / f"{label}.json"
@@ -159,7 +160,7 @@ class PinStore:
 
     def has(self, label: str) -> bool:
         """True where a host is pinned. Raises: UsageError for a label that is no name."""
-        return self._path(label).exists()
+        return self.path_of(label).exists()
 
     def pin(
         self,
@@ -185,7 +186,7 @@ class PinStore:
             UntrustedAkError, EvidenceFormatError: not an AK, or not a key.
             UsageError: a label that is no name.
         """
-        path = self._path(label)
+        path = self.path_of(label)
         parse_ak(ak_public)
         if ek_public is not None:
             parse_public(ek_public)
@@ -210,7 +211,7 @@ class PinStore:
             UsageError: it is not pinned.
             HostError: its file is damaged.
         """
-        path = self._path(label)
+        path = self.path_of(label)
         stamp = _stamp_of(path)
         if stamp is None:
             raise UsageError(f"{label} is not pinned")
@@ -222,7 +223,7 @@ class PinStore:
         Raises:
             UsageError: it is not pinned.
         """
-        path = self._path(label)
+        path = self.path_of(label)
         with _locked(self._directory):
             if not path.exists():
                 raise UsageError(f"{label} is not pinned")

@@ -590,7 +590,7 @@ async def test_hosts_without_claims_are_judged_by_state_and_it_says_so(hosts: Ho
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", ["map.toml", "policy.json", "pins"])
+@pytest.mark.parametrize("name", ["map.toml", "policy.json", "pins", "pins/beta.json"])
 async def test_files_that_others_can_change_refuse(hosts: Hosts, name: str) -> None:
     path = hosts.folder / name
     path.chmod(path.stat().st_mode | 0o020)

@@ -21,6 +21,7 @@ from provider_proxy.ek_check import GoodAgent, ProvenHost, check_agent, read_env
 from provider_proxy.files import demand_ours
 from provider_proxy.link_map import HostEntry, LinkMap, load_link_map
 from provider_proxy.model import HashAlg
+from provider_proxy.pins import PinStore
 from provider_proxy.policy import Policy
 
 DEFAULT_FILE = Path("/etc/provider-proxy/tenant.toml")
@@ -59,9 +60,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _demand_ours(known: LinkMap, agent_id: str) -> None:
     """What decides is as much the tenant's own as the file is."""
+    pins = PinStore(known.pins)
     demand_ours(known.pins)
     for host in known.agent(agent_id).hosts:
-        for path in (host.tpm_policy, host.ca, host.cert, host.key):
+        pin = pins.path_of(host.pinned) if pins.has(host.pinned) else None
+        for path in (pin, host.tpm_policy, host.ca, host.cert, host.key):
             if path is not None:
                 demand_ours(path)
 
