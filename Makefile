@@ -5,6 +5,7 @@
 # make check     what CI runs: format, lint, types, tests, wheel
 # make test-libvirt  the vTPM link with a real libvirt (root; libvirt-daemon-system, qemu-system-x86)
 # make soak      faults of all kinds in random order, for ten minutes (SOAK_SECONDS=600)
+# make docs      docs/api.md from the OpenAPI description
 # make bench     the figures of this machine
 # make man       the manual pages and the shells' completion, into build/
 # make deb       the Debian package, into dist/, looked at by lintian
@@ -29,7 +30,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 missing = $(shell for p in $(1); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done)
 SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: install system system-deb browser promtool keylime demo test test-libvirt check format lint types wheel soak bench man deb test-deb system-kvm test-kvm clean
+.PHONY: install system system-deb browser promtool keylime demo test test-libvirt check format lint types wheel soak bench docs man deb test-deb system-kvm test-kvm clean
 
 install: $(STAMP)
 
@@ -112,6 +113,9 @@ test-libvirt: install
 
 soak: install
 	SOAK_SECONDS=$${SOAK_SECONDS:-600} $(BIN)/python -m pytest -q -s tests/test_soak.py
+
+docs: install
+	$(BIN)/python tests/api_page.py > docs/api.md
 
 bench: install
 	$(BIN)/provider-proxy bench quotes --json

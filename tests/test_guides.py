@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
-from guide_helpers import Machine, guide_blocks, machine
+from guide_helpers import HOST, Machine, guide_blocks, machine
 from keylime_helpers import Registrar, running_registrar
 
 pytestmark = [
@@ -16,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("swtpm") is None, reason="swtpm is not installed"),
 ]
 
+AGENT = "d432fbb3-d2f1-4a97-9ef7-75bd81c00000"  # as in the guide
 QUICKSTART, OPERATING, MIGRATING = (
     f"docs/{name}.md" for name in ("quickstart", "operating", "migrating")
 )
@@ -50,7 +54,10 @@ def test_quick_start_on_a_laptop(host: Machine) -> None:
     assert "INFO stopped" in done.stdout
 
 
-def test_quick_start_and_operators_guide_on_a_host(host: Machine, registrar: Registrar) -> None:
+def test_a_host_from_the_quick_start_to_the_operators_guide(
+    host: Machine, registrar: Registrar
+) -> None:
+    """One host, in the order in which its operator reads: quick start, migration, operator's guide."""
     blocks = [b for b in guide_blocks(QUICKSTART) if "trial.toml" not in b]
     # A swtpm has no certificate of a vendor's.
     replace = with_registrar(host, registrar) | {"--ek-ca tpm-cas": "--insecure-no-ek"}
@@ -58,15 +65,25 @@ def test_quick_start_and_operators_guide_on_a_host(host: Machine, registrar: Reg
     assert done.returncode == 0, done.stdout + host.journal()
     assert "acme: registered" in done.stdout
     assert "verified: signed by AK 000b" in done.stdout
+
+    agent_record = register_an_agent(host, registrar)
+    host.add_command("keylime_tenant", f'#!/bin/sh\necho "$*" >> {host.root}/asked\n')
+    done = host.run(*guide_blocks(MIGRATING))
+    assert done.returncode == 0, done.stdout + host.journal()
+    assert (host.root / "asked").read_text() == f"-c regdelete -u {AGENT}\n"
+    assert record_of(registrar, AGENT) == agent_record  # the proxy left it alone
+    own = record_of(registrar, HOST)
+    assert own["ek_tpm"] == agent_record["ek_tpm"]
+    assert own["aik_tpm"] != agent_record["aik_tpm"]
+
     before = ak_name(host)
     done = host.run(*guide_blocks(OPERATING))
     assert done.returncode == 0, done.stdout + host.journal()
     assert "tenants.beta" in done.stdout
     assert "pki/crl.pem" in done.stdout
     assert ak_name(host) != before  # the page makes a new one
-    (verify,) = (line for b in blocks for line in b.splitlines() if " verify " in line)
-    (fetch,) = (line for b in blocks for line in b.splitlines() if " fetch " in line)
-    done = host.run("set +e", fetch, verify)  # the tenant has pinned the old one
+    tenant = [line for line in blocks[-1].splitlines() if re.search(r" (fetch|verify) ", line)]
+    done = host.run("set +e", *tenant)  # the tenant has pinned the old one
     assert (done.returncode, "SignatureError" in done.stdout) == (1, True), done.stdout
 
 
@@ -74,3 +91,34 @@ def ak_name(host: Machine) -> str:
     shown = host.run("provider-proxy tpm ak show --json")
     name: str = json.loads(shown.stdout.splitlines()[-1])["ak_name"]
     return name
+
+
+def register_an_agent(host: Machine, registrar: Registrar) -> dict[str, Any]:
+    """What an agent on the host has left in the registrar: the same EK, with an AK of its own."""
+    config = host.root / "agent.toml"
+    config.write_text(
+        f"""
+[listen]
+insecure_plaintext = true
+[tpm]
+ak_handle = 0x81000200
+[registrars.agent]
+url = "{registrar.https_url}"
+ca = "{registrar.ca}"
+client_cert = "{registrar.client_cert}"
+client_key = "{registrar.client_key}"
+agent_id = "{AGENT}"
+"""
+    )
+    state = f"PROVIDER_PROXY_STATE_DIR={host.root}/agent"
+    done = host.run(f"{state} provider-proxy register --config {config}")
+    assert done.returncode == 0, done.stdout
+    return record_of(registrar, AGENT)
+
+
+def record_of(registrar: Registrar, agent_id: str) -> dict[str, Any]:
+    with httpx.Client(verify=registrar.client_context(), trust_env=False) as http:
+        reply = http.get(f"{registrar.https_url}/v2.6/agents/{agent_id}")
+    assert reply.status_code == 200, reply.text
+    results: dict[str, Any] = reply.json()["results"]
+    return results

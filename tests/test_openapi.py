@@ -159,7 +159,7 @@ def test_versions_are_the_codes() -> None:
     assert DOC["openapi"].startswith("3.1.")
     assert DOC["info"]["version"] == server.API_VERSION
     results = DOC["components"]["schemas"]
-    assert results["Evidence"]["properties"]["format"] == {"const": FORMAT}
+    assert results["Evidence"]["properties"]["format"]["const"] == FORMAT
 
 
 def test_paths_are_the_doors() -> None:
