@@ -33,11 +33,11 @@ files.DEFAULT_CONFIG = Path({etc!r}) / "provider-proxy.toml"
 from provider_proxy.cli.main import main
 main()
 """
-# start, stop, restart and reload of provider-proxy.service, with what systemd waits for. Nothing
-# happens to other services.
+# start, stop, restart and reload of provider-proxy.service, with the credentials, and with what systemd
+# waits for. Nothing happens to other services.
 SYSTEMCTL = """\
 #!{python}
-import os, pathlib, signal, socket, subprocess, sys, time
+import os, pathlib, shutil, signal, socket, subprocess, sys, time
 root = pathlib.Path({root!r})
 pid_file, where = root / "daemon.pid", str(root / "notify")
 def until_ready(act, alive):
@@ -54,6 +54,10 @@ def until_ready(act, alive):
                 if not alive():
                     sys.exit("Job for provider-proxy.service failed.")
 def start():
+    credentials = pathlib.Path(os.environ["CREDENTIALS_DIRECTORY"])
+    credentials.mkdir(exist_ok=True)
+    for secret in (root / "etc/provider-proxy/secrets").iterdir():
+        shutil.copy(secret, credentials / f"secret_{{secret.name}}")
     with open(root / "journal", "ab") as log:
         child = subprocess.Popen(["provider-proxy", "serve"], stdin=subprocess.DEVNULL,
             stdout=log, stderr=log, env={{**os.environ, "NOTIFY_SOCKET": where}})
@@ -63,8 +67,7 @@ def stop():
     with __import__("contextlib").suppress(FileNotFoundError, ProcessLookupError):
         pid = int(pid_file.read_text())
         os.kill(pid, signal.SIGTERM)
-        while True:
-            os.kill(pid, 0)
+        while pathlib.Path(f"/proc/{{pid}}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
             time.sleep(0.05)
 words = [w for w in sys.argv[1:] if w != "--now"]
 if words[1].removesuffix(".service") != "provider-proxy":
@@ -90,14 +93,14 @@ class Machine:
 
     Attributes:
         folder: the working directory of the commands.
-        etc, state: in place of /etc/provider-proxy and /var/lib/provider-proxy.
+        etc, state: in place of /etc/provider-proxy, as the package makes it, and /var/lib/provider-proxy.
     """
 
     def __init__(self, root: Path, tcti: str) -> None:
         self.root, self.folder, self._bin = root, root / "here", root / "bin"
         self.etc, self.state = root / "etc/provider-proxy", root / "var/lib/provider-proxy"
         self._door, self._admin = free_port(), free_port()
-        for path in (self.folder, self._bin, self.etc.parent, self.state.parent):
+        for path in (self.folder, self._bin, self.etc / "secrets", self.state.parent):
             path.mkdir(parents=True)
         self.add_command("provider-proxy", COMMAND.format(python=sys.executable, etc=str(self.etc)))
         self.add_command("systemctl", SYSTEMCTL.format(python=sys.executable, root=str(root)))
@@ -107,6 +110,7 @@ class Machine:
             "PROVIDER_PROXY_STATE_DIR": str(self.state),
             "PROVIDER_PROXY_TPM_TCTI": tcti,
             "TPM2TOOLS_TCTI": tcti,
+            "CREDENTIALS_DIRECTORY": str(root / "credentials"),
             "COLUMNS": "200",
         }
 
@@ -126,7 +130,6 @@ class Machine:
             ("127.0.0.1:8890", f"127.0.0.1:{self._door}"),
             ("127.0.0.1:8895", f"127.0.0.1:{self._admin}"),
             (f"--host {HOST}", "--host localhost"),
-            (" -g provider-proxy", ""),  # the user is the package's
             ("sleep 1", "sleep 0.1"),
         ):
             script = script.replace(old, new)

@@ -11,9 +11,6 @@ import importlib.util
 import json
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from hashlib import sha256

@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 import trio
-from helpers import connect, make_certs, until
-from test_docs import fenced, free_port
+from helpers import connect, free_port, make_certs, until
+from test_docs import fenced
 from test_ima import HOST, text
 from tpm_helpers import daemon_over, plain_config, swtpm_at, tool
 
