@@ -124,6 +124,7 @@ class Machine:
         """The page's commands with this machine's folders, ports and name."""
         for old, new in (
             ("/etc/provider-proxy", str(self.etc)),
+            (" -C /etc ", f" -C {self.etc.parent} "),
             ("/var/lib/provider-proxy", str(self.state)),
             ("0.0.0.0:8890", f"127.0.0.1:{self._door}"),
             (f"{HOST}:8890", f"localhost:{self._door}"),
@@ -131,6 +132,10 @@ class Machine:
             ("127.0.0.1:8895", f"127.0.0.1:{self._admin}"),
             (f"--host {HOST}", "--host localhost"),
             ("sleep 1", "sleep 0.1"),
+            (
+                "sleep 5",
+                "until provider-proxy registrations | grep -qw registered; do sleep 0.1; done",
+            ),
         ):
             script = script.replace(old, new)
         return script
