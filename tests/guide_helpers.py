@@ -144,10 +144,11 @@ class Machine:
         self, *blocks: str, replace: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Run blocks in one shell that ends at the first command that fails."""
-        script = self.adapted("\n".join(blocks))
+        script = "\n".join(blocks)
         for old, new in (replace or {}).items():
             assert old in script, old
             script = script.replace(old, new)
+        script = self.adapted(script)
         process = subprocess.Popen(
             ["sh", "-ec", script],
             cwd=self.folder,

@@ -17,6 +17,7 @@ from test_docs import (
     ROOT,
     code,
     config_fields,
+    fenced,
     read,
     rows,
     subclasses,
@@ -130,3 +131,29 @@ def test_files_that_are_named_exist(path: Path) -> None:
     for piece in pieces(path):
         if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./-]+", piece):
             assert (ROOT / piece).exists(), piece
+
+
+# Which test runs a page's shell blocks. What is not run there is a command that test_docs parses: of
+# audit.md and vtpm.md, whose own tests run it with other files.
+RUN_BY = {
+    "audit": "test_audit",
+    "bindings": "test_guides",
+    "migrating": "test_guides",
+    "monitoring": "test_guides",
+    "operating": "test_guides",
+    "quickstart": "test_guides",
+    "registration": "test_registration_real",
+    "sizing": "test_plan",
+    "tls": "test_pki",
+    "tpm": "test_guides",
+    "vtpm": "test_guides",
+    "watch": "test_watch_real",
+}
+
+
+def test_shell_blocks_have_a_test_that_runs_them() -> None:
+    with_blocks = {path for path in OWN if fenced(path, "sh")}
+    assert {path.stem for path in with_blocks} == set(RUN_BY)
+    for name, test in RUN_BY.items():
+        text = read(f"tests/{test}.py")
+        assert f"{name}.md" in text or f'"{name}"' in text

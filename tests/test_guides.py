@@ -60,11 +60,15 @@ def test_a_host_from_the_quick_start_to_the_operators_guide(
     """One host, in the order in which its operator reads: quick start, migration, operator's guide."""
     blocks = [b for b in guide_blocks(QUICKSTART) if "trial.toml" not in b]
     # A swtpm has no certificate of a vendor's.
-    replace = with_registrar(host, registrar) | {"--ek-ca tpm-cas": "--insecure-no-ek"}
+    replace = {"--ek-ca tpm-cas": "--insecure-no-ek"} | with_registrar(host, registrar)
     done = host.run(*blocks, replace=replace)
     assert done.returncode == 0, done.stdout + host.journal()
     assert re.search(r"\bregistered\b", done.stdout)
     assert "verified: signed by AK 000b" in done.stdout
+
+    done = host.run(*other_pages(), replace=OTHERS | replace)
+    assert done.returncode == 0, done.stdout + host.journal()
+    assert done.stdout.count("verified: signed by AK 000b") == 2
 
     agent_record = register_an_agent(host, registrar)
     host.add_command("keylime_tenant", f'#!/bin/sh\necho "$*" >> {host.root}/asked\n')
@@ -85,6 +89,32 @@ def test_a_host_from_the_quick_start_to_the_operators_guide(
     tenant = [line for line in blocks[-1].splitlines() if re.search(r" (fetch|verify) ", line)]
     done = host.run("set +e", *tenant)  # the tenant has pinned the old one
     assert (done.returncode, "SignatureError" in done.stdout) == (1, True), done.stdout
+
+
+# The other pages' hosts, registrars and certificates are this machine's.
+OTHERS = {
+    "https://registrar.example:8891": "https://registrar.acme.example:8891",
+    "--registrar-cert client.crt --registrar-key client.pem": (
+        "--registrar-cert client-cert.crt --registrar-key client-private.pem"
+    ),
+    "--agent-id host-17.example": f"--agent-id {HOST}",
+    "https://host:8890 --ca provider-ca.crt": (
+        f"https://{HOST}:8890 --ca provider-ca.crt --cert acme.crt --key acme.key"
+    ),
+    "unix:/run/provider-proxy/admin": "127.0.0.1:8895",
+}
+
+
+def other_pages() -> list[str]:
+    """Short blocks of other pages that want a daemon and a registrar."""
+    (pin_and_verify,) = guide_blocks("docs/bindings.md")
+    (vms,) = (block for block in guide_blocks("docs/vtpm.md") if "provider-proxy vms" in block)
+    return [
+        "provider-proxy tpm ak export --out ak.b64",
+        f"""echo '{{"0": ["{"00" * 32}"]}}' > policy.json""",
+        *(pin_and_verify.splitlines()[0], *guide_blocks("docs/tpm.md")),
+        *(pin_and_verify.splitlines()[1], *guide_blocks("docs/monitoring.md"), vms),
+    ]
 
 
 def ak_name(host: Machine) -> str:
