@@ -144,6 +144,7 @@ RUN_BY = {
     "quickstart": "test_guides",
     "registration": "test_registration_real",
     "sizing": "test_plan",
+    "tenants": "test_keylime_real",
     "tls": "test_pki",
     "tpm": "test_guides",
     "vtpm": "test_guides",
