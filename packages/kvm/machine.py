@@ -53,7 +53,7 @@ def make_base(tar: Path, suite: str, packages: Sequence[str]) -> None:
     sources = [Path("/etc/apt/sources.list"), *sorted(folder.glob("*.list"))]
     sources += sorted(folder.glob("*.sources"))
     run(
-        *("mmdebstrap", "--quiet", "--variant=minbase"),
+        *("mmdebstrap", "--quiet", "--variant=minbase", "--format=tar"),
         "--include=" + ",".join(sorted({*PACKAGES, *packages})),
         *(suite, tar),
         *(path for path in sources if path.exists()),
