@@ -21,7 +21,7 @@ from provider_proxy.errors import (
     ReplyError,
     UsageError,
 )
-from provider_proxy.http_body import IDENTITY, read_body
+from provider_proxy.http_body import IDENTITY, NO_ANSWER, read_body
 from provider_proxy.wire import Fields, parse_json_object
 
 # The versions whose record is the one that is parsed here, the best first. 3.0 answers 500 (7.14.3).
@@ -124,7 +124,7 @@ class AgentRecords:
                 return await self._get_once(path)
             except STALE:
                 return await self._get_once(path)  # on a new connection; a GET may be repeated
-        except (httpx.HTTPError, httpx.InvalidURL) as exc:
+        except NO_ANSWER as exc:
             why = str(exc) or type(exc).__name__
             raise ReplyError(f"the registrar gave no answer: {why}") from exc
 

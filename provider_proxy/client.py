@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import httpx
 
 from provider_proxy.errors import EvidenceFormatError, ReplyError
-from provider_proxy.http_body import IDENTITY, read_body
+from provider_proxy.http_body import IDENTITY, NO_ANSWER, read_body
 from provider_proxy.model import HashAlg, QuoteRequest, TrustedHost, VerifiedQuote
 from provider_proxy.query import encode_quote_query
 from provider_proxy.replies import body_limit, refused
@@ -150,7 +150,7 @@ class ProxyClient:
                 "GET", self._base_url + path, headers=IDENTITY
             ) as response:
                 body = await read_body(response, limit, "the proxy")
-        except (httpx.HTTPError, httpx.InvalidURL) as exc:
+        except NO_ANSWER as exc:
             raise ReplyError(f"the proxy gave no answer: {str(exc) or type(exc).__name__}") from exc
         if response.status_code != 200:
             retry_after = response.headers.get("retry-after", "")

@@ -1,10 +1,13 @@
-"""Reads the body of an answer, bounded: whoever answers may be hostile, or broken.
+"""What our HTTP clients need against whoever answers, who may be hostile, or broken: bounded bodies,
+no cookies, and what a request may raise.
 
 Works under trio and asyncio. Sizes are those of what arrives: a compressed body is refused, because a
 few bytes of it can be gigabytes.
 """
 
 from __future__ import annotations
+
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import anyio
 import httpx
@@ -13,6 +16,15 @@ from provider_proxy.errors import ReplyError
 
 IDENTITY = {"Accept-Encoding": "identity"}
 """Headers of a request whose answer `read_body` reads."""
+
+NO_ANSWER = (httpx.HTTPError, httpx.InvalidURL, UnicodeError)
+"""What a request raises where the other side is at fault. httpx parses a Location that it does not
+follow (InvalidURL, idna's UnicodeError), and stumbles over cookies that are no ASCII on sending them."""
+
+
+def no_cookies() -> CookieJar:
+    """A jar that stays empty: else a server's cookies grow for as long as its client lives."""
+    return CookieJar(DefaultCookiePolicy(allowed_domains=()))
 
 
 async def read_body(response: httpx.Response, limit: int, who: str) -> bytes:

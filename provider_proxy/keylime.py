@@ -26,7 +26,7 @@ from provider_proxy.errors import (
     ReplyError,
     UsageError,
 )
-from provider_proxy.http_body import IDENTITY, read_body
+from provider_proxy.http_body import IDENTITY, NO_ANSWER, read_body
 from provider_proxy.model import Evidence, TrustedHost, VerifiedQuote, mask_of
 from provider_proxy.policy import parse_tpm_policy
 from provider_proxy.replies import status_text
@@ -142,7 +142,7 @@ class KeylimeVerifier:
                 headers=IDENTITY | {"Content-Type": "application/json"},
             ) as response:
                 received = await read_body(response, MAX_ANSWER_BYTES, "the verifier")
-        except (httpx.HTTPError, httpx.InvalidURL) as exc:
+        except NO_ANSWER as exc:
             why = str(exc) or type(exc).__name__
             raise ReplyError(f"the verifier gave no answer: {why}") from exc
         return response.status_code, received

@@ -21,7 +21,7 @@ import trio
 from provider_proxy.config_tables import RegistrarTable
 from provider_proxy.credential import MAX_BLOB_BYTES
 from provider_proxy.errors import EvidenceFormatError, HostError, RegistrarError, ReplyError
-from provider_proxy.http_body import IDENTITY, read_body
+from provider_proxy.http_body import IDENTITY, NO_ANSWER, no_cookies, read_body
 from provider_proxy.wire import Fields, parse_json_object
 
 MAX_BODY_BYTES = 64 * 1024  # a record has 5 kB with an EK certificate
@@ -89,6 +89,7 @@ def http_client(context: ssl.SSLContext | None) -> httpx.AsyncClient:
         # Where the URL is http:// no TLS is spoken; should it be, it trusts nobody.
         verify=context or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
         trust_env=False,
+        cookies=no_cookies(),
         follow_redirects=False,
         timeout=httpx.Timeout(CALL_LIMIT_S, connect=CONNECT_LIMIT_S),
         limits=httpx.Limits(max_connections=2, max_keepalive_connections=1),
@@ -193,7 +194,7 @@ class RegistrarClient:
                 async with self._http.stream(method, self._url + path, json=body) as response:
                     status = response.status_code
                     data = await read_body(response, MAX_BODY_BYTES, "the registrar")
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as exc:
+        except (*NO_ANSWER, OSError) as exc:
             why = printable(str(exc)) or type(exc).__name__
             raise RegistrarError(f"the registrar gave no answer: {why}") from exc
         except trio.TooSlowError as exc:

@@ -15,6 +15,7 @@ import httpx
 from provider_proxy.bindings import Binding, EkJudge, RegistrarBindings, UnsafeAnyEk
 from provider_proxy.ek_chain import EkStore
 from provider_proxy.errors import HostError
+from provider_proxy.http_body import no_cookies
 from provider_proxy.pins import PinStore
 from provider_proxy.watch_host import PinnedAks, Trust
 from provider_proxy.watch_tables import HostRules, RegistrarTable, WatchConfig
@@ -61,7 +62,9 @@ def open_client(*, name: str, table: RegistrarTable) -> httpx.AsyncClient:
             context.load_cert_chain(table.cert, table.key)
     except OSError as exc:  # ssl.SSLError included
         raise HostError(f"registrars.{name}: {exc}") from exc
-    return httpx.AsyncClient(verify=context, timeout=TIMEOUT_S, trust_env=False)
+    return httpx.AsyncClient(
+        verify=context, timeout=TIMEOUT_S, trust_env=False, cookies=no_cookies()
+    )
 
 
 class KnownAks:

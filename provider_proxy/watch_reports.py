@@ -27,6 +27,7 @@ import trio
 
 from provider_proxy.errors import HostError
 from provider_proxy.files import read_secret
+from provider_proxy.http_body import NO_ANSWER, no_cookies
 from provider_proxy.watch import backoff_s
 from provider_proxy.watch_metrics import WatchMetrics
 from provider_proxy.watch_tables import Command, Webhook
@@ -210,7 +211,7 @@ class WebhookSink:
                     return "" if response.is_success else f"it answered {response.status_code}"
         except trio.TooSlowError:
             return f"no answer within {self._settings.timeout_s:g} s"
-        except (httpx.HTTPError, httpx.InvalidURL) as exc:
+        except NO_ANSWER as exc:
             return str(exc) or type(exc).__name__
 
 
@@ -229,7 +230,7 @@ def webhook_client(settings: Webhook) -> httpx.AsyncClient:
     except OSError as exc:  # ssl.SSLError included
         raise HostError(f"webhook.ca: {exc}") from exc
     return httpx.AsyncClient(
-        verify=context, timeout=settings.timeout_s, trust_env=False, follow_redirects=False
+        verify=context, timeout=settings.timeout_s, trust_env=False, cookies=no_cookies()
     )
 
 

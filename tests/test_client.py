@@ -259,6 +259,7 @@ def test_retry_after(run: Run[object], value: str, seconds: float | None) -> Non
         httpx.TooManyRedirects("round and round"),
         httpx.DecodingError("bad gzip"),
         httpx.InvalidURL("no"),
+        UnicodeError("a Location, or a cookie"),
     ],
     ids=lambda failure: type(failure).__name__,
 )

@@ -189,6 +189,8 @@ PASSING: dict[str, tuple[Answer | Exception, str, Step]] = {
     "connection": (httpx.ConnectError("refused"), "IO", Step.CLEAN),
     "cut": (httpx.RemoteProtocolError("cut"), "IO", Step.CLEAN),
     "late": (httpx.ReadTimeout("late"), "IO", Step.CLEAN),
+    "location": (httpx.InvalidURL("mailto:x"), "IO", Step.CLEAN),
+    "punycode": (UnicodeError("http://xn--/"), "IO", Step.CLEAN),
     "no json": (lambda _: httpx.Response(200, content=b"<html>"), "UNREADABLE", Step.CLEAN),
     "no quote": (lambda _: envelope(200, quote="r:"), "UNREADABLE", Step.CLEAN),
     "no results": (lambda _: httpx.Response(200, json={"results": []}), "UNREADABLE", Step.CLEAN),

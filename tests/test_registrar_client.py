@@ -66,6 +66,8 @@ CHUNK = b"8000\r\n" + b" " * 0x8000 + b"\r\n"
         (HEAD + b"Content-Encoding: gzip\r\nContent-Length: 9\r\n\r\n123456789", b"", "compressed"),
         (HEAD + b"Content-Length: 1000\r\n\r\n", b" ", "no answer: none within"),  # a trickle
         (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\n\r\n", b"", "answered 302"),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://xn--/\r\n\r\n", b"", "no answer"),
+        (b"HTTP/1.1 302 Found\r\nLocation: mailto:x\r\n\r\n", b"", "no answer"),
     ],
 )
 async def test_a_hostile_registrar_costs_little_and_gives_nothing(
@@ -76,6 +78,17 @@ async def test_a_hostile_registrar_costs_little_and_gives_nothing(
         with trio.fail_after(LIMIT_S), pytest.raises(RegistrarError, match=message):
             await RegistrarClient(http, url, "x").negotiate()
     gc.collect()  # nothing was left to the garbage collector: trio would warn
+
+
+async def test_a_registrars_cookies_are_neither_kept_nor_sent_back() -> None:
+    """One that is not ASCII would make httpx raise; many would grow for as long as the daemon runs."""
+    good = b'{"results": {"supported_versions": ["2.6"]}}'
+    head = HEAD + b"Set-Cookie: a=\xe9\r\nSet-Cookie: b=c\r\nContent-Length: %d\r\n\r\n" % len(good)
+    async with server(head + good) as url, http_client(None) as http:
+        with trio.fail_after(LIMIT_S):
+            for _ in range(3):
+                assert await RegistrarClient(http, url, "x").negotiate() == "2.6"
+        assert not http.cookies
 
 
 async def test_the_environments_proxies_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

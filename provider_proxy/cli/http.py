@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 
 from provider_proxy.errors import HostError, UsageError
+from provider_proxy.http_body import no_cookies
 
 CONNECT_LIMIT_S = 10.0
 READ_LIMIT_S = 120.0  # above the longest timeout_ms that a proxy serves by default
@@ -45,4 +46,4 @@ def open_client(
         raise HostError(f"{options}: {exc}") from exc
     timeout = httpx.Timeout(READ_LIMIT_S, connect=CONNECT_LIMIT_S)
     # trust_env: a proxy or netrc of the environment has no business between tenant and host.
-    return httpx.AsyncClient(verify=context, timeout=timeout, trust_env=False)
+    return httpx.AsyncClient(verify=context, timeout=timeout, trust_env=False, cookies=no_cookies())

@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from provider_proxy.errors import EvidenceFormatError, HostError, ReplyError
-from provider_proxy.http_body import IDENTITY, read_body
+from provider_proxy.http_body import IDENTITY, NO_ANSWER, no_cookies, read_body
 from provider_proxy.model import Quote
 from provider_proxy.tpm.ladder import Step
 from provider_proxy.wire import Fields, parse_json_object, parse_quote
@@ -96,6 +96,7 @@ class AgentClient:
             verify=context or True,
             transport=transport,
             trust_env=False,
+            cookies=no_cookies(),
             timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
             limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
             headers=IDENTITY,
@@ -164,7 +165,7 @@ class AgentClient:
                 body = await read_body(response, limit, "the agent")
         except ReplyError as exc:
             raise AgentError(str(exc), step=Step.FATAL, cause="TOO_LARGE") from exc
-        except httpx.HTTPError as exc:
+        except NO_ANSWER as exc:
             self._version = None  # another agent may come up in its place
             is_stranger = _is_certificate_refused(exc)  # only the registrar can tell who it is now
             raise AgentError(
