@@ -272,6 +272,18 @@ async def test_a_long_name_is_cut_and_the_uuid_is_not(tmp_path: Path, name: str)
     assert str(common.value) == f"{name[:27]}:{VM}"
 
 
+@pytest.mark.parametrize(
+    ("name", "kept"), [("機" * 12, "機" * 9), ("a" + "é" * 250, "a" + "é" * 13)]
+)
+async def test_a_name_is_cut_by_its_bytes(tmp_path: Path, name: str, kept: str) -> None:
+    """The limit of a common name counts bytes; the builder raises where it is longer."""
+    made = await (await open_soft(tmp_path)).issue(request_for(vmid=f"{name}:{VM}"))
+    (common,) = x509.load_der_x509_certificate(made).subject.get_attributes_for_oid(
+        NameOID.COMMON_NAME
+    )
+    assert str(common.value) == f"{kept}:{VM}"
+
+
 async def test_a_signature_that_is_none_is_not_sent(tmp_path: Path) -> None:
     signer = SoftSigner()
     ca = await open_soft(tmp_path, signer)

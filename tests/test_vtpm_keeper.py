@@ -119,9 +119,12 @@ class Heard:
         self.requests: list[CertificateRequest] = []
         self.certificate: bytes | None = None
         self.delay_s = 0.0
+        self.bug: Exception | None = None
 
     async def certify(self, request: CertificateRequest) -> bytes | None:
         await trio.sleep(self.delay_s)
+        if self.bug is not None:
+            raise self.bug
         self.requests.append(request)
         return self.certificate
 
@@ -215,6 +218,17 @@ async def test_what_takes_too_long_is_an_answer(
     at_door.heard.delay_s = 1000
     answer = await at_door.ask(certify(ecc_key()))
     assert "no answer within 18 s" in answer["error"]
+
+
+async def test_a_bug_that_one_hook_meets_ends_neither_the_door_nor_the_daemon(
+    at_door: AtDoor, caplog: pytest.LogCaptureFixture
+) -> None:
+    at_door.heard.bug = ValueError("nobody thought of this")
+    assert await at_door.ask(certify(ecc_key())) == {}
+    assert at_door.seen == [("connect", "bug")]
+    assert "nobody thought of this" in caplog.text
+    at_door.heard.bug = None
+    assert await at_door.ask(certify(ecc_key())) == {"ok": True}
 
 
 async def test_one_user_does_not_crowd_out_the_other(at_door: AtDoor) -> None:

@@ -93,6 +93,10 @@ class HookDoor:
                     self._open[uid] -= 1
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
                 self._observe("connect", "gone")
+            except Exception:
+                # A bug that one hook meets must not end the service of the tenants.
+                log.exception("hooks: a connection ended with an unexpected error")
+                self._observe("connect", "bug")
 
     async def _converse(self, stream: trio.SocketStream, uid: int) -> None:
         line = b""

@@ -32,7 +32,7 @@ from provider_proxy.vtpm_ca_check import (
 
 SERIAL_BITS: Final = 159  # 20 octets that are positive: RFC 5280, section 4.1.2.2
 WITHOUT_END: Final = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)
-MAX_COMMON_NAME: Final = 64  # ub-common-name, RFC 5280, appendix A.1
+MAX_COMMON_NAME: Final = 64  # ub-common-name, RFC 5280, appendix A.1; `cryptography` counts bytes
 UUID_CHARS: Final = 36
 PLATFORM: Final = ("provider-proxy", "QEMU", "1")  # manufacturer, model, version of the VM
 
@@ -125,10 +125,11 @@ def vtpm_builder(
 
 def common_name(vmid: str) -> str:
     """A vmid, cut to what a common name may hold; the UUID at its end always stays whole."""
-    if len(vmid) <= MAX_COMMON_NAME:
+    if len(vmid.encode("utf-8")) <= MAX_COMMON_NAME:
         return vmid
     name, _, vm = vmid.rpartition(":")
-    return f"{name[: MAX_COMMON_NAME - UUID_CHARS - 1]}:{vm}"
+    cut = name.encode("utf-8")[: MAX_COMMON_NAME - UUID_CHARS - 1]
+    return f"{cut.decode('utf-8', 'ignore')}:{vm}"
 
 
 def _specification(request: CertificateRequest) -> bytes:
