@@ -3,6 +3,7 @@ hostile peer, file or process can do."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pwd
@@ -14,7 +15,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import trio
@@ -565,6 +566,32 @@ def test_a_plain_state_file_is_copied(libvirt: Libvirt) -> None:
     assert copied(libvirt) == STATE
 
 
+def test_a_copy_that_fails_leaves_no_secrets_behind(
+    libvirt: Libvirt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> NoReturn:
+        with path.open("wb") as file:
+            file.write(data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(HostError, match="No space"):
+        copied(libvirt)
+    assert not list(libvirt.root.glob(readback.COPY_PREFIX + "*"))
+
+
+async def test_no_more_files_is_the_hosts_trouble(
+    libvirt: Libvirt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> NoReturn:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(socket, "socketpair", refused)
+    with pytest.raises(HostError, match="Too many open files"):
+        await readback.read_eks(libvirt.state_root, VM, uid=ME, work=libvirt.root, limit_s=5)
+    assert not list(libvirt.root.glob(readback.COPY_PREFIX + "*"))
+
+
 def test_encrypted_state_is_seen_as_such(libvirt: Libvirt) -> None:
     (libvirt.state(VM) / readback.STATE_FILE).write_bytes(STATE[:5] + b"\1" + STATE[6:])
     with pytest.raises(EncryptedError):
@@ -713,6 +740,22 @@ def test_a_hidden_process_is_an_error(
     monkeypatch.setattr(running, "PROC", tmp_path / "proc")
     monkeypatch.setattr(os, "kill", not_yours)
     with pytest.raises(HostError, match="ProtectProc"):
+        running_vms(libvirt.run_root, libvirt.state_root, ME)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+@pytest.mark.parametrize("what", ["pid file", "process"])
+def test_that_nothing_can_be_opened_does_not_say_that_nothing_runs(
+    libvirt: Libvirt, monkeypatch: pytest.MonkeyPatch, code: int, what: str
+) -> None:
+    """Else a flood of connections would end the links of all VMs."""
+
+    def refused(*_: object, **__: object) -> NoReturn:
+        raise OSError(code, os.strerror(code))
+
+    pid_file(libvirt, str(os.getpid()))
+    monkeypatch.setattr(*((os, "open") if what == "pid file" else (Path, "open")), refused)
+    with pytest.raises(HostError):
         running_vms(libvirt.run_root, libvirt.state_root, ME)
 
 

@@ -75,7 +75,7 @@ async def read_eks(
     Raises:
         EncryptedError: the state is encrypted.
         VtpmError: there is no such file, it is not as it must be, or it holds no EK.
-        HostError: swtpm, setpriv or prlimit is missing.
+        HostError: swtpm, setpriv or prlimit is missing or cannot be started, or there is no room.
     """
     folder = await trio.to_thread.run_sync(copy_state, state_root, vm, uid, work)
     try:
@@ -83,6 +83,8 @@ async def read_eks(
             return await _ask_swtpm(folder)
     except trio.TooSlowError as exc:
         raise VtpmError(f"the vTPM's state was not read within {limit_s:g} s") from exc
+    except OSError as exc:  # no more files, processes or memory
+        raise HostError(f"cannot start swtpm to read a vTPM back: {exc.strerror}") from exc
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -116,7 +118,11 @@ def copy_state(state_root: Path, vm: uuid.UUID, uid: int, work: Path) -> Path:
         raise EncryptedError("the vTPM's state is encrypted")
     try:
         folder = Path(tempfile.mkdtemp(prefix=COPY_PREFIX, dir=work))
-        (folder / STATE_FILE).write_bytes(data)
+        try:
+            (folder / STATE_FILE).write_bytes(data)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)  # a half copy holds secrets, too
+            raise
     except OSError as exc:
         raise HostError(f"cannot copy a vTPM's state into {work}: {exc.strerror}") from exc
     return folder

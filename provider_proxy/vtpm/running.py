@@ -6,6 +6,7 @@ at: it must be a swtpm of the swtpm user, on the state of the VM. Blocks for som
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import uuid
@@ -17,6 +18,7 @@ MAX_PID_FILES = 100_000
 MAX_PID_BYTES = 32
 MAX_COMMAND_BYTES = 64 * 1024
 PROC = Path("/proc")
+SCARCE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM))  # says nothing of what runs
 
 
 def running_vms(run_root: Path, state_root: Path, uid: int) -> frozenset[uuid.UUID]:
@@ -66,11 +68,18 @@ def _read_pid(path: Path) -> int | None:
             os.close(fd)
     except PermissionError as exc:
         raise HostError(f"vtpm.run_root: cannot read {path}: {exc.strerror}") from exc
-    except OSError:
+    except OSError as exc:
+        _check_scarce(exc)
         return None  # gone, or no plain file
     if not text.isascii() or not text.isdecimal() or len(text) > 10:
         return None
     return int(text)
+
+
+def _check_scarce(error: OSError) -> None:
+    """Raises: HostError where it was this process that could not look."""
+    if error.errno in SCARCE:
+        raise HostError(f"cannot see what runs: {error.strerror}") from error
 
 
 def _swtpm_command(pid: int, uid: int) -> bytes:
@@ -82,6 +91,7 @@ def _swtpm_command(pid: int, uid: int) -> bytes:
         with (folder / "cmdline").open("rb") as file:
             command = file.read(MAX_COMMAND_BYTES)
     except OSError as exc:
+        _check_scarce(exc)
         if _is_hidden(pid):
             raise HostError(
                 f"process {pid} is hidden from this one: ProtectProc= must be `default` for vtpm"
