@@ -94,11 +94,14 @@ class ProxyClient:
         has_cert = isinstance(raw, dict) and raw.get("ek_cert") is not None
         if not isinstance(raw, dict) or not isinstance(raw.get("software"), bool):
             raise EvidenceFormatError("identity.results.software is not true or false")
+        host_uuid = results.text("host_uuid", 36)
+        if not NAME_RE.fullmatch(host_uuid):
+            raise EvidenceFormatError("identity.results.host_uuid is none")
         return ClaimedIdentity(
             ak_public=results.base64("ak_tpm", 1024),
             ek_public=results.base64("ek_tpm", 1024),
             ek_cert=results.base64("ek_cert", 16 * 1024) if has_cert else None,
-            host_uuid=results.text("host_uuid", 36),
+            host_uuid=host_uuid,
             software=bool(raw["software"]),
             registrations=_parse_registrations(raw.get("registrations", [])),
         )

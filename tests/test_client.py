@@ -351,6 +351,8 @@ def test_identity() -> None:
         {"ek_cert": base64.b64encode(bytes(20_000)).decode()},
         {"host_uuid": None},
         {"host_uuid": "x" * 37},
+        {"host_uuid": "\x1b]0;gone\x07"},  # it is shown on terminals
+        {"host_uuid": "\u202e"},
         {"software": None},
         {"software": "yes"},
         {"software": 1},
