@@ -212,5 +212,5 @@ def _parse_record(body: bytes, agent_id: str) -> AgentRecord:
                 else fields.text("mtls_cert", MAX_CERT_BYTES).encode("utf-8")
             ),
         )
-    except EvidenceFormatError as exc:
+    except (EvidenceFormatError, UnicodeEncodeError) as exc:  # JSON may hold half a character
         raise BindingError(f"the registrar's record of {agent_id} cannot be read: {exc}") from exc

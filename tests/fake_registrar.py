@@ -112,4 +112,5 @@ class FakeRegistrar:
 
 def envelope(code: int, results: dict[str, object], status: str = "Success") -> httpx.Response:
     """Keylime's."""
-    return httpx.Response(code, json={"code": code, "status": status, "results": results})
+    body = json.dumps({"code": code, "status": status, "results": results})
+    return httpx.Response(code, content=body, headers={"Content-Type": "application/json"})

@@ -660,6 +660,8 @@ LIES: dict[str, tuple[Callable[[dict[str, object]], object], type[ProviderProxyE
     "another's record": (lambda v: v.update(agent_id="another"), BindingError),
     "a number as certificate": (lambda v: v.update(ekcert=1), BindingError),
     "a certificate that is none": (lambda v: v.update(ekcert="AAAA"), UntrustedEkError),
+    "half a character": (lambda v: v.update(mtls_cert="\ud800"), BindingError),
+    "a number as TLS certificate": (lambda v: v.update(mtls_cert=1), BindingError),
     "no certificate": (lambda v: v.update(ekcert=None), UntrustedEkError),
     "an EK that signs": (lambda v: v.update(ek_tpm=v["aik_tpm"]), UntrustedEkError),
     "an AK that opens": (lambda v: v.update(aik_tpm=v["ek_tpm"]), UntrustedAkError),
