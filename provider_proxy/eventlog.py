@@ -170,22 +170,30 @@ class BootPolicy:
     """Which digests may have been extended into the boot PCRs, in any order.
 
     Attributes:
-        allowed: PCR number to digests; PCRs that are not named are replayed only.
+        allowed: PCR number to digests, of which at least one must have been extended; PCRs that are
+            not named are replayed only.
     """
 
     allowed: Mapping[int, frozenset[bytes]]
 
     def check(self, events: Iterable[BootEvent], bank: HashAlg) -> None:
-        """Raises: LogError naming the first event that is not allowed."""
+        """Raises: LogError naming the first event that is not allowed, or a PCR without any: firmware
+        that measures nothing leads to zeros, and says nothing of what ran."""
+        unmeasured = {pcr for pcr, digests in self.allowed.items() if digests}
         for event in events:
             if event.kind == EV_NO_ACTION or event.pcr not in self.allowed:
                 continue
+            unmeasured.discard(event.pcr)
             digest = event.digests[bank]
             if digest not in self.allowed[event.pcr]:
                 raise LogError(
                     f"PCR {event.pcr} was extended with {digest.hex()} (event type "
                     f"{event.kind:#010x}), which the boot policy does not allow"
                 )
+        if unmeasured:
+            raise LogError(
+                f"PCR {min(unmeasured)} was never extended, and the boot policy names it"
+            )
 
 
 def parse_boot_policy(data: bytes, *, bank: HashAlg) -> BootPolicy:

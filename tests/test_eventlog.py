@@ -186,6 +186,11 @@ def test_a_boot_policy() -> None:
     bad = parse_boot_policy(json.dumps({"4": digests(7)}).encode(), bank=HashAlg.SHA256)
     with pytest.raises(LogError, match=r"PCR 4 was extended with .* 0x80000003"):
         check_boot_log(LOG, quote(), 0xFF, bad)
+    unmeasured = header() + b"".join(new(*event) for event in EVENTS if event[0] != 4)
+    with pytest.raises(LogError, match="PCR 4 was never extended"):  # a loader that nobody measured
+        check_boot_log(
+            unmeasured, quote(PCR4=bytes(32), PCR0=expected(HashAlg.SHA256)[0]), 0xFF, good
+        )
     nothing = parse_boot_policy(b'{"1": []}', bank=HashAlg.SHA256)
     with pytest.raises(LogError, match="PCR 1"):
         check_boot_log(LOG, quote(), 0xFF, nothing)
