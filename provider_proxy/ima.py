@@ -28,15 +28,18 @@ MAX_LINE_CHARS = (
     64 * 1024
 )  # a path has 4,096 bytes, a signature a thousand, a buffer a few thousand
 MAX_PARTS = 64  # answers until one list is complete: 7 MB each make more than a kernel keeps
+MAX_NAME_BYTES = 4096  # PATH_MAX; a policy's patterns may take the square of a name's length
 CHUNK_LINES = 256  # between two chances for others to run: about 2 ms
+CHUNK_CHARS = 16 * 1024  # the same where the lines are longer than usual
 _SHA1_BYTES = 20
 _DIGEST_RE = re.compile(r"(?:(?:ima|verity):)?([a-z0-9_-]{1,32}):([0-9a-f]{2,256})", re.ASCII)
-_ESCAPED_RE = re.compile(r"\\x([0-9a-f]{2})", re.ASCII)
+_ESCAPED_RE = re.compile(rb"\\x([89a-f][0-9a-f])")  # what is ASCII is never escaped
 
+BUFFER = "ima-buf"
 _TEMPLATES: Mapping[str, str] = {
     "ima-ng": "dn",
     "ima-sig": "dns",
-    "ima-buf": "dns",
+    BUFFER: "dns",
     "ima-ngv2": "dn",
     "ima-sigv2": "dns",
     "ima-modsig": "dnsds",
@@ -88,15 +91,19 @@ def parse_entry(line: str) -> ImaEntry:
     digest = _DIGEST_RE.fullmatch(given[0])
     if digest is None:
         raise LogError("a digest of the IMA list is not algorithm:hex")
-    name = given[1].encode("utf-8", "surrogatepass")
+    name = _name(given[1])
     data = _template_data(fields, given, name)
     violation = not any(template_hash)
     if not violation and _sha1(data) != template_hash:
         # What was not UTF-8 in a file's name comes as \xNN; a backslash may also be just that.
-        name = _ESCAPED_RE.sub(lambda m: chr(int(m[1], 16)), given[1]).encode("latin-1", "replace")
+        name = _ESCAPED_RE.sub(lambda m: bytes.fromhex(m[1].decode("ascii")), name)
         data = _template_data(fields, given, name)
-        if _sha1(data) != template_hash:
+        # One name has one writing, or it could be written so that a policy's patterns miss it.
+        is_only_writing = name.decode("utf-8", "backslashreplace") == given[1]
+        if _sha1(data) != template_hash or not is_only_writing:
             raise LogError(f"the IMA list's line of {shown(given[1])} is not what was hashed")
+    if template == BUFFER:
+        _check_buffer(digest[0], given[2], violation)
     return ImaEntry(
         template=template,
         template_hash=template_hash,
@@ -105,6 +112,32 @@ def parse_entry(line: str) -> ImaEntry:
         path=given[1],
         violation=violation,
     )
+
+
+def _name(text: str) -> bytes:
+    try:
+        name = text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise LogError("a name of the IMA list is no text") from None
+    if len(_ESCAPED_RE.sub(b".", name)) > MAX_NAME_BYTES:
+        raise LogError("a name of the IMA list is too long")
+    return name
+
+
+def _check_buffer(digest: str, buffer: str, violation: bool) -> None:
+    """A template's name is not hashed, and a file's signature stands where a buffer does: what tells a
+    buffer is that the digest is over it (`process_buffer_measurement`).
+
+    Raises:
+        LogError: it is not, or the line is a violation, whose text nothing vouches for.
+    """
+    label, _, digits = digest.rpartition(":")
+    try:
+        bank = HashAlg.from_label(label)
+    except KeyError:
+        raise LogError(f"a buffer of the IMA list has the hash {shown(label)}") from None
+    if violation or bank.digest(_hex(buffer)) != _hex(digits):
+        raise LogError("a digest of the IMA list is not the digest of its buffer")
 
 
 def _sha1(data: bytes) -> bytes:
@@ -207,12 +240,15 @@ class ImaReplay:
             self.restart()
             raise LogError("the IMA list ends within a line")
         matched = hmac.compare_digest(self._value, quoted)
-        for at, line in enumerate(lines):
+        count = chars = 0
+        for line in lines:
             if matched:
                 break
             self._take(line)
             matched = hmac.compare_digest(self._value, quoted)
-            if at % CHUNK_LINES == CHUNK_LINES - 1:
+            count, chars = count + 1, chars + len(line)
+            if count == CHUNK_LINES or chars > CHUNK_CHARS:
+                count = chars = 0
                 yield
         self._settle(matched, bool(lines))
 
@@ -241,6 +277,8 @@ class ImaReplay:
             self._from_zero = False
             self._parts = 0
             self._problem = self._problem or self._tentative_problem
+            if self._policy is not None and self.next_entry == 0:  # not even the boot aggregate
+                raise LogError("PCR 10 was never extended: the host's kernel measures nothing")
             if self._problem is not None:
                 raise LogError(self._problem)
             return

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from provider_proxy.errors import UsageError
-from provider_proxy.ima import ImaEntry, shown
+from provider_proxy.ima import BUFFER, ImaEntry, shown
 
 BOOT_AGGREGATE = "boot_aggregate"
 
@@ -42,7 +42,7 @@ class RuntimePolicy:
         """
         if index == 0 and entry.path == BOOT_AGGREGATE:
             return None
-        if entry.template == "ima-buf":
+        if entry.template == BUFFER:
             if entry.path in self.ignored_keyrings or "*" in self.ignored_keyrings:
                 return None
             allowed = self.buffers.get(entry.path)

@@ -30,6 +30,7 @@ from provider_proxy.runtime_policy import parse_runtime_policy
 
 GOOD = hashlib.sha256(b"good").hexdigest()
 BAD = hashlib.sha256(b"bad").hexdigest()
+BUFFER = hashlib.sha256(b"\x00\xff").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ HOST = [
     line("/usr/bin/bash", template="ima-sig", more="030204deadbeef"),
     line("/usr/bin/env", template="ima-sig", more=""),
     line("/var/log/wtmp", violation=True),
-    line(".builtin_trusted_keys", template="ima-buf", more="00ff"),
+    line(".builtin_trusted_keys", BUFFER, template="ima-buf", more="00ff"),
     line("/usr/bin/ls", template="ima-ngv2", prefix="ima:sha256"),
     *(line(f"/opt/{n}", hashlib.sha256(b"%d" % n).hexdigest()) for n in range(600)),
 ]
@@ -232,7 +233,7 @@ def test_half_a_line_is_refused() -> None:
 
 
 def test_names_that_are_no_utf_8() -> None:
-    odd = line(b"/tmp/\xff\xfe", shown="/tmp/\\xff\\xfe")
+    odd = line(b"/tmp/\xe6\x97\xa5\xff\xfe", shown="/tmp/\u65e5\\xff\\xfe")
     literal = line("/tmp/\\xff")
     assert offer(ImaReplay(HashAlg.SHA256), text([odd, literal]), 0, pcr10([odd, literal])) is (
         Outcome.MATCHED
@@ -262,7 +263,7 @@ DIGESTS = {
 WIDE: dict[str, Any] = {
     "digests": DIGESTS,
     "excludes": ["/opt/.*", "/var/log/"],
-    "keyrings": {".builtin_trusted_keys": [GOOD]},
+    "keyrings": {".builtin_trusted_keys": [BUFFER]},
 }
 
 
@@ -303,6 +304,66 @@ def test_an_allow_list_that_does_not(change: dict[str, Any], why: str) -> None:
 def test_ignored_keyrings_and_buffers() -> None:
     assert judged(**{**WIDE, "keyrings": {}, "ima": {"ignored_keyrings": ["*"]}}) is None
     assert judged(**{**WIDE, "keyrings": {}, "ima-buf": WIDE["keyrings"]}) is None
+
+
+@pytest.mark.parametrize("signature", ["", "030204deadbeef"])
+def test_a_file_is_not_passed_off_as_a_buffer(signature: str) -> None:
+    """Template names are not hashed, and ima-sig and ima-buf have the same fields."""
+    good = line("boot_aggregate")
+    evil = line("/usr/bin/evil", BAD, template="ima-sig", more=signature)
+    lie = Line(evil.text.replace("ima-sig", "ima-buf"), evil.data)
+    keyrings = policy(digests={}, ima={"ignored_keyrings": ["*"]})
+    replay = ImaReplay(HashAlg.SHA256, parse_runtime_policy(keyrings))
+    with pytest.raises(LogError, match="not the digest of its buffer"):
+        offer(replay, text([good, lie]), 0, pcr10([good, evil]))
+
+
+def test_a_buffer_cannot_be_violated() -> None:
+    """A violation's text is not hashed at all; the kernel makes none for buffers."""
+    lines = [line("boot_aggregate"), line(".ima", template="ima-buf", more="00", violation=True)]
+    keyrings = policy(digests={}, ima={"ignored_keyrings": ["*"]})
+    replay = ImaReplay(HashAlg.SHA256, parse_runtime_policy(keyrings))
+    with pytest.raises(LogError, match="buffer"):
+        offer(replay, text(lines), 0, pcr10(lines))
+
+
+def test_a_path_is_not_spelled_in_another_way() -> None:
+    """Excludes match the text: one that looks at letters would miss an escaped one."""
+    evil = line("/usr/bin/evil", BAD)
+    excludes = policy(digests={}, excludes=["(?!/usr/)"])
+    for spelled in ("/\\x75sr/bin/evil", "/usr/bin/\\x65vil"):
+        lie = Line(evil.text.replace("/usr/bin/evil", spelled), evil.data)
+        replay = ImaReplay(HashAlg.SHA256, parse_runtime_policy(excludes))
+        with pytest.raises(LogError, match="not what was hashed"):
+            offer(replay, text([lie]), 0, pcr10([evil]))
+    umlaut = line("/tmp/\u00e9")
+    lie = Line(umlaut.text.replace("\u00e9", "\\xc3\\xa9"), umlaut.data)
+    with pytest.raises(LogError, match="not what was hashed"):
+        parse_entry(lie.text)
+    half = line(b"/tmp/x" + b"\xed\xa0\x80", shown="/tmp/x\ud800")
+    with pytest.raises(LogError):
+        parse_entry(half.text)
+
+
+def test_a_host_that_measures_nothing_has_no_good_files() -> None:
+    replay = ImaReplay(HashAlg.SHA256, parse_runtime_policy(policy(digests={"/a": [GOOD]})))
+    with pytest.raises(LogError, match="never extended"):
+        offer(replay, "", 0, bytes(32))
+
+
+def test_a_name_is_no_longer_than_the_kernels() -> None:
+    """Patterns take the square of a name's length, or more."""
+    parse_entry(line("/" + "x" * 4095).text)
+    with pytest.raises(LogError, match="too long"):
+        parse_entry(line("/" + "x" * 4096).text)
+
+
+def test_long_lines_let_others_run_sooner() -> None:
+    def pauses(lines: Sequence[Line]) -> int:
+        return sum(1 for _ in ImaReplay(HashAlg.SHA256).offer(text(lines), 0, pcr10(lines)))
+
+    assert pauses([line(f"/{n}") for n in range(100)]) <= 2
+    assert pauses([line(f"/{n}" + "x" * 4000) for n in range(100)]) >= 20
 
 
 def test_the_boot_aggregate_is_one_only_in_the_first_place() -> None:
