@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from provider_proxy.errors import UsageError, WrongVmError
-from provider_proxy.files import read_file
+from provider_proxy.files import read_trusted
 from provider_proxy.link import ISSUERS
 from provider_proxy.pins import LABEL_RE
 
@@ -108,11 +108,11 @@ def load_link_map(path: Path) -> LinkMap:
     """Read the file.
 
     Raises:
-        HostError: it cannot be read.
+        HostError: it cannot be read, or everybody can write it.
         UsageError: it says something impossible; the message names the key.
     """
     try:
-        values = tomllib.loads(read_file(path, MAX_BYTES).decode("utf-8"))
+        values = tomllib.loads(read_trusted(path, MAX_BYTES).decode("utf-8"))
     except (ValueError, RecursionError) as exc:
         raise UsageError(f"{path} is not TOML: {exc}") from exc
     return parse_link_map(values, path.absolute().parent)

@@ -121,6 +121,16 @@ MAP: dict[str, Any] = {
 }
 
 
+def test_a_map_that_everybody_can_write_is_refused(tmp_path: Path) -> None:
+    """It decides alone which VM is whose."""
+    path = tmp_path / "map"
+    path.write_text('pins = "pins"\n[hosts]\n[agents]\n')
+    load_link_map(path)
+    path.chmod(0o666)
+    with pytest.raises(HostError, match="everybody can write it"):
+        load_link_map(path)
+
+
 def test_the_map_is_read() -> None:
     known = parse_link_map(MAP, Path("/base"))
     assert known.pins == Path("/base/pins")
