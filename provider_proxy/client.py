@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import anyio
 import httpx
 
 from provider_proxy.errors import EvidenceFormatError, ReplyError
@@ -20,6 +21,7 @@ from provider_proxy.replies import body_limit, refused
 from provider_proxy.verify import HostHistory, Verifier, new_challenge
 from provider_proxy.wire import Fields, parse_json_object
 
+ANSWER_LIMIT_S = 300.0  # for all of an answer, above the longest timeout_ms: a trickle is no answer
 MAX_IDENTITY_BYTES = 64 * 1024
 MAX_REGISTRATIONS = 100  # a tenant has one registrar, or a few
 NAME_RE = re.compile(r"[A-Za-z0-9._-]{1,80}", re.ASCII)
@@ -149,10 +151,13 @@ class ProxyClient:
 
     async def _get(self, path: str, limit: int) -> bytes:
         try:
-            async with self._http.stream(
-                "GET", self._base_url + path, headers=IDENTITY
-            ) as response:
-                body = await read_body(response, limit, "the proxy")
+            with anyio.fail_after(ANSWER_LIMIT_S):
+                async with self._http.stream(
+                    "GET", self._base_url + path, headers=IDENTITY
+                ) as response:
+                    body = await read_body(response, limit, "the proxy")
+        except TimeoutError as exc:
+            raise ReplyError(f"the proxy gave no whole answer within {ANSWER_LIMIT_S:g} s") from exc
         except NO_ANSWER as exc:
             raise ReplyError(f"the proxy gave no answer: {str(exc) or type(exc).__name__}") from exc
         if response.status_code != 200:

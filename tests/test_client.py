@@ -18,6 +18,7 @@ import pytest
 import trio
 from helpers import FAKE_EK, HOST_UUID, LIMIT_S, FakeQuoter, daemon_with, make_certs, make_evidence
 
+from provider_proxy import client as client_module
 from provider_proxy.attestation_key import parse_ak
 from provider_proxy.client import ClaimedIdentity, ClaimedRegistration, ProxyClient
 from provider_proxy.config_tables import BatchTable, Config, Listen, Logs
@@ -169,6 +170,19 @@ def test_an_endless_answer_is_cut_off(run: Run[object], status: int) -> None:
     assert f"larger than {MAX_EVIDENCE_BYTES} bytes" in str(error)
     assert body.taken <= MAX_EVIDENCE_BYTES + 8192
     assert body.closed
+
+
+def test_a_trickle_ends(run: Run[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, and the last one never."""
+    monkeypatch.setattr(client_module, "ANSWER_LIMIT_S", 0.2)
+
+    async def trickle() -> AsyncIterator[bytes]:
+        while True:
+            await anyio.sleep(0.01)
+            yield b" "
+
+    error = refusal(run, lambda request: httpx.Response(200, content=trickle()))
+    assert "no whole answer within 0.2 s" in str(error)
 
 
 def test_the_limit_is_exact(run: Run[object]) -> None:

@@ -73,7 +73,7 @@ THIRD_PARTY = {
             "cli.*",
         ),
     ),
-    "anyio": ("http_body", "single_flight", "agent_records", "bindings", "ek_check"),
+    "anyio": ("http_body", "single_flight", "agent_records", "bindings", "client", "ek_check"),
     "h11": ("http_messages", "http1", "watch_http"),
     "merklelib": ("merkle",),
     "tpm2_pytss": ("tpm.*", "quoters.*"),
