@@ -3,7 +3,8 @@
 The CA's certificate carries a TPM2_Certify of its key by the host's AK. A tenant that trusts that AK can
 thus trust the CA without asking anybody; one that puts the certificate into Keylime's `tpm_cert_store`
 unchecked trusts whoever sent it. What a certificate says is true for ever
-and about birth only: this EK was made on that host. Where the VM runs now is what the link says.
+and about birth only: on that host a process of the swtpm user asked for it. That the EK is in the VM's
+vTPM, and where the VM runs now, is what the link says.
 Knows no clock: CA and vTPM certificates hold without end, as the TCG writes it (99991231235959Z).
 Sources: TCG EK Credential Profile 2.5, section 3; TPM 2.0 Library Part 2, 10.12.3 (TPMS_CERTIFY_INFO).
 """
