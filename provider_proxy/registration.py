@@ -153,6 +153,13 @@ class Registration:
                 )
         except _EndOfRound as end:
             state = end.state
+        except Exception:
+            # A tenant's registrar must not end the service of all others by what nobody thought of.
+            log.exception("registrar %s: an unexpected error", self.name)
+            state = State.AWAY
+            steps.append(
+                Step(name="unexpected", good=False, text="an unexpected error; see the log")
+            )
         report = Report(state=state, steps=tuple(steps))
         self._note(report)
         return report

@@ -314,6 +314,7 @@ BAD_ANSWERS: dict[str, Callable[..., Awaitable[httpx.Response | None]]] = {
     "500": always(lambda: raw(500, b"")),
     "503": always(lambda: reply(503)),
     "redirect": always(lambda: raw(302, b"", {"location": "http://elsewhere.test/"})),
+    "punycode": always(lambda: raw(302, b"", {"location": "http://xn--/"})),
     "no JSON": always(lambda: raw(200, b"<html>")),
     "no object": always(lambda: raw(200, b"[]")),
     "no results": always(lambda: raw(200, b"{}")),
@@ -511,6 +512,21 @@ async def test_a_round_waits_for_that_of_another_process(
     assert other.take()  # it was let go
     other.release()
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_bug_that_one_registrar_meets_ends_nothing(
+    registrar: FakeRegistrar, tpm: FakeTpm, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def meet(_request: httpx.Request) -> httpx.Response:
+        raise RuntimeError("nobody thought of this")
+
+    registrar.intercept = meet
+    mine = make(registrar, tpm)
+    report = await mine.once()
+    assert (report.state, report.error) == (State.AWAY, "an unexpected error; see the log")
+    assert "nobody thought of this" in caplog.text
+    registrar.intercept = None
+    assert (await mine.once()).state in GOOD
 
 
 async def test_a_lock_that_cannot_be_made_is_said_and_done_without(
