@@ -374,6 +374,14 @@ def plant(tcti: str, folder: Path) -> None:
         tool(tcti, *words.split(), cwd=folder)
 
 
+def test_not_even_a_daemon_of_roots_parses_foreign_state_as_root() -> None:
+    """Without capabilities root still owns the host's files."""
+    command = readback._command(0)
+    program = command.index(str(shutil.which("swtpm")))
+    said = subprocess.run([*command[:program], "id", "-u"], capture_output=True, check=True)
+    assert said.stdout.strip() == b"65534"
+
+
 async def test_a_daemon_that_is_not_root(host: Host) -> None:
     """As under systemd: a user of its own that may read every file, and nothing else."""
     user = "daemon"

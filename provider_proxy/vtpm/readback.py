@@ -51,6 +51,8 @@ CC_READ_PUBLIC = 0x173
 READ_PUBLIC = struct.Struct(">HIII")
 RESPONSE_HEADER = struct.Struct(">HII")
 MAX_RESPONSE_BYTES = 4096
+# Whom root hands the copy to: without capabilities uid 0 still owns the host's files.
+NOBODY = 65534  # the kernel's overflowuid
 # prlimit(1): a good state takes 0.1 s and 20 MB
 CPU_LIMIT_S = 10
 MEMORY_LIMIT_BYTES = 512 * 1024 * 1024
@@ -120,6 +122,9 @@ def copy_state(state_root: Path, vm: uuid.UUID, uid: int, work: Path) -> Path:
         folder = Path(tempfile.mkdtemp(prefix=COPY_PREFIX, dir=work))
         try:
             (folder / STATE_FILE).write_bytes(data)
+            if os.geteuid() == 0:
+                os.chown(folder / STATE_FILE, NOBODY, NOBODY)
+                os.chown(folder, NOBODY, NOBODY)
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)  # a half copy holds secrets, too
             raise
@@ -149,7 +154,7 @@ async def _ask_swtpm(folder: Path) -> tuple[Ek, ...]:
     async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
         with theirs:
             process = await trio.lowlevel.open_process(
-                _command(folder, theirs.fileno()),
+                _command(theirs.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -181,8 +186,9 @@ def _one_of_each(eks: tuple[Ek, ...]) -> tuple[Ek, ...]:
     return tuple(kept.values())
 
 
-def _command(folder: Path, fd: int) -> list[str]:
-    """swtpm, without privileges and within limits; it ends when our end of the socket closes."""
+def _command(fd: int) -> list[str]:
+    """swtpm on the state in its directory, without privileges and within limits; it ends when our end
+    of the socket closes."""
     programs = {name: shutil.which(name) for name in ("setpriv", "prlimit", "swtpm")}
     for name, path in programs.items():
         if path is None:
@@ -191,12 +197,13 @@ def _command(folder: Path, fd: int) -> list[str]:
     # program without file capabilities nothing.
     setpriv = [str(programs["setpriv"]), "--no-new-privs", "--ambient-caps=-all"]
     if os.geteuid() == 0:
-        setpriv += ["--bounding-set=-all"]
+        setpriv += ["--bounding-set=-all", f"--reuid={NOBODY}", f"--regid={NOBODY}"]
+        setpriv += ["--clear-groups"]
     return [
         *setpriv,
         *(str(programs["prlimit"]), f"--cpu={CPU_LIMIT_S}", f"--as={MEMORY_LIMIT_BYTES}"),
         *("--core=0", f"--fsize={FILE_LIMIT_BYTES}"),
-        *(str(programs["swtpm"]), "socket", "--tpm2", "--tpmstate", f"dir={folder}"),
+        *(str(programs["swtpm"]), "socket", "--tpm2", "--tpmstate", "dir=."),
         *("--fd", str(fd), "--flags", "not-need-init,startup-clear"),
     ]
 
