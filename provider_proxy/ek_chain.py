@@ -10,6 +10,7 @@ none; take a CA out of the directory instead. Source: TCG EK Credential Profile 
 
 from __future__ import annotations
 
+import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +28,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, ObjectIdent
 
 from provider_proxy.attestation_key import CURVES, MIN_RSA_BITS
 from provider_proxy.errors import HostError, UntrustedEkError, UsageError
-from provider_proxy.files import read_file
+from provider_proxy.files import read_trusted
 
 EK_PURPOSE = ObjectIdentifier("2.23.133.8.1")  # tcg-kp-EKCertificate
 MAX_EK_CERT_BYTES = 16 * 1024  # real ones are 1 to 2 kB
@@ -293,7 +294,7 @@ class EkStore:
         clock: monotonic seconds, for looking at the directory again.
 
     Raises:
-        HostError: it cannot be read.
+        HostError: it cannot be read, or everybody can write it or what is in it.
         UsageError: no CA in it, one that is no certificate, or too many.
     """
 
@@ -342,6 +343,8 @@ class EkStore:
 
 def _files(directory: Path) -> list[Path]:
     try:
+        if directory.stat().st_mode & stat.S_IWOTH:
+            raise HostError(f"{directory}: everybody can write it; see chmod o-w")
         found = sorted(path for path in directory.iterdir() if path.suffix.lower() in SUFFIXES)
     except OSError as exc:
         raise HostError(f"cannot read the CAs in {directory}: {exc.strerror}") from exc
@@ -355,10 +358,10 @@ def _state_of(files: Iterable[Path]) -> object:
     state = []
     for path in files:
         try:
-            stat = path.stat()
+            now = path.stat()
         except OSError as exc:
             raise HostError(f"cannot read {path}: {exc.strerror}") from exc
-        state.append((path.name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+        state.append((path.name, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns))
     return state
 
 
@@ -377,7 +380,7 @@ def _load(directory: Path) -> _Loaded:
 
 
 def _read_certificates(path: Path) -> list[x509.Certificate]:
-    data = read_file(path, MAX_FILE_BYTES)
+    data = read_trusted(path, MAX_FILE_BYTES)
     try:
         if b"-----BEGIN" in data:
             found = x509.load_pem_x509_certificates(data)

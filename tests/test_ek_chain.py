@@ -301,6 +301,18 @@ def test_a_directory_that_goes_away_lets_nothing_pass(directory: Path) -> None:
             look(store)
 
 
+@pytest.mark.parametrize("name", ["bundle.pem", "."])
+def test_what_everybody_can_write_vouches_for_nothing(directory: Path, name: str) -> None:
+    clocks = Clocks()
+    store = clocks.store(directory)
+    (directory / name).chmod(0o777)
+    with pytest.raises(HostError, match="everybody can write"):
+        clocks.store(directory)
+    clocks.seconds += ek_chain.LOOK_AGAIN_S
+    with pytest.raises(HostError, match="everybody can write"):
+        look(store)
+
+
 def test_no_certificate_no_trust(directory: Path) -> None:
     with pytest.raises(UntrustedEkError, match="no EK certificate"):
         look(Clocks().store(directory), None)
