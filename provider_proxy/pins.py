@@ -15,13 +15,14 @@ import fcntl
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from provider_proxy.attestation_key import parse_ak, parse_public
 from provider_proxy.errors import EvidenceFormatError, HostError, PinChangedError, UsageError
-from provider_proxy.files import read_file, write_private
+from provider_proxy.files import read_trusted, write_private
 from provider_proxy.model import ClockState, TrustedHost
 from provider_proxy.verify import MemoryHistory
 from provider_proxy.wire import Fields, clock_values, parse_clock, parse_json_object
@@ -98,7 +99,7 @@ class PinnedHost(MemoryHistory):
         stamp = _stamp_of(self._path_text)
         if stamp is None or stamp == self._stamp:
             return stamp is not None
-        if _parse(read_file(self._path, MAX_PIN_BYTES), self._path).keys() != self._pin.keys():
+        if _read(self._path).keys() != self._pin.keys():
             return False
         self._stamp = stamp  # taken before the file was read: what came later will be read again
         return True
@@ -117,7 +118,7 @@ class PinnedHost(MemoryHistory):
         return on_disk
 
     def _on_disk(self) -> _Pin:
-        pin = _parse(read_file(self._path, MAX_PIN_BYTES), self._path)
+        pin = _read(self._path)
         if pin.ak_public != self._pin.ak_public:
             raise PinChangedError(f"{self.host.label} was pinned anew, to another AK")
         if self._pin.ek_public is not None and pin.ek_public != self._pin.ek_public:
@@ -213,9 +214,10 @@ class PinStore:
         """
         path = self.path_of(label)
         stamp = _stamp_of(path)
+        _check_directory(self._directory)
         if stamp is None:
             raise UsageError(f"{label} is not pinned")
-        return PinnedHost(path, label, _parse(read_file(path, MAX_PIN_BYTES), path), stamp)
+        return PinnedHost(path, label, _read(path), stamp)
 
     def remove(self, label: str) -> None:
         """Forget a host.
@@ -230,9 +232,17 @@ class PinStore:
             path.unlink()
 
 
+def _check_directory(directory: Path) -> None:
+    """Raises: HostError where anybody could put another pin there."""
+    with contextlib.suppress(OSError):  # whoever opens it says so
+        if directory.stat().st_mode & stat.S_IWOTH:
+            raise HostError(f"{directory}: everybody can write it; see chmod o-w")
+
+
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """One process at a time; the lock goes with the process that holds it."""
+    _check_directory(directory)
     try:
         fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as exc:
@@ -247,10 +257,10 @@ def _locked(directory: Path) -> Iterator[None]:
 def _stamp_of(path: Path | str) -> object:
     """Changes whenever the file is replaced; None where it is missing."""
     try:
-        stat = os.stat(path)
+        now = os.stat(path)
     except OSError:
         return None
-    return stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size
+    return now.st_ino, now.st_mtime_ns, now.st_ctime_ns, now.st_size
 
 
 def _is_by_person(text: str) -> bool:
@@ -271,6 +281,10 @@ def _encode(pin: _Pin) -> bytes:
     if pin.newest is not None:
         values["newest"] = clock_values(pin.newest)
     return json.dumps(values, indent=2).encode("ascii") + b"\n"
+
+
+def _read(path: Path) -> _Pin:
+    return _parse(read_trusted(path, MAX_PIN_BYTES), path)
 
 
 def _parse(data: bytes, path: Path) -> _Pin:

@@ -254,6 +254,21 @@ def test_hosts_are_listed_in_order_and_nothing_else_is(store: PinStore, tpm: Sof
     assert store.labels() == ["A", "a", "c.json"]
 
 
+@pytest.mark.parametrize("spoiled", ["the file", "the directory"])
+def test_what_everybody_can_write_is_no_pin(
+    store: PinStore, file: Path, tpm: SoftTpm, spoiled: str
+) -> None:
+    pinned = store.pin(LABEL, tpm.ak_public)
+    (file if spoiled == "the file" else file.parent).chmod(0o777)
+    for use in (
+        lambda: store.load(LABEL),
+        lambda: pinned.accept(state(1)),
+        lambda: store.pin(LABEL, tpm.ak_public),
+    ):
+        with pytest.raises(HostError, match="everybody can write"):
+            use()
+
+
 def test_an_unknown_host(store: PinStore, tpm: SoftTpm) -> None:
     store.pin("another", tpm.ak_public)
     for act in (store.load, store.remove):
