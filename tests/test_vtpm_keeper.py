@@ -754,7 +754,8 @@ def test_that_nothing_can_be_opened_does_not_say_that_nothing_runs(
         raise OSError(code, os.strerror(code))
 
     pid_file(libvirt, str(os.getpid()))
-    monkeypatch.setattr(*((os, "open") if what == "pid file" else (Path, "open")), refused)
+    owner: object = os if what == "pid file" else Path
+    monkeypatch.setattr(owner, "open", refused)
     with pytest.raises(HostError):
         running_vms(libvirt.run_root, libvirt.state_root, ME)
 

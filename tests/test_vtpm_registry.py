@@ -278,6 +278,21 @@ def test_a_vtpm_that_moved_to_another_vm_is_the_other_s(
 # --- limits -----------------------------------------------------------------------------------------
 
 
+def test_claims_of_the_swtpm_user_cannot_fill_the_registry(
+    registry: Registry, clock: Clock
+) -> None:
+    """VMs that are always being made, and never start, must not keep out those that do."""
+    for number in range(3):
+        clock.now += 1
+        registry.register(
+            certificate_request(ecc_key(number), vm=uuid.UUID(int=number)), issuer="delegate"
+        )
+    clock.now += 1
+    assert registry.happened(VM, "web", "started") is not None
+    assert registry.get(uuid.UUID(int=0)) is None  # the oldest went
+    assert len(registry.all()) == 3
+
+
 def test_the_oldest_that_does_not_run_makes_room(registry: Registry, clock: Clock) -> None:
     vms = [uuid.UUID(int=number) for number in range(1, 5)]
     for number, vm in enumerate(vms[:3]):

@@ -217,10 +217,11 @@ class Registry:
     def _make_room(self) -> list[Entry]:
         if len(self._entries) < self._max_vms:
             return []
-        idle = [entry for entry in self.all() if not entry.running and not entry.making]
+        idle = [entry for entry in self.all() if not entry.running]
         if not idle:
             raise VtpmError(f"the registry holds vtpm.max_vms = {self._max_vms} VMs already")
-        return [min(idle, key=lambda entry: entry.changed_at)]
+        # What is being made goes last, but goes: any process of the swtpm user can say so.
+        return [min(idle, key=lambda entry: (entry.making, entry.changed_at))]
 
     def _save(self, changed: Sequence[Entry], removed: Sequence[Entry] = ()) -> None:
         """Commit, then remember.
