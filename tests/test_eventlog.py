@@ -191,6 +191,7 @@ def test_a_boot_policy() -> None:
         check_boot_log(
             unmeasured, quote(PCR4=bytes(32), PCR0=expected(HashAlg.SHA256)[0]), 0xFF, good
         )
+    check_boot_log(LOG, quote(), 0xFF, parse_boot_policy(b'{"3": []}', bank=HashAlg.SHA256))
     nothing = parse_boot_policy(b'{"1": []}', bank=HashAlg.SHA256)
     with pytest.raises(LogError, match="PCR 1"):
         check_boot_log(LOG, quote(), 0xFF, nothing)

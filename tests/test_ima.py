@@ -235,6 +235,7 @@ def test_half_a_line_is_refused() -> None:
 def test_names_that_are_no_utf_8() -> None:
     odd = line(b"/tmp/\xe6\x97\xa5\xff\xfe", shown="/tmp/\u65e5\\xff\\xfe")
     literal = line("/tmp/\\xff")
+    parse_entry(line(b"/\\x41" + b"\xff" * 4000, shown="/\\x41" + "\\xff" * 4000).text)
     assert offer(ImaReplay(HashAlg.SHA256), text([odd, literal]), 0, pcr10([odd, literal])) is (
         Outcome.MATCHED
     )
@@ -320,7 +321,9 @@ def test_a_file_is_not_passed_off_as_a_buffer(signature: str) -> None:
 
 def test_a_buffer_cannot_be_violated() -> None:
     """A violation's text is not hashed at all; the kernel makes none for buffers."""
-    lines = [line("boot_aggregate"), line(".ima", template="ima-buf", more="00", violation=True)]
+    text_of = line(".ima", hashlib.sha256(b"\0").hexdigest(), template="ima-buf", more="00").text
+    words = ["10", "00" * 20, *text_of.split(" ")[2:]]
+    lines = [line("boot_aggregate"), Line(" ".join(words), b"", violation=True)]
     keyrings = policy(digests={}, ima={"ignored_keyrings": ["*"]})
     replay = ImaReplay(HashAlg.SHA256, parse_runtime_policy(keyrings))
     with pytest.raises(LogError, match="buffer"):

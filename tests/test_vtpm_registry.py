@@ -291,6 +291,10 @@ def test_claims_of_the_swtpm_user_cannot_fill_the_registry(
     assert registry.happened(VM, "web", "started") is not None
     assert registry.get(uuid.UUID(int=0)) is None  # the oldest went
     assert len(registry.all()) == 3
+    clock.now += 1
+    registry.happened(VM, "web", "stopped")
+    registry.register(certificate_request(ecc_key(4), vm=OTHER_VM), issuer="delegate")
+    assert registry.get(VM) is None  # what does not run and is not being made goes first
 
 
 def test_the_oldest_that_does_not_run_makes_room(registry: Registry, clock: Clock) -> None:
