@@ -68,7 +68,13 @@ def parse_certificate(der: bytes) -> Certificate:
             not_before=cert.not_valid_before_utc,
             not_after=cert.not_valid_after_utc,
         )
-    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension) as exc:
+    except (
+        ValueError,
+        UnsupportedAlgorithm,
+        x509.DuplicateExtension,
+        x509.InvalidVersion,
+        x509.UnsupportedGeneralNameType,
+    ) as exc:
         raise UnknownTenantError("your certificate cannot be read") from exc
 
 

@@ -126,6 +126,26 @@ def test_bytes_that_are_no_certificate_do_not_come_in(data: bytes) -> None:
         parse_certificate(data)
 
 
+def test_a_name_of_a_kind_that_nobody_reads_is_no_bug_of_ours() -> None:
+    key, name, now = ec.generate_private_key(ec.SECP256R1()), x509.Name([]), datetime.now(UTC)
+    x400 = x509.UnrecognizedExtension(
+        x509.SubjectAlternativeName.oid, bytes.fromhex("3004a3023000")
+    )
+    cert = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now)
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x400, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    with pytest.raises(UnknownTenantError):
+        parse_certificate(_der(cert))
+
+
 def test_unlisted_tenants_come_in_where_the_defaults_say_so() -> None:
     assert book(unlisted=True).find(peer(FULL)).name == "spiffe://example.org/acme"
     with pytest.raises(UnknownTenantError):
