@@ -108,11 +108,23 @@ def write_private(path: Path, data: bytes) -> None:
         raise HostError(f"cannot write {path}: {exc.strerror}") from exc
 
 
+def _give_away(fd: int, above: Path) -> None:
+    """Where root made it: to the owner of what is above. Raises: OSError."""
+    status = os.fstat(fd)
+    is_ours = stat.S_ISDIR(status.st_mode) or (status.st_nlink == 1 and status.st_size == 0)
+    if os.geteuid() == 0 and status.st_uid == 0 and is_ours:  # not somebody's link to another file
+        owner = above.stat()
+        os.fchown(fd, owner.st_uid, owner.st_gid)
+
+
 class FileLock:
     """A lock among this host's processes; the kernel lets it go when its holder ends.
 
+    What root makes here belongs to whoever the directory above belongs to, so that a command that root
+    runs does not shut the daemon out.
+
     Args:
-        path: of a file that is made where it is missing, and stays.
+        path: of a file that is made where it is missing, and stays; in a folder that is made, too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -126,11 +138,20 @@ class FileLock:
             HostError: the file cannot be made.
         """
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder = self._path.parent
+            is_new = not folder.exists()
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if is_new:
+                directory = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    _give_away(directory, folder.parent)
+                finally:
+                    os.close(directory)
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as exc:
             raise HostError(f"cannot lock {self._path}: {exc.strerror}") from exc
         try:
+            _give_away(fd, folder)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -492,6 +493,40 @@ async def test_a_status_remembers_when_and_why(
 
 
 # --- two processes of one host --------------------------------------------------------------------------
+
+
+def test_what_root_makes_does_not_shut_the_daemon_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`register` by hand, as root: folder and file go to the owner of state_dir; nothing else does."""
+    given: list[tuple[str, int]] = []
+
+    def fchown(fd: int, uid: int, _gid: int) -> None:
+        given.append((Path(f"/proc/self/fd/{fd}").readlink().name, uid))
+
+    real_stat = os.fstat
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "fchown", fchown)
+    monkeypatch.setattr(os, "fstat", lambda fd: made_by_root(real_stat(fd)))
+    owner = tmp_path.stat().st_uid
+    lock = FileLock(tmp_path / "locks" / "one.lock")
+    assert lock.take()
+    lock.release()
+    assert given == [("locks", owner), ("one.lock", owner)]
+    given.clear()
+    (tmp_path / "locks" / "one.lock").write_text("a file that has a use")
+    assert lock.take()
+    lock.release()
+    (tmp_path / "elsewhere").touch()
+    os.link(tmp_path / "elsewhere", tmp_path / "locks" / "two.lock")
+    other = FileLock(tmp_path / "locks" / "two.lock")
+    assert other.take()
+    other.release()
+    assert given == []
+
+
+def made_by_root(status: os.stat_result) -> os.stat_result:
+    return os.stat_result((*status[:4], 0, 0, *status[6:]))
 
 
 async def test_a_round_waits_for_that_of_another_process(
