@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from ipaddress import ip_address
 
 import anyio
 import httpx
@@ -21,7 +20,7 @@ from provider_proxy.errors import (
     ReplyError,
     UsageError,
 )
-from provider_proxy.http_body import IDENTITY, NO_ANSWER, read_body
+from provider_proxy.http_body import IDENTITY, NO_ANSWER, is_safe_url, read_body
 from provider_proxy.wire import Fields, parse_json_object
 
 # The versions whose record is the one that is parsed here, the best first. 3.0 answers 500 (7.14.3).
@@ -135,22 +134,9 @@ class AgentRecords:
 
 
 def _check_url(url: str) -> str:
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as exc:
-        raise UsageError(f"the registrar's URL: {exc}") from exc
-    if parsed.scheme == "https" and parsed.host:
-        return url.rstrip("/")
-    if parsed.scheme == "http" and _is_loopback(parsed.host):
+    if is_safe_url(url):
         return url.rstrip("/")
     raise UsageError("the registrar's URL must begin with https:// (or http:// on loopback)")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _is_envelope(body: bytes) -> bool:

@@ -17,6 +17,7 @@ from typing import Literal
 
 from provider_proxy.errors import UsageError, WrongVmError
 from provider_proxy.files import read_trusted
+from provider_proxy.http_body import is_safe_url
 from provider_proxy.link import ISSUERS
 from provider_proxy.pins import LABEL_RE
 
@@ -157,7 +158,7 @@ def _host(name: str, values: Mapping[str, object], base: Path) -> HostEntry:
     at = f"hosts.{name}"
     _known(values, _HOST_KEYS, f"{at}.")
     url = _text(values, "url", at)
-    if url is None or not url.startswith(("https://", "http://")):
+    if url is None or not is_safe_url(url):
         raise UsageError(f"{at}.url must begin with https:// (or http:// on loopback)")
     cert, key = (_path(values, part, f"{at}.{part}", base) for part in ("cert", "key"))
     if (cert is None) != (key is None):

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 
 from provider_proxy.errors import HostError, UsageError
-from provider_proxy.http_body import no_cookies
+from provider_proxy.http_body import is_safe_url, no_cookies
 
 CONNECT_LIMIT_S = 10.0
 READ_LIMIT_S = 120.0  # above the longest timeout_ms that a proxy serves by default
@@ -22,7 +22,7 @@ def make_client(args: argparse.Namespace) -> httpx.AsyncClient:
         UsageError: no http or https URL, or a certificate without its key.
         HostError: a TLS file is missing or no PEM.
     """
-    if not args.url.startswith(("https://", "http://")):
+    if not is_safe_url(args.url):
         raise UsageError("URL must begin with https:// (or http:// for a proxy on loopback)")
     return open_client(args.ca, args.cert, args.key, options="--ca, --cert, --key")
 
