@@ -3,7 +3,7 @@
 # make test      the tests (fetches a Chromium and promtool for them)
 # make keylime   the real Keylime that the tests talk to, into .venv-keylime
 # make check     what CI runs: format, lint, types, tests, wheel
-# make test-libvirt  the vTPM link with a real libvirt (root; libvirt-daemon-system, qemu-system-x86)
+# make test-libvirt  the vTPM link with a real libvirt and guests that boot (as root; installs libvirt, QEMU)
 # make soak      faults of all kinds in random order, for ten minutes (SOAK_SECONDS=600)
 # make docs      docs/api.md from the OpenAPI description
 # make bench     the figures of this machine
@@ -25,12 +25,15 @@ DEBIAN := swtpm swtpm-tools tpm2-tools libtss2-dev gcc libc6-dev pkg-config pyth
 DEBIAN_TESTS := chromium chromium-driver
 DEBIAN_BUILD := debhelper dpkg-dev fakeroot lintian
 DEBIAN_KVM := e2fsprogs mmdebstrap ovmf qemu-system-x86
+# For test-libvirt alone.
+DEBIAN_LIBVIRT := libvirt-daemon-system libvirt-clients qemu-system-x86
+GUEST := .guest/.unpacked
 PROMTOOL := .promtool/usr/bin/promtool
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 missing = $(shell for p in $(1); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done)
 SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: install system system-deb browser promtool keylime demo test test-libvirt check format lint types wheel soak bench docs man deb test-deb system-kvm test-kvm clean
+.PHONY: install system system-deb browser promtool libvirt guest keylime demo test test-libvirt check format lint types wheel soak bench docs man deb test-deb system-kvm test-kvm clean
 
 install: $(STAMP)
 
@@ -56,6 +59,23 @@ $(PROMTOOL): | system
 	@mkdir -p .promtool && cd .promtool && rm -f prometheus_*.deb && \
 	  { apt-get download -qq -o APT::Sandbox::User=root prometheus || { $(SUDO) apt-get update -qq && apt-get download -qq -o APT::Sandbox::User=root prometheus; }; } && \
 	  dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool && rm prometheus_*.deb
+
+libvirt:
+	$(call into_system,$(DEBIAN_LIBVIRT))
+
+# What the guests of test-libvirt boot, taken out of its packages: a kernel, and busybox.
+guest: $(GUEST)
+
+$(GUEST): | system
+	@echo "unpacking a kernel and busybox, for the guests"
+	@mkdir -p .guest && cd .guest && rm -f *.deb && \
+	  { apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || $(SUDO) apt-get update -qq; } && \
+	  kernel=$$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-\)/\1/p') && \
+	  { apt-get download -qq -o APT::Sandbox::User=root $$kernel busybox-static || \
+	    { $(SUDO) apt-get update -qq && apt-get download -qq -o APT::Sandbox::User=root $$kernel busybox-static; }; } && \
+	  dpkg-deb --fsys-tarfile linux-image-*.deb | tar -xO --wildcards './boot/vmlinuz-*' >vmlinuz && \
+	  dpkg-deb --fsys-tarfile busybox-static_*.deb | tar -x --strip-components=2 --wildcards '*/bin/busybox' && \
+	  rm *.deb && touch .unpacked
 
 $(STAMP): pyproject.toml constraints.txt | system
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -107,9 +127,10 @@ wheel: install
 
 check: format lint types test wheel
 
-# libvirtd, QEMU and this project's hooks in a mount namespace of their own; as root.
-test-libvirt: install
-	TEST_LIBVIRT=1 unshare --mount --propagation private $(BIN)/python -m pytest -q tests/test_vtpm_libvirt.py
+# libvirtd, QEMU and this project's hooks in a mount namespace of their own; as root. It tells what it does.
+test-libvirt: install keylime libvirt guest
+	@[ "$$(id -u)" = 0 ] || { echo "test-libvirt needs root"; exit 3; }
+	TEST_LIBVIRT=1 unshare --mount --propagation private $(BIN)/python -m pytest -q -s tests/test_vtpm_libvirt.py tests/test_vtpm_guest.py
 
 soak: install
 	SOAK_SECONDS=$${SOAK_SECONDS:-600} $(BIN)/python -m pytest -q -s tests/test_soak.py
@@ -142,4 +163,4 @@ test-kvm: system-kvm deb
 	$(SUDO) $(BIN)/python packages/test_kvm.py dist/provider-proxy_*.deb
 
 clean:
-	rm -rf .promtool $(VENV) $(WHEEL_VENV) $(KEYLIME_VENV) $(KEYLIME_VENV)-agent dist build *.egg-info
+	rm -rf .promtool .guest $(VENV) $(WHEEL_VENV) $(KEYLIME_VENV) $(KEYLIME_VENV)-agent dist build *.egg-info
