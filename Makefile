@@ -69,10 +69,9 @@ guest: $(GUEST)
 $(GUEST): | system
 	@echo "unpacking a kernel and busybox, for the guests"
 	@mkdir -p .guest && cd .guest && rm -f *.deb && \
-	  { apt-cache show linux-image-cloud-amd64 >/dev/null 2>&1 || $(SUDO) apt-get update -qq; } && \
-	  kernel=$$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-\)/\1/p') && \
-	  { apt-get download -qq -o APT::Sandbox::User=root $$kernel busybox-static || \
-	    { $(SUDO) apt-get update -qq && apt-get download -qq -o APT::Sandbox::User=root $$kernel busybox-static; }; } && \
+	  get() { apt-get download -qq -o APT::Sandbox::User=root busybox-static \
+	    $$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-\)/\1/p'); } && \
+	  { get || { $(SUDO) apt-get update -qq && get; }; } && \
 	  dpkg-deb --fsys-tarfile linux-image-*.deb | tar -xO --wildcards './boot/vmlinuz-*' >vmlinuz && \
 	  dpkg-deb --fsys-tarfile busybox-static_*.deb | tar -x --strip-components=2 --wildcards '*/bin/busybox' && \
 	  rm *.deb && touch .unpacked
