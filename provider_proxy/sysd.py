@@ -11,25 +11,33 @@ import socket
 
 LISTEN_FDS_START = 3
 MAX_LISTEN_FDS = 64
+NOTIFY_LIMIT_S = (
+    1.0  # a manager reads at once; net.unix.max_dgram_qlen unread messages block a sender
+)
 
 
-def notify(state: str) -> None:
-    """Tell the service manager ("READY=1", "STOPPING=1"); nothing where there is none."""
+def notify(state: str, *, limit_s: float = NOTIFY_LIMIT_S) -> None:
+    """Tell the service manager ("READY=1", "STOPPING=1"); nothing where there is none.
+
+    Args:
+        limit_s: how long a manager that does not read may keep us; the message is then lost.
+    """
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path or path[0] not in "/@":
         return
     address = "\0" + path[1:] if path[0] == "@" else path
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        sock.settimeout(limit_s)
         try:
             sock.connect(address)
             sock.send(state.encode("utf-8"))
         except OSError:
-            return  # a manager that went away must not take the service with it
+            return  # a manager that went away must not take the service with it, nor one that hangs
 
 
 def notify_status(line: str) -> None:
-    """Set the line that `systemctl status` shows; line feeds in it are blanks."""
-    notify("STATUS=" + line.replace("\n", " "))
+    """Set the line that `systemctl status` shows; line feeds in it are blanks. Waits for nobody."""
+    notify("STATUS=" + line.replace("\n", " "), limit_s=0)
 
 
 def watchdog_s() -> float:

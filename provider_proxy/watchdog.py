@@ -53,5 +53,5 @@ async def run(
             log.critical("a TPM command has been in flight for over %g s; ending", hang_limit_s)
             end_process()
         elif wanted_s < math.inf:
-            sysd.notify("WATCHDOG=1")
+            sysd.notify("WATCHDOG=1", limit_s=0)
         await trio.sleep(interval)

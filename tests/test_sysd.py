@@ -55,6 +55,30 @@ def test_notify_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert sock.recv(100) == "STOPPING=1\nSTATUS=drän".encode()
 
 
+def _hangs(*_: object) -> None:
+    raise AssertionError("it waits for a manager that does not read")
+
+
+def test_a_manager_that_does_not_read_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", path)
+    with notify_socket(path) as sock:
+        unread = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text()) + 2
+        before = signal.signal(signal.SIGALRM, _hangs)
+        signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+        try:
+            for number in range(unread):
+                sysd.notify_status(f"{number}")
+            sysd.notify("WATCHDOG=1", limit_s=0)
+            sysd.notify("STOPPING=1", limit_s=0.01)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert sock.recv(100) == b"STATUS=0"
+
+
 def test_notify_by_abstract_name(monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"provider-proxy-test-{os.getpid()}"
     monkeypatch.setenv("NOTIFY_SOCKET", "@" + name)

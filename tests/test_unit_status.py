@@ -45,7 +45,8 @@ class Work:
 def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str]]:
     lines: list[tuple[float, str]] = []
 
-    def notify(state: str) -> None:
+    def notify(state: str, *, limit_s: float) -> None:
+        assert limit_s == 0  # nobody waits for a line to be read
         lines.append((trio.current_time(), state))
 
     monkeypatch.setattr("provider_proxy.sysd.notify", notify)

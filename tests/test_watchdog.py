@@ -57,8 +57,8 @@ class Pings:
         self.times: list[float] = []
         monkeypatch.setattr("provider_proxy.sysd.notify", self._notify)
 
-    def _notify(self, state: str) -> None:
-        assert state == "WATCHDOG=1"
+    def _notify(self, state: str, *, limit_s: float) -> None:
+        assert (state, limit_s) == ("WATCHDOG=1", 0)
         self.times.append(trio.current_time())
 
     def longest_silence(self, begin: float, end: float) -> float:
