@@ -52,6 +52,7 @@ GOOD, REFUSED, USAGE, AWAY = 0, 1, 2, 3
 ALPHA = "alpha"  # the host's id at the tenant's registrar, and the name of its pin
 PINNED = "--pinned alpha --pins pins"
 ZEROS = "00" * 32
+LOG_SHOWN = 8000
 
 
 class Tale:
@@ -115,7 +116,7 @@ async def scene_of(host: LibvirtHost, folder: Path) -> AsyncIterator[Scene]:
             vtpm='issuer = "tpm"\n',
         )
         async with serving(host.folder, config) as serve:
-            yield Scene(
+            scene = Scene(
                 tale=Tale(),
                 host=host,
                 tenant=TenantAt(folder, f"https://{serve.address}", certs),
@@ -123,6 +124,12 @@ async def scene_of(host: LibvirtHost, folder: Path) -> AsyncIterator[Scene]:
                 web=Guest(name="web", vm=VM, folder=host.lines),
                 other=Guest(name="other", vm=OTHER_VM, folder=host.lines),
             )
+            try:
+                yield scene
+            except BaseException:
+                scene.tale.part("failed; the end of the daemon's log")
+                scene.tale.say(serve.log[-LOG_SHOWN:])
+                raise
 
 
 async def test_the_whole_chain_of_a_guest_that_boots(host: LibvirtHost, tmp_path: Path) -> None:
