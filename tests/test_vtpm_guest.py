@@ -35,9 +35,10 @@ from guest_helpers import (
     make_boot_files,
     measured,
 )
-from helpers import get, make_certs, serving, until_answered
+from helpers import LIMIT_S, get, make_certs, serving, until_answered
 from keylime_helpers import PYTHON, Registrar, keylime_environment, running_registrar
 from libvirt_helpers import OPT_IN, LibvirtHost, libvirt_host, run
+from test_ek_check import KEYLIME_REFUSES, keylime_tenant
 from test_registration_real import delete, make, record_of, tls
 from test_vtpm_ca import VERIFY_CERT
 from test_vtpm_link_real import TenantAt
@@ -352,23 +353,26 @@ async def deep_quote(scene: Scene) -> Deep:
     return deep
 
 
-async def as_ek_check_script(scene: Scene, code: int, word: str) -> None:
+async def by_keylime_s_tenant(scene: Scene, word: str, *, good: bool = True) -> None:
+    """Keylime's own tenant, with `ek-check` as its script, before it hands over V."""
     scene.file("policy.json").write_text(scene.file("host.json").read_text())
     scene.tenant.write_map()
-    ek = base64.b64encode(scene.file("web.ek").read_bytes()).decode()
-    line = "verify-link agent --map map.toml"
-    said = await scene.tenant.run(line, code=code, AGENT_UUID=str(VM), EK_TPM=ek)
-    assert word in said, said
-    if code == GOOD:
-        scene.tale.say(f"as Keylime's ek_check_script: {said}")
+    folder, ek = scene.tenant.folder, scene.file("web.ek").read_bytes()
+    words = ("ek-check", "--config", str(scene.file("map.toml")))
+    with trio.fail_after(3 * LIMIT_S):
+        code, said = await keylime_tenant(folder, str(VM), ek, *words)
+    assert (code, word in said) == (GOOD if good else KEYLIME_REFUSES, True), said
+    (line,) = [line for line in said.splitlines() if word in line][-1:]
+    if good:
+        scene.tale.say(f"Keylime's own tenant: {line}")
     else:
-        scene.tale.refused("as Keylime's ek_check_script", said)
+        scene.tale.refused("Keylime's own tenant", line)
 
 
 async def check_link(scene: Scene) -> None:
     scene.tale.part("guest's quote -> vAK -> EK -> claims -> leaf -> host's quote, PCRs of both")
     await deep_quote(scene)
-    await as_ek_check_script(scene, GOOD, "linked: VM")
+    await by_keylime_s_tenant(scene, "linked: VM")
 
 
 async def check_what_is_broken(scene: Scene) -> None:
@@ -434,7 +438,7 @@ def alter_claims(scene: Scene) -> None:
 async def refused_while_off(scene: Scene) -> None:
     line = f"fetch URL --pcrs 0 {PINNED} --vm {VM}"
     await scene.refused("claims: the VM does not run", line, "404", code=AWAY)
-    await as_ek_check_script(scene, REFUSED, "VmNotRunningError")
+    await by_keylime_s_tenant(scene, "VmNotRunningError", good=False)
 
 
 async def save_and_restart(scene: Scene) -> None:
@@ -460,7 +464,7 @@ async def save_and_restart(scene: Scene) -> None:
     assert await scene.web.ask("ak") == scene.file("web.vak").read_bytes()
     assert (await scene.host.listed())[VM]["generation"] == 1
     await deep_quote(scene)
-    await as_ek_check_script(scene, GOOD, "linked: VM")
+    await by_keylime_s_tenant(scene, "linked: VM")
 
     scene.tale.part("something more is measured into the guest's PCR 8")
     await scene.web.ask("extend", "22" * 32)
@@ -503,7 +507,7 @@ async def make_anew(scene: Scene) -> None:
     take_record(scene, scene.web)
     await check_certificates(scene)
     await deep_quote(scene)
-    await as_ek_check_script(scene, GOOD, "linked: VM")
+    await by_keylime_s_tenant(scene, "linked: VM")
     for name in ("web", "other"):
         await run("destroy", name)
     await refused_while_off(scene)
