@@ -34,6 +34,8 @@ from helpers import (
 
 from provider_proxy import sysd
 
+SO_ACCEPTCON = 1 << 16  # the flag of a listening socket in /proc/net/unix: proc(5)
+
 # --- notification -----------------------------------------------------------------------------------
 
 
@@ -249,6 +251,12 @@ async def test_inherited_sockets_speak_tls_where_it_is_set(tmp_path: Path, certs
                 await quote_over(wire, asker)
 
 
+def listens(path: Path) -> bool:
+    """True where a unix socket listens; asked of the kernel, for a connection would count."""
+    fields = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    return any(line[-1] == str(path) and int(line[3], 16) & SO_ACCEPTCON for line in fields[1:])
+
+
 @pytest.mark.real
 async def test_started_by_the_first_connection(tmp_path: Path) -> None:
     """By systemd's own tool, which waits with the sockets and hands them over."""
@@ -257,7 +265,7 @@ async def test_started_by_the_first_connection(tmp_path: Path) -> None:
     launcher = ["systemd-socket-activate", "-E", "NOTIFY_SOCKET", *listen]
     toml = plain_toml(tmp_path / "s")
     async with serving(tmp_path, toml, launcher=launcher, lazy=True) as serve:
-        await until(path.is_socket, "the socket")
+        await until(lambda: listens(path), "the socket")
         async with connect(f"unix:{path}") as wire:
             assert (await wire.get("/version")).status == 200  # it waited for the daemon
             assert await serve.notify.next() == "READY=1"
