@@ -12,11 +12,12 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from provider_proxy.config_env import apply_environment
 from provider_proxy.config_files import DEFAULT, Document, Origin, read_document
 from provider_proxy.config_registrars import check_registrars
+from provider_proxy.config_schema import read_table
 from provider_proxy.config_tables import (
     KEYLIME_AGENT,
     NAMED_TABLES,
@@ -78,12 +79,12 @@ def parse_config(data: Mapping[str, object]) -> Config:
         ConfigError: the message names the key.
     """
     rest = {key: value for key, value in data.items() if key not in NAMED_TABLES}
-    config = _read_table(Config, rest, "")
+    config = read_table(Config, rest, "", TABLES)
     config = dataclasses.replace(
         config,
         tenants=_read_tenants(_named(data, "tenants"), config.tenant_defaults),
         registrars={
-            name: _read_table(NAMED_TABLES["registrars"], table, f"registrars.{name}.")
+            name: read_table(NAMED_TABLES["registrars"], table, f"registrars.{name}.", TABLES)
             for name, table in _named(data, "registrars").items()
         },
     )
@@ -114,7 +115,7 @@ def _read_tenants(
         key = f"tenants.{name}"
         if "accept_unlisted" in table:
             raise ConfigError(f"{key}.accept_unlisted belongs in tenant_defaults")
-        own = _read_table(TenantRules, table, key + ".")
+        own = read_table(TenantRules, table, key + ".", TABLES)
         rules = dataclasses.replace(
             defaults, **{setting: getattr(own, setting) for setting in table}
         )
@@ -128,23 +129,6 @@ def _read_tenants(
             owner[identity] = name
         found[name] = rules
     return found
-
-
-def _read_table(kind: type[C], data: Mapping[str, object], prefix: str) -> C:
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for name, value in data.items():
-        key = prefix + name
-        if name not in fields:
-            known = ", ".join(sorted(fields))
-            raise ConfigError(f"{key} is not a key; known are {known}", key=key)
-        if "read" in fields[name].metadata:
-            values[name] = fields[name].metadata["read"](key, value)
-        elif isinstance(value, dict):
-            values[name] = _read_table(TABLES[name], value, key + ".")
-        else:
-            raise fail(key, "a table")
-    return kind(**values)
 
 
 def _check_whole(config: Config) -> None:

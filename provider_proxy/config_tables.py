@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from provider_proxy import journal
+from provider_proxy.config_schema import setting, table_of
 from provider_proxy.config_values import (
-    Reader,
     integer,
     number,
     number_of,
@@ -46,31 +46,22 @@ KEYLIME_AGENT = "keylime-agent"
 ALL_BUT_IMA = tuple(pcr for pcr in range(PCR_COUNT) if pcr != 10)
 
 
-def _key(read: Reader, default: Any, doc: str) -> Any:
-    return field(default=default, metadata={"read": read, "doc": doc})
-
-
-def _table(kind: type[C]) -> C:
-    made: C = field(default_factory=kind)
-    return made
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listen:
     """`[listen]`: the tenants' door."""
 
-    address: tuple[str, ...] = _key(
+    address: tuple[str, ...] = setting(
         read_addresses, ("127.0.0.1:8890",), 'Where tenants ask; a list, or "unix:/path", is fine.'
     )
-    tls_cert: Path | None = _key(read_path, None, "The door's certificate chain, PEM.")
-    tls_key: Path | None = _key(read_path, None, "Its private key, PEM; not readable by others.")
-    client_ca: Path | None = _key(
+    tls_cert: Path | None = setting(read_path, None, "The door's certificate chain, PEM.")
+    tls_key: Path | None = setting(read_path, None, "Its private key, PEM; not readable by others.")
+    client_ca: Path | None = setting(
         read_path, None, "CA of the tenants' certificates; with it, none comes in without one."
     )
-    client_crl: Path | None = _key(
+    client_crl: Path | None = setting(
         read_path, None, "CRL of client_ca; who is on it stays outside. Read again at SIGHUP."
     )
-    insecure_plaintext: bool = _key(
+    insecure_plaintext: bool = setting(
         read_flag, False, "No TLS. On loopback and unix sockets only; for trying things out."
     )
 
@@ -79,7 +70,7 @@ class Listen:
 class Admin:
     """`[admin]`: the operator's listener, plaintext, never for tenants."""
 
-    address: tuple[str, ...] = _key(
+    address: tuple[str, ...] = setting(
         read_addresses, (), "Where status, health and metrics are; loopback or unix only."
     )
 
@@ -88,23 +79,25 @@ class Admin:
 class Tpm:
     """`[tpm]`: the chip."""
 
-    tcti: str = _key(
+    tcti: str = setting(
         read_text, "device:/dev/tpmrm0", 'A tpm2-tss string, or "embedded" for a swtpm of our own.'
     )
-    ek_handle: int = _key(read_handle, 0x81010001, "Persistent handle of the endorsement key.")
-    ak_handle: int = _key(read_handle, 0x81000100, "Persistent handle of the attestation key.")
-    ak_algorithm: str = _key(
+    ek_handle: int = setting(read_handle, 0x81010001, "Persistent handle of the endorsement key.")
+    ak_handle: int = setting(read_handle, 0x81000100, "Persistent handle of the attestation key.")
+    ak_algorithm: str = setting(
         one_of("ecc", "rsa"), "ecc", "Kind of the AK when it is made: P-256 or RSA-2048."
     )
-    banks: tuple[HashAlg, ...] = _key(read_banks, (HashAlg.SHA256,), "PCR banks that are offered.")
-    max_duty: float = _key(
+    banks: tuple[HashAlg, ...] = setting(
+        read_banks, (HashAlg.SHA256,), "PCR banks that are offered."
+    )
+    max_duty: float = setting(
         read_duty, 0.5, "Share of the chip's time that all our commands together may take."
     )
-    hang_limit_s: float = _key(
+    hang_limit_s: float = setting(
         number(1, 3600), 120.0, "A command in flight for longer ends the process, in seconds."
     )
-    owner_auth_file: Path | None = _key(read_path, None, "File with the owner authorisation.")
-    endorsement_auth_file: Path | None = _key(
+    owner_auth_file: Path | None = setting(read_path, None, "File with the owner authorisation.")
+    endorsement_auth_file: Path | None = setting(
         read_path, None, "File with the endorsement authorisation."
     )
 
@@ -113,7 +106,7 @@ class Tpm:
 class QuoterTable:
     """`[quoter]`: who quotes."""
 
-    kind: str = _key(
+    kind: str = setting(
         one_of("tpm", KEYLIME_AGENT), "tpm", "What signs the quotes: the host's TPM, or an agent."
     )
 
@@ -122,26 +115,28 @@ class QuoterTable:
 class KeylimeAgent:
     """`[keylime_agent]`: the agent that owns the chip, where `quoter.kind` says so."""
 
-    url: str | None = _key(
+    url: str | None = setting(
         read_text, None, "Where it listens, https, or http on loopback for one without mTLS."
     )
-    agent_id: str | None = _key(read_text, None, "Its id at the registrar.")
-    client_cert: Path | None = _key(
+    agent_id: str | None = setting(read_text, None, "Its id at the registrar.")
+    client_cert: Path | None = setting(
         read_path, None, "Certificate for the agent, of a CA in its trusted_client_ca, PEM."
     )
-    client_key: Path | None = _key(read_path, None, "Its private key, PEM; not readable by others.")
-    registrar_url: str | None = _key(
-        read_text, None, "The provider's own registrar, where the agent is registered, https."
-    )
-    registrar_ca: Path | None = _key(read_path, None, "CA of the registrar's certificate.")
-    registrar_cert: Path | None = _key(read_path, None, "Certificate for the registrar, PEM.")
-    registrar_key: Path | None = _key(
+    client_key: Path | None = setting(
         read_path, None, "Its private key, PEM; not readable by others."
     )
-    ek_ca: Path | None = _key(
+    registrar_url: str | None = setting(
+        read_text, None, "The provider's own registrar, where the agent is registered, https."
+    )
+    registrar_ca: Path | None = setting(read_path, None, "CA of the registrar's certificate.")
+    registrar_cert: Path | None = setting(read_path, None, "Certificate for the registrar, PEM.")
+    registrar_key: Path | None = setting(
+        read_path, None, "Its private key, PEM; not readable by others."
+    )
+    ek_ca: Path | None = setting(
         read_path, None, "Directory of the TPM vendors' CAs that the EK must lead to."
     )
-    insecure_no_ek: bool = _key(
+    insecure_no_ek: bool = setting(
         read_flag, False, "Take any EK: a TPM of software passes for the chip."
     )
 
@@ -150,13 +145,13 @@ class KeylimeAgent:
 class BatchTable:
     """`[batch]`: the batching rule."""
 
-    window_ms: float = _key(
+    window_ms: float = setting(
         number(0, 60_000), 50.0, "How long a batch collects after its first request."
     )
-    max_leaves: int = _key(
+    max_leaves: int = setting(
         integer(1, 65_536), 1024, "A batch is sealed when it holds so many requests."
     )
-    isolate_pcrs: int = _key(
+    isolate_pcrs: int = setting(
         read_pcrs,
         mask_of(DEFAULT_ISOLATED),
         "PCRs that share a batch only among those who ask for the same of them.",
@@ -167,44 +162,46 @@ class BatchTable:
 class Limits:
     """`[limits]`: what the door bears."""
 
-    max_queue: int = _key(integer(1, 1_000_000), 8192, "Requests that may wait at once.")
-    max_connections: int = _key(integer(1, 100_000), 4096, "Connections open at once.")
-    max_connections_per_address: int = _key(
+    max_queue: int = setting(integer(1, 1_000_000), 8192, "Requests that may wait at once.")
+    max_connections: int = setting(integer(1, 100_000), 4096, "Connections open at once.")
+    max_connections_per_address: int = setting(
         integer(1, 100_000), 512, "Connections open at once from one IP address."
     )
-    default_timeout_ms: int = _key(
+    default_timeout_ms: int = setting(
         integer(1, 600_000), 30_000, "How long a request waits that names no timeout_ms."
     )
-    max_timeout_ms: int = _key(integer(1, 600_000), 60_000, "The longest timeout_ms served.")
-    busy_status: int = _key(
+    max_timeout_ms: int = setting(integer(1, 600_000), 60_000, "The longest timeout_ms served.")
+    busy_status: int = setting(
         number_of(503, 408, 500),
         503,
         'HTTP status of "ask again"; 408 or 500 for verifiers with Keylime\'s retry rule.',
     )
-    drain_ms: int = _key(integer(0, 600_000), 20_000, "How long a stop waits for those who wait.")
+    drain_ms: int = setting(
+        integer(0, 600_000), 20_000, "How long a stop waits for those who wait."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantRules:
     """`[tenant_defaults]` and `[tenants.NAME]`: what a tenant may do."""
 
-    identities: tuple[str, ...] = _key(
+    identities: tuple[str, ...] = setting(
         read_identities,
         (),
         "Who this is; only in [tenants.NAME]. See docs/tenants.md for the forms.",
     )
-    rate: float = _key(number(0.001, 1e6), 50.0, "Requests a second.")
-    burst: int = _key(integer(1, 1_000_000), 100, "Requests that may come at once.")
-    max_inflight: int = _key(integer(1, 1_000_000), 64, "Requests that may wait at once.")
-    pcr_allow: int = _key(
+    rate: float = setting(number(0.001, 1e6), 50.0, "Requests a second.")
+    burst: int = setting(integer(1, 1_000_000), 100, "Requests that may come at once.")
+    max_inflight: int = setting(integer(1, 1_000_000), 64, "Requests that may wait at once.")
+    pcr_allow: int = setting(
         read_pcrs, mask_of(ALL_BUT_IMA), "PCRs that may be asked for; 10 brings the IMA log along."
     )
-    vms: frozenset[uuid.UUID] = _key(
+    vms: frozenset[uuid.UUID] = setting(
         read_uuids,
         frozenset(),
         "VMs whose link to the host may be asked for; only in [tenants.NAME].",
     )
-    accept_unlisted: bool = _key(
+    accept_unlisted: bool = setting(
         read_flag,
         True,
         "Certificates of client_ca with no table of their own; only in the defaults.",
@@ -215,29 +212,29 @@ class TenantRules:
 class RegistrarTable:
     """`[registrars.NAME]`: a tenant's registrar, in which the host is registered."""
 
-    url: str = _key(read_url, None, "Where it answers; must be set.")
-    ca: Path | None = _key(
+    url: str = setting(read_url, None, "Where it answers; must be set.")
+    ca: Path | None = setting(
         read_path, None, "CA of its certificate, PEM; by default those that the system trusts."
     )
-    client_cert: Path | None = _key(
+    client_cert: Path | None = setting(
         read_path, None, "Own certificate, PEM; a registrar lets nobody read without one."
     )
-    client_key: Path | None = _key(
+    client_key: Path | None = setting(
         read_path, None, "Its private key, PEM, not encrypted; not readable by others."
     )
-    insecure_plaintext: bool = _key(
+    insecure_plaintext: bool = setting(
         read_flag, False, "The URL is http://: nothing can be read back, nor who answers be known."
     )
-    tenant: str | None = _key(
+    tenant: str | None = setting(
         read_text, None, "Whose it is; this tenant sees the registration in /verifier/identity."
     )
-    contact: str | None = _key(
+    contact: str | None = setting(
         read_contact, None, "IP address and port that the record names, for the tenant's verifier."
     )
-    agent_id: str | None = _key(
+    agent_id: str | None = setting(
         read_agent_id, None, "The host's id there; by default from the host's id, NAME and URL."
     )
-    interval_s: float = _key(
+    interval_s: float = setting(
         number(10, 86_400), 300.0, "How often the record is looked at, in seconds."
     )
 
@@ -246,58 +243,60 @@ class RegistrarTable:
 class Logs:
     """`[logs]`: the host's event logs, sent along with PCR 10 and the boot PCRs."""
 
-    ima: Path = _key(read_path, Path(DEFAULT_IMA_LOG), "The kernel's IMA list, ASCII.")
-    uefi: Path = _key(read_path, Path(DEFAULT_UEFI_LOG), "The firmware's event log.")
+    ima: Path = setting(read_path, Path(DEFAULT_IMA_LOG), "The kernel's IMA list, ASCII.")
+    uefi: Path = setting(read_path, Path(DEFAULT_UEFI_LOG), "The firmware's event log.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogTable:
     """`[log]`: the daemon's own log, on stderr."""
 
-    format: str = _key(
+    format: str = setting(
         one_of(*journal.FORMATS), journal.TEXT, "key=value text, or a JSON object a line."
     )
-    level: str = _key(one_of(*journal.LEVELS), "info", "The least important that is written.")
+    level: str = setting(one_of(*journal.LEVELS), "info", "The least important that is written.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditTable:
     """`[audit]`: a record of each answered request."""
 
-    enabled: bool = _key(read_flag, False, "Whether records are written.")
-    path: Path | None = _key(read_path, None, "File of the records; the log where there is none.")
-    max_mb: int = _key(integer(1, 100_000), 64, "Size at which the file is rotated, in MB.")
-    keep: int = _key(integer(1, 99), 8, "Rotated files that are kept.")
+    enabled: bool = setting(read_flag, False, "Whether records are written.")
+    path: Path | None = setting(
+        read_path, None, "File of the records; the log where there is none."
+    )
+    max_mb: int = setting(integer(1, 100_000), 64, "Size at which the file is rotated, in MB.")
+    keep: int = setting(integer(1, 99), 8, "Rotated files that are kept.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vtpm:
     """`[vtpm]`: the link between VMs' vTPMs and the host's TPM."""
 
-    enabled: bool = _key(read_flag, False, "Whether vTPMs are registered and claims are made.")
-    socket: Path = _key(
+    enabled: bool = setting(read_flag, False, "Whether vTPMs are registered and claims are made.")
+    socket: Path = setting(
         read_path, Path("/run/provider-proxy/vtpm.sock"), "Where the two hooks come in."
     )
-    issuer: str = _key(
+    issuer: str = setting(
         one_of("delegate", "tpm"),
         "delegate",
         "Who certifies vTPMs: swtpm_localca, or a CA in the host's TPM.",
     )
-    swtpm_user: str = _key(
+    swtpm_user: str = setting(
         read_text, "tss", "The user that swtpm runs as, `swtpm_user` of libvirt."
     )
-    state_root: Path = _key(
+    state_root: Path = setting(
         read_path, Path("/var/lib/libvirt/swtpm"), "libvirt's folder of vTPMs, one for each VM."
     )
-    run_root: Path = _key(
+    run_root: Path = setting(
         read_path, Path("/run/libvirt/qemu/swtpm"), "libvirt's folder of swtpm's *.pid files."
     )
-    confirm: bool = _key(read_flag, True, "Whether EKs are read back from the vTPM's state.")
-    confirm_limit_s: float = _key(
+    confirm: bool = setting(read_flag, True, "Whether EKs are read back from the vTPM's state.")
+    confirm_limit_s: float = setting(
         number(0.1, 600), 15.0, "How long reading one back may take, in seconds."
     )
-    max_vms: int = _key(integer(1, 100_000), 4096, "VMs that the registry holds at most.")
-    ca_handle: int = _key(
+    max_vms: int = setting(integer(1, 100_000), 4096, "VMs that the registry holds at most.")
+    ca_handle: int = setting(
         read_handle, 0x81000101, "Persistent handle of the key of the CA in the host's TPM."
     )
 
@@ -306,26 +305,26 @@ class Vtpm:
 class Config:
     """The whole file."""
 
-    state_dir: Path = _key(
+    state_dir: Path = setting(
         read_path, Path(DEFAULT_STATE_DIR), "Where the AK's authValue and the embedded TPM live."
     )
-    host_uuid: uuid.UUID | None = _key(
+    host_uuid: uuid.UUID | None = setting(
         read_uuid, None, "The host's id for tenants; by default derived from its EK."
     )
-    listen: Listen = _table(Listen)
-    admin: Admin = _table(Admin)
-    tpm: Tpm = _table(Tpm)
-    quoter: QuoterTable = _table(QuoterTable)
-    keylime_agent: KeylimeAgent = _table(KeylimeAgent)
-    batch: BatchTable = _table(BatchTable)
-    limits: Limits = _table(Limits)
-    tenant_defaults: TenantRules = _table(TenantRules)
+    listen: Listen = table_of(Listen)
+    admin: Admin = table_of(Admin)
+    tpm: Tpm = table_of(Tpm)
+    quoter: QuoterTable = table_of(QuoterTable)
+    keylime_agent: KeylimeAgent = table_of(KeylimeAgent)
+    batch: BatchTable = table_of(BatchTable)
+    limits: Limits = table_of(Limits)
+    tenant_defaults: TenantRules = table_of(TenantRules)
     tenants: Mapping[str, TenantRules] = field(default_factory=dict)
     registrars: Mapping[str, RegistrarTable] = field(default_factory=dict)
-    logs: Logs = _table(Logs)
-    audit: AuditTable = _table(AuditTable)
-    vtpm: Vtpm = _table(Vtpm)
-    log: LogTable = _table(LogTable)
+    logs: Logs = table_of(Logs)
+    audit: AuditTable = table_of(AuditTable)
+    vtpm: Vtpm = table_of(Vtpm)
+    log: LogTable = table_of(LogTable)
 
 
 TABLES: dict[str, type[Any]] = {

@@ -36,6 +36,7 @@ from provider_proxy.http_messages import (
     Request,
     Response,
     error_response,
+    is_chunked,
     joined,
     refuse,
     to_request,
@@ -311,7 +312,7 @@ class _Connection:
                 elif isinstance(event, h11.Request):
                     head = event
                     self._head_only = head.method == b"HEAD"
-                    if _is_chunked(head):
+                    if is_chunked(head):
                         return refuse(400, "body: a GET has none here", "body")
                 else:  # ConnectionClosed, or a state that only a confused peer reaches
                     return None
@@ -377,11 +378,6 @@ def _handshake_failure(cause: BaseException | None) -> str:
     if cause.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
         return "no_certificate"
     return "protocol"
-
-
-def _is_chunked(head: h11.Request) -> bool:
-    """Beside a Content-Length, chunks are how requests are smuggled; a GET has no use for them."""
-    return b"transfer-encoding" in [name.lower() for name, _ in head.headers.raw_items()]
 
 
 def _peer_of(sock: trio.socket.SocketType, limit: Callable[[float], None]) -> Peer:

@@ -148,6 +148,11 @@ def joined(parts: Iterable[bytes]) -> list[bytes]:
     return [chunk for chunk in chunks if chunk]
 
 
+def is_chunked(head: h11.Request) -> bool:
+    """Beside a Content-Length, chunks are how requests are smuggled; a GET has no use for them."""
+    return b"transfer-encoding" in [name.lower() for name, _ in head.headers.raw_items()]
+
+
 def to_request(head: h11.Request, peer: Peer) -> Request | Response:
     """A request of ours out of h11's, or the refusal of one whose target is too long."""
     if len(head.target) > MAX_TARGET_CHARS:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from provider_proxy.config_schema import read_table
 from provider_proxy.config_values import fail, is_loopback
 from provider_proxy.errors import ConfigError
 from provider_proxy.files import read_trusted
@@ -79,7 +80,7 @@ def parse_watch_config(data: Mapping[str, object], *, folder: Path = Path()) -> 
         ConfigError: the message names the key.
     """
     rest = {key: value for key, value in data.items() if key not in ("hosts", "registrars")}
-    config = _read_table(WatchConfig, rest, "", folder)
+    config = read_table(WatchConfig, rest, "", TABLES, folder=folder)
     registrars = _read_registrars(data.get("registrars", {}), folder)
     for name in OWN_KEYS:
         if getattr(config.defaults, name) != getattr(HostRules(), name):
@@ -96,7 +97,7 @@ def parse_watch_config(data: Mapping[str, object], *, folder: Path = Path()) -> 
             raise fail(key, "a name of letters, digits, '.', '_' and '-'")
         if not isinstance(table, dict):
             raise fail(key, "a table")
-        own = _read_table(HostRules, table, key + ".", folder)
+        own = read_table(HostRules, table, key + ".", TABLES, folder=folder)
         found[name] = dataclasses.replace(
             config.defaults, **{setting: getattr(own, setting) for setting in table}
         )
@@ -115,7 +116,7 @@ def _read_registrars(data: object, folder: Path) -> Mapping[str, RegistrarTable]
         key = f"registrars.{name}"
         if not HOST_NAME_RE.fullmatch(name) or not isinstance(table, dict):
             raise fail(key, "a table, its name letters, digits, '.', '_' and '-'")
-        made = found[name] = _read_table(RegistrarTable, table, key + ".", folder)
+        made = found[name] = read_table(RegistrarTable, table, key + ".", TABLES, folder=folder)
         parts = URL_RE.fullmatch(made.url or "")
         if parts is None or (parts["scheme"] == "http" and not is_loopback(parts["host"])):
             raise ConfigError(f"{key}.url must be an https URL")
@@ -124,23 +125,6 @@ def _read_registrars(data: object, folder: Path) -> Mapping[str, RegistrarTable]
         if (made.ek_ca is None) != made.insecure_no_ek:
             raise ConfigError(f"{key} needs ek_ca, or else insecure_no_ek: who vouches for EKs?")
     return found
-
-
-def _read_table(kind: type[C], data: Mapping[str, object], prefix: str, folder: Path) -> C:
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for name, value in data.items():
-        key = prefix + name
-        if name not in fields:
-            raise ConfigError(f"{key} is not a key; known are {', '.join(sorted(fields))}")
-        if "read" in fields[name].metadata:
-            read = fields[name].metadata["read"](key, value)
-            values[name] = folder / read if isinstance(read, Path) else read
-        elif isinstance(value, dict):
-            values[name] = _read_table(TABLES[name], value, key + ".", folder)
-        else:
-            raise fail(key, "a table")
-    return kind(**values)
 
 
 def _check_host(key: str, rules: HostRules) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
 
+from provider_proxy.config_schema import setting, table_of
 from provider_proxy.config_values import (
-    Reader,
     fail,
     integer,
     number,
@@ -40,15 +40,6 @@ URL_RE = re.compile(  # strict: what two readers could read as two hosts is none
     re.ASCII,
 )
 DEFAULT_UEFI_PCRS = mask_of(range(8))  # the firmware's own; 8 and 9 are the boot loader's
-
-
-def _key(read: Reader, default: Any, doc: str) -> Any:
-    return field(default=default, metadata={"read": read, "doc": doc})
-
-
-def _table(kind: type[C]) -> C:
-    made: C = field(default_factory=kind)
-    return made
 
 
 def _read_agent_id(key: str, value: object) -> str:
@@ -101,80 +92,84 @@ def _read_label(key: str, value: object) -> str:
 class HostRules:
     """`[defaults]` and `[hosts.NAME]`: one host, its policy and how it is asked."""
 
-    provider_ip: str = _key(
+    provider_ip: str = setting(
         _read_address, "", "Where the host's proxy answers: IP address or name. Needed."
     )
-    provider_port: int = _key(integer(1, 65535), 8890, "Its port.")
-    need_provider_quote: bool = _key(
+    provider_port: int = setting(integer(1, 65535), 8890, "Its port.")
+    need_provider_quote: bool = setting(
         read_flag, True, "Whether the host is asked; without, it is only listed."
     )
-    uuid: str | None = _key(
+    uuid: str | None = setting(
         _read_agent_id, None, "The host's id at your registrar; goes into reports."
     )
-    registrar: str | None = _key(
+    registrar: str | None = setting(
         _read_label,
         None,
         "A [registrars.NAME]: AK and EK are what it recorded, checked and pinned.",
     )
-    pin: str | None = _key(_read_label, None, "Name of the host's pin; the host's own by default.")
-    tls_ca: Path | None = _key(
+    pin: str | None = setting(
+        _read_label, None, "Name of the host's pin; the host's own by default."
+    )
+    tls_ca: Path | None = setting(
         read_path, None, "CA of the proxy's certificate, PEM; the system's where there is none."
     )
-    tls_cert: Path | None = _key(read_path, None, "Own certificate, PEM.")
-    tls_key: Path | None = _key(read_path, None, "Its private key, PEM.")
-    tls_name: str | None = _key(
+    tls_cert: Path | None = setting(read_path, None, "Own certificate, PEM.")
+    tls_key: Path | None = setting(read_path, None, "Its private key, PEM.")
+    tls_name: str | None = setting(
         _read_address, None, "What the proxy's certificate is for; provider_ip by default."
     )
-    insecure_plaintext: bool = _key(read_flag, False, "No TLS. For proxies on loopback only.")
-    interval_s: float = _key(number(0.1, 86_400), 10.0, "Seconds from one question to the next.")
-    jitter: float = _key(
+    insecure_plaintext: bool = setting(read_flag, False, "No TLS. For proxies on loopback only.")
+    interval_s: float = setting(number(0.1, 86_400), 10.0, "Seconds from one question to the next.")
+    jitter: float = setting(
         number(0, 0.5), 0.1, "Share of the interval by which each is longer or shorter, by chance."
     )
-    timeout_s: float = _key(number(0.1, 600), 30.0, "How long a whole answer may take, in seconds.")
-    max_age_s: float = _key(
+    timeout_s: float = setting(
+        number(0.1, 600), 30.0, "How long a whole answer may take, in seconds."
+    )
+    max_age_s: float = setting(
         number(0.1, 3600), 60.0, "How old a nonce may be when its answer is there, in seconds."
     )
-    max_retries: int = _key(
+    max_retries: int = setting(
         integer(0, 100), 5, "Retries of a round in which no evidence came, before FAILED."
     )
-    retry_interval_s: float = _key(
+    retry_interval_s: float = setting(
         number(0.1, 3600), 2.0, "Wait before the first retry; it doubles with each, in seconds."
     )
-    max_retry_s: float = _key(
+    max_retry_s: float = setting(
         number(0.1, 3600), 60.0, "The longest wait, whatever Retry-After says, in seconds."
     )
-    on_invalid: str = _key(
+    on_invalid: str = setting(
         one_of("continue", "stop"),
         "continue",
         "After INVALID_QUOTE: ask on at the interval, or no more until SIGHUP.",
     )
-    bank: HashAlg = _key(_read_bank, HashAlg.SHA256, "PCR bank that is asked for.")
-    tpm_policy: Path | None = _key(
+    bank: HashAlg = setting(_read_bank, HashAlg.SHA256, "PCR bank that is asked for.")
+    tpm_policy: Path | None = setting(
         read_path, None, "PCR values in Keylime's tpm_policy JSON; a file."
     )
-    insecure_trust_on_first_use: bool = _key(
+    insecure_trust_on_first_use: bool = setting(
         read_flag, False, "Whatever first_use_pcrs hold at the first answer is good from then on."
     )
-    first_use_pcrs: int = _key(read_pcrs, 0, "PCRs that insecure_trust_on_first_use is about.")
-    insecure_any_state: bool = _key(
+    first_use_pcrs: int = setting(read_pcrs, 0, "PCRs that insecure_trust_on_first_use is about.")
+    insecure_any_state: bool = setting(
         read_flag, False, "No policy at all: proves that some state was signed."
     )
-    ima: bool = _key(read_flag, False, "Whether PCR 10 is asked for and the IMA list replayed.")
-    runtime_policy: Path | None = _key(
+    ima: bool = setting(read_flag, False, "Whether PCR 10 is asked for and the IMA list replayed.")
+    runtime_policy: Path | None = setting(
         read_path, None, "Files that IMA may have measured, Keylime's runtime policy JSON; a file."
     )
-    uefi: bool = _key(read_flag, False, "Whether the firmware's event log is replayed.")
-    uefi_pcrs: int = _key(read_pcrs, DEFAULT_UEFI_PCRS, "PCRs that the event log must lead to.")
-    boot_policy: Path | None = _key(
+    uefi: bool = setting(read_flag, False, "Whether the firmware's event log is replayed.")
+    uefi_pcrs: int = setting(read_pcrs, DEFAULT_UEFI_PCRS, "PCRs that the event log must lead to.")
+    boot_policy: Path | None = setting(
         read_path, None, "Digests that may be extended into a PCR, JSON; a file."
     )
-    vm: UUID | None = _key(
+    vm: UUID | None = setting(
         read_uuid, None, "VM that must be linked to the host; asked for with each quote."
     )
-    vm_ek: Path | None = _key(
+    vm_ek: Path | None = setting(
         read_path, None, "EK of that VM's vTPM: TPM2B_PUBLIC, raw or base64; a file."
     )
-    vm_confirmed: bool = _key(
+    vm_confirmed: bool = setting(
         read_flag, False, "Whether the host must have read that EK back from the VM's own vTPM."
     )
 
@@ -187,14 +182,16 @@ OWN_KEYS = ("provider_ip", "uuid", "pin", "vm", "vm_ek")
 class RegistrarTable:
     """`[registrars.NAME]`: one of your own registrars (Keylime's)."""
 
-    url: str | None = _key(_read_url, None, "Its https URL, port 8891 as a rule. Needed.")
-    ca: Path | None = _key(read_path, None, "CA of its certificate, PEM; the system's by default.")
-    cert: Path | None = _key(read_path, None, "Own certificate, PEM; it demands one.")
-    key: Path | None = _key(read_path, None, "Its private key, PEM.")
-    ek_ca: Path | None = _key(
+    url: str | None = setting(_read_url, None, "Its https URL, port 8891 as a rule. Needed.")
+    ca: Path | None = setting(
+        read_path, None, "CA of its certificate, PEM; the system's by default."
+    )
+    cert: Path | None = setting(read_path, None, "Own certificate, PEM; it demands one.")
+    key: Path | None = setting(read_path, None, "Its private key, PEM.")
+    ek_ca: Path | None = setting(
         read_path, None, "Directory of the TPM vendors' CAs that vouch for EKs."
     )
-    insecure_no_ek: bool = _key(
+    insecure_no_ek: bool = setting(
         read_flag, False, "Check no EK certificate: a TPM of software passes for a chip."
     )
 
@@ -203,14 +200,16 @@ class RegistrarTable:
 class Webhook:
     """`[webhook]`: a URL that is told of each change."""
 
-    url: str | None = _key(_read_url, None, "Where reports are posted; http on loopback only.")
-    secret_file: Path | None = _key(
+    url: str | None = setting(_read_url, None, "Where reports are posted; http on loopback only.")
+    secret_file: Path | None = setting(
         read_path, None, "File with the key of the signature; readable by its owner alone. Needed."
     )
-    ca: Path | None = _key(read_path, None, "CA of its certificate, PEM; the system's by default.")
-    timeout_s: float = _key(number(0.1, 120), 10.0, "How long one try may take, in seconds.")
-    max_tries: int = _key(integer(1, 100), 8, "Tries of a report before it is given up.")
-    retry_interval_s: float = _key(
+    ca: Path | None = setting(
+        read_path, None, "CA of its certificate, PEM; the system's by default."
+    )
+    timeout_s: float = setting(number(0.1, 120), 10.0, "How long one try may take, in seconds.")
+    max_tries: int = setting(integer(1, 100), 8, "Tries of a report before it is given up.")
+    retry_interval_s: float = setting(
         number(0.05, 3600), 1.0, "Wait before the second try; it doubles with each, in seconds."
     )
 
@@ -219,43 +218,43 @@ class Webhook:
 class Command:
     """`[command]`: a program that is started for each change, the report on its stdin."""
 
-    argv: tuple[str, ...] = _key(_read_argv, (), "Program and arguments; no shell.")
-    timeout_s: float = _key(number(0.1, 3600), 30.0, "After which it is ended, in seconds.")
-    max_running: int = _key(integer(1, 100), 4, "How many run at once.")
+    argv: tuple[str, ...] = setting(_read_argv, (), "Program and arguments; no shell.")
+    timeout_s: float = setting(number(0.1, 3600), 30.0, "After which it is ended, in seconds.")
+    max_running: int = setting(integer(1, 100), 4, "How many run at once.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricsTable:
     """`[metrics]`: Prometheus' text format in a file."""
 
-    textfile: Path | None = _key(
+    textfile: Path | None = setting(
         read_path, None, "File for node_exporter's textfile collector; replaced as a whole."
     )
-    interval_s: float = _key(number(0.1, 3600), 15.0, "How often it is written, in seconds.")
+    interval_s: float = setting(number(0.1, 3600), 15.0, "How often it is written, in seconds.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchConfig:
     """The whole file."""
 
-    state_dir: Path = _key(
+    state_dir: Path = setting(
         read_path, Path("/var/lib/provider-proxy-watch"), "Where what was accepted is remembered."
     )
-    pins: Path = _key(
+    pins: Path = setting(
         read_path,
         Path("/var/lib/provider-proxy-watch/pins"),
         "Directory of the pinned hosts; see the command pin.",
     )
-    save_interval_s: float = _key(
+    save_interval_s: float = setting(
         number(0.05, 60), 1.0, "How often accepted clock states are saved, all at once, in seconds."
     )
-    max_concurrent: int = _key(integer(1, 10_000), 256, "Hosts that are asked at the same time.")
-    defaults: HostRules = _table(HostRules)
+    max_concurrent: int = setting(integer(1, 10_000), 256, "Hosts that are asked at the same time.")
+    defaults: HostRules = table_of(HostRules)
     hosts: Mapping[str, HostRules] = field(default_factory=dict)
     registrars: Mapping[str, RegistrarTable] = field(default_factory=dict)
-    webhook: Webhook = _table(Webhook)
-    command: Command = _table(Command)
-    metrics: MetricsTable = _table(MetricsTable)
+    webhook: Webhook = table_of(Webhook)
+    command: Command = table_of(Command)
+    metrics: MetricsTable = table_of(MetricsTable)
 
 
 TABLES: dict[str, type[Any]] = {

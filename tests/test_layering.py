@@ -19,7 +19,7 @@ PURE = (
     *("der", "vtpm_ca_check", "ima", "runtime_policy", "eventlog", "watch"),
 )
 SHARED = (
-    *("files", "metrics", "journal", "config_values", "http_body"),
+    *("files", "metrics", "journal", "config_values", "config_schema", "http_body"),
     *("pins", "ek_chain", "single_flight", "agent_records", "bindings"),
 )
 TENANT = (
