@@ -21,8 +21,8 @@ STAMP := $(VENV)/.installed
 KEYLIME_VENV := .venv-keylime
 WHEEL_VENV := .venv-wheel
 DEBIAN := swtpm swtpm-tools tpm2-tools libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv util-linux openssl systemd man-db
-# For the tests alone: a browser for the status page.
-DEBIAN_TESTS := chromium chromium-driver mandoc zsh fish
+# For the tests alone: a browser for the status page, and what reads manuals and completions.
+DEBIAN_TESTS := chromium chromium-driver mandoc zsh fish git
 DEBIAN_BUILD := debhelper dpkg-dev fakeroot lintian
 DEBIAN_KVM := e2fsprogs mmdebstrap ovmf qemu-system-x86
 # For test-libvirt alone.
