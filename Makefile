@@ -87,10 +87,10 @@ $(STAMP): pyproject.toml constraints.txt | system
 # The real Keylime for the tests; its dependencies must not meet ours. The last agent in Python is older.
 keylime: $(KEYLIME_VENV)/.installed $(KEYLIME_VENV)-agent/.installed
 
-$(KEYLIME_VENV)/.installed: tests/keylime/requirements.txt | system
+$(KEYLIME_VENV)/.installed: tests/system/keylime/requirements.txt | system
 	$(call into_venv,$(KEYLIME_VENV),$<)
 
-$(KEYLIME_VENV)-agent/.installed: tests/keylime/agent_requirements.txt | system
+$(KEYLIME_VENV)-agent/.installed: tests/system/keylime/agent_requirements.txt | system
 	$(call into_venv,$(KEYLIME_VENV)-agent,$<)
 
 define into_venv
@@ -119,47 +119,47 @@ types: install
 wheel: install
 	rm -rf dist $(WHEEL_VENV)
 	$(BIN)/python -m build --outdir dist . >/dev/null
-	$(BIN)/python packages/check_dists.py dist
+	$(BIN)/python packaging/check_dists.py dist
 	$(PYTHON) -m venv $(WHEEL_VENV)
 	$(WHEEL_VENV)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt dist/*.whl
-	cd tests/vectors && ../../$(WHEEL_VENV)/bin/python ../wheel_smoke.py
+	cd tests/vectors && ../../$(WHEEL_VENV)/bin/python ../support/wheel_smoke.py
 
 check: format lint types test wheel
 
 # libvirtd, QEMU and this project's hooks in a mount namespace of their own; as root. It tells what it does.
 test-libvirt: install keylime libvirt guest
 	@[ "$$(id -u)" = 0 ] || { echo "test-libvirt needs root"; exit 3; }
-	TEST_LIBVIRT=1 unshare --mount --propagation private $(BIN)/python -m pytest -q -s tests/test_vtpm_libvirt.py tests/test_vtpm_guest.py
+	TEST_LIBVIRT=1 unshare --mount --propagation private $(BIN)/python -m pytest -q -s tests/system/test_vtpm_libvirt.py tests/system/test_vtpm_guest.py
 
 soak: install
-	SOAK_SECONDS=$${SOAK_SECONDS:-600} $(BIN)/python -m pytest -q -s tests/test_soak.py
+	SOAK_SECONDS=$${SOAK_SECONDS:-600} $(BIN)/python -m pytest -q -s tests/system/test_soak.py
 
 docs: install
-	$(BIN)/python tests/api_page.py > docs/api.md
+	$(BIN)/python tests/support/api_page.py > docs/api.md
 
 bench: install
 	$(BIN)/provider-proxy bench quotes --json
 
 man: install
-	$(BIN)/python packages/manpages.py build/man
-	$(BIN)/python packages/completion.py build/completion
+	$(BIN)/python packaging/manpages.py build/man
+	$(BIN)/python packaging/completion.py build/completion
 
 system-deb:
 	$(call into_system,$(DEBIAN_BUILD))
 
 deb: system-deb install
-	packages/build-deb.sh dist
+	packaging/build-deb.sh dist
 	lintian --fail-on error,warning --allow-root dist/provider-proxy_*.deb
 
 test-deb: deb
-	packages/test-deb.sh dist/provider-proxy_*.deb
+	tests/system/test-deb.sh dist/provider-proxy_*.deb
 
 system-kvm:
 	$(call into_system,$(DEBIAN_KVM))
 
 # The first time it fetches a Debian by this machine's apt sources, into build/kvm.
 test-kvm: system-kvm deb
-	$(SUDO) $(BIN)/python packages/test_kvm.py dist/provider-proxy_*.deb
+	$(SUDO) $(BIN)/python tests/system/test_kvm.py dist/provider-proxy_*.deb
 
 clean:
 	rm -rf .promtool .guest $(VENV) $(WHEEL_VENV) $(KEYLIME_VENV) $(KEYLIME_VENV)-agent dist build *.egg-info

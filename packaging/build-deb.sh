@@ -20,10 +20,10 @@ export PIP_CACHE_DIR="$PWD/build/pip-cache"
 tree=build/deb/provider-proxy-$version
 rm -rf build/deb
 mkdir -p "$tree" "$out"
-cp -r provider_proxy systemd docs packages hooks pyproject.toml constraints.txt README.md LICENSE CHANGELOG.md "$tree"
+cp -r provider_proxy systemd docs packaging pyproject.toml constraints.txt README.md LICENSE CHANGELOG.md "$tree"
 find "$tree" -name __pycache__ -prune -exec rm -rf {} +
-.venv/bin/python packages/completion.py "$tree/completion"
-cp -r packages/debian "$tree/debian"
+.venv/bin/python packaging/completion.py "$tree/completion"
+cp -r packaging/debian "$tree/debian"
 rm "$tree/debian/launcher" "$tree/debian/provider-proxy.toml"
 {
     echo "provider-proxy ($version-$revision) unstable; urgency=medium"

@@ -1,6 +1,6 @@
 """Writes the shells' completion scripts from the parsers: bash, zsh and fish, by shtab.
 
-    python packages/completion.py DIRECTORY
+    python packaging/completion.py DIRECTORY
 
 Files are named as each shell wants them in its own directory: provider-proxy, _provider-proxy and
 provider-proxy.fish.

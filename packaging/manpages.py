@@ -1,8 +1,8 @@
 """Writes the manual pages: a page a command from its parser, and one of the configuration's keys.
 
-    python packages/manpages.py DIRECTORY
+    python packaging/manpages.py DIRECTORY
 
-What a parser cannot say, examples above all, stands in `packages/man/PAGE.txt`: sections begin with
+What a parser cannot say, examples above all, stands in `packaging/man/PAGE.txt`: sections begin with
 "# TITLE", paragraphs are parted by empty lines, and indented lines are kept as they are. Nothing of
 roff's own language is needed there, and nothing of it gets through.
 """
@@ -19,10 +19,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from provider_proxy import config_tables
-from provider_proxy.assembly import program_version
 from provider_proxy.cli import main as cli
-from provider_proxy.config_values import as_toml
+from provider_proxy.common.settings.values import as_toml
+from provider_proxy.host.assembly import program_version
+from provider_proxy.host.config import tables
 
 PROSE = Path(__file__).with_name("man")
 PROGRAM = "provider-proxy"
@@ -109,10 +109,10 @@ def config_page() -> str:
     """provider-proxy.toml(5)."""
     out = [*head(CONFIG_PAGE, 5, "configuration of provider-proxy(1)")]
     out += prose(CONFIG_PAGE, "DESCRIPTION")
-    out += [".SH KEYS OUTSIDE A TABLE", *keys(config_tables.Config)]
-    named = {f"{name}.NAME": kind for name, kind in config_tables.NAMED_TABLES.items()}
+    out += [".SH KEYS OUTSIDE A TABLE", *keys(tables.Config)]
+    named = {f"{name}.NAME": kind for name, kind in tables.NAMED_TABLES.items()}
     del named["tenants.NAME"]  # the keys of [tenant_defaults]
-    for table, kind in (config_tables.TABLES | named).items():
+    for table, kind in (tables.TABLES | named).items():
         out += [f".SH TABLE [{escape(table)}]"]
         out += keys(kind)
     return finish(out, CONFIG_PAGE, [f"{PROGRAM}(1)", f"{PROGRAM}-serve(1)"])

@@ -7,20 +7,13 @@
     quote = Verifier(policy).verify(body, challenge, host, history, now_s=time.monotonic())
     quote.pcrs[0]
 
-`provider_proxy.client` asks over HTTP and `provider_proxy.bindings` finds out which AK to trust (extra
-`client`); the daemon needs the extra `host`.
+`provider_proxy.tenant.client` asks over HTTP and `provider_proxy.trust.bindings` finds out which AK
+to trust (extra `client`); the daemon needs the extra `host`.
 """
 
-from provider_proxy.attestation_key import insecure_ak_from_pem, parse_ak
-from provider_proxy.deep import ask_host, deep_nonce, deep_verify, new_deep_question
-from provider_proxy.errors import (
-    ProviderProxyError,
-    ReplyError,
-    UsageError,
-    VerificationError,
-)
-from provider_proxy.link import VtpmLink, ek_digest
-from provider_proxy.model import (
+from provider_proxy.errors import ProviderProxyError, ReplyError, UsageError, VerificationError
+from provider_proxy.evidence.deep_quote import ask_host, deep_nonce, deep_verify, new_deep_question
+from provider_proxy.evidence.model import (
     AttestationKey,
     ClockState,
     Evidence,
@@ -29,10 +22,24 @@ from provider_proxy.model import (
     TrustedHost,
     VerifiedQuote,
 )
-from provider_proxy.policy import AllOf, PcrPolicy, Policy, UnsafeAcceptAny, parse_tpm_policy
-from provider_proxy.query import encode_quote_query
-from provider_proxy.verify import Challenge, HostHistory, MemoryHistory, Verifier, new_challenge
-from provider_proxy.wire import parse_evidence
+from provider_proxy.evidence.policy import (
+    AllOf,
+    PcrPolicy,
+    Policy,
+    UnsafeAcceptAny,
+    parse_tpm_policy,
+)
+from provider_proxy.evidence.query import encode_quote_query
+from provider_proxy.evidence.tpm_keys import insecure_ak_from_pem, parse_ak
+from provider_proxy.evidence.verify import (
+    Challenge,
+    HostHistory,
+    MemoryHistory,
+    Verifier,
+    new_challenge,
+)
+from provider_proxy.evidence.vtpm_link import VtpmLink, ek_digest
+from provider_proxy.evidence.wire import parse_evidence
 
 __all__ = [
     "AllOf",

@@ -31,16 +31,17 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from provider_proxy import inclusion, merkle
-from provider_proxy.bindings import RegistrarBindings
-from provider_proxy.ek_chain import EK_PURPOSE, EkStore, utc_now
 from provider_proxy.errors import BindingError, HostError
-from provider_proxy.model import HashAlg, InclusionProof, TrustedHost, check_mask
-from provider_proxy.pins import PinStore
-from provider_proxy.policy import Policy, parse_tpm_policy
-from provider_proxy.soft_tpm import SoftTpm, encode_ek
-from provider_proxy.verify import Challenge, MemoryHistory, Verifier, new_challenge
-from provider_proxy.wire import EvidenceEncoder
+from provider_proxy.evidence import inclusion
+from provider_proxy.evidence.model import HashAlg, InclusionProof, TrustedHost, check_mask
+from provider_proxy.evidence.policy import Policy, parse_tpm_policy
+from provider_proxy.evidence.verify import Challenge, MemoryHistory, Verifier, new_challenge
+from provider_proxy.evidence.wire import EvidenceEncoder
+from provider_proxy.host.batching import merkle
+from provider_proxy.testing.soft_tpm import SoftTpm, encode_ek
+from provider_proxy.trust.bindings import RegistrarBindings
+from provider_proxy.trust.ek_chain import EK_PURPOSE, EkStore, utc_now
+from provider_proxy.trust.pins import PinStore
 
 CALL_S = 0.150  # the source's registrar: 1 / (2 * 0.15 s) = 3.3 attestations a second
 CLIENTS = 10

@@ -22,10 +22,10 @@ from pathlib import Path
 from provider_proxy.bench import load
 from provider_proxy.bench.process import Target, config_text
 from provider_proxy.errors import HostError
-from provider_proxy.tpm import chip, keys
-from provider_proxy.tpm.broker import Broker
-from provider_proxy.tpm.disturb import delay_quotes
-from provider_proxy.tpm.embedded import EmbeddedTpm
+from provider_proxy.host.tpm import chip, keys
+from provider_proxy.host.tpm.embedded import EmbeddedTpm
+from provider_proxy.testing.broker import Broker
+from provider_proxy.testing.disturb import delay_quotes
 
 CLIENTS = 22
 CHIPS_MS = (100, 810)

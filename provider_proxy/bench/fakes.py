@@ -18,12 +18,12 @@ import sys
 import time
 from functools import partial
 
-from provider_proxy.inclusion import leaf_input, qualifying_data
-from provider_proxy.merkle import build_tree
-from provider_proxy.model import SALT_BYTES, HashAlg, InclusionProof, QuoteRequest
-from provider_proxy.query import parse_quote_query
-from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.wire import EvidenceEncoder
+from provider_proxy.evidence.inclusion import leaf_input, qualifying_data
+from provider_proxy.evidence.model import SALT_BYTES, HashAlg, InclusionProof, QuoteRequest
+from provider_proxy.evidence.query import parse_quote_query
+from provider_proxy.evidence.wire import EvidenceEncoder
+from provider_proxy.host.batching.merkle import build_tree
+from provider_proxy.testing.soft_tpm import SoftTpm
 
 WINDOW_S = 0.02
 FLIPPED_PCR = 0

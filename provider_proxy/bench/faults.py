@@ -14,10 +14,10 @@ from pathlib import Path
 
 from provider_proxy.bench import load
 from provider_proxy.bench.process import Target, config_text
-from provider_proxy.tpm import chip
-from provider_proxy.tpm.broker import Broker
-from provider_proxy.tpm.embedded import EmbeddedTpm
-from provider_proxy.tpm.hog import take_all_sessions
+from provider_proxy.host.tpm import chip
+from provider_proxy.host.tpm.embedded import EmbeddedTpm
+from provider_proxy.testing.broker import Broker
+from provider_proxy.testing.hog import take_all_sessions
 
 DELAY_MS = 50.0
 FAULT_SHARE = 0.05

@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from provider_proxy.attestation_key import parse_ak
 from provider_proxy.errors import HostError
-from provider_proxy.model import Nonce, PcrMask, QuoteRequest, TrustedHost
-from provider_proxy.policy import UnsafeAcceptAny
-from provider_proxy.query import encode_quote_query
-from provider_proxy.verify import Challenge, MemoryHistory, Verifier
-from provider_proxy.wire import Fields, parse_json_object
+from provider_proxy.evidence.model import Nonce, PcrMask, QuoteRequest, TrustedHost
+from provider_proxy.evidence.policy import UnsafeAcceptAny
+from provider_proxy.evidence.query import encode_quote_query
+from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.evidence.verify import Challenge, MemoryHistory, Verifier
+from provider_proxy.evidence.wire import Fields, parse_json_object
 
 NONCE_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 NONCE_CHARS = 20  # Keylime's

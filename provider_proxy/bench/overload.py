@@ -17,10 +17,10 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from provider_proxy import pki
 from provider_proxy.bench import load
 from provider_proxy.bench.process import Target, config_text
 from provider_proxy.bench.quotes import quantile
+from provider_proxy.host import pki
 
 DELAY_MS = 200.0
 MAX_LEAVES = 20  # 100 a second at 200 ms

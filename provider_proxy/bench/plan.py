@@ -20,8 +20,8 @@ import trio
 from provider_proxy.bench import load
 from provider_proxy.bench.process import Target, config_text
 from provider_proxy.bench.quotes import direct_quote_ms
-from provider_proxy.plan import Costs, Prediction, Scenario, predict, quantile
-from provider_proxy.tpm.disturb import CHIP_QUOTE_MS
+from provider_proxy.host.batching.simulation import Costs, Prediction, Scenario, predict, quantile
+from provider_proxy.testing.disturb import CHIP_QUOTE_MS
 
 ALLOWED = 0.15  # how far a figure may be from its prediction
 REQUESTS = 300  # of a round, so that its p99 is not its slowest

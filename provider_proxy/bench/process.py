@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from provider_proxy.config import EMBEDDED
 from provider_proxy.errors import HostError
+from provider_proxy.host.config.load import EMBEDDED
 
 STOP_LIMIT_S = 15.0
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import trio
 
-from provider_proxy.batch import Batch, Waiter, plant_tree
 from provider_proxy.bench import load
 from provider_proxy.bench.process import Target, config_text
-from provider_proxy.config_tables import Tpm
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
-from provider_proxy.quoters.esys import open_quoter
-from provider_proxy.tpm.disturb import delay_quotes
-from provider_proxy.tpm.faulty import FaultyContext
+from provider_proxy.evidence.model import HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
+from provider_proxy.host.batching.batch import Batch, Waiter, plant_tree
+from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.quoters.local_tpm import open_quoter
+from provider_proxy.testing.disturb import delay_quotes
+from provider_proxy.testing.faulty import FaultyContext
 
 DELAY_MS = 100.0
 WINDOW_MS = 50.0

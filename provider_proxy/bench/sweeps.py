@@ -24,7 +24,7 @@ from provider_proxy.bench.plan import (
     point,
     points,
 )
-from provider_proxy.plan import Costs, Prediction, Scenario, predict
+from provider_proxy.host.batching.simulation import Costs, Prediction, Scenario, predict
 
 CHIP = "infineon-rsa"
 INTERVAL_S = 2.0

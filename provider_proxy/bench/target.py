@@ -18,13 +18,14 @@ from pathlib import Path
 
 import trio
 
-from provider_proxy import assembly, daemon, http1, http_messages
-from provider_proxy.config import load_config
-from provider_proxy.config_tables import Config
-from provider_proxy.metrics import Metrics
-from provider_proxy.quoters.esys import EsysQuoter, open_quoter
-from provider_proxy.tpm.disturb import Plan, delay_quotes, refuse_some, together
-from provider_proxy.tpm.faulty import FaultyContext
+from provider_proxy.host import assembly, daemon
+from provider_proxy.host.config.load import load_config
+from provider_proxy.host.config.tables import Config
+from provider_proxy.host.http import messages, server
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.quoters.local_tpm import EsysQuoter, open_quoter
+from provider_proxy.testing.disturb import Plan, delay_quotes, refuse_some, together
+from provider_proxy.testing.faulty import FaultyContext
 
 
 def _open_disturbed(
@@ -50,12 +51,12 @@ async def _serve_daemon(config: Config, plans: list[Plan]) -> None:
 
 async def _serve_constant(size: int) -> None:
     """The same HTTP server with nothing behind it."""
-    response = http_messages.Response(body=(b"x" * size,))
+    response = messages.Response(body=(b"x" * size,))
 
-    async def answer(_request: http_messages.Request) -> http_messages.Response:
+    async def answer(_request: messages.Request) -> messages.Response:
         return response
 
-    door = http1.Door(answer, observe=lambda status, reason: None, max_connections=100_000)
+    door = server.Door(answer, observe=lambda status, reason: None, max_connections=100_000)
     listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
     name = listener.socket.getsockname()
     _tell(f"{name[0]}:{name[1]}")

@@ -23,7 +23,7 @@ from typing import Any
 
 from provider_proxy.bench.process import STOP_LIMIT_S, TICKS_PER_S
 from provider_proxy.errors import HostError
-from provider_proxy.pins import PinStore
+from provider_proxy.trust.pins import PinStore
 
 HOSTS = 2000
 FLIPPED_HOSTS = 20

@@ -8,14 +8,14 @@ import binascii
 import contextlib
 from pathlib import Path
 
-from provider_proxy.attestation_key import insecure_ak_from_pem, parse_ak, parse_public
+from provider_proxy.common.files import read_file
 from provider_proxy.errors import EvidenceFormatError, UsageError
-from provider_proxy.files import read_file
-from provider_proxy.model import PCR_COUNT, AttestationKey, Quote, mask_of, parse_mask
-from provider_proxy.pins import PinnedHost, PinStore
-from provider_proxy.query import MAX_TIMEOUT_MS, MIN_TIMEOUT_MS
-from provider_proxy.verify import DEFAULT_MAX_AGE_S
-from provider_proxy.wire import MAX_QUOTE_STRING, parse_quote
+from provider_proxy.evidence.model import PCR_COUNT, AttestationKey, Quote, mask_of, parse_mask
+from provider_proxy.evidence.query import MAX_TIMEOUT_MS, MIN_TIMEOUT_MS
+from provider_proxy.evidence.tpm_keys import insecure_ak_from_pem, parse_ak, parse_public
+from provider_proxy.evidence.verify import DEFAULT_MAX_AGE_S
+from provider_proxy.evidence.wire import MAX_QUOTE_STRING, parse_quote
+from provider_proxy.trust.pins import PinnedHost, PinStore
 
 DEFAULT_CONFIG = Path("/etc/provider-proxy/provider-proxy.toml")
 MAX_KEY_FILE_BYTES = 64 * 1024

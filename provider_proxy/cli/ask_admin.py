@@ -13,10 +13,10 @@ from typing import Any
 
 import httpx
 
-from provider_proxy.cli.files import DEFAULT_CONFIG
-from provider_proxy.config import check_local, load_config, split_address
-from provider_proxy.config_values import read_addresses
+from provider_proxy.cli.arguments import DEFAULT_CONFIG
+from provider_proxy.common.settings.values import read_addresses
 from provider_proxy.errors import HostError, ReplyError, UsageError
+from provider_proxy.host.config.load import check_local, load_config, split_address
 
 TIMEOUT_S = 5.0  # the daemon answers in milliseconds, or is too busy to be asked
 MAX_STATUS_BYTES = 4 * 1024 * 1024  # 240 batches and 100 tenants with long names make some 200 kB

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from provider_proxy.audit import AuditRecord, Proof, prove, record_values
-from provider_proxy.audit_file import read_records
-from provider_proxy.audit_file import warn_of_damage as warn
+from provider_proxy.common.files import read_file
 from provider_proxy.errors import ParameterError
-from provider_proxy.files import read_file
-from provider_proxy.model import parse_bank, parse_mask, parse_nonce
-from provider_proxy.wire import MAX_EVIDENCE_WITH_LOGS_BYTES, parse_evidence
+from provider_proxy.evidence.model import parse_bank, parse_mask, parse_nonce
+from provider_proxy.evidence.wire import MAX_EVIDENCE_WITH_LOGS_BYTES, parse_evidence
+from provider_proxy.host.audit.file import read_records
+from provider_proxy.host.audit.file import warn_of_damage as warn
+from provider_proxy.host.audit.records import AuditRecord, Proof, prove, record_values
 
 EXIT_NOT_PROVEN = 1
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from provider_proxy.bench import bindings, contention, faults, overload, plan, quotes, sweeps, watch
 from provider_proxy.errors import UsageError
-from provider_proxy.tpm.disturb import CHIP_QUOTE_MS
+from provider_proxy.testing.disturb import CHIP_QUOTE_MS
 
 SUITES = {
     "quotes": quotes.run,
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot and args.suite != "plan":
         raise UsageError("--plot goes with plan")
     if args.plot:
-        from provider_proxy.bench import plots  # before minutes of measuring: it may be missing
+        from provider_proxy.bench import plots
     measure = quotes.run_baseline if args.baseline else SUITES[args.suite]
     if args.chip:
         measure = partial(quotes.run, delay_ms=CHIP_QUOTE_MS[args.chip])

@@ -13,11 +13,11 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 
-from provider_proxy.cli.files import add_config_argument
-from provider_proxy.config import Loaded, load
-from provider_proxy.config_files import Origin
-from provider_proxy.config_values import as_toml
+from provider_proxy.cli.arguments import add_config_argument
+from provider_proxy.common.settings.values import as_toml
 from provider_proxy.errors import ProviderProxyError
+from provider_proxy.host.config.files import Origin
+from provider_proxy.host.config.load import Loaded, load
 
 BARE_KEY_RE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 MAX_COLUMN = 60  # where the origins stand, unless a value is longer

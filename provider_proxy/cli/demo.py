@@ -28,17 +28,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from provider_proxy.attestation import parse_attest
-from provider_proxy.attestation_key import parse_ak
 from provider_proxy.bench.process import config_text
-from provider_proxy.client import ProxyClient
-from provider_proxy.config_env import PREFIX
 from provider_proxy.errors import HostError, ReplyError, UsageError, VerificationError
-from provider_proxy.model import TrustedHost
-from provider_proxy.policy import UnsafeAcceptAny
-from provider_proxy.tpm.disturb import CHIP_QUOTE_MS
-from provider_proxy.verify import Challenge, MemoryHistory, Verifier, new_challenge
-from provider_proxy.wire import parse_evidence
+from provider_proxy.evidence.attestation import parse_attest
+from provider_proxy.evidence.model import TrustedHost
+from provider_proxy.evidence.policy import UnsafeAcceptAny
+from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.evidence.verify import Challenge, MemoryHistory, Verifier, new_challenge
+from provider_proxy.evidence.wire import parse_evidence
+from provider_proxy.host.config.environment import PREFIX
+from provider_proxy.tenant.client import ProxyClient
+from provider_proxy.testing.disturb import CHIP_QUOTE_MS
 
 STEPS = ("connected", "answered", "verified")
 MAX_TENANTS = 2000  # each is a connection of its own, here and in the daemon

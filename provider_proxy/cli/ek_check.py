@@ -16,13 +16,13 @@ from pathlib import Path
 
 from provider_proxy.cli import http
 from provider_proxy.cli.verify import link_line, link_values, load_policy
-from provider_proxy.client import ProxyClient
-from provider_proxy.ek_check import GoodAgent, ProvenHost, check_agent, read_environment
-from provider_proxy.files import demand_ours
-from provider_proxy.link_map import HostEntry, LinkMap, load_link_map
-from provider_proxy.model import HashAlg
-from provider_proxy.pins import PinStore
-from provider_proxy.policy import Policy
+from provider_proxy.common.files import demand_ours
+from provider_proxy.evidence.model import HashAlg
+from provider_proxy.evidence.policy import Policy
+from provider_proxy.tenant.client import ProxyClient
+from provider_proxy.tenant.ek_check import GoodAgent, ProvenHost, check_agent, read_environment
+from provider_proxy.tenant.hosts_file import HostEntry, LinkMap, load_link_map
+from provider_proxy.trust.pins import PinStore
 
 DEFAULT_FILE = Path("/etc/provider-proxy/tenant.toml")
 

@@ -15,20 +15,20 @@ import uuid
 from hashlib import sha256
 from pathlib import Path
 
-from provider_proxy.cli import files, http
-from provider_proxy.client import ProxyClient
-from provider_proxy.deep import deep_nonce
+from provider_proxy.cli import arguments, http
+from provider_proxy.common.files import write_private
 from provider_proxy.errors import UsageError
-from provider_proxy.files import write_private
-from provider_proxy.model import parse_bank
-from provider_proxy.request_file import RequestRecord, encode_request
-from provider_proxy.verify import Challenge, MemoryHistory, new_challenge
+from provider_proxy.evidence.deep_quote import deep_nonce
+from provider_proxy.evidence.model import parse_bank
+from provider_proxy.evidence.request_file import RequestRecord, encode_request
+from provider_proxy.evidence.verify import Challenge, MemoryHistory, new_challenge
+from provider_proxy.tenant.client import ProxyClient
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    files.add_tls_arguments(parser)
-    files.add_pcr_arguments(parser, required=True)
+    arguments.add_tls_arguments(parser)
+    arguments.add_pcr_arguments(parser, required=True)
     parser.add_argument("--bank", default="sha256", help="PCR bank (default: sha256)")
     parser.add_argument("--vm", metavar="UUID", help="ask for the link of this VM to the host")
     parser.add_argument(
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="deep quote: take a nonce that this quote of the VM's vTPM is part of",
     )
     parser.add_argument("--vtpm-nonce", metavar="TEXT", help="your nonce that the vTPM quoted over")
-    files.add_timeout_argument(parser)
+    arguments.add_timeout_argument(parser)
     parser.add_argument(
         "--evidence",
         type=Path,
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pinned", metavar="HOST", help="note how far this pinned host's clock had come"
     )
-    files.add_pins_argument(parser)
+    arguments.add_pins_argument(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
 
@@ -77,20 +77,20 @@ def _deepened(args: argparse.Namespace, challenge: Challenge) -> Challenge:
         return challenge
     if args.vtpm_quote is None or args.vtpm_nonce is None or args.vm is None:
         raise UsageError("--vtpm-quote, --vtpm-nonce and --vm belong together")
-    nonce = deep_nonce(args.vtpm_nonce.encode("utf-8"), files.read_quote(args.vtpm_quote))
+    nonce = deep_nonce(args.vtpm_nonce.encode("utf-8"), arguments.read_quote(args.vtpm_quote))
     return dataclasses.replace(
         challenge, request=dataclasses.replace(challenge.request, nonce=nonce)
     )
 
 
 async def _run(args: argparse.Namespace) -> int:
-    mask = files.parse_pcrs(args)
+    mask = arguments.parse_pcrs(args)
     try:
         vm = uuid.UUID(args.vm) if args.vm is not None else None
     except ValueError:
         raise UsageError("--vm must be a UUID") from None
-    timeout_ms = files.parse_timeout_ms(args)
-    pinned = files.load_pin(args)
+    timeout_ms = arguments.parse_timeout_ms(args)
+    pinned = arguments.load_pin(args)
     made_at_s = time.time()
     begin = time.monotonic()
     challenge = new_challenge(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import httpx
 
+from provider_proxy.common.http import is_safe_url, no_cookies
 from provider_proxy.errors import HostError, UsageError
-from provider_proxy.http_body import is_safe_url, no_cookies
 
 CONNECT_LIMIT_S = 10.0
 READ_LIMIT_S = 120.0  # above the longest timeout_ms that a proxy serves by default

@@ -10,15 +10,15 @@ import json
 import sys
 from pathlib import Path
 
-from provider_proxy.attestation_key import parse_ak
-from provider_proxy.cli import files, http
-from provider_proxy.client import ProxyClient
-from provider_proxy.files import write_private
+from provider_proxy.cli import arguments, http
+from provider_proxy.common.files import write_private
+from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.tenant.client import ProxyClient
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    files.add_tls_arguments(parser)
+    arguments.add_tls_arguments(parser)
     parser.add_argument(
         "--save-ak",
         type=Path,

@@ -15,10 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from provider_proxy.bindings import Binding
-from provider_proxy.cli import files, http
+from provider_proxy.cli import arguments, http
 from provider_proxy.cli.registrar import open_bindings
-from provider_proxy.client import ProxyClient
+from provider_proxy.common.files import read_file
 from provider_proxy.errors import (
     KeylimeRefusedError,
     ProviderProxyError,
@@ -26,18 +25,19 @@ from provider_proxy.errors import (
     UsageError,
     VerificationError,
 )
-from provider_proxy.files import read_file
-from provider_proxy.keylime import (
+from provider_proxy.evidence.model import VerifiedQuote
+from provider_proxy.evidence.policy import UnsafeAcceptAny
+from provider_proxy.evidence.verify import Verifier
+from provider_proxy.tenant.client import ProxyClient
+from provider_proxy.tenant.keylime import (
     MAX_POLICY_BYTES,
     KeylimePolicies,
     KeylimeVerifier,
     RegisteredHost,
     ask_host,
 )
-from provider_proxy.model import VerifiedQuote
-from provider_proxy.pins import PinStore
-from provider_proxy.policy import UnsafeAcceptAny
-from provider_proxy.verify import Verifier
+from provider_proxy.trust.bindings import Binding
+from provider_proxy.trust.pins import PinStore
 
 NOT_ASKED, GOOD, REFUSED, NO_ANSWER = "not asked", "good", "refused", "no answer"
 EXIT_OF = {GOOD: 0, REFUSED: 1, NO_ANSWER: 3}
@@ -45,7 +45,7 @@ EXIT_OF = {GOOD: 0, REFUSED: 1, NO_ANSWER: 3}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    files.add_tls_arguments(parser)
+    arguments.add_tls_arguments(parser)
     parser.add_argument(
         "--pinned",
         metavar="HOST",
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="your registrar, which says what its AK is",
     )
-    files.add_registrar_arguments(parser)
+    arguments.add_registrar_arguments(parser)
     parser.add_argument(
         "--verifier", required=True, metavar="URL", help="your verifier, https://…:8881"
     )
@@ -74,9 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--mb-policy", "measured-boot policy"),
     ):
         parser.add_argument(name, type=Path, metavar="FILE", help=f"for Keylime: {what}")
-    files.add_pcr_arguments(parser, required=False)
-    files.add_timeout_argument(parser)
-    files.add_max_age_argument(parser)
+    arguments.add_pcr_arguments(parser, required=False)
+    arguments.add_timeout_argument(parser)
+    arguments.add_max_age_argument(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
 
@@ -144,7 +144,7 @@ def _load_policies(args: argparse.Namespace) -> KeylimePolicies:
 
 async def _judge(args: argparse.Namespace, policies: KeylimePolicies) -> Verdict:
     verdict = Verdict()
-    mask, timeout_ms = files.parse_pcrs(args), files.parse_timeout_ms(args)
+    mask, timeout_ms = arguments.parse_pcrs(args), arguments.parse_timeout_ms(args)
     tls = (args.verifier_ca, args.verifier_cert, args.verifier_key)
     options = "--verifier-ca, --verifier-cert, --verifier-key"
     if not args.verifier.startswith("https://"):
@@ -188,7 +188,7 @@ async def _judge(args: argparse.Namespace, policies: KeylimePolicies) -> Verdict
 def _ek_by_hand(args: argparse.Namespace) -> bytes | None:
     """The EK that a person vouches for: with `--ek-tpm` now, or with `pin add --ek-tpm` before."""
     if args.ek_tpm is not None:
-        return files.read_public(args.ek_tpm)
+        return arguments.read_public(args.ek_tpm)
     if args.ek_ca is not None or args.insecure_no_ek:
         return None
     pins = PinStore(args.pins)

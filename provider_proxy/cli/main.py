@@ -13,13 +13,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from provider_proxy import journal
-from provider_proxy.errors import (
-    ProviderProxyError,
-    RequestError,
-    UsageError,
-    VerificationError,
-)
+from provider_proxy.common import log
+from provider_proxy.errors import ProviderProxyError, RequestError, UsageError, VerificationError
 
 EXIT_GOOD = 0
 EXIT_REFUSED = 1
@@ -72,7 +67,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--log-level",
-        choices=journal.LEVELS,
+        choices=log.LEVELS,
         help="what goes to stderr (default: info; for serve, what log.level says)",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -95,7 +90,7 @@ def run(argv: Sequence[str]) -> int:
     """Run a subcommand; returns the exit code."""
     try:
         args = build_parser(_command_in(argv)).parse_args(argv)
-        journal.set_up(args.log_level or "info")
+        log.set_up(args.log_level or "info")
         code: int = args.run(args)
     except ModuleNotFoundError as exc:
         extra = EXTRA_OF.get((exc.name or "").partition(".")[0])

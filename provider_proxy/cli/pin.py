@@ -6,10 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
-from provider_proxy.attestation_key import parse_public
-from provider_proxy.cli.files import add_registrar_arguments, read_public
+from provider_proxy.cli.arguments import add_registrar_arguments, read_public
 from provider_proxy.errors import UsageError
-from provider_proxy.pins import PinnedHost, PinStore
+from provider_proxy.evidence.tpm_keys import parse_public
+from provider_proxy.trust.pins import PinnedHost, PinStore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,8 +19,8 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from provider_proxy import pki
 from provider_proxy.errors import HostError, UsageError
+from provider_proxy.host import pki
 
 SERVER_CERT, SERVER_KEY, TENANTS = "server.crt", "server.key", "tenants"
 SERVER_DAYS = 397  # browsers take 398 at most of public CAs; one is left for clocks

@@ -1,7 +1,7 @@
 """`provider-proxy plan`: what a chip and a crowd of tenants come to, and the window to set.
 
-Opens no TPM unless `--measure` asks for it. The figures are of a simulation (`provider_proxy.plan`),
-which `bench plan` holds against the daemon.
+Opens no TPM unless `--measure` asks for it. The figures are of a simulation
+(`provider_proxy.host.batching.simulation`), which `bench plan` holds against the daemon.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import trio
 from rich.console import Console
 from rich.table import Table
 
-from provider_proxy.cli.files import add_config_argument
-from provider_proxy.config import load_config
-from provider_proxy.config_tables import BatchTable, Config, Tpm
-from provider_proxy.metrics import Metrics
-from provider_proxy.plan import RESERVE, Choice, Costs, Scenario, choose
-from provider_proxy.tpm.disturb import CHIP_QUOTE_MS
+from provider_proxy.cli.arguments import add_config_argument
+from provider_proxy.host.batching.simulation import RESERVE, Choice, Costs, Scenario, choose
+from provider_proxy.host.config.load import load_config
+from provider_proxy.host.config.tables import BatchTable, Config, Tpm
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.testing.disturb import CHIP_QUOTE_MS
 
 DEFAULT_INTERVAL_S = 2.0  # Keylime's verifier's quote_interval
 DEFAULT_DEADLINE_MS = 1000.0
@@ -122,7 +122,7 @@ async def measure_quote_s(config: Config) -> float:
     Raises:
         HostError: no TPM, no keys.
     """
-    from provider_proxy.quoters.esys import open_quoter  # all else works without the TSS libraries
+    from provider_proxy.host.quoters.local_tpm import open_quoter
 
     times = []
     async with open_quoter(

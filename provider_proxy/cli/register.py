@@ -9,15 +9,15 @@ from functools import partial
 
 import trio
 
-from provider_proxy.cli.files import add_config_argument
-from provider_proxy.config import EMBEDDED, load_config
-from provider_proxy.config_tables import Config, RegistrarTable
+from provider_proxy.cli.arguments import add_config_argument
 from provider_proxy.errors import HostError, ProviderProxyError, UsageError
-from provider_proxy.metrics import Metrics
-from provider_proxy.quoters.esys import open_quoter
-from provider_proxy.registration import Registration
-from provider_proxy.registration_state import GOOD, Report, State
-from provider_proxy.registrations import Registrations
+from provider_proxy.host.config.load import EMBEDDED, load_config
+from provider_proxy.host.config.tables import Config, RegistrarTable
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.quoters.local_tpm import open_quoter
+from provider_proxy.host.registration.registration import Registration
+from provider_proxy.host.registration.registrations import Registrations
+from provider_proxy.host.registration.state import GOOD, Report, State
 
 EXIT_REFUSED = 1
 EXIT_ENVIRONMENT = 3

@@ -7,12 +7,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from provider_proxy.agent_records import AgentRecord
-from provider_proxy.bindings import EkJudge, KnownEk, RegistrarBindings, UnsafeAnyEk
 from provider_proxy.cli.http import open_client
-from provider_proxy.ek_chain import EkStore
 from provider_proxy.errors import UsageError
-from provider_proxy.pins import PinStore
+from provider_proxy.trust.bindings import EkJudge, KnownEk, RegistrarBindings, UnsafeAnyEk
+from provider_proxy.trust.ek_chain import EkStore
+from provider_proxy.trust.pins import PinStore
+from provider_proxy.trust.registrar import AgentRecord
 
 
 def read_record(args: argparse.Namespace, *, ek_by_hand: bytes | None) -> AgentRecord:

@@ -7,10 +7,11 @@ from functools import partial
 
 import trio
 
-from provider_proxy import daemon, journal
-from provider_proxy.cli.files import add_config_argument
-from provider_proxy.config import load_config
+from provider_proxy.cli.arguments import add_config_argument
+from provider_proxy.common import log
 from provider_proxy.errors import ProviderProxyError
+from provider_proxy.host import daemon
+from provider_proxy.host.config.load import load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
         HostError, ConfigError: it cannot start; the message says why.
     """
     config = load_config(args.config)
-    journal.set_up(args.log_level or config.log.level, config.log.format)
+    log.set_up(args.log_level or config.log.level, config.log.format)
     try:
         trio.run(partial(daemon.run, config, read_config=partial(load_config, args.config)))
     except BaseExceptionGroup as group:

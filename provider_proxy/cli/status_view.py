@@ -14,8 +14,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from provider_proxy.common.log import escaped
 from provider_proxy.errors import ReplyError
-from provider_proxy.journal import escaped
 
 Pressed = Callable[[float], str]
 """Waits so many seconds for a key; "" where none came."""

@@ -14,14 +14,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from rich.console import Console
 from rich.table import Table
 
-from provider_proxy.attestation_key import parse_ak
-from provider_proxy.cli.files import add_config_argument
-from provider_proxy.config import load_config
-from provider_proxy.config_tables import Config
+from provider_proxy.cli.arguments import add_config_argument
+from provider_proxy.common.files import write_private
 from provider_proxy.errors import HostError, VerificationError
-from provider_proxy.files import write_private
-from provider_proxy.quoters.opening import TpmOpener
-from provider_proxy.tpm import chip, doctor
+from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.host.config.load import load_config
+from provider_proxy.host.config.tables import Config
+from provider_proxy.host.quoters.tpm_opener import TpmOpener
+from provider_proxy.host.tpm import chip, doctor
 
 FORMATS = ("base64", "raw", "pem")
 

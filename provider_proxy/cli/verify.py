@@ -16,20 +16,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from provider_proxy.cli import files
+from provider_proxy.cli import arguments
+from provider_proxy.common.files import read_file
 from provider_proxy.errors import EvidenceFormatError, UsageError
-from provider_proxy.files import read_file
-from provider_proxy.link import ISSUERS, VtpmLink, ek_digest, parse_claims
-from provider_proxy.model import AttestationKey, HashAlg, TrustedHost, VerifiedQuote
-from provider_proxy.policy import AllOf, Policy, UnsafeAcceptAny, parse_tpm_policy
-from provider_proxy.request_file import MAX_BYTES, parse_request
-from provider_proxy.verify import (
-    Challenge,
-    HostHistory,
-    MemoryHistory,
-    Verifier,
-)
-from provider_proxy.wire import MAX_EVIDENCE_WITH_LOGS_BYTES, parse_json_object
+from provider_proxy.evidence.model import AttestationKey, HashAlg, TrustedHost, VerifiedQuote
+from provider_proxy.evidence.policy import AllOf, Policy, UnsafeAcceptAny, parse_tpm_policy
+from provider_proxy.evidence.request_file import MAX_BYTES, parse_request
+from provider_proxy.evidence.verify import Challenge, HostHistory, MemoryHistory, Verifier
+from provider_proxy.evidence.vtpm_link import ISSUERS, VtpmLink, ek_digest, parse_claims
+from provider_proxy.evidence.wire import MAX_EVIDENCE_WITH_LOGS_BYTES, parse_json_object
 
 MAX_POLICY_BYTES = 1 << 20
 
@@ -63,7 +58,7 @@ def add_judging_arguments(parser: argparse.ArgumentParser) -> None:
     key.add_argument(
         "--pinned", metavar="HOST", help="the AK that is pinned for this host, and its clock"
     )
-    files.add_pins_argument(parser)
+    arguments.add_pins_argument(parser)
     policy = parser.add_mutually_exclusive_group(required=True)
     policy.add_argument(
         "--tpm-policy",
@@ -76,7 +71,7 @@ def add_judging_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="accept whatever the PCRs hold; proves only that the host's TPM answered",
     )
-    files.add_max_age_argument(parser)
+    arguments.add_max_age_argument(parser)
 
 
 def add_link_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -125,7 +120,7 @@ def load_judging(args: argparse.Namespace) -> Judging:
     """
     record = parse_request(read_file(args.request, MAX_BYTES))
     body = read_file(args.evidence, MAX_EVIDENCE_WITH_LOGS_BYTES)
-    pinned = files.load_pin(args)
+    pinned = arguments.load_pin(args)
     host = pinned.host if pinned else TrustedHost(ak=_load_ak(args))
     history = pinned or MemoryHistory()
     history.open(record.request.nonce)
@@ -159,7 +154,7 @@ def link_of(args: argparse.Namespace) -> VtpmLink | None:
         raise UsageError("--vm must be a UUID") from None
     return VtpmLink(
         vm=vm,
-        ek=ek_digest(files.read_public(args.ek)),
+        ek=ek_digest(arguments.read_public(args.ek)),
         confirmed=args.confirmed,
         issuer=args.ek_issuer,
     )
@@ -188,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
 def _load_ak(args: argparse.Namespace) -> AttestationKey:
     if args.insecure_ak_pem is not None:
         print("warning: --insecure-ak-pem: any software key passes for an AK", file=sys.stderr)
-    return files.load_ak(args.ak_tpm, args.insecure_ak_pem)
+    return arguments.load_ak(args.ak_tpm, args.insecure_ak_pem)
 
 
 def load_policy(path: Path | None, *, any_state: bool, bank: HashAlg, of: str = "host") -> Policy:

@@ -10,8 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from provider_proxy.attestation_key import parse_ak
-from provider_proxy.cli import files
+from provider_proxy.cli import arguments
 from provider_proxy.cli.verify import (
     add_judging_arguments,
     add_link_arguments,
@@ -21,11 +20,12 @@ from provider_proxy.cli.verify import (
     load_judging,
     load_policy,
 )
-from provider_proxy.deep import deep_verify
 from provider_proxy.errors import UsageError
-from provider_proxy.model import HashAlg
-from provider_proxy.policy import AllOf
-from provider_proxy.verify import Verifier
+from provider_proxy.evidence.deep_quote import deep_verify
+from provider_proxy.evidence.model import HashAlg
+from provider_proxy.evidence.policy import AllOf
+from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.evidence.verify import Verifier
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
         judging.host,
         judging.history,
         nonce=args.vtpm_nonce.encode("utf-8"),
-        vtpm_quote=files.read_quote(args.vtpm_quote),
-        vak=parse_ak(files.read_public(args.vak)),
+        vtpm_quote=arguments.read_quote(args.vtpm_quote),
+        vak=parse_ak(arguments.read_public(args.vak)),
         vtpm_policy=load_policy(
             args.vtpm_policy,
             any_state=args.insecure_any_vtpm_state,

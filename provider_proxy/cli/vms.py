@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from provider_proxy.config import split_address
 from provider_proxy.errors import HostError, ReplyError, UsageError
+from provider_proxy.host.config.load import split_address
 
 LIMIT_S = 10.0
 MAX_LIST_BYTES = 128 * 1024 * 1024  # vtpm.max_vms at its most, at 700 bytes each

@@ -16,13 +16,13 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from provider_proxy.attestation_key import parse_public
-from provider_proxy.cli import files, http
-from provider_proxy.client import ProxyClient
+from provider_proxy.cli import arguments, http
+from provider_proxy.common.files import read_file, write_private
 from provider_proxy.errors import UsageError
-from provider_proxy.files import read_file, write_private
-from provider_proxy.model import AttestationKey
-from provider_proxy.vtpm_ca_check import VtpmCa, check_ca_certificate, check_vtpm_certificate
+from provider_proxy.evidence.model import AttestationKey
+from provider_proxy.evidence.tpm_keys import parse_public
+from provider_proxy.evidence.vtpm_ca import VtpmCa, check_ca_certificate, check_vtpm_certificate
+from provider_proxy.tenant.client import ProxyClient
 
 MAX_FILE_BYTES = 64 * 1024
 PEM_MODE = 0o644  # a certificate is no secret, and Keylime runs as another user
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     fetch = actions.add_parser("fetch", help="get the CA's certificate, check it, save it")
-    files.add_tls_arguments(fetch)
+    arguments.add_tls_arguments(fetch)
     fetch.add_argument(
         "--out",
         type=Path,
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="the host's trusted AK: TPM2B_PUBLIC, raw or base64, from your registrar",
         )
         key.add_argument("--pinned", metavar="HOST", help="the AK that is pinned for this host")
-        files.add_pins_argument(action)
+        arguments.add_pins_argument(action)
         action.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
 
@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ak(args: argparse.Namespace) -> AttestationKey:
-    pinned = files.load_pin(args)
-    return pinned.host.ak if pinned else files.load_ak(args.ak_tpm, None)
+    pinned = arguments.load_pin(args)
+    return pinned.host.ak if pinned else arguments.load_ak(args.ak_tpm, None)
 
 
 def _fetch(args: argparse.Namespace) -> int:
@@ -112,7 +112,7 @@ def _check(args: argparse.Namespace) -> int:
         check_vtpm_certificate(
             _read_certificate(args.ek_cert),
             ca,
-            key=parse_public(files.read_public(args.ek)).public_key,
+            key=parse_public(arguments.read_public(args.ek)).public_key,
             vm=vm,
             kind=args.kind,
         )

@@ -17,9 +17,9 @@ from pathlib import Path
 import trio
 
 from provider_proxy.errors import HostError
-from provider_proxy.watch_config import load_watch_config
-from provider_proxy.watch_host import HostWatch
-from provider_proxy.watcher import Watcher, verdicts
+from provider_proxy.tenant.watch.config import load_watch_config
+from provider_proxy.tenant.watch.host import HostWatch
+from provider_proxy.tenant.watch.watcher import Watcher, verdicts
 
 GC_THRESHOLD = 50_000  # allocations between two looks at the youngest objects
 OTHER_FILES = 100  # state, policies, webhook, commands

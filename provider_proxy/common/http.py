@@ -12,7 +12,7 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 import anyio
 import httpx
 
-from provider_proxy.config_values import is_loopback
+from provider_proxy.common.settings.values import is_loopback
 from provider_proxy.errors import ReplyError
 
 IDENTITY = {"Accept-Encoding": "identity"}

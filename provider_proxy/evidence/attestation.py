@@ -14,7 +14,6 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
-from provider_proxy.attestation_key import MAX_KEY_PART_BYTES, SIGN_ALGS
 from provider_proxy.errors import (
     EvidenceFormatError,
     NotAQuoteError,
@@ -22,8 +21,9 @@ from provider_proxy.errors import (
     PcrSelectionError,
     SignatureError,
 )
-from provider_proxy.model import AttestationKey, ClockState, HashAlg, PcrValues
-from provider_proxy.tpm_bytes import Reader
+from provider_proxy.evidence.model import AttestationKey, ClockState, HashAlg, PcrValues
+from provider_proxy.evidence.tpm_keys import MAX_KEY_PART_BYTES, SIGN_ALGS
+from provider_proxy.evidence.tpm_reader import Reader
 
 TPM_GENERATED = 0xFF544347  # "\xffTCG": a restricted key never signs foreign data that starts so
 TPM_ST_ATTEST_QUOTE = 0x8018

@@ -15,7 +15,6 @@ import secrets
 from dataclasses import dataclass
 from hashlib import sha256
 
-from provider_proxy import attestation
 from provider_proxy.errors import (
     DeepNonceError,
     QualifyingDataError,
@@ -23,8 +22,8 @@ from provider_proxy.errors import (
     VerificationError,
     VtpmQuoteError,
 )
-from provider_proxy.link import VtpmLink
-from provider_proxy.model import (
+from provider_proxy.evidence import attestation
+from provider_proxy.evidence.model import (
     AttestationKey,
     Evidence,
     HashAlg,
@@ -36,8 +35,15 @@ from provider_proxy.model import (
     check_mask,
     parse_nonce,
 )
-from provider_proxy.policy import AllOf, Policy
-from provider_proxy.verify import DEFAULT_MAX_AGE_S, Challenge, HostHistory, Verifier, check_covered
+from provider_proxy.evidence.policy import AllOf, Policy
+from provider_proxy.evidence.verify import (
+    DEFAULT_MAX_AGE_S,
+    Challenge,
+    HostHistory,
+    Verifier,
+    check_covered,
+)
+from provider_proxy.evidence.vtpm_link import VtpmLink
 
 DEEP_LABEL = b"provider-proxy/deep/1\x00"
 NONCE_BYTES = 20  # 160 random bits; as hex 40 characters, which any vTPM and agent takes

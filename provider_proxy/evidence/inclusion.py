@@ -15,7 +15,7 @@ import functools
 from hashlib import sha256
 
 from provider_proxy.errors import InclusionError
-from provider_proxy.model import (
+from provider_proxy.evidence.model import (
     MAX_NONCE_CHARS,
     SALT_BYTES,
     HashAlg,

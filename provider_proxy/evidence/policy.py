@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from provider_proxy.errors import PolicyError, UsageError
-from provider_proxy.model import ALL_PCRS, PCR_COUNT, HashAlg, VerifiedQuote, mask_of
+from provider_proxy.evidence.model import ALL_PCRS, PCR_COUNT, HashAlg, VerifiedQuote, mask_of
 
 
 class Policy(Protocol):

@@ -12,7 +12,7 @@ from typing import TypeVar
 from urllib.parse import unquote_plus, urlencode
 
 from provider_proxy.errors import ParameterError
-from provider_proxy.model import HashAlg, QuoteRequest, parse_bank, parse_mask, parse_nonce
+from provider_proxy.evidence.model import HashAlg, QuoteRequest, parse_bank, parse_mask, parse_nonce
 
 T = TypeVar("T")
 

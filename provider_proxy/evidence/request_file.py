@@ -12,10 +12,16 @@ import uuid
 from dataclasses import dataclass
 from hashlib import sha256
 
-from provider_proxy import wire
 from provider_proxy.errors import EvidenceFormatError, ParameterError, UsageError
-from provider_proxy.model import ClockState, QuoteRequest, parse_bank, parse_mask, parse_nonce
-from provider_proxy.wire import Fields, parse_json_object
+from provider_proxy.evidence import wire
+from provider_proxy.evidence.model import (
+    ClockState,
+    QuoteRequest,
+    parse_bank,
+    parse_mask,
+    parse_nonce,
+)
+from provider_proxy.evidence.wire import Fields, parse_json_object
 
 FORMAT = "provider-proxy/request/1"
 MAX_BYTES = 16 * 1024

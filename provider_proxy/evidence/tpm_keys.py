@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from provider_proxy.errors import EvidenceFormatError, UntrustedAkError
-from provider_proxy.model import AkName, AttestationKey, HashAlg
-from provider_proxy.tpm_bytes import Reader
+from provider_proxy.evidence.model import AkName, AttestationKey, HashAlg
+from provider_proxy.evidence.tpm_reader import Reader
 
 TPM_ALG_RSA = 0x0001
 TPM_ALG_NULL = 0x0010

@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from provider_proxy import attestation, inclusion, wire
 from provider_proxy.errors import (
     ClaimsError,
     ClockError,
@@ -31,7 +30,8 @@ from provider_proxy.errors import (
     StaleEvidenceError,
     UsageError,
 )
-from provider_proxy.model import (
+from provider_proxy.evidence import attestation, inclusion, wire
+from provider_proxy.evidence.model import (
     AttestationKey,
     ClockState,
     Evidence,
@@ -43,7 +43,7 @@ from provider_proxy.model import (
     VerifiedQuote,
     check_mask,
 )
-from provider_proxy.policy import Policy
+from provider_proxy.evidence.policy import Policy
 
 DEFAULT_MAX_AGE_S = 60.0  # a slow chip under load answers within seconds; a held quote is older
 NONCE_BYTES = 24  # 192 random bits; at least 128 are needed

@@ -24,8 +24,6 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtensionOID, NameOID, ObjectIdentifier
 
-from provider_proxy import attestation, attestation_key, der
-from provider_proxy.attestation_key import PublicKey
 from provider_proxy.errors import (
     EkCertificateError,
     EvidenceFormatError,
@@ -33,9 +31,11 @@ from provider_proxy.errors import (
     SignatureError,
     UntrustedCaError,
 )
-from provider_proxy.link import spki_digest
-from provider_proxy.model import AkName, AttestationKey, HashAlg
-from provider_proxy.tpm_bytes import Reader
+from provider_proxy.evidence import attestation, der, tpm_keys
+from provider_proxy.evidence.model import AkName, AttestationKey, HashAlg
+from provider_proxy.evidence.tpm_keys import PublicKey
+from provider_proxy.evidence.tpm_reader import Reader
+from provider_proxy.evidence.vtpm_link import spki_digest
 
 Kind = Literal["ek", "platform"]
 
@@ -75,10 +75,10 @@ EXTENSIONS: dict[Kind, frozenset[ObjectIdentifier]] = {
 EXTENSIONS["platform"] = EXTENSIONS["ek"] - {OID_DIRECTORY_ATTRIBUTES}
 
 CA_MUST_HAVE = {
-    "fixedTPM": attestation_key.FIXED_TPM,
-    "fixedParent": attestation_key.FIXED_PARENT,
-    "sensitiveDataOrigin": attestation_key.SENSITIVE_DATA_ORIGIN,
-    "sign": attestation_key.SIGN,
+    "fixedTPM": tpm_keys.FIXED_TPM,
+    "fixedParent": tpm_keys.FIXED_PARENT,
+    "sensitiveDataOrigin": tpm_keys.SENSITIVE_DATA_ORIGIN,
+    "sign": tpm_keys.SIGN,
 }
 
 
@@ -146,16 +146,16 @@ def check_ca_certificate(data: bytes, ak: AttestationKey) -> VtpmCa:
         return VtpmCa(certificate=cert, public_key=key, name=public.name)
 
 
-def _check_certified(cert: x509.Certificate, ak: AttestationKey) -> attestation_key.TpmPublic:
+def _check_certified(cert: x509.Certificate, ak: AttestationKey) -> tpm_keys.TpmPublic:
     """The key that the certificate's TPM2_Certify is about, its attributes checked."""
     extension = cert.extensions.get_extension_for_oid(OID_CERTIFY).value
     assert isinstance(extension, x509.UnrecognizedExtension)
     attest, signature, area = der.parse_sequence(
         extension.value, (der.OCTET_STRING,) * 3, "the CA's TPM2_Certify"
     )
-    if len(area) > attestation_key.MAX_PUBLIC_BYTES:
+    if len(area) > tpm_keys.MAX_PUBLIC_BYTES:
         raise UntrustedCaError("the CA key's public area is too long")
-    public = attestation_key.parse_public(len(area).to_bytes(2, "big") + area)
+    public = tpm_keys.parse_public(len(area).to_bytes(2, "big") + area)
     name, qualifying = parse_certify(attest)
     if not hmac.compare_digest(name, public.name):
         raise UntrustedCaError("the AK has certified another key")
@@ -168,10 +168,10 @@ def _check_certified(cert: x509.Certificate, ak: AttestationKey) -> attestation_
     missing = [what for what, bit in CA_MUST_HAVE.items() if not public.attributes & bit]
     if missing:
         raise UntrustedCaError("the CA's key is not " + ", not ".join(missing))
-    if public.attributes & (attestation_key.DECRYPT | attestation_key.RESTRICTED):
+    if public.attributes & (tpm_keys.DECRYPT | tpm_keys.RESTRICTED):
         raise UntrustedCaError("the CA's key may decrypt, or is an attestation key")
     scheme = (public.scheme, public.scheme_hash)
-    if scheme != (attestation_key.TPM_ALG_ECDSA, HashAlg.SHA256):
+    if scheme != (tpm_keys.TPM_ALG_ECDSA, HashAlg.SHA256):
         raise UntrustedCaError("the CA's key does not sign with ECDSA and SHA-256")
     return public
 

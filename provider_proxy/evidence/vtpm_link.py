@@ -19,7 +19,6 @@ from hashlib import sha256
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from provider_proxy.attestation_key import PublicKey, parse_public
 from provider_proxy.errors import (
     EkNotLinkedError,
     EvidenceFormatError,
@@ -30,8 +29,9 @@ from provider_proxy.errors import (
     VmNotRunningError,
     WrongVmError,
 )
-from provider_proxy.model import HASH_BYTES, VerifiedQuote
-from provider_proxy.wire import Fields
+from provider_proxy.evidence.model import HASH_BYTES, VerifiedQuote
+from provider_proxy.evidence.tpm_keys import PublicKey, parse_public
+from provider_proxy.evidence.wire import Fields
 
 ISSUERS = ("tpm", "delegate")
 MAX_EKS = 16  # swtpm_setup makes two; a vTPM has room for a few more persistent keys

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Mapping
 
 from provider_proxy.errors import EvidenceFormatError
-from provider_proxy.model import (
+from provider_proxy.evidence.model import (
     ALL_PCRS,
     HASH_BYTES,
     MASK_RE,

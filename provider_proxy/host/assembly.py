@@ -15,26 +15,26 @@ from importlib.metadata import PackageNotFoundError, version
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from provider_proxy import server
-from provider_proxy.audit import records_of
-from provider_proxy.audit_file import AuditLog
-from provider_proxy.batch import Batch
-from provider_proxy.batcher import Audit, Batcher
-from provider_proxy.config_tables import KEYLIME_AGENT, Config
-from provider_proxy.hostlogs import HostLogFiles
-from provider_proxy.metrics import Metrics
-from provider_proxy.quoters import agent_binding, esys
-from provider_proxy.quoters.ca_signer import open_ca_signer
-from provider_proxy.quoters.esys import EsysQuoter
-from provider_proxy.quoters.keylime_agent import AgentQuoter
-from provider_proxy.recent import Recent
-from provider_proxy.registrations import Registrations
-from provider_proxy.status import StatusBoard
-from provider_proxy.tenants import TenantBook
-from provider_proxy.vtpm.ca import HostCa, open_host_ca
-from provider_proxy.vtpm.keeper import Keeper
-from provider_proxy.vtpm.requests import Issuer
-from provider_proxy.waiting_room import BatchSettings
+from provider_proxy.host.api import tenant as server
+from provider_proxy.host.api.identity import TenantBook
+from provider_proxy.host.audit.file import AuditLog
+from provider_proxy.host.audit.records import records_of
+from provider_proxy.host.batching.batch import Batch
+from provider_proxy.host.batching.batcher import Audit, Batcher
+from provider_proxy.host.batching.queue import BatchSettings
+from provider_proxy.host.config.tables import KEYLIME_AGENT, Config
+from provider_proxy.host.logs import HostLogFiles
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.quoters import agent_binding, local_tpm
+from provider_proxy.host.quoters.ca_signer import open_ca_signer
+from provider_proxy.host.quoters.keylime_agent import AgentQuoter
+from provider_proxy.host.quoters.local_tpm import EsysQuoter
+from provider_proxy.host.registration.registrations import Registrations
+from provider_proxy.host.status.board import StatusBoard
+from provider_proxy.host.status.recent import Recent
+from provider_proxy.host.vtpm.ca import HostCa, open_host_ca
+from provider_proxy.host.vtpm.requests import Issuer
+from provider_proxy.host.vtpm.service import Keeper
 
 HostQuoter = EsysQuoter | AgentQuoter
 OpenQuoter = Callable[[Config, Metrics], AbstractAsyncContextManager[HostQuoter]]
@@ -52,7 +52,7 @@ def open_quoter(config: Config, metrics: Metrics) -> AbstractAsyncContextManager
             max_duty=config.tpm.max_duty,
             host_uuid=config.host_uuid,
         )
-    return esys.open_quoter(config.tpm, config.state_dir, metrics, host_uuid=config.host_uuid)
+    return local_tpm.open_quoter(config.tpm, config.state_dir, metrics, host_uuid=config.host_uuid)
 
 
 async def open_ca(config: Config, quoter: EsysQuoter) -> HostCa:

@@ -23,17 +23,19 @@ from dataclasses import dataclass
 
 import trio
 
-from provider_proxy import assembly, http1, listeners, sysd, unit_status, watchdog
-from provider_proxy.admin import AdminDoor
-from provider_proxy.assembly import OpenIssuer, OpenQuoter
-from provider_proxy.batcher import Batcher
-from provider_proxy.config_tables import Config
 from provider_proxy.errors import HostError
-from provider_proxy.metrics import Metrics
-from provider_proxy.recent import Recent
-from provider_proxy.reload import ReadConfig, Reloader
-from provider_proxy.tenants import load_book
-from provider_proxy.vtpm.opening import open_keeper, share_socket
+from provider_proxy.host import assembly, systemd
+from provider_proxy.host.api.admin import AdminDoor
+from provider_proxy.host.api.identity import load_book
+from provider_proxy.host.assembly import OpenIssuer, OpenQuoter
+from provider_proxy.host.batching.batcher import Batcher
+from provider_proxy.host.config.tables import Config
+from provider_proxy.host.http import listeners, server
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.reload import ReadConfig, Reloader
+from provider_proxy.host.status import unit_line, watchdog
+from provider_proxy.host.status.recent import Recent
+from provider_proxy.host.vtpm.open_service import open_keeper, share_socket
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +72,10 @@ async def run(
     """
     context = listeners.tls_context(config.listen)
     book = load_book(config.listen, config.tenant_defaults, config.tenants)
-    inherited = sysd.take_listen_sockets()
+    inherited = systemd.take_listen_sockets()
     adopted = listeners.adopt_listeners(inherited, context)
     metrics = Metrics()
-    sysd.notify_status(unit_status.OPENING)
+    systemd.notify_status(unit_line.OPENING)
     async with (
         open_quoter(config, metrics) as quoter,
         open_keeper(
@@ -91,7 +93,7 @@ async def run(
         tenant_door = assembly.make_tenant_door(
             config, quoter, batcher, book, recent, registrations, issuer
         )
-        tenants = http1.Door(
+        tenants = server.Door(
             tenant_door,
             observe=metrics.count_request,
             observe_handshake=metrics.count_handshake,
@@ -101,7 +103,7 @@ async def run(
         )
         metrics.connections.set_function(lambda: tenants.connections)
         board = assembly.make_status_board(config, quoter, batcher, recent, metrics, draining)
-        admin = http1.Door(
+        admin = server.Door(
             AdminDoor(
                 metrics,
                 board.not_ready,
@@ -148,10 +150,8 @@ async def run(
                 await nursery.start(_reload_at_signal, reloader)
                 with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                     task_status.started(started)
-                    sysd.notify("READY=1")
-                    nursery.start_soon(
-                        unit_status.run, recent, quoter, lambda: batcher.queue.waiting
-                    )
+                    systemd.notify("READY=1")
+                    nursery.start_soon(unit_line.run, recent, quoter, lambda: batcher.queue.waiting)
                     async with trio.open_nursery() as doors:
                         for listener in open_doors:
                             doors.start_soon(_accept, tenants, listener)
@@ -215,7 +215,7 @@ async def _opened(
             listeners.remove_unix_sockets(names)
 
 
-async def _accept(door: http1.Door, listener: listeners.Listener) -> None:
+async def _accept(door: server.Door, listener: listeners.Listener) -> None:
     await trio.serve_listeners(door.serve, [listener])
 
 
@@ -232,14 +232,14 @@ async def _drain_at_signal(
     signals: AsyncIterator[int],
     draining: trio.Event,
     batcher: Batcher,
-    tenants: http1.Door,
+    tenants: server.Door,
     doors: trio.CancelScope,
 ) -> None:
     """Wait for a signal; then answer what waits and close the doors."""
     async for number in signals:
         log.info("%s: draining", signal.Signals(number).name)
         break
-    sysd.notify("STOPPING=1")
+    systemd.notify("STOPPING=1")
     draining.set()
     with trio.move_on_after(config.limits.drain_ms / 1000) as scope:
         await batcher.drain()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import trio
 
-from provider_proxy.model import HostLogs, QuoteRequest
+from provider_proxy.evidence.model import HostLogs, QuoteRequest
 
 log = logging.getLogger(__name__)
 

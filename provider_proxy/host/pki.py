@@ -30,8 +30,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
+from provider_proxy.common.files import read_file
 from provider_proxy.errors import HostError, UsageError
-from provider_proxy.files import read_file
 
 CA_CERT, CA_KEY, CRL = "ca.crt", "ca.key", "crl.pem"
 CA_DAYS = 3650

@@ -17,13 +17,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import trio
 
-from provider_proxy import listeners, sysd
-from provider_proxy.config_tables import Config
 from provider_proxy.errors import ConfigError, ProviderProxyError
-from provider_proxy.registration import Registration
-from provider_proxy.registrations import Registrations
-from provider_proxy.server import TenantDoor
-from provider_proxy.tenants import TenantBook, load_book
+from provider_proxy.host import systemd
+from provider_proxy.host.api.identity import TenantBook, load_book
+from provider_proxy.host.api.tenant import TenantDoor
+from provider_proxy.host.config.tables import Config
+from provider_proxy.host.http import listeners
+from provider_proxy.host.registration.registration import Registration
+from provider_proxy.host.registration.registrations import Registrations
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +68,12 @@ class Reloader:
     async def run(self, signals: AsyncIterator[int]) -> None:
         """Reload at each signal, for ever."""
         async for _ in signals:
-            sysd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
                 await self.reload()
             except ProviderProxyError as exc:
                 log.error("reload refused, going on as before: %s", exc)
-            sysd.notify("READY=1")
+            systemd.notify("READY=1")
 
     async def reload(self) -> None:
         """Read everything anew and use it.

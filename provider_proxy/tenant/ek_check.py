@@ -23,8 +23,6 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from provider_proxy.attestation_key import MAX_PUBLIC_BYTES
-from provider_proxy.client import ProxyClient
 from provider_proxy.errors import (
     EkNotLinkedError,
     ProviderProxyError,
@@ -33,12 +31,14 @@ from provider_proxy.errors import (
     VerificationError,
     VmNotRunningError,
 )
-from provider_proxy.link import VtpmLink, ek_digest, spki_digest
-from provider_proxy.link_map import AgentEntry, HostEntry, LinkMap
-from provider_proxy.model import VerifiedQuote
-from provider_proxy.pins import PinnedHost, PinStore
-from provider_proxy.policy import AllOf, Policy
-from provider_proxy.verify import Verifier
+from provider_proxy.evidence.model import VerifiedQuote
+from provider_proxy.evidence.policy import AllOf, Policy
+from provider_proxy.evidence.tpm_keys import MAX_PUBLIC_BYTES
+from provider_proxy.evidence.verify import Verifier
+from provider_proxy.evidence.vtpm_link import VtpmLink, ek_digest, spki_digest
+from provider_proxy.tenant.client import ProxyClient
+from provider_proxy.tenant.hosts_file import AgentEntry, HostEntry, LinkMap
+from provider_proxy.trust.pins import PinnedHost, PinStore
 
 log = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from provider_proxy.common.files import read_trusted
+from provider_proxy.common.http import is_safe_url
 from provider_proxy.errors import UsageError, WrongVmError
-from provider_proxy.files import read_trusted
-from provider_proxy.http_body import is_safe_url
-from provider_proxy.link import ISSUERS
-from provider_proxy.pins import LABEL_RE
+from provider_proxy.evidence.vtpm_link import ISSUERS
+from provider_proxy.trust.pins import LABEL_RE
 
 MAX_BYTES = 4 * 1024 * 1024  # 10,000 agents of 200 bytes, and room
 MAX_TEXT_CHARS = 2048

@@ -19,19 +19,15 @@ from dataclasses import dataclass
 
 import httpx
 
-from provider_proxy import attestation
-from provider_proxy.client import ProxyClient
-from provider_proxy.errors import (
-    KeylimeRefusedError,
-    ReplyError,
-    UsageError,
-)
-from provider_proxy.http_body import IDENTITY, NO_ANSWER, read_body
-from provider_proxy.model import Evidence, TrustedHost, VerifiedQuote, mask_of
-from provider_proxy.policy import parse_tpm_policy
-from provider_proxy.replies import status_text
-from provider_proxy.verify import HostHistory, Verifier, new_challenge
-from provider_proxy.wire import encode_quote, parse_evidence
+from provider_proxy.common.http import IDENTITY, NO_ANSWER, read_body
+from provider_proxy.errors import KeylimeRefusedError, ReplyError, UsageError
+from provider_proxy.evidence import attestation
+from provider_proxy.evidence.model import Evidence, TrustedHost, VerifiedQuote, mask_of
+from provider_proxy.evidence.policy import parse_tpm_policy
+from provider_proxy.evidence.verify import HostHistory, Verifier, new_challenge
+from provider_proxy.evidence.wire import encode_quote, parse_evidence
+from provider_proxy.tenant.client import ProxyClient
+from provider_proxy.tenant.replies import status_text
 
 IMA_PCR = 10
 BOOT_PCRS = (*range(10), *range(11, 16))  # what Keylime's measured-boot policies may read

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from provider_proxy.errors import ReplyError
-from provider_proxy.wire import MAX_EVIDENCE_BYTES, MAX_EVIDENCE_WITH_LOGS_BYTES
+from provider_proxy.evidence.wire import MAX_EVIDENCE_BYTES, MAX_EVIDENCE_WITH_LOGS_BYTES
 
 LOG_PCRS = 0xFFFF  # PCR 10 brings the IMA log, boot PCRs the firmware's
 MAX_RETRY_AFTER_S = 3600.0

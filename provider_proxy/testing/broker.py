@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from provider_proxy.tpm.disturb import HEADER_BYTES, Plan, refusal
+from provider_proxy.testing.disturb import HEADER_BYTES, Plan, refusal
 
 MAX_RESPONSE_BYTES = 8192
 ACCEPT_POLL_S = 0.2

@@ -12,8 +12,8 @@ from tpm2_pytss.constants import TSS2_RC
 from tpm2_pytss.TCTI import PyTCTI
 from tpm2_pytss.TCTILdr import TCTILdr
 
-from provider_proxy.tpm.chip import tss_errors
-from provider_proxy.tpm.disturb import Action, Plan, refusal
+from provider_proxy.host.tpm.chip import tss_errors
+from provider_proxy.testing.disturb import Action, Plan, refusal
 
 
 class FaultyTcti(PyTCTI):  # type: ignore[misc]  # tpm2_pytss has no types

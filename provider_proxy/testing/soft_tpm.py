@@ -14,11 +14,18 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
-from provider_proxy import attestation_key
-from provider_proxy.attestation import TPM_GENERATED, TPM_ST_ATTEST_QUOTE
-from provider_proxy.model import AttestationKey, ClockState, HashAlg, PcrValues, Quote, pcrs_of
+from provider_proxy.evidence import tpm_keys
+from provider_proxy.evidence.attestation import TPM_GENERATED, TPM_ST_ATTEST_QUOTE
+from provider_proxy.evidence.model import (
+    AttestationKey,
+    ClockState,
+    HashAlg,
+    PcrValues,
+    Quote,
+    pcrs_of,
+)
 
-AK_ATTRIBUTES = sum(attestation_key.AK_MUST_HAVE.values()) | 1 << 6  # userWithAuth
+AK_ATTRIBUTES = sum(tpm_keys.AK_MUST_HAVE.values()) | 1 << 6  # userWithAuth
 
 EK_ATTRIBUTES = 0x000300B2  # fixedTPM, fixedParent, origin, adminWithPolicy, restricted, decrypt
 EK_POLICY = bytes.fromhex("837197674484b3f81a90cc8d46a5d724fd52d76e06520b64f2a1da1b331469aa")
@@ -32,14 +39,14 @@ def encode_public(
     key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey, attributes: int = AK_ATTRIBUTES
 ) -> bytes:
     """The TPM2B_PUBLIC of a P-256 ECDSA or an RSASSA signing key with these attributes."""
-    null = attestation_key.TPM_ALG_NULL
+    null = tpm_keys.TPM_ALG_NULL
     if isinstance(key, ec.EllipticCurvePublicKey):
         point = key.public_numbers()
-        kind, scheme = attestation_key.TPM_ALG_ECC, attestation_key.TPM_ALG_ECDSA
+        kind, scheme = tpm_keys.TPM_ALG_ECC, tpm_keys.TPM_ALG_ECDSA
         unique = _tpm2b(point.x.to_bytes(32, "big")) + _tpm2b(point.y.to_bytes(32, "big"))
         detail = struct.pack(">HH", 3, null)
     else:
-        kind, scheme = attestation_key.TPM_ALG_RSA, attestation_key.TPM_ALG_RSASSA
+        kind, scheme = tpm_keys.TPM_ALG_RSA, tpm_keys.TPM_ALG_RSASSA
         unique = _tpm2b(key.public_numbers().n.to_bytes(key.key_size // 8, "big"))
         detail = struct.pack(">HI", key.key_size, 0)
     area = struct.pack(">HHI", kind, HashAlg.SHA256, attributes) + _tpm2b(b"")
@@ -49,14 +56,14 @@ def encode_public(
 
 def encode_ek(key: rsa.RSAPublicKey | ec.EllipticCurvePublicKey) -> bytes:
     """The TPM2B_PUBLIC of an RSA-2048 or P-256 EK (TCG EK Credential Profile, templates L-1 and L-2)."""
-    null = attestation_key.TPM_ALG_NULL
+    null = tpm_keys.TPM_ALG_NULL
     symmetric = struct.pack(">HHH", 0x0006, 128, 0x0043)  # AES-128 in CFB mode
     if isinstance(key, ec.EllipticCurvePublicKey):
         point = key.public_numbers()
-        kind, detail = attestation_key.TPM_ALG_ECC, struct.pack(">HHH", null, 3, null)
+        kind, detail = tpm_keys.TPM_ALG_ECC, struct.pack(">HHH", null, 3, null)
         unique = _tpm2b(point.x.to_bytes(32, "big")) + _tpm2b(point.y.to_bytes(32, "big"))
     else:
-        kind, detail = attestation_key.TPM_ALG_RSA, struct.pack(">HHI", null, key.key_size, 0)
+        kind, detail = tpm_keys.TPM_ALG_RSA, struct.pack(">HHI", null, key.key_size, 0)
         unique = _tpm2b(key.public_numbers().n.to_bytes(key.key_size // 8, "big"))
     area = struct.pack(">HHI", kind, HashAlg.SHA256, EK_ATTRIBUTES) + _tpm2b(EK_POLICY)
     return _tpm2b(area + symmetric + detail + unique)
@@ -107,7 +114,7 @@ class SoftTpm:
         self._pcrs = dict(pcrs or {})
         self.clock = clock or ClockState(reset_count=1, restart_count=0, clock_ms=1000)
         self.ak_public = encode_public(self._key.public_key())
-        self.ak: AttestationKey = attestation_key.parse_ak(self.ak_public)
+        self.ak: AttestationKey = tpm_keys.parse_ak(self.ak_public)
 
     def extend(self, pcr: int, event: bytes) -> None:
         """Change a PCR's content, so that later quotes show another value."""
@@ -145,12 +152,10 @@ class SoftTpm:
         """A TPMT_SIGNATURE over any bytes: what a restricted key in a TPM would refuse."""
         if isinstance(self._key, rsa.RSAPrivateKey):
             value = self._key.sign(data, padding.PKCS1v15(), hashes.SHA256())
-            return struct.pack(">HH", attestation_key.TPM_ALG_RSASSA, HashAlg.SHA256) + _tpm2b(
-                value
-            )
+            return struct.pack(">HH", tpm_keys.TPM_ALG_RSASSA, HashAlg.SHA256) + _tpm2b(value)
         r, s = decode_dss_signature(self._key.sign(data, ec.ECDSA(hashes.SHA256())))
         return (
-            struct.pack(">HH", attestation_key.TPM_ALG_ECDSA, HashAlg.SHA256)
+            struct.pack(">HH", tpm_keys.TPM_ALG_ECDSA, HashAlg.SHA256)
             + _tpm2b(r.to_bytes(32, "big"))
             + _tpm2b(s.to_bytes(32, "big"))
         )

@@ -25,8 +25,17 @@ import anyio
 import anyio.to_thread
 import httpx
 
-from provider_proxy.agent_records import AgentRecord, AgentRecords
-from provider_proxy.attestation_key import (
+from provider_proxy.errors import (
+    BindingError,
+    ConfigError,
+    EvidenceFormatError,
+    PinChangedError,
+    ProviderProxyError,
+    ReplyError,
+    UntrustedEkError,
+)
+from provider_proxy.evidence.model import TrustedHost
+from provider_proxy.evidence.tpm_keys import (
     DECRYPT,
     FIXED_PARENT,
     FIXED_TPM,
@@ -37,19 +46,10 @@ from provider_proxy.attestation_key import (
     parse_ak,
     parse_public,
 )
-from provider_proxy.ek_chain import EndorsementKey
-from provider_proxy.errors import (
-    BindingError,
-    ConfigError,
-    EvidenceFormatError,
-    PinChangedError,
-    ProviderProxyError,
-    ReplyError,
-    UntrustedEkError,
-)
-from provider_proxy.model import TrustedHost
-from provider_proxy.pins import PinnedHost, PinStore
-from provider_proxy.single_flight import SingleFlightCache
+from provider_proxy.trust.cache import SingleFlightCache
+from provider_proxy.trust.ek_chain import EndorsementKey
+from provider_proxy.trust.pins import PinnedHost, PinStore
+from provider_proxy.trust.registrar import AgentRecord, AgentRecords
 
 log = logging.getLogger(__name__)
 

@@ -26,9 +26,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, ObjectIdentifier
 
-from provider_proxy.attestation_key import CURVES, MIN_RSA_BITS
+from provider_proxy.common.files import read_trusted
 from provider_proxy.errors import HostError, UntrustedEkError, UsageError
-from provider_proxy.files import read_trusted
+from provider_proxy.evidence.tpm_keys import CURVES, MIN_RSA_BITS
 
 EK_PURPOSE = ObjectIdentifier("2.23.133.8.1")  # tcg-kp-EKCertificate
 MAX_EK_CERT_BYTES = 16 * 1024  # real ones are 1 to 2 kB

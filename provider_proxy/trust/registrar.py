@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import anyio
 import httpx
 
+from provider_proxy.common.http import IDENTITY, NO_ANSWER, is_safe_url, read_body
 from provider_proxy.errors import (
     BindingError,
     EvidenceFormatError,
@@ -20,8 +21,7 @@ from provider_proxy.errors import (
     ReplyError,
     UsageError,
 )
-from provider_proxy.http_body import IDENTITY, NO_ANSWER, is_safe_url, read_body
-from provider_proxy.wire import Fields, parse_json_object
+from provider_proxy.evidence.wire import Fields, parse_json_object
 
 # The versions whose record is the one that is parsed here, the best first. 3.0 answers 500 (7.14.3).
 VERSIONS = ("2.6", "2.5", "2.4", "2.3", "2.2", "2.1", "2.0")

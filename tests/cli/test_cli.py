@@ -32,11 +32,11 @@ from helpers import (
     run_here,
 )
 
-from provider_proxy.config_tables import BatchTable, Config, Listen, Logs
 from provider_proxy.errors import QuoteError
-from provider_proxy.model import HashAlg, Nonce, PcrMask, QuoteRequest
-from provider_proxy.request_file import RequestRecord, encode_request, parse_request
-from provider_proxy.soft_tpm import SoftTpm, encode_public
+from provider_proxy.evidence.model import HashAlg, Nonce, PcrMask, QuoteRequest
+from provider_proxy.evidence.request_file import RequestRecord, encode_request, parse_request
+from provider_proxy.host.config.tables import BatchTable, Config, Listen, Logs
+from provider_proxy.testing.soft_tpm import SoftTpm, encode_public
 
 GOOD, REFUSED, USAGE, ENVIRONMENT = 0, 1, 2, 3
 NOWHERE = Path("/nonexistent")

@@ -19,12 +19,12 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from helpers import LIMIT_S, NO_LOGS, FakeQuoter, children_of, daemon_with, is_alive, run_here
 from tpm_helpers import AK_HANDLE, EK_HANDLE, Swtpm, plain_config, swtpm_at, tool
 
-from provider_proxy.attestation_key import parse_ak
-from provider_proxy.model import ClockState
-from provider_proxy.pins import PinStore
-from provider_proxy.request_file import parse_request
-from provider_proxy.soft_tpm import AK_ATTRIBUTES, SoftTpm, encode_public
-from provider_proxy.tpm.doctor import Report
+from provider_proxy.evidence.model import ClockState
+from provider_proxy.evidence.request_file import parse_request
+from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.host.tpm.doctor import Report
+from provider_proxy.testing.soft_tpm import AK_ATTRIBUTES, SoftTpm, encode_public
+from provider_proxy.trust.pins import PinStore
 
 GOOD, REFUSED, USAGE, ENVIRONMENT = 0, 1, 2, 3
 OLDEST = ClockState(reset_count=0, restart_count=0, clock_ms=0)

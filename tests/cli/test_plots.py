@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from places import DOCS
 
 pytest.importorskip("matplotlib", reason="the extra plot is not installed")
 
@@ -14,9 +15,9 @@ from provider_proxy.bench import plots, sweeps
 from provider_proxy.bench.plan import POINTS, Measured, compare, median_of, point
 from provider_proxy.cli import main as cli
 from provider_proxy.errors import HostError
-from provider_proxy.plan import Prediction
+from provider_proxy.host.batching.simulation import Prediction
 
-IMAGES = Path(__file__).resolve().parents[1] / "docs" / "img"
+IMAGES = DOCS / "img"
 PREDICTION = Prediction(
     p50_ms=300,
     p99_ms=600,

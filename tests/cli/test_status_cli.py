@@ -21,13 +21,13 @@ import pytest
 from helpers import LIMIT_S, command, run_command, run_here
 from rich.console import Console
 from status_helpers import HOSTILE, FakeChip, count_crowd, make_batch, make_board, make_past
-from test_page import Site
+from test_status_page import Site
 
-from provider_proxy.batcher import Queue
 from provider_proxy.cli import ask_admin, status_view
 from provider_proxy.errors import QuoteError, ReplyError
-from provider_proxy.metrics import Metrics
-from provider_proxy.recent import Recent
+from provider_proxy.host.batching.batcher import Queue
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.status.recent import Recent
 
 
 def busy(**more: Any) -> dict[str, Any]:

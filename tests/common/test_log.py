@@ -16,8 +16,8 @@ from helpers import Asker, connect, get_bytes, plain_toml, quote_target, serving
 from hypothesis import given
 from hypothesis import strategies as st
 
-from provider_proxy import journal
-from provider_proxy.journal import (
+from provider_proxy.common import log as journal
+from provider_proxy.common.log import (
     PRIORITIES,
     Event,
     JsonFormatter,

@@ -8,13 +8,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from evidence_factory import CLOCK, MASK, FixedTpm, ec_key, rsa_key, tpm2b
 
-from provider_proxy.attestation import (
-    MAX_ATTEST_BYTES,
-    check_pcrs,
-    check_signature,
-    parse_attest,
-    parse_signature,
-)
 from provider_proxy.errors import (
     EvidenceFormatError,
     NotAQuoteError,
@@ -22,8 +15,15 @@ from provider_proxy.errors import (
     PcrSelectionError,
     SignatureError,
 )
-from provider_proxy.model import HashAlg, PcrValues
-from provider_proxy.soft_tpm import SoftTpm
+from provider_proxy.evidence.attestation import (
+    MAX_ATTEST_BYTES,
+    check_pcrs,
+    check_signature,
+    parse_attest,
+    parse_signature,
+)
+from provider_proxy.evidence.model import HashAlg, PcrValues
+from provider_proxy.testing.soft_tpm import SoftTpm
 
 EXTRA = b"abcdefghijklmnopqrstuvwxyz234567"
 TPMS = [

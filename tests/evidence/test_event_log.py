@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from provider_proxy.errors import LogError, UsageError
-from provider_proxy.eventlog import (
+from provider_proxy.evidence.logs.event_log import (
     EV_NO_ACTION,
     MAX_LOG_BYTES,
     check_boot_log,
@@ -20,7 +20,7 @@ from provider_proxy.eventlog import (
     parse_event_log,
     replay,
 )
-from provider_proxy.model import AkName, ClockState, HashAlg, VerifiedQuote
+from provider_proxy.evidence.model import AkName, ClockState, HashAlg, VerifiedQuote
 
 ALGORITHMS = {0x04: 20, 0x0B: 32, 0x0C: 48, 0x12: 32}  # 0x12: SM3, which we do not know
 SEPARATOR = 4
@@ -169,7 +169,7 @@ def test_what_is_no_log_is_refused(log: bytes, why: str) -> None:
 
 
 def test_too_many_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("provider_proxy.eventlog.MAX_EVENTS", 3)
+    monkeypatch.setattr("provider_proxy.evidence.logs.event_log.MAX_EVENTS", 3)
     with pytest.raises(LogError, match="too many events"):
         parse_event_log(LOG)
 

@@ -29,15 +29,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from vectors import ak_cases
 
-from provider_proxy.attestation import parse_attest, parse_signature
-from provider_proxy.attestation_key import insecure_ak_from_pem, parse_ak, parse_public
-from provider_proxy.errors import (
-    ParameterError,
-    UsageError,
-    VerificationError,
-)
-from provider_proxy.inclusion import leaf_hash, leaf_input, root_from_proof
-from provider_proxy.model import (
+from provider_proxy.errors import ParameterError, UsageError, VerificationError
+from provider_proxy.evidence.attestation import parse_attest, parse_signature
+from provider_proxy.evidence.inclusion import leaf_hash, leaf_input, root_from_proof
+from provider_proxy.evidence.model import (
     HashAlg,
     InclusionProof,
     LeafHash,
@@ -47,15 +42,12 @@ from provider_proxy.model import (
     TrustedHost,
     VerifiedQuote,
 )
-from provider_proxy.policy import PcrPolicy, UnsafeAcceptAny, parse_tpm_policy
-from provider_proxy.query import encode_quote_query, parse_quote_query
-from provider_proxy.request_file import (
-    RequestRecord,
-    encode_request,
-    parse_request,
-)
-from provider_proxy.verify import Verifier
-from provider_proxy.wire import (
+from provider_proxy.evidence.policy import PcrPolicy, UnsafeAcceptAny, parse_tpm_policy
+from provider_proxy.evidence.query import encode_quote_query, parse_quote_query
+from provider_proxy.evidence.request_file import RequestRecord, encode_request, parse_request
+from provider_proxy.evidence.tpm_keys import insecure_ak_from_pem, parse_ak, parse_public
+from provider_proxy.evidence.verify import Verifier
+from provider_proxy.evidence.wire import (
     encode_pcr_blob,
     encode_quote,
     parse_evidence,

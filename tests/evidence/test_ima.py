@@ -18,15 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from provider_proxy.errors import LogError, UsageError
-from provider_proxy.ima import (
+from provider_proxy.evidence.logs.ima import (
     MAX_LINE_CHARS,
     MAX_PARTS,
     ImaReplay,
     Outcome,
     parse_entry,
 )
-from provider_proxy.model import HashAlg
-from provider_proxy.runtime_policy import parse_runtime_policy
+from provider_proxy.evidence.logs.runtime_policy import parse_runtime_policy
+from provider_proxy.evidence.model import HashAlg
 
 GOOD = hashlib.sha256(b"good").hexdigest()
 BAD = hashlib.sha256(b"bad").hexdigest()

@@ -10,14 +10,21 @@ import pytest
 from evidence_factory import leaf_bytes, qualifying, request_number, tree_path, tree_root
 
 from provider_proxy.errors import EvidenceFormatError, InclusionError
-from provider_proxy.inclusion import (
+from provider_proxy.evidence.inclusion import (
     leaf_hash,
     leaf_input,
     node_hash,
     qualifying_data,
     root_from_proof,
 )
-from provider_proxy.model import HashAlg, InclusionProof, LeafHash, Nonce, PcrMask, RootHash
+from provider_proxy.evidence.model import (
+    HashAlg,
+    InclusionProof,
+    LeafHash,
+    Nonce,
+    PcrMask,
+    RootHash,
+)
 
 SALT = bytes(range(16))
 

@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 
 from provider_proxy.errors import PolicyError, UsageError
-from provider_proxy.model import AkName, ClockState, HashAlg, VerifiedQuote
-from provider_proxy.policy import AllOf, PcrPolicy, Policy, UnsafeAcceptAny, parse_tpm_policy
+from provider_proxy.evidence.model import AkName, ClockState, HashAlg, VerifiedQuote
+from provider_proxy.evidence.policy import (
+    AllOf,
+    PcrPolicy,
+    Policy,
+    UnsafeAcceptAny,
+    parse_tpm_policy,
+)
 
 GOOD, OTHER, BAD = bytes([1]) * 32, bytes([2]) * 32, bytes([3]) * 32
 

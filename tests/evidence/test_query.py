@@ -7,8 +7,8 @@ import uuid
 import pytest
 
 from provider_proxy.errors import ParameterError
-from provider_proxy.model import HashAlg, Nonce, PcrMask, QuoteRequest
-from provider_proxy.query import MAX_QUERY_CHARS, encode_quote_query, parse_quote_query
+from provider_proxy.evidence.model import HashAlg, Nonce, PcrMask, QuoteRequest
+from provider_proxy.evidence.query import MAX_QUERY_CHARS, encode_quote_query, parse_quote_query
 
 NONCE = "AZaz09._~-AZaz09"
 GOOD = f"nonce={NONCE}&mask=0x83"

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from provider_proxy.errors import UsageError
-from provider_proxy.model import ClockState, HashAlg, Nonce, PcrMask, QuoteRequest
-from provider_proxy.request_file import RequestRecord, encode_request, parse_request
+from provider_proxy.evidence.model import ClockState, HashAlg, Nonce, PcrMask, QuoteRequest
+from provider_proxy.evidence.request_file import RequestRecord, encode_request, parse_request
 
 REQUEST = QuoteRequest(
     nonce=Nonce(b"AZaz09._~-AZaz09"),

@@ -5,20 +5,23 @@ from __future__ import annotations
 import base64
 import json
 import uuid
-from pathlib import Path
 from typing import Any
 
 import pytest
 from evidence_factory import VM, challenge_of, judge, seal_with_claims
+from places import VECTORS
 from vectors import generate
 
 from provider_proxy import errors
-from provider_proxy.attestation import check_pcrs, check_signature, parse_attest, parse_signature
-from provider_proxy.attestation_key import parse_ak
-from provider_proxy.deep import DeepVerified, deep_verify
-from provider_proxy.inclusion import root_from_proof
-from provider_proxy.link import VtpmLink
-from provider_proxy.model import (
+from provider_proxy.evidence.attestation import (
+    check_pcrs,
+    check_signature,
+    parse_attest,
+    parse_signature,
+)
+from provider_proxy.evidence.deep_quote import DeepVerified, deep_verify
+from provider_proxy.evidence.inclusion import root_from_proof
+from provider_proxy.evidence.model import (
     HASH_BYTES,
     ClockState,
     HashAlg,
@@ -31,10 +34,11 @@ from provider_proxy.model import (
     parse_mask,
     parse_nonce,
 )
-from provider_proxy.policy import UnsafeAcceptAny
-from provider_proxy.wire import encode_pcr_blob, parse_pcr_blob, parse_quote
+from provider_proxy.evidence.policy import UnsafeAcceptAny
+from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.evidence.vtpm_link import VtpmLink
+from provider_proxy.evidence.wire import encode_pcr_blob, parse_pcr_blob, parse_quote
 
-DIRECTORY = Path(__file__).parent / "vectors"
 MAX_FILE_BYTES = 300_000
 NO_VECTOR = {
     "NonceSpentError",  # about two calls, and a vector is one
@@ -50,7 +54,7 @@ NO_VECTOR = {
 
 
 def load(name: str) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((DIRECTORY / name).read_bytes())
+    document: dict[str, Any] = json.loads((VECTORS / name).read_bytes())
     return document
 
 
@@ -238,14 +242,14 @@ def test_key_of_tpm2_tools(name: str) -> None:
 
 @pytest.mark.parametrize("name", generate.FILES)
 def test_generator_writes_the_very_file(name: str) -> None:
-    assert generate.render(name) == (DIRECTORY / name).read_bytes()
+    assert generate.render(name) == (VECTORS / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", ALL_FILES)
 def test_file_is_complete(name: str) -> None:
     document = load(name)
     tests = entries_of(document)
-    assert (DIRECTORY / name).stat().st_size < MAX_FILE_BYTES
+    assert (VECTORS / name).stat().st_size < MAX_FILE_BYTES
     assert document["numberOfTests"] == len(tests)
     assert [test["tcId"] for test in tests] == list(range(1, len(tests) + 1))
     assert {flag for test in tests for flag in test["flags"]} == set(document["notes"])
@@ -255,7 +259,7 @@ def test_file_is_complete(name: str) -> None:
 
 
 def test_every_file_is_known() -> None:
-    assert {path.name for path in DIRECTORY.glob("*.json")} == set(ALL_FILES)
+    assert {path.name for path in VECTORS.glob("*.json")} == set(ALL_FILES)
 
 
 def test_no_two_vectors_of_a_file_are_the_same() -> None:

@@ -29,7 +29,7 @@ from evidence_factory import (
 )
 from vectors.cases import flip
 
-from provider_proxy import errors, verify
+from provider_proxy import errors
 from provider_proxy.errors import (
     ClockError,
     EvidenceFormatError,
@@ -40,7 +40,8 @@ from provider_proxy.errors import (
     UsageError,
     VerificationError,
 )
-from provider_proxy.model import (
+from provider_proxy.evidence import verify
+from provider_proxy.evidence.model import (
     NONCE_RE,
     AkName,
     ClockState,
@@ -51,9 +52,9 @@ from provider_proxy.model import (
     TrustedHost,
     VerifiedQuote,
 )
-from provider_proxy.policy import AllOf, PcrPolicy, Policy, UnsafeAcceptAny
-from provider_proxy.verify import Challenge, MemoryHistory, Verifier, new_challenge
-from provider_proxy.wire import parse_evidence
+from provider_proxy.evidence.policy import AllOf, PcrPolicy, Policy, UnsafeAcceptAny
+from provider_proxy.evidence.verify import Challenge, MemoryHistory, Verifier, new_challenge
+from provider_proxy.evidence.wire import parse_evidence
 
 TPM = FixedTpm()
 HOST = TrustedHost(ak=TPM.ak)

@@ -20,10 +20,10 @@ from evidence_factory import VM, FixedTpm, SealedBatch, ec_key, request_number
 from helpers import make_answer
 from hypothesis import given
 from hypothesis import strategies as st
+from places import DOCS
 
 import provider_proxy
 from provider_proxy import VtpmLink, ask_host, deep_verify, ek_digest, new_deep_question
-from provider_proxy.attestation_key import parse_ak
 from provider_proxy.cli import main as cli
 from provider_proxy.errors import (
     EkNotLinkedError,
@@ -33,13 +33,14 @@ from provider_proxy.errors import (
     StaleEvidenceError,
     UsageError,
 )
-from provider_proxy.link import parse_claims
-from provider_proxy.model import HashAlg, Nonce, PcrMask, QuoteRequest, TrustedHost
-from provider_proxy.policy import UnsafeAcceptAny
-from provider_proxy.request_file import RequestRecord, encode_request
-from provider_proxy.soft_tpm import SoftTpm, encode_public
-from provider_proxy.verify import MemoryHistory
-from provider_proxy.wire import encode_quote
+from provider_proxy.evidence.model import HashAlg, Nonce, PcrMask, QuoteRequest, TrustedHost
+from provider_proxy.evidence.policy import UnsafeAcceptAny
+from provider_proxy.evidence.request_file import RequestRecord, encode_request
+from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.evidence.verify import MemoryHistory
+from provider_proxy.evidence.vtpm_link import parse_claims
+from provider_proxy.evidence.wire import encode_quote
+from provider_proxy.testing.soft_tpm import SoftTpm, encode_public
 
 GOOD, REFUSED, USAGE, ENVIRONMENT = 0, 1, 2, 3
 EK_ATTRIBUTES = 0x000300B2  # an EK's of the TCG's template: restricted, decrypt
@@ -144,7 +145,7 @@ def test_a_deep_quote_about_another_vm_was_never_asked_for() -> None:
         deep.verify(link=VtpmLink(vm=uuid.uuid4(), ek=ek_digest(EK)))
 
 
-DOC = (Path(__file__).parent.parent / "docs/vtpm.md").read_text(encoding="utf-8")
+DOC = (DOCS / "vtpm.md").read_text(encoding="utf-8")
 
 
 def test_the_documented_code_runs() -> None:

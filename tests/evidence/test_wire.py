@@ -21,9 +21,9 @@ from evidence_factory import (
     seal_with_claims,
 )
 
-from provider_proxy import wire
 from provider_proxy.errors import EvidenceFormatError
-from provider_proxy.model import (
+from provider_proxy.evidence import wire
+from provider_proxy.evidence.model import (
     MAX_CLAIMS_BYTES,
     MAX_TREE_SIZE,
     HashAlg,
@@ -33,7 +33,7 @@ from provider_proxy.model import (
     Quote,
     Timing,
 )
-from provider_proxy.wire import (
+from provider_proxy.evidence.wire import (
     EvidenceEncoder,
     Fields,
     encode_envelope,

@@ -36,10 +36,10 @@ from helpers import (
     until_answered,
 )
 
-from provider_proxy.model import HashAlg
-from provider_proxy.tpm.embedded import EmbeddedTpm
-from provider_proxy.verify import Challenge
-from provider_proxy.wire import parse_evidence
+from provider_proxy.evidence.model import HashAlg
+from provider_proxy.evidence.verify import Challenge
+from provider_proxy.evidence.wire import parse_evidence
+from provider_proxy.host.tpm.embedded import EmbeddedTpm
 
 pytestmark = pytest.mark.real
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from provider_proxy import hostlogs
-from provider_proxy.hostlogs import HostLogFiles
-from provider_proxy.model import HostLogs, Nonce, PcrMask, QuoteRequest
+from provider_proxy.evidence.model import HostLogs, Nonce, PcrMask, QuoteRequest
+from provider_proxy.host import logs as hostlogs
+from provider_proxy.host.logs import HostLogFiles
 
 IMA = 1 << 10
 BOOT = 1 << 0

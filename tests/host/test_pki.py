@@ -32,15 +32,16 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from helpers import LIMIT_S, free_port, run_command, run_here
+from places import DOCS
 from test_imports import CRYPTOGRAPHY, brought_by
 
-from provider_proxy import pki
 from provider_proxy.cli import pki as cli
 from provider_proxy.cli.main import EXIT_ENVIRONMENT, EXIT_GOOD, EXIT_USAGE
 from provider_proxy.errors import HostError, UsageError
+from provider_proxy.host import pki
 
 Done = subprocess.CompletedProcess[str]
-DOC = Path(__file__).resolve().parents[1] / "docs" / "tls.md"
+DOC = DOCS / "tls.md"
 INIT_FILES = ["ca.crt", "ca.key", "crl.pem", "server.crt", "server.key"]
 HOSTS = ("--host", "localhost", "--host", "127.0.0.1", "--host", "::1")
 MINUTE = timedelta(minutes=1)
@@ -457,7 +458,7 @@ def test_nobody_outlives_the_ca(site: Site) -> None:
 def test_identities_are_what_the_daemon_reads(
     site: Site, words: tuple[str, ...], identities: list[str]
 ) -> None:
-    tenants = pytest.importorskip("provider_proxy.tenants")
+    tenants = pytest.importorskip("provider_proxy.host.api.identity")
     assert site.json("tenant", "acme", *words)["identities"] == identities
     certificate = site.certificate("tenants/acme.crt")
     read = tenants.parse_certificate(certificate.public_bytes(Encoding.DER)).identities

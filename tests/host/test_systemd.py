@@ -32,7 +32,7 @@ from helpers import (
     until,
 )
 
-from provider_proxy import sysd
+from provider_proxy.host import systemd
 
 SO_ACCEPTCON = 1 << 16  # the flag of a listening socket in /proc/net/unix: proc(5)
 
@@ -51,8 +51,8 @@ def test_notify_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     path = str(tmp_path / "notify")
     monkeypatch.setenv("NOTIFY_SOCKET", path)
     with notify_socket(path) as sock:
-        sysd.notify("READY=1")
-        sysd.notify("STOPPING=1\nSTATUS=drän")
+        systemd.notify("READY=1")
+        systemd.notify("STOPPING=1\nSTATUS=drän")
         assert sock.recv(100) == b"READY=1"
         assert sock.recv(100) == "STOPPING=1\nSTATUS=drän".encode()
 
@@ -72,9 +72,9 @@ def test_a_manager_that_does_not_read_holds_nobody_up(
         signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
         try:
             for number in range(unread):
-                sysd.notify_status(f"{number}")
-            sysd.notify("WATCHDOG=1", limit_s=0)
-            sysd.notify("STOPPING=1", limit_s=0.01)
+                systemd.notify_status(f"{number}")
+            systemd.notify("WATCHDOG=1", limit_s=0)
+            systemd.notify("STOPPING=1", limit_s=0.01)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
@@ -85,7 +85,7 @@ def test_notify_by_abstract_name(monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"provider-proxy-test-{os.getpid()}"
     monkeypatch.setenv("NOTIFY_SOCKET", "@" + name)
     with notify_socket("\0" + name) as sock:
-        sysd.notify("READY=1")
+        systemd.notify("READY=1")
         assert sock.recv(100) == b"READY=1"
 
 
@@ -97,7 +97,7 @@ def test_without_a_manager_it_is_silent(monkeypatch: pytest.MonkeyPatch, value: 
         monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     else:
         monkeypatch.setenv("NOTIFY_SOCKET", value)
-    sysd.notify("READY=1")
+    systemd.notify("READY=1")
 
 
 # --- activation -------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_a_count_that_is_none(sockets: list[socket.socket], count: str) -> None:
 def test_without_a_manager_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         monkeypatch.delenv(name, raising=False)
-    assert sysd.take_listen_sockets() == []
+    assert systemd.take_listen_sockets() == []
 
 
 # --- the daemon on sockets of systemd's -------------------------------------------------------------

@@ -19,30 +19,14 @@ from typing import Any
 
 import api_page
 import pytest
+from places import ROOT
 
-from provider_proxy import (
-    admin,
-    config,
-    config_tables,
-    daemon,
-    errors,
-    http1,
-    http_messages,
-    link_map,
-    model,
-    query,
-    replies,
-    server,
-    verify,
-    wire,
-)
-from provider_proxy.attestation_key import parse_ak
+from provider_proxy import errors
 from provider_proxy.cli import main as cli
 from provider_proxy.errors import ConfigError, QualifyingDataError, SignatureError
-from provider_proxy.inclusion import leaf_input, qualifying_data, root_from_proof
-from provider_proxy.merkle import build_tree
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import (
+from provider_proxy.evidence import model, query, verify, wire
+from provider_proxy.evidence.inclusion import leaf_input, qualifying_data, root_from_proof
+from provider_proxy.evidence.model import (
     HashAlg,
     HostLogs,
     InclusionProof,
@@ -53,12 +37,21 @@ from provider_proxy.model import (
     TrustedHost,
     parse_nonce,
 )
-from provider_proxy.policy import UnsafeAcceptAny
-from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.verify import Challenge, MemoryHistory, Verifier
-from provider_proxy.watch_config import parse_watch_config
+from provider_proxy.evidence.policy import UnsafeAcceptAny
+from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.evidence.verify import Challenge, MemoryHistory, Verifier
+from provider_proxy.host import daemon
+from provider_proxy.host.api import admin, tenant
+from provider_proxy.host.batching.merkle import build_tree
+from provider_proxy.host.config import load
+from provider_proxy.host.config import tables as config_tables
+from provider_proxy.host.http import messages
+from provider_proxy.host.http import server as http1
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.tenant import hosts_file, replies
+from provider_proxy.tenant.watch.config import parse_watch_config
+from provider_proxy.testing.soft_tpm import SoftTpm
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PACKAGE = ROOT / "provider_proxy"
 ADRS = sorted((DOCS / "adr").glob("*.md"))
@@ -193,9 +186,9 @@ def test_toml_blocks_are_configurations(doc: Path, block: str) -> None:
     if doc.name == "watch.md":
         parse_watch_config(values)
     elif "pins" in values:
-        link_map.parse_link_map(values, doc.parent)  # a tenant's, of docs/vtpm.md
+        hosts_file.parse_link_map(values, doc.parent)  # a tenant's, of docs/vtpm.md
     else:
-        config.parse_config(values)
+        load.parse_config(values)
 
 
 def test_toml_blocks_are_there() -> None:
@@ -517,11 +510,11 @@ async def no_submit(*_args: object, **_kwargs: object) -> Any:
     raise AssertionError("nothing is asked here")
 
 
-def no_identify(_peer: http_messages.Peer) -> model.Tenant:
+def no_identify(_peer: messages.Peer) -> model.Tenant:
     raise AssertionError("nothing is asked here")
 
 
-IDENTITY = server.identity_results(
+IDENTITY = tenant.identity_results(
     ak_public=b"",
     ak_pem=b"",
     ak_name=b"",
@@ -530,7 +523,7 @@ IDENTITY = server.identity_results(
     host_uuid="",
     software=True,
 )
-TENANT_DOOR = server.TenantDoor(
+TENANT_DOOR = tenant.TenantDoor(
     no_submit,
     no_identify,
     identity=IDENTITY,
@@ -574,7 +567,7 @@ def test_documented_errors_are_the_code_s() -> None:
     }
     configured = {408}  # limits.busy_status, which the text names
     assert "limits.busy_status = 408" in read("docs/http-api.md")
-    assert {int(row[0]) for row in listed} | {200} | configured == set(http_messages.REASONS)
+    assert {int(row[0]) for row in listed} | {200} | configured == set(messages.REASONS)
     for row in listed:
         kind = vars(errors).get(code(row[1]))
         if kind is not None:

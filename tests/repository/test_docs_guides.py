@@ -8,13 +8,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from places import ROOT
 from test_docs import (
     ADRS,
     CODE,
     DOCS,
     FENCE,
     OWN,
-    ROOT,
     code,
     config_fields,
     fenced,
@@ -23,12 +23,13 @@ from test_docs import (
     subclasses,
 )
 
-from provider_proxy import errors, pki
+from provider_proxy import errors
 from provider_proxy.cli import pki as pki_command
-from provider_proxy.quoters import agent_binding, ca_signer
-from provider_proxy.registrations import LOCKS
-from provider_proxy.vtpm import ca
-from provider_proxy.vtpm import opening as vtpm_opening
+from provider_proxy.host import pki
+from provider_proxy.host.quoters import agent_binding, ca_signer
+from provider_proxy.host.registration.registrations import LOCKS
+from provider_proxy.host.vtpm import ca
+from provider_proxy.host.vtpm import open_service as vtpm_opening
 
 THREATS, OPERATING = "docs/threat-model.md", "docs/operating.md"
 TEST = re.compile(r"`(\w+)::(\w+)`")

@@ -17,18 +17,19 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from places import ROOT
 
-from provider_proxy import config, config_tables
 from provider_proxy.cli import main as cli
+from provider_proxy.host.config import load as config
+from provider_proxy.host.config import tables
 
-ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 60
 
 
 def load(name: str) -> ModuleType:
     """A script of the packages' folder."""
     spec = importlib.util.spec_from_file_location(
-        f"packages_{Path(name).name}", ROOT / f"packages/{name}.py"
+        f"packages_{Path(name).name}", ROOT / f"packaging/{name}.py"
     )
     assert spec is not None
     assert spec.loader is not None
@@ -110,8 +111,8 @@ def test_every_command_and_option_has_its_page(
 @pytest.mark.real
 def test_every_key_is_on_the_configuration_s_page(shown: dict[str, str]) -> None:
     text = shown["provider-proxy.toml.5"]
-    registrars = {"registrars.NAME": config_tables.NAMED_TABLES["registrars"]}
-    for table, kind in (config_tables.TABLES | registrars).items():
+    registrars = {"registrars.NAME": tables.NAMED_TABLES["registrars"]}
+    for table, kind in (tables.TABLES | registrars).items():
         section = re.split(r"^\S", text.partition(f"TABLE [{table}]")[2], flags=re.MULTILINE)[0]
         for name in kind.__dataclass_fields__:
             assert re.search(rf"^ +{name}( |$)", section, re.MULTILINE), f"{table}.{name}"
@@ -134,7 +135,7 @@ def test_nothing_of_a_text_is_taken_for_roff() -> None:
 
 def examples() -> list[str]:
     found = []
-    for path in sorted((ROOT / "packages/man").glob("*.txt")):
+    for path in sorted((ROOT / "packaging/man").glob("*.txt")):
         found += re.findall(r"^    (provider-proxy .*)$", path.read_text(), re.MULTILINE)
     return found
 
@@ -147,7 +148,7 @@ def test_examples_parse(line: str) -> None:
 
 def test_pages_prose_belongs_to_a_page() -> None:
     pages = {name.rpartition(".")[0] for name in PAGES}
-    assert {path.stem for path in (ROOT / "packages/man").glob("*.txt")} <= pages
+    assert {path.stem for path in (ROOT / "packaging/man").glob("*.txt")} <= pages
 
 
 # --- completion -------------------------------------------------------------------------------------
@@ -207,10 +208,10 @@ def test_shells_can_read_their_scripts(shell: str, words: list[str], tmp_path: P
 
 
 def test_the_configuration_that_the_package_brings_is_one() -> None:
-    text = (ROOT / "packages/debian/provider-proxy.toml").read_text()
+    text = (ROOT / "packaging/debian/provider-proxy.toml").read_text()
     found = config.parse_config(tomllib.loads(text))
-    assert found.listen.address == config_tables.Listen().address
-    assert found.tpm == config_tables.Tpm()
+    assert found.listen.address == tables.Listen().address
+    assert found.tpm == tables.Tpm()
     commented = re.sub(r"^#(?=[\[a-z])", "", text, flags=re.MULTILINE)
     assert "acme" in config.parse_config(tomllib.loads(commented)).tenants
 
@@ -219,7 +220,7 @@ def test_the_configuration_that_the_package_brings_is_one() -> None:
     "name", ["assemble.sh", "build-deb.sh", "debian/postrm", "debian/prerm", "test-deb.sh"]
 )
 def test_scripts_are_well_formed(name: str) -> None:
-    path = ROOT / "packages" / name
+    path = ROOT / "packaging" / name
     shell = path.read_text().splitlines()[0].removeprefix("#!")
     done = run(shell, "-n", path)
     assert (done.returncode, done.stderr) == (0, "")

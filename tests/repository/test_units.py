@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import SYSTEMD
 
 pytestmark = pytest.mark.real
 
-SYSTEMD = Path(__file__).resolve().parents[1] / "systemd"
 SERVICE = SYSTEMD / "provider-proxy.service"
 MAX_EXPOSURE = 13  # tenths; a TPM, tenants outside and unix sockets' users make up what is left
 LIMIT_S = 60

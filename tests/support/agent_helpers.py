@@ -16,18 +16,18 @@ from pathlib import Path
 import httpx
 from keylime_helpers import (
     HERE,
-    ROOT,
     Registrar,
     free_port,
     keylime_environment,
     running_keylime,
 )
+from places import ROOT
 from tpm_helpers import Swtpm
 
-from provider_proxy.attestation_key import parse_ak
-from provider_proxy.quoters.agent_http import AgentClient, pinned_context
-from provider_proxy.quoters.keylime_agent import AgentBinding, Bind
-from provider_proxy.quoters.opening import HostIdentity
+from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.host.quoters.agent_http import AgentClient, pinned_context
+from provider_proxy.host.quoters.keylime_agent import AgentBinding, Bind
+from provider_proxy.host.quoters.tpm_opener import HostIdentity
 
 PYTHON = ROOT / ".venv-keylime-agent/bin/python"
 

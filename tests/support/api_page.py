@@ -12,11 +12,12 @@ import json
 import sys
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from places import PACKAGE
+
 Node = dict[str, Any]
-SOURCE = Path(__file__).parents[1] / "provider_proxy" / "openapi.json"
+SOURCE = PACKAGE / "openapi.json"
 WIDTH = 118
 LONGEST_PATTERN = 60  # one that is longer explains nothing to a reader
 HEAD = """\

@@ -1,7 +1,7 @@
 """Evidence for the tests and the vectors: fixed keys, seeded salts, the same bytes at every run.
 
 Leaf, tree, proof, qualifying data, PCR blob and JSON are written here a second time, from the text of
-the format and RFC 9162 with `hashlib` and `struct` alone. Neither `provider_proxy.inclusion` nor
+the format and RFC 9162 with `hashlib` and `struct` alone. Neither `provider_proxy.evidence.inclusion` nor
 `wire` nor merklelib has a part in it, so that what the package accepts is judged by another pen.
 The keys are public: anybody may derive them again from their labels. Nobody may trust them.
 """
@@ -23,8 +23,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
-from provider_proxy.attestation_key import parse_ak
-from provider_proxy.model import (
+from provider_proxy.evidence.model import (
     ClockState,
     HashAlg,
     InclusionProof,
@@ -37,9 +36,10 @@ from provider_proxy.model import (
     VerifiedQuote,
     pcrs_of,
 )
-from provider_proxy.policy import Policy, UnsafeAcceptAny
-from provider_proxy.soft_tpm import SoftTpm, encode_attest
-from provider_proxy.verify import Challenge, MemoryHistory, Verifier
+from provider_proxy.evidence.policy import Policy, UnsafeAcceptAny
+from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.evidence.verify import Challenge, MemoryHistory, Verifier
+from provider_proxy.testing.soft_tpm import SoftTpm, encode_attest
 
 # The first primes of 1024 bits after SHA-256 expanded from "provider-proxy/test-key/p" and ".../q".
 RSA_P = int(

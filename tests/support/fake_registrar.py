@@ -17,7 +17,7 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric import rsa
 from soft_ek import auth_tag, make_credential
 
-from provider_proxy.attestation_key import parse_public
+from provider_proxy.evidence.tpm_keys import parse_public
 
 VERSIONS = ("1.0", "2.0", "2.1", "2.2", "2.3", "2.4", "2.5", "2.6", "3.0")
 PATH_RE = re.compile(r"/v([0-9.]+)/agents/([^/]+)")

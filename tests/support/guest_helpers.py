@@ -16,18 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import trio
+from places import ROOT, SYSTEM
 
-from provider_proxy.credential import encode_challenge
 from provider_proxy.errors import TpmError
-from provider_proxy.registration import FORMAT_ONE
+from provider_proxy.host.registration.credential import encode_challenge
+from provider_proxy.host.registration.registration import FORMAT_ONE
 
 NV_RSA, NV_ECC = "0x01c00002", "0x01c00016"
 EK_RSA, EK_ECC = "0x81010001", "0x81010016"
 READY = "agent: ready"
-ROOT = Path(__file__).parent.parent
 PARTS = ROOT / ".guest"
 KERNEL = PARTS / "vmlinuz"
-INIT = Path(__file__).parent / "guest/init"
+INIT = SYSTEM / "guest/init"
 MEASURED_PCR = 8
 BOOT_S = (
     240.0  # some 10 s on two idle cores without KVM; two guests at once on a busy machine take more

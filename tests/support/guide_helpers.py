@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from helpers import free_port
+from places import ROOT
 from tpm_helpers import raw_tpm
 
-ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HOST = "host7.example.org"  # the guides' host, 127.0.0.1 here
 SESSION_LIMIT_S = 120.0

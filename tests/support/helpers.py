@@ -25,17 +25,10 @@ from typing import cast
 import trio
 import trustme
 
-from provider_proxy import daemon, inclusion, merkle
-from provider_proxy.assembly import OpenQuoter
-from provider_proxy.attestation_key import parse_ak
-from provider_proxy.batch import Answer
 from provider_proxy.cli.main import main
-from provider_proxy.config_tables import Config
-from provider_proxy.daemon import Started
 from provider_proxy.errors import ProviderProxyError
-from provider_proxy.http1 import Door
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import (
+from provider_proxy.evidence import inclusion
+from provider_proxy.evidence.model import (
     AttestationKey,
     HashAlg,
     InclusionProof,
@@ -44,13 +37,22 @@ from provider_proxy.model import (
     TrustedHost,
     VerifiedQuote,
 )
-from provider_proxy.policy import Policy, UnsafeAcceptAny
-from provider_proxy.query import encode_quote_query
-from provider_proxy.quoters.esys import EsysQuoter
-from provider_proxy.quoters.opening import HostIdentity
-from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.verify import Challenge, MemoryHistory, Verifier, new_challenge
-from provider_proxy.wire import EvidenceEncoder
+from provider_proxy.evidence.policy import Policy, UnsafeAcceptAny
+from provider_proxy.evidence.query import encode_quote_query
+from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.evidence.verify import Challenge, MemoryHistory, Verifier, new_challenge
+from provider_proxy.evidence.wire import EvidenceEncoder
+from provider_proxy.host import daemon
+from provider_proxy.host.assembly import OpenQuoter
+from provider_proxy.host.batching import merkle
+from provider_proxy.host.batching.batch import Answer
+from provider_proxy.host.config.tables import Config
+from provider_proxy.host.daemon import Started
+from provider_proxy.host.http.server import Door
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.quoters.local_tpm import EsysQuoter
+from provider_proxy.host.quoters.tpm_opener import HostIdentity
+from provider_proxy.testing.soft_tpm import SoftTpm
 
 LIMIT_S = 20.0  # nothing that a test waits for takes a second; a slow machine gets a few
 POLL_S = 0.005

@@ -18,9 +18,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from places import ROOT, SYSTEM
+
 PYTHON = ROOT / ".venv-keylime/bin/python"
-HERE = Path(__file__).parent / "keylime"
+HERE = SYSTEM / "keylime"
 START_S = 60.0  # about 4 s on an idle machine
 
 CA_CONFIG = """\

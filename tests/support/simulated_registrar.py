@@ -20,10 +20,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from tpm2_pytss.types import TPM2B_NAME, TPM2B_PUBLIC
 from tpm2_pytss.utils import make_credential as make_credential_for
 
-from provider_proxy.attestation_key import parse_public
-from provider_proxy.credential import encode_challenge
 from provider_proxy.errors import EvidenceFormatError, QuoteError, TpmError
-from provider_proxy.soft_tpm import SoftTpm
+from provider_proxy.evidence.tpm_keys import parse_public
+from provider_proxy.host.registration.credential import encode_challenge
+from provider_proxy.testing.soft_tpm import SoftTpm
 
 VERSIONS = ["1.0", "2.0", "2.1", "2.2", "2.3", "2.4", "2.5", "2.6", "3.0"]
 PATH_RE = re.compile(r"/v2\.[0-6]/agents/([A-Za-z0-9._-]+)")

@@ -24,8 +24,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
-from provider_proxy.ek_chain import EK_PURPOSE
-from provider_proxy.soft_tpm import SoftTpm, encode_ek
+from provider_proxy.testing.soft_tpm import SoftTpm, encode_ek
+from provider_proxy.trust.ek_chain import EK_PURPOSE
 
 MAGIC = struct.pack(">II", 0xBADCC0DE, 1)  # tpm2-tools' header of a credential
 FOREVER = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)

@@ -6,14 +6,14 @@ import random
 import time
 from dataclasses import dataclass
 
-from provider_proxy.batch import Batch, SealedBy, Waiter
-from provider_proxy.batcher import Queue
-from provider_proxy.config_tables import BatchTable, Config, Listen, Tpm
 from provider_proxy.errors import ProviderProxyError, QuoteError
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
-from provider_proxy.recent import Recent
-from provider_proxy.status import StatusBoard
+from provider_proxy.evidence.model import HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
+from provider_proxy.host.batching.batch import Batch, SealedBy, Waiter
+from provider_proxy.host.batching.batcher import Queue
+from provider_proxy.host.config.tables import BatchTable, Config, Listen, Tpm
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.status.board import StatusBoard
+from provider_proxy.host.status.recent import Recent
 
 NONCE = "nonce-that-must-not-be-shown"
 TENANT = Tenant(name="acme", pcr_allow=0xFFFFFF)

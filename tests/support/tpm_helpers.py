@@ -35,11 +35,8 @@ from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_SE
 from tpm2_pytss.types import TPM2B_SENSITIVE_CREATE, TPMT_SYM_DEF
 
-from provider_proxy import attestation, daemon, inclusion, merkle
-from provider_proxy.config_tables import Admin, BatchTable, Config, Limits, Listen, Logs, Tpm
-from provider_proxy.daemon import Started
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import (
+from provider_proxy.evidence import attestation, inclusion
+from provider_proxy.evidence.model import (
     AttestationKey,
     HashAlg,
     InclusionProof,
@@ -48,14 +45,19 @@ from provider_proxy.model import (
     VerifiedQuote,
     pcrs_of,
 )
-from provider_proxy.quoters import esys
-from provider_proxy.quoters.esys import EsysQuoter
-from provider_proxy.tpm.broker import Broker
-from provider_proxy.tpm.chip import OpenContext
-from provider_proxy.tpm.chip import open_context as open_undisturbed
-from provider_proxy.tpm.disturb import Action, refusal
-from provider_proxy.tpm.faulty import FaultyContext
-from provider_proxy.wire import EvidenceEncoder
+from provider_proxy.evidence.wire import EvidenceEncoder
+from provider_proxy.host import daemon
+from provider_proxy.host.batching import merkle
+from provider_proxy.host.config.tables import Admin, BatchTable, Config, Limits, Listen, Logs, Tpm
+from provider_proxy.host.daemon import Started
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.quoters import local_tpm
+from provider_proxy.host.quoters.local_tpm import EsysQuoter
+from provider_proxy.host.tpm.chip import OpenContext
+from provider_proxy.host.tpm.chip import open_context as open_undisturbed
+from provider_proxy.testing.broker import Broker
+from provider_proxy.testing.disturb import Action, refusal
+from provider_proxy.testing.faulty import FaultyContext
 
 T = TypeVar("T")
 
@@ -368,8 +370,8 @@ def open_quoter(
     """A quoter on a chip; with faults, its own connection is what is disturbed."""
     settings = Tpm(tcti=tcti, max_duty=max_duty, ak_algorithm=ak_algorithm)
     if faults is None:
-        return esys.open_quoter(settings, state_dir, metrics or Metrics())
-    return esys.open_quoter(
+        return local_tpm.open_quoter(settings, state_dir, metrics or Metrics())
+    return local_tpm.open_quoter(
         settings, state_dir, metrics or Metrics(), open_context=faults.open_context
     )
 
@@ -470,7 +472,7 @@ async def daemon_over_context(
     def opened(config: Config, made: Metrics) -> AbstractAsyncContextManager[EsysQuoter]:
         if metrics is not None:
             metrics.append(made)
-        return esys.open_quoter(config.tpm, config.state_dir, made, open_context=open_context)
+        return local_tpm.open_quoter(config.tpm, config.state_dir, made, open_context=open_context)
 
     thresholds = gc.get_threshold()
     try:

@@ -17,10 +17,10 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from helpers import LIMIT_S, wait_until
+from places import HOOKS
 
-from provider_proxy.vtpm.requests import CertificateRequest, EkPublicKey
+from provider_proxy.host.vtpm.requests import CertificateRequest, EkPublicKey
 
-HOOKS = Path(__file__).resolve().parents[1] / "hooks"
 EKHOOK = HOOKS / "provider-proxy-ekhook"
 VMHOOK = HOOKS / "provider-proxy-vmhook"
 VM = uuid.UUID("8a1f0e5c-3f0b-4f6e-9a51-3d1c7a1e0001")

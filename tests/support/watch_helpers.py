@@ -15,16 +15,16 @@ import trio.testing
 from helpers import make_evidence
 
 from provider_proxy.errors import ProviderProxyError
-from provider_proxy.model import ClockState, QuoteRequest, TrustedHost
-from provider_proxy.query import parse_quote_query
-from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.watch_host import HostWatch, Setting, Shared, Trust
-from provider_proxy.watch_http import Endpoint
-from provider_proxy.watch_metrics import WatchMetrics
-from provider_proxy.watch_policy import PolicyFiles
-from provider_proxy.watch_reports import Report
-from provider_proxy.watch_state import StateStore
-from provider_proxy.watch_tables import HostRules
+from provider_proxy.evidence.model import ClockState, QuoteRequest, TrustedHost
+from provider_proxy.evidence.query import parse_quote_query
+from provider_proxy.tenant.watch.host import HostWatch, Setting, Shared, Trust
+from provider_proxy.tenant.watch.http import Endpoint
+from provider_proxy.tenant.watch.metrics import WatchMetrics
+from provider_proxy.tenant.watch.policy import PolicyFiles
+from provider_proxy.tenant.watch.reports import Report
+from provider_proxy.tenant.watch.store import StateStore
+from provider_proxy.tenant.watch.tables import HostRules
+from provider_proxy.testing.soft_tpm import SoftTpm
 
 
 def response(

@@ -16,10 +16,11 @@ from hashlib import sha256
 from pathlib import Path
 
 import provider_proxy
-from provider_proxy import errors, request_file
-from provider_proxy.model import QuoteRequest, parse_bank, parse_mask, parse_nonce
+from provider_proxy import errors
+from provider_proxy.evidence import request_file
+from provider_proxy.evidence.model import QuoteRequest, parse_bank, parse_mask, parse_nonce
 
-VECTORS = Path(__file__).parent / "vectors"
+VECTORS = Path(__file__).parents[1] / "vectors"
 
 
 def main() -> int:

@@ -27,31 +27,31 @@ from keylime_helpers import KeylimeVerifier as RealVerifier
 from keylime_helpers import Registrar, free_port, running_registrar, running_verifier
 from test_docs import code, fenced, read, rows
 from test_ek_check import KEYLIME_REFUSES, keylime_tenant
-from test_link import EK
+from test_vtpm_link import EK
 from tpm_helpers import daemon_over, plain_config, swtpm_at, tool
 
-from provider_proxy import ek_check, link_map
-from provider_proxy.attestation_key import parse_ak
-from provider_proxy.client import ProxyClient
-from provider_proxy.config_tables import Config, Logs, RegistrarTable, TenantRules
-from provider_proxy.config_values import IDENTITY_RE, read_identities
+from provider_proxy.common.settings.values import IDENTITY_RE, read_identities
 from provider_proxy.errors import (
     KeylimeRefusedError,
     PolicyError,
     SignatureError,
     VerificationError,
 )
-from provider_proxy.keylime import (
+from provider_proxy.evidence.model import HashAlg, TrustedHost, VerifiedQuote
+from provider_proxy.evidence.policy import UnsafeAcceptAny
+from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.evidence.verify import MemoryHistory, Verifier
+from provider_proxy.host.config.tables import Config, Logs, RegistrarTable, TenantRules
+from provider_proxy.tenant import ek_check, hosts_file
+from provider_proxy.tenant.client import ProxyClient
+from provider_proxy.tenant.keylime import (
     KeylimePolicies,
     KeylimeVerifier,
     RegisteredHost,
     check_host,
 )
-from provider_proxy.model import HashAlg, TrustedHost, VerifiedQuote
-from provider_proxy.pins import PinStore
-from provider_proxy.policy import UnsafeAcceptAny
-from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.verify import MemoryHistory, Verifier
+from provider_proxy.testing.soft_tpm import SoftTpm
+from provider_proxy.trust.pins import PinStore
 
 pytestmark = pytest.mark.real
 
@@ -421,4 +421,4 @@ def test_documented_retries_are_the_code_s() -> None:
     *most, last = map(str, ek_check.PASSING)
     text_ = read(DOC)
     assert f"the statuses {', '.join(most)} and {last}" in text_
-    assert f"`limit_s` ({link_map.DEFAULT_LIMIT_S:g} s where" in text_
+    assert f"`limit_s` ({hosts_file.DEFAULT_LIMIT_S:g} s where" in text_

@@ -1,6 +1,6 @@
 """The package on a host of its own: a guest with a TPM-CRB, the kernel's /dev/tpmrm0, IMA and systemd.
 
-    python packages/test_kvm.py PACKAGE
+    python tests/system/test_kvm.py PACKAGE
 
 Installs the package, lets the socket start the daemon at the first question from outside, verifies,
 replays the IMA list to the signed PCR 10, looks at what the unit's sandbox does, kills and halts the
@@ -114,7 +114,7 @@ def main() -> int:
     """Run all; the exit code says whether everything held."""
     package = Path(sys.argv[1]).resolve()
     depends = subprocess.run(
-        ["dpkg-deb", "-f", str(package), "Depends"],  # noqa: S607
+        ["dpkg-deb", "-f", str(package), "Depends"],
         capture_output=True,
         text=True,
         check=True,

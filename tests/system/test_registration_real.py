@@ -47,17 +47,17 @@ from tpm_helpers import (
     quote_once,
 )
 
-from provider_proxy import registrar_client, registration
-from provider_proxy.client import ProxyClient
-from provider_proxy.config_tables import Config, Listen, RegistrarTable, TenantRules
-from provider_proxy.credential import parse_challenge
-from provider_proxy.quoters.esys import EsysQuoter
-from provider_proxy.registrar_client import http_client, tls_context
-from provider_proxy.registration import Registration, TpmIdentity
-from provider_proxy.registration_state import State, Status, for_provider, for_tenant
-from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.tpm import gate
-from provider_proxy.tpm.disturb import Action
+from provider_proxy.host.config.tables import Config, Listen, RegistrarTable, TenantRules
+from provider_proxy.host.quoters.local_tpm import EsysQuoter
+from provider_proxy.host.registration import client, registration
+from provider_proxy.host.registration.client import http_client, tls_context
+from provider_proxy.host.registration.credential import parse_challenge
+from provider_proxy.host.registration.registration import Registration, TpmIdentity
+from provider_proxy.host.registration.state import State, Status, for_provider, for_tenant
+from provider_proxy.host.tpm import gate
+from provider_proxy.tenant.client import ProxyClient
+from provider_proxy.testing.disturb import Action
+from provider_proxy.testing.soft_tpm import SoftTpm
 
 pytestmark = pytest.mark.real
 
@@ -514,16 +514,14 @@ def test_documented_states_and_limits_are_the_code_s() -> None:
     assert codes(rows(DOC, "State", "Meaning", "What to do")) == [state.value for state in State]
     limits = {row[0]: row[1] for row in rows(DOC, "What", "Limit")}
     assert limits == {
-        "a call to a registrar, from connecting to the last byte": (
-            f"{registrar_client.CALL_LIMIT_S:g} s"
-        ),
-        "a registrar's answer": f"{registrar_client.MAX_BODY_BYTES >> 10} KiB",
+        "a call to a registrar, from connecting to the last byte": (f"{client.CALL_LIMIT_S:g} s"),
+        "a registrar's answer": f"{client.MAX_BODY_BYTES >> 10} KiB",
         "the chip's answer, waiting for its turn included": f"{registration.TPM_LIMIT_S:g} s",
     }
     text = read(DOC)
     assert f"is waited for, {registration.LOCK_LIMIT_S:g} s at most" in text
     assert f"comes after {registration.FIRST_RETRY_S:g} s, doubling" in text
-    oldest, newest = registrar_client.OLDEST, registrar_client.NEWEST
+    oldest, newest = client.OLDEST, client.NEWEST
     assert "newest of {}.{} to {}.{} is".format(*oldest, *newest) in text
 
 

@@ -45,11 +45,11 @@ from tpm_helpers import (
 )
 
 from provider_proxy.errors import VerificationError
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import AttestationKey
-from provider_proxy.tpm.disturb import Action
-from provider_proxy.tpm.faulty import FaultyContext
-from provider_proxy.verify import Challenge
+from provider_proxy.evidence.model import AttestationKey
+from provider_proxy.evidence.verify import Challenge
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.testing.disturb import Action
+from provider_proxy.testing.faulty import FaultyContext
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "8"))
 RECOVERY_S = 2.0  # of which so much is left for the end

@@ -12,10 +12,10 @@ import pytest
 from helpers import get, serving, trusted_ak, wait_until
 from libvirt_helpers import OPT_IN, LibvirtHost, libvirt_host, run, virsh
 
-from provider_proxy.model import TrustedHost
-from provider_proxy.policy import UnsafeAcceptAny
-from provider_proxy.query import encode_quote_query
-from provider_proxy.verify import MemoryHistory, Verifier, new_challenge
+from provider_proxy.evidence.model import TrustedHost
+from provider_proxy.evidence.policy import UnsafeAcceptAny
+from provider_proxy.evidence.query import encode_quote_query
+from provider_proxy.evidence.verify import MemoryHistory, Verifier, new_challenge
 
 pytestmark = OPT_IN
 

@@ -56,13 +56,13 @@ from vtpm_helpers import (
     vtpm_toml,
 )
 
-from provider_proxy import daemon
-from provider_proxy.config import parse_config
-from provider_proxy.model import TrustedHost
-from provider_proxy.policy import UnsafeAcceptAny
-from provider_proxy.verify import MemoryHistory, Verifier, new_challenge
-from provider_proxy.vtpm import readback
-from provider_proxy.vtpm.requests import CertificateRequest
+from provider_proxy.evidence.model import TrustedHost
+from provider_proxy.evidence.policy import UnsafeAcceptAny
+from provider_proxy.evidence.verify import MemoryHistory, Verifier, new_challenge
+from provider_proxy.host import daemon
+from provider_proxy.host.config.load import parse_config
+from provider_proxy.host.vtpm import readback
+from provider_proxy.host.vtpm.requests import CertificateRequest
 
 SWTPM_USER = "tss"
 NOBODY = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups")

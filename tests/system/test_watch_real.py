@@ -30,14 +30,14 @@ from tpm_helpers import daemon_over, plain_config, swtpm_at, tool
 
 from provider_proxy.cli import watch as cli_watch
 from provider_proxy.cli.main import run as command
-from provider_proxy.config_tables import Listen, Logs, TenantRules
 from provider_proxy.errors import HostError
-from provider_proxy.pins import PinStore
-from provider_proxy.tpm.broker import Broker
-from provider_proxy.watch import State
-from provider_proxy.watch_config import load_watch_config
-from provider_proxy.watch_reports import SIGNATURE_HEADER, TIMESTAMP_HEADER, sign
-from provider_proxy.watcher import Watcher
+from provider_proxy.host.config.tables import Listen, Logs, TenantRules
+from provider_proxy.tenant.watch.config import load_watch_config
+from provider_proxy.tenant.watch.reports import SIGNATURE_HEADER, TIMESTAMP_HEADER, sign
+from provider_proxy.tenant.watch.states import State
+from provider_proxy.tenant.watch.watcher import Watcher
+from provider_proxy.testing.broker import Broker
+from provider_proxy.trust.pins import PinStore
 
 pytestmark = [
     pytest.mark.real,

@@ -18,10 +18,6 @@ import pytest
 import trio
 from helpers import FAKE_EK, HOST_UUID, LIMIT_S, FakeQuoter, daemon_with, make_certs, make_evidence
 
-from provider_proxy import client as client_module
-from provider_proxy.attestation_key import parse_ak
-from provider_proxy.client import ClaimedIdentity, ClaimedRegistration, ProxyClient
-from provider_proxy.config_tables import BatchTable, Config, Listen, Logs
 from provider_proxy.errors import (
     EvidenceFormatError,
     PolicyError,
@@ -30,12 +26,16 @@ from provider_proxy.errors import (
     SignatureError,
     UsageError,
 )
-from provider_proxy.model import HashAlg, Nonce, PcrMask, QuoteRequest, TrustedHost
-from provider_proxy.policy import PcrPolicy, UnsafeAcceptAny
-from provider_proxy.query import parse_quote_query
-from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.verify import MemoryHistory, Verifier
-from provider_proxy.wire import MAX_EVIDENCE_BYTES
+from provider_proxy.evidence.model import HashAlg, Nonce, PcrMask, QuoteRequest, TrustedHost
+from provider_proxy.evidence.policy import PcrPolicy, UnsafeAcceptAny
+from provider_proxy.evidence.query import parse_quote_query
+from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.evidence.verify import MemoryHistory, Verifier
+from provider_proxy.evidence.wire import MAX_EVIDENCE_BYTES
+from provider_proxy.host.config.tables import BatchTable, Config, Listen, Logs
+from provider_proxy.tenant import client as client_module
+from provider_proxy.tenant.client import ClaimedIdentity, ClaimedRegistration, ProxyClient
+from provider_proxy.testing.soft_tpm import SoftTpm
 
 T = TypeVar("T")
 Answer = Callable[[httpx.Request], httpx.Response]

@@ -22,19 +22,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from evidence_factory import VM
 from helpers import FakeQuoter, command, make_answer
 from keylime_helpers import PYTHON, keylime_environment
-from test_link import EK, OTHER_EK, claims_bytes
-from test_server import make_door
+from test_tenant_api import make_door
+from test_vtpm_link import EK, OTHER_EK, claims_bytes
 
 from provider_proxy import VtpmLink, ek_digest
-from provider_proxy.attestation_key import parse_public
-from provider_proxy.batcher import Batcher
-from provider_proxy.client import ProxyClient
-from provider_proxy.ek_check import (
-    MAX_VARIABLE_CHARS,
-    GoodAgent,
-    check_agent,
-    read_environment,
-)
+from provider_proxy.common.files import demand_ours
 from provider_proxy.errors import (
     EkNotLinkedError,
     HostError,
@@ -49,20 +41,31 @@ from provider_proxy.errors import (
     VmNotRunningError,
     WrongVmError,
 )
-from provider_proxy.files import demand_ours
-from provider_proxy.link_map import HostEntry, load_link_map, parse_link_map
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import QuoteRequest, Tenant
-from provider_proxy.pins import PinStore
-from provider_proxy.policy import PcrPolicy
-from provider_proxy.query import parse_quote_query
-from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.waiting_room import BatchSettings
+from provider_proxy.evidence.model import QuoteRequest, Tenant, mask_of
+from provider_proxy.evidence.policy import PcrPolicy
+from provider_proxy.evidence.query import parse_quote_query
+from provider_proxy.evidence.tpm_keys import parse_public
+from provider_proxy.host.batching.batcher import Batcher
+from provider_proxy.host.batching.queue import BatchSettings
+from provider_proxy.host.config.tables import DEFAULT_ISOLATED
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.tenant.client import ProxyClient
+from provider_proxy.tenant.ek_check import (
+    MAX_VARIABLE_CHARS,
+    GoodAgent,
+    check_agent,
+    read_environment,
+)
+from provider_proxy.tenant.hosts_file import HostEntry, load_link_map, parse_link_map
+from provider_proxy.testing.soft_tpm import SoftTpm
+from provider_proxy.trust.pins import PinStore
 
 GOOD, REFUSED, USAGE, ENVIRONMENT = 0, 1, 2, 3
 KEYLIME_REFUSES = 7  # of KEYLIME_TENANT, below
 AGENT = "d432fbb3-d2f1-4a97-9ef7-75bd81c00000"
 FIRMWARE = sha256(b"firmware").digest()
+
+ISOLATED = mask_of(DEFAULT_ISOLATED)
 
 
 def pem_of(public: bytes) -> str:
@@ -420,7 +423,7 @@ async def test_a_disk_that_takes_nothing_refuses(
         raise HostError("the disk is full")
 
     site = Site(tmp_path, one=[claiming()])
-    monkeypatch.setattr("provider_proxy.pins.write_private", full)
+    monkeypatch.setattr("provider_proxy.trust.pins.write_private", full)
     await site.refused(HostError, "disk is full")
 
 
@@ -535,7 +538,7 @@ async def hosts(tmp_path: Path) -> AsyncIterator[Hosts]:
         for name, tpm in made.tpms.items():
             batcher = Batcher(
                 FakeQuoter(tpm),
-                BatchSettings(window_s=0),
+                BatchSettings(isolate_mask=ISOLATED, window_s=0),
                 Metrics(),
                 claims=made.claims_of(name),
             )

@@ -10,7 +10,6 @@ import httpx
 import pytest
 from helpers import make_evidence
 
-from provider_proxy.client import ProxyClient
 from provider_proxy.errors import (
     InclusionError,
     KeylimeRefusedError,
@@ -20,17 +19,18 @@ from provider_proxy.errors import (
     UsageError,
     VerificationError,
 )
-from provider_proxy.keylime import (
+from provider_proxy.evidence.model import TrustedHost, VerifiedQuote
+from provider_proxy.evidence.policy import UnsafeAcceptAny
+from provider_proxy.evidence.query import parse_quote_query
+from provider_proxy.evidence.verify import MemoryHistory, Verifier
+from provider_proxy.tenant.client import ProxyClient
+from provider_proxy.tenant.keylime import (
     KeylimePolicies,
     KeylimeVerifier,
     RegisteredHost,
     check_host,
 )
-from provider_proxy.model import TrustedHost, VerifiedQuote
-from provider_proxy.policy import UnsafeAcceptAny
-from provider_proxy.query import parse_quote_query
-from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.verify import MemoryHistory, Verifier
+from provider_proxy.testing.soft_tpm import SoftTpm
 
 GOOD = {"0": ["00" * 32]}
 EK = b"\x00\x04fake"
@@ -182,7 +182,7 @@ async def test_anything_but_a_clear_yes_is_no(name: str) -> None:
 
 
 async def test_a_long_answer_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("provider_proxy.keylime.MAX_ANSWER_BYTES", 10)
+    monkeypatch.setattr("provider_proxy.tenant.keylime.MAX_ANSWER_BYTES", 10)
     with pytest.raises(ReplyError, match="larger than 10 bytes"):
         await Site().check()
 

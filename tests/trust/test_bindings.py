@@ -25,20 +25,10 @@ from helpers import HOST_UUID, make_evidence, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keylime_helpers import Registrar, running_registrar
+from places import DOCS
 from soft_ek import NOW, Authority, SoftHost, ek_certificate, rsa_ek
 
-from provider_proxy import agent_records, bindings
-from provider_proxy.attestation_key import parse_public
 from provider_proxy.bench import bindings as bench
-from provider_proxy.bindings import (
-    Binding,
-    KnownEk,
-    RegistrarBindings,
-    UnsafeAnyEk,
-    ttl_from_environment,
-)
-from provider_proxy.client import ProxyClient
-from provider_proxy.ek_chain import EkStore
 from provider_proxy.errors import (
     BindingError,
     ConfigError,
@@ -50,11 +40,23 @@ from provider_proxy.errors import (
     UntrustedEkError,
     UsageError,
 )
-from provider_proxy.pins import PinStore
-from provider_proxy.policy import UnsafeAcceptAny
-from provider_proxy.query import parse_quote_query
-from provider_proxy.soft_tpm import AK_ATTRIBUTES, EK_ATTRIBUTES, SoftTpm, encode_public
-from provider_proxy.verify import Verifier, new_challenge
+from provider_proxy.evidence.policy import UnsafeAcceptAny
+from provider_proxy.evidence.query import parse_quote_query
+from provider_proxy.evidence.tpm_keys import parse_public
+from provider_proxy.evidence.verify import Verifier, new_challenge
+from provider_proxy.tenant.client import ProxyClient
+from provider_proxy.testing.soft_tpm import AK_ATTRIBUTES, EK_ATTRIBUTES, SoftTpm, encode_public
+from provider_proxy.trust import bindings
+from provider_proxy.trust import registrar as agent_records
+from provider_proxy.trust.bindings import (
+    Binding,
+    KnownEk,
+    RegistrarBindings,
+    UnsafeAnyEk,
+    ttl_from_environment,
+)
+from provider_proxy.trust.ek_chain import EkStore
+from provider_proxy.trust.pins import PinStore
 
 RESTRICTED, FIXED_TPM, DECRYPT = 1 << 16, 1 << 1, 1 << 17
 TTL_S = 300.0
@@ -425,7 +427,7 @@ def test_the_documented_program(
     fake: FakeRegistrar, tenant: Tenant, run: Run, tmp_path: Path
 ) -> None:
     """The Python block of docs/bindings.md, run as it stands."""
-    text = (Path(__file__).parents[1] / "docs/bindings.md").read_text()
+    text = (DOCS / "bindings.md").read_text()
     (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     program: dict[str, Any] = {}
     exec(block, program)

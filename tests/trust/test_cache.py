@@ -11,7 +11,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from provider_proxy.errors import NotRegisteredError, ParameterError, ProviderProxyError, ReplyError
-from provider_proxy.single_flight import SingleFlightCache
+from provider_proxy.trust.cache import SingleFlightCache
 
 TTL_S, ERROR_TTL_S = 300.0, 5.0
 CALLERS = 10

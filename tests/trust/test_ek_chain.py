@@ -17,10 +17,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from soft_ek import DAY, FOREVER, NOW, Authority, ek_certificate, key_usage, rsa_ek
 
-from provider_proxy import ek_chain
-from provider_proxy.ek_chain import EK_PURPOSE, EkStore, EndorsementKey, check_chain, utc_now
 from provider_proxy.errors import HostError, UntrustedEkError, UsageError
-from provider_proxy.soft_tpm import encode_ek
+from provider_proxy.testing.soft_tpm import encode_ek
+from provider_proxy.trust import ek_chain
+from provider_proxy.trust.ek_chain import EK_PURPOSE, EkStore, EndorsementKey, check_chain, utc_now
 
 ROOT = Authority("vendor root")
 ISSUING = Authority("vendor issuing", ROOT, pathlen=0)

@@ -33,11 +33,11 @@ from provider_proxy.errors import (
     UntrustedAkError,
     UsageError,
 )
-from provider_proxy.model import ClockState, VerifiedQuote
-from provider_proxy.pins import PinnedHost, PinStore
-from provider_proxy.policy import UnsafeAcceptAny
-from provider_proxy.soft_tpm import AK_ATTRIBUTES, SoftTpm, encode_ek, encode_public
-from provider_proxy.verify import Challenge, Verifier, new_challenge
+from provider_proxy.evidence.model import ClockState, VerifiedQuote
+from provider_proxy.evidence.policy import UnsafeAcceptAny
+from provider_proxy.evidence.verify import Challenge, Verifier, new_challenge
+from provider_proxy.testing.soft_tpm import AK_ATTRIBUTES, SoftTpm, encode_ek, encode_public
+from provider_proxy.trust.pins import PinnedHost, PinStore
 
 LABEL = "host-17"
 

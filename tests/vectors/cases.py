@@ -8,7 +8,7 @@ from typing import Any
 
 from evidence_factory import SealedBatch, envelope, pcr_blob, quote_text
 
-from provider_proxy.model import ClockState, PcrValues, QuoteRequest
+from provider_proxy.evidence.model import ClockState, PcrValues, QuoteRequest
 
 NOTES = {
     "Batch": "A batch of the size that the comment tells.",

@@ -16,7 +16,7 @@ from typing import Any
 
 from evidence_factory import VM, FixedTpm
 
-from provider_proxy.model import ClockState, HashAlg
+from provider_proxy.evidence.model import ClockState, HashAlg
 from vectors import ak_cases, link_cases, proof_cases, quote_cases, reply_cases, request_cases
 from vectors.cases import NOTES, Case
 

@@ -23,7 +23,7 @@ from evidence_factory import (
     rsa_key,
 )
 
-from provider_proxy.model import HashAlg, Nonce, PcrMask, Quote, QuoteRequest
+from provider_proxy.evidence.model import HashAlg, Nonce, PcrMask, Quote, QuoteRequest
 from vectors.cases import MISSING, flip
 
 CLAIMS = "ClaimsError"

@@ -22,7 +22,7 @@ from evidence_factory import (
     tpm2b,
 )
 
-from provider_proxy.model import HashAlg
+from provider_proxy.evidence.model import HashAlg
 from vectors.cases import Base, Case, flip
 
 FORMAT = "EvidenceFormatError"

@@ -14,7 +14,7 @@ from evidence_factory import (
     seal,
 )
 
-from provider_proxy.model import HashAlg, PcrValues
+from provider_proxy.evidence.model import HashAlg, PcrValues
 from vectors.cases import MISSING, Base, Case, flip
 
 FORMAT = "EvidenceFormatError"

@@ -19,8 +19,8 @@ from evidence_factory import (
     seal_with_claims,
 )
 
-from provider_proxy.model import ClockState, HashAlg, Nonce, PcrMask
-from provider_proxy.soft_tpm import AK_ATTRIBUTES, encode_public
+from provider_proxy.evidence.model import ClockState, HashAlg, Nonce, PcrMask
+from provider_proxy.testing.soft_tpm import AK_ATTRIBUTES, encode_public
 from vectors.cases import Base, Case
 
 SIGNATURE = "SignatureError"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from provider_proxy.config_values import Reader, fail
+from provider_proxy.common.settings.values import Reader, fail
 from provider_proxy.errors import ConfigError
 
 C = TypeVar("C")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from provider_proxy.common.files import credentials_directory
 from provider_proxy.errors import ConfigError
-from provider_proxy.files import credentials_directory
-from provider_proxy.model import PCR_COUNT, HashAlg, mask_of
+from provider_proxy.evidence.model import PCR_COUNT, HashAlg, mask_of
 
 Reader = Callable[[str, Any], Any]
 

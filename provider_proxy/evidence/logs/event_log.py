@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from provider_proxy.errors import LogError, UsageError
-from provider_proxy.model import PCR_COUNT, HashAlg, VerifiedQuote, pcrs_of
+from provider_proxy.evidence.model import PCR_COUNT, HashAlg, VerifiedQuote, pcrs_of
 
 MAX_LOG_BYTES = 4 * 1024 * 1024  # samples have 50 kB; the proxy sends 1 MiB at most
 MAX_EVENTS = 50_000  # samples have 100

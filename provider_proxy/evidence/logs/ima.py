@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from provider_proxy.errors import LogError
-from provider_proxy.model import HashAlg
+from provider_proxy.evidence.model import HashAlg
 
 IMA_PCR = 10
 MAX_LINE_CHARS = (

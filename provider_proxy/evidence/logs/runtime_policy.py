@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from provider_proxy.errors import UsageError
-from provider_proxy.ima import BUFFER, ImaEntry, shown
+from provider_proxy.evidence.logs.ima import BUFFER, ImaEntry, shown
 
 BOOT_AGGREGATE = "boot_aggregate"
 

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from importlib import resources
 
-from provider_proxy.config import is_loopback
+from provider_proxy.common.settings.values import is_loopback
 from provider_proxy.errors import WrongHostError
-from provider_proxy.http_messages import HTML, TEXT, Request, Response
-from provider_proxy.metrics import Metrics
-from provider_proxy.server import Registrations, no_query, route
-from provider_proxy.wire import encode_envelope
+from provider_proxy.evidence.wire import encode_envelope
+from provider_proxy.host.api.tenant import Registrations, no_query, route
+from provider_proxy.host.http.messages import HTML, TEXT, Request, Response
+from provider_proxy.host.metrics import Metrics
 
 PAGE = "status.html"
 _INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)

@@ -20,11 +20,11 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
-from provider_proxy.config_tables import Listen, TenantRules
+from provider_proxy.common.files import read_file
 from provider_proxy.errors import HostError, UnknownTenantError
-from provider_proxy.files import read_file
-from provider_proxy.http_messages import Peer
-from provider_proxy.model import Tenant
+from provider_proxy.evidence.model import Tenant
+from provider_proxy.host.config.tables import Listen, TenantRules
+from provider_proxy.host.http.messages import Peer
 
 MAX_CRL_BYTES = 16 * 1024 * 1024  # some 400,000 serials
 MAX_CERT_BYTES = 64 * 1024

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import trio
 
 from provider_proxy.errors import TenantLimitError
-from provider_proxy.model import Tenant
+from provider_proxy.evidence.model import Tenant
 
 LOG_BYTES_PER_S = 2 * 1024 * 1024  # an IMA list of 15,000 lines a second, whatever the rate
 LOG_BURST_BYTES = 32 * 1024 * 1024  # so that a long list can be fetched in one go

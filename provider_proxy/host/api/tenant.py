@@ -13,7 +13,6 @@ from typing import Protocol, TypeVar
 
 import trio
 
-from provider_proxy.batch import Answer
 from provider_proxy.errors import (
     DeadlineError,
     MethodError,
@@ -22,12 +21,13 @@ from provider_proxy.errors import (
     ProviderProxyError,
     UnknownTenantError,
 )
-from provider_proxy.http_messages import Peer, Request, Response
-from provider_proxy.model import HashAlg, QuoteRequest, Tenant
-from provider_proxy.query import parse_quote_query
-from provider_proxy.quotas import Quotas
-from provider_proxy.recent import STRANGERS
-from provider_proxy.wire import FORMAT, encode_envelope
+from provider_proxy.evidence.model import HashAlg, QuoteRequest, Tenant
+from provider_proxy.evidence.query import parse_quote_query
+from provider_proxy.evidence.wire import FORMAT, encode_envelope
+from provider_proxy.host.api.quotas import Quotas
+from provider_proxy.host.batching.batch import Answer
+from provider_proxy.host.http.messages import Peer, Request, Response
+from provider_proxy.host.status.recent import STRANGERS
 
 API_VERSION = "1.0"
 IMA_PCR = 10

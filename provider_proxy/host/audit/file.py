@@ -15,10 +15,15 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from provider_proxy.audit import MAX_LINE_BYTES, AuditRecord, encode_record, parse_record
 from provider_proxy.errors import EvidenceFormatError, HostError
+from provider_proxy.host.audit.records import (
+    MAX_LINE_BYTES,
+    AuditRecord,
+    encode_record,
+    parse_record,
+)
 
-log = logging.getLogger("provider_proxy.audit")  # records without a file go there too
+log = logging.getLogger("provider_proxy.host.audit.records")  # records without a file go there too
 
 DEFAULT_MAX_BYTES = 64 << 20  # some 50,000 records a file
 DEFAULT_KEEP = 8
@@ -32,7 +37,7 @@ class AuditLog:
     The file is opened anew for each batch, so that it may be moved or removed at any time.
 
     Args:
-        path: the file; None for the logger "provider_proxy.audit", at INFO.
+        path: the file; None for the logger "provider_proxy.host.audit.records", at INFO.
         max_bytes: the file grows no further, but for a batch that alone is larger.
         keep: how many older files stay, `path.1` the youngest.
         in_worker: runs the append; a thread, but for tests of timing.

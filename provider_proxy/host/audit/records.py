@@ -18,13 +18,9 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from provider_proxy import attestation, inclusion
-from provider_proxy.errors import (
-    EvidenceFormatError,
-    InclusionError,
-    ParameterError,
-)
-from provider_proxy.model import (
+from provider_proxy.errors import EvidenceFormatError, InclusionError, ParameterError
+from provider_proxy.evidence import attestation, inclusion
+from provider_proxy.evidence.model import (
     HASH_BYTES,
     MAX_TREE_SIZE,
     SALT_BYTES,
@@ -39,10 +35,10 @@ from provider_proxy.model import (
     parse_bank,
     parse_mask,
 )
-from provider_proxy.wire import PATH_LIMIT, Fields, parse_json_object
+from provider_proxy.evidence.wire import PATH_LIMIT, Fields, parse_json_object
 
 if TYPE_CHECKING:
-    from provider_proxy.batch import Batch
+    from provider_proxy.host.batching.batch import Batch
 
 FORMAT = "provider-proxy/audit/1"
 REQUEST_LABEL = b"provider-proxy/audit-request/1\x00"

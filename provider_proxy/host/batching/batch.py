@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import trio
 
-from provider_proxy import attestation, inclusion, merkle
 from provider_proxy.errors import ProviderProxyError
-from provider_proxy.model import (
+from provider_proxy.evidence import attestation, inclusion
+from provider_proxy.evidence.model import (
     SALT_BYTES,
     AttestationKey,
     HashAlg,
@@ -26,8 +26,9 @@ from provider_proxy.model import (
     RootHash,
     Tenant,
 )
-from provider_proxy.verify import check_covered, check_request_in_quote
-from provider_proxy.wire import EvidenceEncoder
+from provider_proxy.evidence.verify import check_covered, check_request_in_quote
+from provider_proxy.evidence.wire import EvidenceEncoder
+from provider_proxy.host.batching import merkle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,9 +22,6 @@ from typing import Any, Protocol
 
 import trio
 
-from provider_proxy import inclusion
-from provider_proxy.batch import Answer, Batch, SealedBy, Waiter, check_batch, plant_tree
-from provider_proxy.batch_report import report
 from provider_proxy.errors import (
     ClientGoneError,
     DeadlineError,
@@ -38,10 +35,27 @@ from provider_proxy.errors import (
     ServiceError,
     VerificationError,
 )
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import AttestationKey, HashAlg, HostLogs, Quote, QuoteRequest, Tenant
-from provider_proxy.waiting_room import BatchSettings, WaitingRoom
-from provider_proxy.wire import EvidenceEncoder
+from provider_proxy.evidence import inclusion
+from provider_proxy.evidence.model import (
+    AttestationKey,
+    HashAlg,
+    HostLogs,
+    Quote,
+    QuoteRequest,
+    Tenant,
+)
+from provider_proxy.evidence.wire import EvidenceEncoder
+from provider_proxy.host.batching.batch import (
+    Answer,
+    Batch,
+    SealedBy,
+    Waiter,
+    check_batch,
+    plant_tree,
+)
+from provider_proxy.host.batching.queue import BatchSettings, WaitingRoom
+from provider_proxy.host.batching.report import report
+from provider_proxy.host.metrics import Metrics
 
 STOPPED = "the proxy stopped while it worked on this"
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import merklelib.merkle
 
-from provider_proxy import inclusion
-from provider_proxy.model import HASH_BYTES, RootHash
+from provider_proxy.evidence import inclusion
+from provider_proxy.evidence.model import HASH_BYTES, RootHash
 
 if not hasattr(collections, "Iterable"):
     merklelib.merkle.collections = types.SimpleNamespace(

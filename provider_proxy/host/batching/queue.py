@@ -12,14 +12,13 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from provider_proxy.batch import BatchKey, Waiter
 from provider_proxy.errors import OverloadedError, ParameterError, TenantLimitError
-from provider_proxy.model import QuoteRequest, Tenant, mask_of
+from provider_proxy.evidence.model import QuoteRequest, Tenant
+from provider_proxy.host.batching.batch import BatchKey, Waiter
 
 MAX_LINES = 64  # (bank, isolation class, allowed PCRs) in use at once, over all tenants
 MAX_LINES_PER_TENANT = 2  # so that one tenant's many masks cannot take the chip's turns
 TRY_AGAIN_S = 2.0
-DEFAULT_ISOLATED = (10, 11, 12, 13, 14, 15, 16, 23)  # they move, can be reset, or upset Keylime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +34,7 @@ class BatchSettings:
 
     window_s: float = 0.05
     max_leaves: int = 1024
-    isolate_mask: int = mask_of(DEFAULT_ISOLATED)
+    isolate_mask: int
     max_queue: int = 8192
 
 

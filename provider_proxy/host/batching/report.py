@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 
-from provider_proxy.batch import Batch
+from provider_proxy.common.log import Event
 from provider_proxy.errors import SelfCheckError
-from provider_proxy.journal import Event
-from provider_proxy.metrics import Metrics
+from provider_proxy.host.batching.batch import Batch
+from provider_proxy.host.metrics import Metrics
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("provider_proxy.batch_report")  # documented: follows no module
 
 
 def report(batch: Batch, metrics: Metrics) -> None:

@@ -16,10 +16,10 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from provider_proxy.config_files import Document, Origin, overlay
-from provider_proxy.config_tables import TABLES, Config
-from provider_proxy.config_values import Reader
+from provider_proxy.common.settings.values import Reader
 from provider_proxy.errors import ConfigError
+from provider_proxy.host.config.files import Document, Origin, overlay
+from provider_proxy.host.config.tables import TABLES, Config
 
 PREFIX = "PROVIDER_PROXY_"
 MAX_VALUE_CHARS = 4096  # PATH_MAX, the longest value that means something

@@ -12,25 +12,20 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
-from provider_proxy.config_env import apply_environment
-from provider_proxy.config_files import DEFAULT, Document, Origin, read_document
-from provider_proxy.config_registrars import check_registrars
-from provider_proxy.config_schema import read_table
-from provider_proxy.config_tables import (
+from provider_proxy.common.settings.schema import read_table
+from provider_proxy.common.settings.values import fail, is_loopback
+from provider_proxy.errors import ConfigError
+from provider_proxy.host.config.environment import apply_environment
+from provider_proxy.host.config.files import DEFAULT, Document, Origin, read_document
+from provider_proxy.host.config.registrars import check_registrars
+from provider_proxy.host.config.tables import (
     KEYLIME_AGENT,
     NAMED_TABLES,
     TABLES,
     Config,
     TenantRules,
 )
-from provider_proxy.config_values import fail
-from provider_proxy.config_values import is_loopback as is_loopback
-from provider_proxy.errors import ConfigError
-from provider_proxy.files import read_secret as read_secret
-
-C = TypeVar("C")
 
 EMBEDDED = "embedded"
 NAME_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)  # no ':', see tenants.py

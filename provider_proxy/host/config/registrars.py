@@ -10,9 +10,9 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 
-from provider_proxy.config_tables import RegistrarTable
-from provider_proxy.config_values import IDENTITY_RE
+from provider_proxy.common.settings.values import IDENTITY_RE
 from provider_proxy.errors import ConfigError
+from provider_proxy.host.config.tables import RegistrarTable
 
 
 def agent_id_of(name: str, table: RegistrarTable, host_uuid: uuid.UUID) -> str:

@@ -10,11 +10,11 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from provider_proxy import journal
-from provider_proxy.config_schema import setting, table_of
-from provider_proxy.config_values import (
+from provider_proxy.common import log as journal
+from provider_proxy.common.settings.schema import setting, table_of
+from provider_proxy.common.settings.values import (
     integer,
     number,
     number_of,
@@ -34,15 +34,13 @@ from provider_proxy.config_values import (
     read_uuid,
     read_uuids,
 )
-from provider_proxy.model import PCR_COUNT, HashAlg, mask_of
-from provider_proxy.waiting_room import DEFAULT_ISOLATED
-
-C = TypeVar("C")
+from provider_proxy.evidence.model import PCR_COUNT, HashAlg, mask_of
 
 DEFAULT_STATE_DIR = "/var/lib/provider-proxy"
 DEFAULT_IMA_LOG = "/sys/kernel/security/ima/ascii_runtime_measurements"
 DEFAULT_UEFI_LOG = "/sys/kernel/security/tpm0/binary_bios_measurements"
 KEYLIME_AGENT = "keylime-agent"
+DEFAULT_ISOLATED = (10, 11, 12, 13, 14, 15, 16, 23)  # they move, can be reset, or upset Keylime
 ALL_BUT_IMA = tuple(pcr for pcr in range(PCR_COUNT) if pcr != 10)
 
 

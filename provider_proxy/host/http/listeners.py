@@ -11,9 +11,10 @@ from pathlib import Path
 
 import trio
 
-from provider_proxy.config import is_loopback, split_address
-from provider_proxy.config_tables import Listen
+from provider_proxy.common.settings.values import is_loopback
 from provider_proxy.errors import ConfigError, HostError
+from provider_proxy.host.config.load import split_address
+from provider_proxy.host.config.tables import Listen
 
 BACKLOG = 1024  # a burst of tenants that all begin at once; the kernel caps it at somaxconn
 UNIX_SOCKET_MODE = 0o660

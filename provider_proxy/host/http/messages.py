@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import h11
 
 from provider_proxy.errors import ProviderProxyError, RequestError, ServiceError
-from provider_proxy.wire import encode_envelope
+from provider_proxy.evidence.wire import encode_envelope
 
 MAX_TARGET_CHARS = 2048
 JOIN_BYTES = 64 * 1024  # one write for what is small; an IMA list is not copied once more

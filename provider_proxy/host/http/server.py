@@ -28,7 +28,7 @@ import h11
 import trio
 
 from provider_proxy.errors import DeadlineError, ProviderProxyError
-from provider_proxy.http_messages import (
+from provider_proxy.host.http.messages import (
     REASONS,
     Handler,
     Observer,

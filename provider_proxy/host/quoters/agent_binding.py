@@ -15,9 +15,6 @@ from pathlib import Path
 
 import httpx
 
-from provider_proxy.bindings import Binding, EkJudge, RegistrarBindings, UnsafeAnyEk
-from provider_proxy.config_tables import KeylimeAgent
-from provider_proxy.ek_chain import EkStore
 from provider_proxy.errors import (
     AkChangedError,
     HostError,
@@ -26,13 +23,16 @@ from provider_proxy.errors import (
     UsageError,
     VerificationError,
 )
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import HashAlg
-from provider_proxy.pins import PinStore
-from provider_proxy.quoters import keylime_agent
-from provider_proxy.quoters.agent_http import AgentClient, pinned_context
-from provider_proxy.quoters.keylime_agent import AgentBinding, AgentQuoter
-from provider_proxy.quoters.opening import HostIdentity, uuid_of_ek
+from provider_proxy.evidence.model import HashAlg
+from provider_proxy.host.config.tables import KeylimeAgent
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.quoters import keylime_agent
+from provider_proxy.host.quoters.agent_http import AgentClient, pinned_context
+from provider_proxy.host.quoters.keylime_agent import AgentBinding, AgentQuoter
+from provider_proxy.host.quoters.tpm_opener import HostIdentity, uuid_of_ek
+from provider_proxy.trust.bindings import Binding, EkJudge, RegistrarBindings, UnsafeAnyEk
+from provider_proxy.trust.ek_chain import EkStore
+from provider_proxy.trust.pins import PinStore
 
 PINS = "agent-pins"  # below state_dir
 REGISTRAR_S = 30.0

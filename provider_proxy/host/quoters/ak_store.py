@@ -11,10 +11,9 @@ import json
 import secrets
 from pathlib import Path
 
-from provider_proxy.config import read_secret
+from provider_proxy.common.files import read_secret, write_private
 from provider_proxy.errors import EvidenceFormatError, HostError
-from provider_proxy.files import write_private
-from provider_proxy.wire import Fields, parse_json_object
+from provider_proxy.evidence.wire import Fields, parse_json_object
 
 AUTH_BYTES = 32  # as long as the AK's name algorithm: the most that a TPM keeps of an authValue
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import trio
 
-from provider_proxy.config import read_secret
-from provider_proxy.config_tables import Tpm
+from provider_proxy.common.files import read_secret
 from provider_proxy.errors import HostError, QuoteError
-from provider_proxy.quoters.ak_store import AkStore
-from provider_proxy.quoters.esys import EsysQuoter
-from provider_proxy.tpm import ca_key, keys
+from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.quoters.ak_store import AkStore
+from provider_proxy.host.quoters.local_tpm import EsysQuoter
+from provider_proxy.host.tpm import ca_key, keys
 
 KEY_FILE = "vtpm-ca-key.json"
 OPEN_LIMIT_S = 120.0  # an EC key is made within a second or two, behind whoever uses the chip

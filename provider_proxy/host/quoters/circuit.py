@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from provider_proxy.errors import AkChangedError, HostError
-from provider_proxy.metrics import Metrics
+from provider_proxy.host.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

@@ -19,16 +19,16 @@ from dataclasses import dataclass
 
 import trio
 
-from provider_proxy import attestation
 from provider_proxy.errors import AkChangedError, QuoteError, VerificationError
-from provider_proxy.hostlogs import MAX_LIST_BYTES, lines_of, share_out
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import AttestationKey, HashAlg, HostLogs, Quote, QuoteRequest
-from provider_proxy.quoters.agent_http import AgentClient, AgentError, AgentReply
-from provider_proxy.quoters.circuit import PROBE_S, Circuit
-from provider_proxy.quoters.opening import HostIdentity
-from provider_proxy.tpm.ladder import Step, wait_s
-from provider_proxy.tpm.pace import Pace
+from provider_proxy.evidence import attestation
+from provider_proxy.evidence.model import AttestationKey, HashAlg, HostLogs, Quote, QuoteRequest
+from provider_proxy.host.logs import MAX_LIST_BYTES, lines_of, share_out
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.quoters.agent_http import AgentClient, AgentError, AgentReply
+from provider_proxy.host.quoters.circuit import PROBE_S, Circuit
+from provider_proxy.host.quoters.tpm_opener import HostIdentity
+from provider_proxy.host.tpm.pace import Pace
+from provider_proxy.host.tpm.response_codes import Step, wait_s
 
 log = logging.getLogger(__name__)
 

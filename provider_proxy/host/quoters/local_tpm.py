@@ -20,15 +20,15 @@ from typing import TypeVar
 
 import trio
 
-from provider_proxy.config_tables import Tpm
 from provider_proxy.errors import HostError, QuoteError, TpmError
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import AttestationKey, HashAlg, Quote
-from provider_proxy.quoters.circuit import PROBE_S, Circuit
-from provider_proxy.quoters.opening import HostIdentity, TpmOpener
-from provider_proxy.tpm import chip
-from provider_proxy.tpm.gate import Gate
-from provider_proxy.tpm.ladder import Step, is_busy, name_of, step_for, wait_s
+from provider_proxy.evidence.model import AttestationKey, HashAlg, Quote
+from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.quoters.circuit import PROBE_S, Circuit
+from provider_proxy.host.quoters.tpm_opener import HostIdentity, TpmOpener
+from provider_proxy.host.tpm import chip
+from provider_proxy.host.tpm.gate import Gate
+from provider_proxy.host.tpm.response_codes import Step, is_busy, name_of, step_for, wait_s
 
 T = TypeVar("T")
 

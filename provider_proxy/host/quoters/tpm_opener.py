@@ -16,14 +16,15 @@ from pathlib import Path
 
 from tpm2_pytss import ESAPI
 
-from provider_proxy import attestation
-from provider_proxy.config import EMBEDDED, read_secret
-from provider_proxy.config_tables import Tpm
+from provider_proxy.common.files import read_secret
 from provider_proxy.errors import AkChangedError, HostError, TpmError, VerificationError
-from provider_proxy.model import AttestationKey, HashAlg, Quote
-from provider_proxy.quoters.ak_store import AkStore
-from provider_proxy.tpm import chip, keys
-from provider_proxy.tpm.embedded import EmbeddedTpm
+from provider_proxy.evidence import attestation
+from provider_proxy.evidence.model import AttestationKey, HashAlg, Quote
+from provider_proxy.host.config.load import EMBEDDED
+from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.quoters.ak_store import AkStore
+from provider_proxy.host.tpm import chip, keys
+from provider_proxy.host.tpm.embedded import EmbeddedTpm
 
 log = logging.getLogger(__name__)
 

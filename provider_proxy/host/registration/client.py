@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import httpx
 import trio
 
-from provider_proxy.config_tables import RegistrarTable
-from provider_proxy.credential import MAX_BLOB_BYTES
+from provider_proxy.common.http import IDENTITY, NO_ANSWER, no_cookies, read_body
 from provider_proxy.errors import EvidenceFormatError, HostError, RegistrarError, ReplyError
-from provider_proxy.http_body import IDENTITY, NO_ANSWER, no_cookies, read_body
-from provider_proxy.wire import Fields, parse_json_object
+from provider_proxy.evidence.wire import Fields, parse_json_object
+from provider_proxy.host.config.tables import RegistrarTable
+from provider_proxy.host.registration.credential import MAX_BLOB_BYTES
 
 MAX_BODY_BYTES = 64 * 1024  # a record has 5 kB with an EK certificate
 MAX_KEY_BYTES = 1024  # a TPM2B_PUBLIC

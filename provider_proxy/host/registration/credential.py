@@ -13,7 +13,7 @@ import hashlib
 import hmac
 
 from provider_proxy.errors import EvidenceFormatError
-from provider_proxy.tpm_bytes import Reader
+from provider_proxy.evidence.tpm_reader import Reader
 
 MAGIC = 0xBADCC0DE
 VERSION = 1

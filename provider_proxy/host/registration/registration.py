@@ -26,9 +26,8 @@ import httpx
 import trio
 from cryptography import x509
 
-from provider_proxy.config_tables import RegistrarTable
-from provider_proxy.config_values import split_contact
-from provider_proxy.credential import MAX_KEY_BYTES, auth_tag, parse_challenge
+from provider_proxy.common.files import FileLock
+from provider_proxy.common.settings.values import split_contact
 from provider_proxy.errors import (
     EvidenceFormatError,
     HostError,
@@ -36,9 +35,10 @@ from provider_proxy.errors import (
     RegistrarError,
     TpmError,
 )
-from provider_proxy.files import FileLock
-from provider_proxy.registrar_client import Record, RegistrarClient
-from provider_proxy.registration_state import GOOD, PATIENT, Report, State, Status, Step
+from provider_proxy.host.config.tables import RegistrarTable
+from provider_proxy.host.registration.client import Record, RegistrarClient
+from provider_proxy.host.registration.credential import MAX_KEY_BYTES, auth_tag, parse_challenge
+from provider_proxy.host.registration.state import GOOD, PATIENT, Report, State, Status, Step
 
 log = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import trio
 
-from provider_proxy.config_registrars import agent_id_of, check_distinct
-from provider_proxy.config_tables import RegistrarTable
 from provider_proxy.errors import ConfigError
-from provider_proxy.metrics import Metrics
-from provider_proxy.registrar_client import http_client, tls_context
-from provider_proxy.registration import Registration, TpmIdentity
-from provider_proxy.registration_state import State, for_provider, for_tenant
+from provider_proxy.host.config.registrars import agent_id_of, check_distinct
+from provider_proxy.host.config.tables import RegistrarTable
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.registration.client import http_client, tls_context
+from provider_proxy.host.registration.registration import Registration, TpmIdentity
+from provider_proxy.host.registration.state import State, for_provider, for_tenant
 
 log = logging.getLogger(__name__)
 

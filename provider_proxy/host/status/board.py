@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from provider_proxy.batcher import Queue
-from provider_proxy.config_tables import Config
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import pcrs_of
-from provider_proxy.recent import Recent
+from provider_proxy.evidence.model import pcrs_of
+from provider_proxy.host.batching.batcher import Queue
+from provider_proxy.host.config.tables import Config
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.status.recent import Recent
 
 VERSION = 1
 READY = "ready"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import trio
 
-from provider_proxy.batch import Batch
+from provider_proxy.host.batching.batch import Batch
 
 RING = 240  # a quarter of an hour at the default duty and 2 s a poll; half a minute flat out
 SPAN_MINUTES = 5

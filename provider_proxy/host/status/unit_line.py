@@ -11,8 +11,8 @@ from typing import Protocol
 
 import trio
 
-from provider_proxy import sysd
-from provider_proxy.recent import OK, PastBatch
+from provider_proxy.host import systemd
+from provider_proxy.host.status.recent import OK, PastBatch
 
 TELL_EVERY_S = 1.0
 MAX_TROUBLE_CHARS = 200  # of the TPM's own words; a status is one line
@@ -60,6 +60,6 @@ async def run(past: Past, chip: Chip, waiting: Callable[[], int]) -> None:
     while True:
         line = status_line(past.last, waiting(), chip.trouble)
         if line != told:
-            sysd.notify_status(line)
+            systemd.notify_status(line)
             told = line
         await trio.sleep(TELL_EVERY_S)

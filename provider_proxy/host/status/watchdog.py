@@ -15,7 +15,7 @@ from typing import Protocol
 
 import trio
 
-from provider_proxy import sysd
+from provider_proxy.host import systemd
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,12 @@ async def run(
         hang_limit_s: a command that runs for longer hangs.
         end_process: what then happens.
     """
-    wanted_s = sysd.watchdog_s()
+    wanted_s = systemd.watchdog_s()
     interval = min(CHECK_S, wanted_s / 2)
     while True:
         if quoter.in_flight_s > hang_limit_s:
             log.critical("a TPM command has been in flight for over %g s; ending", hang_limit_s)
             end_process()
         elif wanted_s < math.inf:
-            sysd.notify("WATCHDOG=1", limit_s=0)
+            systemd.notify("WATCHDOG=1", limit_s=0)
         await trio.sleep(interval)

@@ -16,11 +16,11 @@ from tpm2_pytss import ESAPI
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_RH, TPM2_ST, TPMA_OBJECT
 from tpm2_pytss.types import TPMT_SIG_SCHEME, TPMT_TK_HASHCHECK
 
-from provider_proxy import attestation_key
 from provider_proxy.errors import AkChangedError, EvidenceFormatError, HostError
-from provider_proxy.tpm import keys
-from provider_proxy.tpm.chip import Chip, tss_errors
-from provider_proxy.vtpm_ca_check import CA_MUST_HAVE
+from provider_proxy.evidence import tpm_keys
+from provider_proxy.evidence.vtpm_ca import CA_MUST_HAVE
+from provider_proxy.host.tpm import keys
+from provider_proxy.host.tpm.chip import Chip, tss_errors
 
 CA_TEMPLATE = "ecc:ecdsa-sha256:null"
 CA_ATTRIBUTES = (
@@ -70,13 +70,13 @@ def find_or_make(
             )
     public = keys.read_public(chip.context, found)
     try:
-        parsed = attestation_key.parse_public(public)
+        parsed = tpm_keys.parse_public(public)
     except EvidenceFormatError as exc:
         raise HostError(f"handle {handle:#x} holds no RSA or EC key: {exc}") from exc
     wanted = sum(CA_MUST_HAVE.values())
-    unwanted = attestation_key.RESTRICTED | attestation_key.DECRYPT
+    unwanted = tpm_keys.RESTRICTED | tpm_keys.DECRYPT
     is_ours = parsed.attributes & (wanted | unwanted) == wanted
-    if not is_ours or parsed.scheme != attestation_key.TPM_ALG_ECDSA:
+    if not is_ours or parsed.scheme != tpm_keys.TPM_ALG_ECDSA:
         raise HostError(f"handle {handle:#x} holds a key that is no CA's; it was left as it is")
     return CaKeyAt(handle=handle, public=public, name=parsed.name, auth=auth)
 

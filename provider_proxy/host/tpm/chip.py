@@ -22,10 +22,10 @@ from tpm2_pytss.types import (
     TPMT_SYM_DEF,
 )
 
-from provider_proxy import attestation
 from provider_proxy.errors import EvidenceFormatError, TpmError, VerificationError
-from provider_proxy.model import HashAlg, PcrValues, Quote, pcrs_of
-from provider_proxy.tpm.ladder import Step, step_for, wait_s
+from provider_proxy.evidence import attestation
+from provider_proxy.evidence.model import HashAlg, PcrValues, Quote, pcrs_of
+from provider_proxy.host.tpm.response_codes import Step, step_for, wait_s
 
 RC_VALUE = 0x84  # TPM_RC_VALUE: what the chip says to a parameter out of range
 PCR_READS = 8  # rounds until a selection must be covered: 24 PCRs at 8 a call need 3

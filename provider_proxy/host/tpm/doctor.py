@@ -20,10 +20,10 @@ from tpm2_pytss.constants import (
 from tpm2_pytss.types import TPM2B_PUBLIC, TPM2B_SENSITIVE_CREATE
 
 from provider_proxy.errors import TpmError
-from provider_proxy.model import HashAlg
-from provider_proxy.tpm.chip import Chip, flush, tss_errors
-from provider_proxy.tpm.keys import AK_ATTRIBUTES, AK_TEMPLATES, EK_CERT_INDEX
-from provider_proxy.tpm.ladder import LAYER_SHIFT, SOFTWARE_LAYERS
+from provider_proxy.evidence.model import HashAlg
+from provider_proxy.host.tpm.chip import Chip, flush, tss_errors
+from provider_proxy.host.tpm.keys import AK_ATTRIBUTES, AK_TEMPLATES, EK_CERT_INDEX
+from provider_proxy.host.tpm.response_codes import LAYER_SHIFT, SOFTWARE_LAYERS
 
 QUOTES_MEASURED = 5  # one chip's times hardly vary (TPMScan: p99/p50 = 1.02)
 ALL_PROPERTIES = 256

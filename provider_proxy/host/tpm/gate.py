@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import trio
 
-from provider_proxy.tpm.pace import Pace
+from provider_proxy.host.tpm.pace import Pace
 
 T = TypeVar("T")
 

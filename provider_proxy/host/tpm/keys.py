@@ -24,10 +24,10 @@ from tpm2_pytss.types import (
 )
 from tpm2_pytss.utils import NoSuchIndex, NVReadEK, create_ek_template
 
-from provider_proxy import attestation_key
 from provider_proxy.errors import EvidenceFormatError, HostError, TpmError, UntrustedAkError
-from provider_proxy.model import AttestationKey
-from provider_proxy.tpm.chip import endorsement_session, flush, tss_errors
+from provider_proxy.evidence import tpm_keys
+from provider_proxy.evidence.model import AttestationKey
+from provider_proxy.host.tpm.chip import endorsement_session, flush, tss_errors
 
 TPM_RC_HANDLE = 0x8B  # format-one code: no object at that handle
 TPM_RC_AUTH_FAIL = 0x8E
@@ -104,7 +104,7 @@ def name_of(context: ESAPI, handle: ESYS_TR) -> bytes:
     """
     public = read_public(context, handle)
     try:
-        return attestation_key.parse_public(public).name
+        return tpm_keys.parse_public(public).name
     except EvidenceFormatError as exc:
         raise TpmError(f"TPM2_ReadPublic gave no RSA or EC key: {exc}") from exc
 
@@ -170,11 +170,11 @@ def find_or_make_ek(context: ESAPI, handle: int, auths: Auths) -> EkInfo:
 
 def _check_ek(public: bytes, cert: bytes | None, handle: int) -> None:
     try:
-        key = attestation_key.parse_public(public)
+        key = tpm_keys.parse_public(public)
     except EvidenceFormatError as exc:
         raise HostError(f"handle {handle:#x} holds no RSA or EC key: {exc}") from exc
-    wanted = attestation_key.FIXED_TPM | attestation_key.RESTRICTED | attestation_key.DECRYPT
-    if key.attributes & wanted != wanted or key.attributes & attestation_key.SIGN:
+    wanted = tpm_keys.FIXED_TPM | tpm_keys.RESTRICTED | tpm_keys.DECRYPT
+    if key.attributes & wanted != wanted or key.attributes & tpm_keys.SIGN:
         raise HostError(f"handle {handle:#x} holds a key that is no EK; it was left as it is")
     if cert is None:
         return
@@ -225,7 +225,7 @@ def find_or_make_ak(
         public = read_public(context, found)
         context.tr_set_auth(found, auth)
     try:
-        key = attestation_key.parse_ak(public)
+        key = tpm_keys.parse_ak(public)
     except (EvidenceFormatError, UntrustedAkError) as exc:
         raise HostError(
             f"handle {handle:#x} holds a key that is no AK; it was left as it is ({exc})"

@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from provider_proxy import attestation, attestation_key
+from provider_proxy.common.files import read_file, write_private
 from provider_proxy.errors import (
     HostError,
     SelfCheckError,
@@ -28,17 +28,17 @@ from provider_proxy.errors import (
     UsageError,
     VerificationError,
 )
-from provider_proxy.files import read_file, write_private
-from provider_proxy.model import AttestationKey
-from provider_proxy.vtpm import profile
-from provider_proxy.vtpm.requests import MAX_CERTIFICATE_BYTES, CertificateRequest
-from provider_proxy.vtpm_ca_check import (
+from provider_proxy.evidence import attestation, tpm_keys
+from provider_proxy.evidence.model import AttestationKey
+from provider_proxy.evidence.vtpm_ca import (
     CA_QUALIFYING,
     MAX_CA_BYTES,
     VtpmCa,
     check_ca_certificate,
     check_vtpm_certificate,
 )
+from provider_proxy.host.vtpm import profile
+from provider_proxy.host.vtpm.requests import MAX_CERTIFICATE_BYTES, CertificateRequest
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ async def open_host_ca(
         try:
             found = check_ca_certificate(read_file(path, MAX_CA_BYTES), ak)
             subject = profile.ca_subject(host_uuid, found.public_key)
-            is_own = found.name == attestation_key.parse_public(signer.public).name
+            is_own = found.name == tpm_keys.parse_public(signer.public).name
             if is_own and found.certificate.subject == subject:
                 return HostCa(signer, found, now=now)
             log.warning("vtpm: %s is of another key or host; making a new certificate", path)
@@ -160,7 +160,7 @@ async def open_host_ca(
 
 
 async def _make_certificate(signer: Signer, host_uuid: uuid.UUID, now: Now) -> bytes:
-    key = attestation_key.parse_public(signer.public).public_key
+    key = tpm_keys.parse_public(signer.public).public_key
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise HostError("the vTPM CA's key is no EC key")
     attest, signature = await signer.certify(CA_QUALIFYING)

@@ -12,8 +12,8 @@ import uuid
 from collections.abc import Callable
 
 from provider_proxy.errors import NotFoundError
-from provider_proxy.model import QuoteRequest, Tenant
-from provider_proxy.vtpm.entries import CONFIRMED, Entry
+from provider_proxy.evidence.model import QuoteRequest, Tenant
+from provider_proxy.host.vtpm.entries import CONFIRMED, Entry
 
 NO_SUCH_VM = "no such VM runs here for you"
 

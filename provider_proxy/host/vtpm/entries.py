@@ -18,7 +18,7 @@ from typing import Final, Literal
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from provider_proxy.vtpm.requests import EkPublicKey
+from provider_proxy.host.vtpm.requests import EkPublicKey
 
 CLAIMED: Final = "claimed"
 CONFIRMED: Final = "confirmed"

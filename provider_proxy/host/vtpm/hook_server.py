@@ -17,14 +17,14 @@ from typing import Protocol
 import trio
 
 from provider_proxy.errors import ProviderProxyError, VtpmError
-from provider_proxy.vtpm.messages import (
+from provider_proxy.host.vtpm.messages import (
     MAX_LINE_BYTES,
     VmEvent,
     encode_error,
     encode_good,
     parse_message,
 )
-from provider_proxy.vtpm.requests import CertificateRequest
+from provider_proxy.host.vtpm.requests import CertificateRequest
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from provider_proxy.errors import EvidenceFormatError, VtpmError
-from provider_proxy.vtpm.entries import EVENTS
-from provider_proxy.vtpm.requests import MAX_VMID_CHARS, CertificateRequest, EkPublicKey
-from provider_proxy.wire import Fields, parse_json_object
+from provider_proxy.evidence.wire import Fields, parse_json_object
+from provider_proxy.host.vtpm.entries import EVENTS
+from provider_proxy.host.vtpm.requests import MAX_VMID_CHARS, CertificateRequest, EkPublicKey
 
 VERSION = 1
 MAX_LINE_BYTES = 8 * 1024  # an RSA-4096 modulus in hex, a VM's name, and room

@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from provider_proxy.config_tables import Vtpm
 from provider_proxy.errors import HostError
-from provider_proxy.metrics import Metrics
-from provider_proxy.vtpm.keeper import Keeper
-from provider_proxy.vtpm.registry import Registry
-from provider_proxy.vtpm.requests import Issuer
+from provider_proxy.host.config.tables import Vtpm
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.vtpm.registry import Registry
+from provider_proxy.host.vtpm.requests import Issuer
+from provider_proxy.host.vtpm.service import Keeper
 
 REGISTRY_FILE = "vtpm.sqlite"
 SHARED_MODE = 0o660

@@ -19,9 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
-from provider_proxy import der
-from provider_proxy.vtpm.requests import CertificateRequest
-from provider_proxy.vtpm_ca_check import (
+from provider_proxy.evidence import der
+from provider_proxy.evidence.vtpm_ca import (
     OID_CERTIFY,
     OID_DIRECTORY_ATTRIBUTES,
     OID_EKU,
@@ -29,6 +28,7 @@ from provider_proxy.vtpm_ca_check import (
     SAN_OIDS,
     key_usage,
 )
+from provider_proxy.host.vtpm.requests import CertificateRequest
 
 SERIAL_BITS: Final = 159  # 20 octets that are positive: RFC 5280, section 4.1.2.2
 WITHOUT_END: Final = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)

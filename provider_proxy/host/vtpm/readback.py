@@ -24,7 +24,8 @@ from pathlib import Path
 
 import trio
 
-from provider_proxy.attestation_key import (
+from provider_proxy.errors import EvidenceFormatError, HostError, VtpmError
+from provider_proxy.evidence.tpm_keys import (
     DECRYPT,
     FIXED_PARENT,
     FIXED_TPM,
@@ -33,8 +34,7 @@ from provider_proxy.attestation_key import (
     SIGN,
     parse_public,
 )
-from provider_proxy.errors import EvidenceFormatError, HostError, VtpmError
-from provider_proxy.vtpm.entries import Ek, ek_of
+from provider_proxy.host.vtpm.entries import Ek, ek_of
 
 STATE_FILE = "tpm2-00.permall"
 MAX_STATE_BYTES = 2 * 1024 * 1024  # a fresh one has 6 kB, one with full NV 200

@@ -17,9 +17,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from provider_proxy.errors import HostError, VtpmError
-from provider_proxy.vtpm import entries
-from provider_proxy.vtpm.entries import Ek, Entry
-from provider_proxy.vtpm.requests import CertificateRequest
+from provider_proxy.host.vtpm import entries
+from provider_proxy.host.vtpm.entries import Ek, Entry
+from provider_proxy.host.vtpm.requests import CertificateRequest
 
 SCHEMA_VERSION = 1
 SCHEMA = """

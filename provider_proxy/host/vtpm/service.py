@@ -18,18 +18,18 @@ from typing import Any, Protocol, TypeVar
 
 import trio
 
-from provider_proxy.config_tables import Vtpm
+from provider_proxy.common.log import Event
 from provider_proxy.errors import HostError, ProviderProxyError, VtpmError
-from provider_proxy.journal import Event
-from provider_proxy.metrics import Metrics
-from provider_proxy.vtpm import readback
-from provider_proxy.vtpm.claims import Claims, entry_values
-from provider_proxy.vtpm.door import HookDoor
-from provider_proxy.vtpm.entries import CONFIRMED, STARTS, Ek, Entry
-from provider_proxy.vtpm.messages import VmEvent
-from provider_proxy.vtpm.registry import CloneError, Registry, RunningError
-from provider_proxy.vtpm.requests import MAX_CERTIFICATE_BYTES, CertificateRequest, Issuer
-from provider_proxy.vtpm.running import running_vms
+from provider_proxy.host.config.tables import Vtpm
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.vtpm import readback
+from provider_proxy.host.vtpm.claims import Claims, entry_values
+from provider_proxy.host.vtpm.entries import CONFIRMED, STARTS, Ek, Entry
+from provider_proxy.host.vtpm.hook_server import HookDoor
+from provider_proxy.host.vtpm.messages import VmEvent
+from provider_proxy.host.vtpm.registry import CloneError, Registry, RunningError
+from provider_proxy.host.vtpm.requests import MAX_CERTIFICATE_BYTES, CertificateRequest, Issuer
+from provider_proxy.host.vtpm.running import running_vms
 
 log = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ import dataclasses
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from provider_proxy.config_schema import read_table
-from provider_proxy.config_values import fail, is_loopback
+from provider_proxy.common.files import read_trusted
+from provider_proxy.common.settings.schema import read_table
+from provider_proxy.common.settings.values import fail, is_loopback
 from provider_proxy.errors import ConfigError
-from provider_proxy.files import read_trusted
-from provider_proxy.watch_tables import (
+from provider_proxy.tenant.watch.tables import (
     HOST_NAME_RE,
     OWN_KEYS,
     TABLES,
@@ -28,8 +28,6 @@ from provider_proxy.watch_tables import (
     WatchConfig,
     Webhook,
 )
-
-C = TypeVar("C")
 
 MAX_FILE_BYTES = 8 * 1024 * 1024  # 20,000 hosts of ten keys
 MAX_HOSTS = 20_000  # a process on one core holds fewer at any useful interval

@@ -29,20 +29,20 @@ from provider_proxy.errors import (
     ReplyError,
     VerificationError,
 )
-from provider_proxy.ima import MAX_PARTS
-from provider_proxy.model import AkName, ClockState, HostLogs, TrustedHost, VerifiedQuote
-from provider_proxy.pins import PinStore
-from provider_proxy.query import encode_quote_query
-from provider_proxy.replies import body_limit
-from provider_proxy.verify import HostHistory, Verifier, new_challenge
-from provider_proxy.watch import Event, Progress, State, advance, backoff_s
-from provider_proxy.watch_http import Endpoint, ProxyConnection
-from provider_proxy.watch_metrics import WatchMetrics
-from provider_proxy.watch_policy import HostPolicy, PolicyFiles
-from provider_proxy.watch_reports import Report
-from provider_proxy.watch_state import StateStore
-from provider_proxy.watch_tables import HostRules
-from provider_proxy.wire import clock_values, parse_evidence
+from provider_proxy.evidence.logs.ima import MAX_PARTS
+from provider_proxy.evidence.model import AkName, ClockState, HostLogs, TrustedHost, VerifiedQuote
+from provider_proxy.evidence.query import encode_quote_query
+from provider_proxy.evidence.verify import HostHistory, Verifier, new_challenge
+from provider_proxy.evidence.wire import clock_values, parse_evidence
+from provider_proxy.tenant.replies import body_limit
+from provider_proxy.tenant.watch.http import Endpoint, ProxyConnection
+from provider_proxy.tenant.watch.metrics import WatchMetrics
+from provider_proxy.tenant.watch.policy import HostPolicy, PolicyFiles
+from provider_proxy.tenant.watch.reports import Report
+from provider_proxy.tenant.watch.states import Event, Progress, State, advance, backoff_s
+from provider_proxy.tenant.watch.store import StateStore
+from provider_proxy.tenant.watch.tables import HostRules
+from provider_proxy.trust.pins import PinStore
 
 log = logging.getLogger(__name__)
 

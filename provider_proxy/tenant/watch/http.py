@@ -15,7 +15,7 @@ import h11
 import trio
 
 from provider_proxy.errors import ReplyError
-from provider_proxy.replies import refused
+from provider_proxy.tenant.replies import refused
 
 CONNECT_LIMIT_S = 10.0
 MAX_HEAD_BYTES = 16 * 1024  # the proxy's has 200 bytes

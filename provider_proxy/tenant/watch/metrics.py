@@ -13,7 +13,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from provider_proxy.errors import HostError
-from provider_proxy.watch import State
+from provider_proxy.tenant.watch.states import State
 
 LATENESS_BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 FILE_MODE = 0o644  # node_exporter is another user; there is no secret in it

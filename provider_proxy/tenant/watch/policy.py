@@ -14,16 +14,22 @@ from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
 
+from provider_proxy.common.files import read_trusted
 from provider_proxy.errors import EvidenceFormatError, PolicyError, UsageError, VerificationError
-from provider_proxy.eventlog import BootPolicy, check_boot_log, parse_boot_policy
-from provider_proxy.files import read_trusted
-from provider_proxy.ima import IMA_PCR, ImaReplay, Outcome
-from provider_proxy.link import VtpmLink, ek_digest
-from provider_proxy.model import HashAlg, HostLogs, VerifiedQuote, mask_of
-from provider_proxy.policy import AllOf, PcrPolicy, Policy, UnsafeAcceptAny, parse_tpm_policy
-from provider_proxy.runtime_policy import RuntimePolicy, parse_runtime_policy
-from provider_proxy.watch_tables import HostRules
-from provider_proxy.wire import parse_json_object
+from provider_proxy.evidence.logs.event_log import BootPolicy, check_boot_log, parse_boot_policy
+from provider_proxy.evidence.logs.ima import IMA_PCR, ImaReplay, Outcome
+from provider_proxy.evidence.logs.runtime_policy import RuntimePolicy, parse_runtime_policy
+from provider_proxy.evidence.model import HashAlg, HostLogs, VerifiedQuote, mask_of
+from provider_proxy.evidence.policy import (
+    AllOf,
+    PcrPolicy,
+    Policy,
+    UnsafeAcceptAny,
+    parse_tpm_policy,
+)
+from provider_proxy.evidence.vtpm_link import VtpmLink, ek_digest
+from provider_proxy.evidence.wire import parse_json_object
+from provider_proxy.tenant.watch.tables import HostRules
 
 T = TypeVar("T")
 

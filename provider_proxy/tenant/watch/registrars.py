@@ -12,13 +12,13 @@ from collections.abc import Mapping
 
 import httpx
 
-from provider_proxy.bindings import Binding, EkJudge, RegistrarBindings, UnsafeAnyEk
-from provider_proxy.ek_chain import EkStore
+from provider_proxy.common.http import no_cookies
 from provider_proxy.errors import HostError
-from provider_proxy.http_body import no_cookies
-from provider_proxy.pins import PinStore
-from provider_proxy.watch_host import PinnedAks, Trust
-from provider_proxy.watch_tables import HostRules, RegistrarTable, WatchConfig
+from provider_proxy.tenant.watch.host import PinnedAks, Trust
+from provider_proxy.tenant.watch.tables import HostRules, RegistrarTable, WatchConfig
+from provider_proxy.trust.bindings import Binding, EkJudge, RegistrarBindings, UnsafeAnyEk
+from provider_proxy.trust.ek_chain import EkStore
+from provider_proxy.trust.pins import PinStore
 
 TIMEOUT_S = 30.0  # a registrar answers from its database; the host's own retries come after it
 

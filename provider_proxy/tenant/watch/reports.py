@@ -25,12 +25,12 @@ from typing import Protocol
 import httpx
 import trio
 
+from provider_proxy.common.files import read_secret
+from provider_proxy.common.http import NO_ANSWER, no_cookies
 from provider_proxy.errors import HostError
-from provider_proxy.files import read_secret
-from provider_proxy.http_body import NO_ANSWER, no_cookies
-from provider_proxy.watch import backoff_s
-from provider_proxy.watch_metrics import WatchMetrics
-from provider_proxy.watch_tables import Command, Webhook
+from provider_proxy.tenant.watch.metrics import WatchMetrics
+from provider_proxy.tenant.watch.states import backoff_s
+from provider_proxy.tenant.watch.tables import Command, Webhook
 
 log = logging.getLogger(__name__)
 

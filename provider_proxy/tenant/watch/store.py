@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from provider_proxy.common.files import FileLock, read_file, write_private
 from provider_proxy.errors import EvidenceFormatError, HostError
-from provider_proxy.files import FileLock, read_file, write_private
-from provider_proxy.model import PCR_COUNT, AkName, ClockState
-from provider_proxy.verify import MemoryHistory
-from provider_proxy.wire import Fields, clock_values, parse_clock, parse_json_object
+from provider_proxy.evidence.model import PCR_COUNT, AkName, ClockState
+from provider_proxy.evidence.verify import MemoryHistory
+from provider_proxy.evidence.wire import Fields, clock_values, parse_clock, parse_json_object
 
 FORMAT = "provider-proxy/watch-state/1"
 FILE_NAME = "hosts.json"

@@ -11,11 +11,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
-from provider_proxy.config_schema import setting, table_of
-from provider_proxy.config_values import (
+from provider_proxy.common.settings.schema import setting, table_of
+from provider_proxy.common.settings.values import (
     fail,
     integer,
     number,
@@ -26,9 +26,7 @@ from provider_proxy.config_values import (
     read_text,
     read_uuid,
 )
-from provider_proxy.model import HashAlg, mask_of
-
-C = TypeVar("C")
+from provider_proxy.evidence.model import HashAlg, mask_of
 
 MAX_COMMAND_WORDS = 100
 HOST_NAME_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)  # also a pin's label

@@ -19,13 +19,12 @@ from pathlib import Path
 import trio
 
 from provider_proxy.errors import ConfigError, HostError, ProviderProxyError
-from provider_proxy.watch import State
-from provider_proxy.watch_host import AkSource, HostWatch, Setting, Shared
-from provider_proxy.watch_http import Endpoint
-from provider_proxy.watch_metrics import WatchMetrics, write_textfile
-from provider_proxy.watch_policy import HostPolicy, PolicyFiles
-from provider_proxy.watch_registrars import KnownAks, Registrars
-from provider_proxy.watch_reports import (
+from provider_proxy.tenant.watch.host import AkSource, HostWatch, Setting, Shared
+from provider_proxy.tenant.watch.http import Endpoint
+from provider_proxy.tenant.watch.metrics import WatchMetrics, write_textfile
+from provider_proxy.tenant.watch.policy import HostPolicy, PolicyFiles
+from provider_proxy.tenant.watch.registrars import KnownAks, Registrars
+from provider_proxy.tenant.watch.reports import (
     DRAIN_LIMIT_S,
     CommandSink,
     LineSink,
@@ -35,8 +34,9 @@ from provider_proxy.watch_reports import (
     webhook_client,
     webhook_secret,
 )
-from provider_proxy.watch_state import StateStore
-from provider_proxy.watch_tables import HostRules, WatchConfig
+from provider_proxy.tenant.watch.states import State
+from provider_proxy.tenant.watch.store import StateStore
+from provider_proxy.tenant.watch.tables import HostRules, WatchConfig
 
 log = logging.getLogger(__name__)
 

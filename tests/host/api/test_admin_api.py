@@ -31,13 +31,13 @@ from status_helpers import HOSTILE, FakeChip, make_batch, make_board
 from test_docs import codes, rows
 from tpm_helpers import sample
 
-from provider_proxy.admin import AdminDoor, check_host, page_headers
-from provider_proxy.config_tables import Listen
 from provider_proxy.errors import QuoteError, WrongHostError
-from provider_proxy.http1 import HANDSHAKE_FAILURES, Door
-from provider_proxy.listeners import open_listeners, tls_context
-from provider_proxy.metrics import Metrics
-from provider_proxy.recent import Recent
+from provider_proxy.host.api.admin import AdminDoor, check_host, page_headers
+from provider_proxy.host.config.tables import Listen
+from provider_proxy.host.http.listeners import open_listeners, tls_context
+from provider_proxy.host.http.server import HANDSHAKE_FAILURES, Door
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.status.recent import Recent
 
 API = "docs/http-api.md"
 PAGE = resources.files("provider_proxy").joinpath("status.html").read_bytes()

@@ -10,7 +10,6 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -22,10 +21,10 @@ from helpers import FakeQuoter, Reply, Wire, connected, get_bytes, make_evidence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema_rs import Draft202012Validator, ValidationError
-from test_server import NONCE, VM, make_door
+from places import VECTORS
+from test_tenant_api import NONCE, VM, make_door
 
-from provider_proxy import errors, http1, http_messages, model, query, server
-from provider_proxy.batcher import Batcher
+from provider_proxy import errors
 from provider_proxy.errors import (
     ParameterError,
     ProviderProxyError,
@@ -33,26 +32,35 @@ from provider_proxy.errors import (
     ServiceError,
     WrongHostError,
 )
-from provider_proxy.http1 import Door
-from provider_proxy.http_messages import Peer
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import (
+from provider_proxy.evidence import model, query
+from provider_proxy.evidence.model import (
     HashAlg,
     HostLogs,
     QuoteRequest,
     Tenant,
+    mask_of,
     parse_mask,
     parse_nonce,
 )
-from provider_proxy.query import parse_quote_query
-from provider_proxy.registration_state import State, Status, for_tenant
-from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.waiting_room import BatchSettings
-from provider_proxy.wire import FORMAT
+from provider_proxy.evidence.query import parse_quote_query
+from provider_proxy.evidence.wire import FORMAT
+from provider_proxy.host.api import tenant as server
+from provider_proxy.host.batching.batcher import Batcher
+from provider_proxy.host.batching.queue import BatchSettings
+from provider_proxy.host.config.tables import DEFAULT_ISOLATED
+from provider_proxy.host.http import messages
+from provider_proxy.host.http import server as http1
+from provider_proxy.host.http.messages import Peer
+from provider_proxy.host.http.server import Door
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.registration.state import State, Status, for_tenant
+from provider_proxy.testing.soft_tpm import SoftTpm
+
+ISOLATED = mask_of(DEFAULT_ISOLATED)
 
 RAW = resources.files("provider_proxy").joinpath("openapi.json").read_bytes()
 DOC: dict[str, Any] = json.loads(RAW)
-VECTORS = Path(__file__).parent / "vectors" / "valid.json"
+VALID = VECTORS / "valid.json"
 QUOTE = "/verifier/quote"
 VTPM_CA = "/verifier/vtpm-ca"
 MINIMAL = {"nonce": NONCE, "mask": "0x1"}
@@ -207,8 +215,7 @@ def test_patterns_bounds_and_defaults_are_the_codes() -> None:
     assert f"longer than {query.MAX_QUERY_CHARS} characters" in description
     too_long = OPERATIONS[QUOTE]["responses"]["414"]
     assert (
-        f"longer than {http_messages.MAX_TARGET_CHARS:,} characters"
-        in resolve(too_long)["description"]
+        f"longer than {messages.MAX_TARGET_CHARS:,} characters" in resolve(too_long)["description"]
     )
 
 
@@ -339,9 +346,7 @@ def statuses_of_the_code() -> set[int]:
     refusals = set(
         map(
             int,
-            re.findall(
-                r"\brefuse\((\d+)", inspect.getsource(http1) + inspect.getsource(http_messages)
-            ),
+            re.findall(r"\brefuse\((\d+)", inspect.getsource(http1) + inspect.getsource(messages)),
         )
     )
     hints: set[int] = set()
@@ -354,7 +359,7 @@ def statuses_of_the_code() -> set[int]:
 
 def test_statuses_are_the_codes() -> None:
     described = {code_of(resolve(r)) for r in DOC["components"]["responses"].values()}
-    sent = set(http_messages.REASONS) - NEVER_SENT - {CONFIGURED}
+    sent = set(messages.REASONS) - NEVER_SENT - {CONFIGURED}
     assert described | {200} == statuses_of_the_code() == sent
     used = {int(status) for op in OPERATIONS.values() for status in op["responses"]}
     assert used == statuses_of_the_code() - {NOT_OF_GET}
@@ -385,7 +390,7 @@ async def no_submit(*_args: object, **_kwargs: object) -> Any:
 def check_reply(path: str | None, reply: Reply) -> None:
     """A reply is what the description says of its path and status."""
     response = response_of(path, reply.status)
-    assert reply.reason.encode() == http_messages.REASONS[reply.status]
+    assert reply.reason.encode() == messages.REASONS[reply.status]
     assert reply.header("Content-Type") in response["content"]
     validator(schema_of(response)).validate(json.loads(reply.body))
     for name, header in response["headers"].items():
@@ -413,7 +418,7 @@ async def quoting() -> AsyncIterator[Wire]:
     """A connection to a door with everything: claims, logs, all banks."""
     batcher = Batcher(
         FakeQuoter(),
-        BatchSettings(window_s=0),
+        BatchSettings(isolate_mask=ISOLATED, window_s=0),
         Metrics(),
         claims=lambda _tenant, request: json.dumps({"vm": str(request.vm)}).encode(),
         logs=AllLogs(),
@@ -504,7 +509,7 @@ BAD_HTTP: list[tuple[bytes, int]] = [
     (get_bytes("{}", "Content-Length: 1") + b"x", 400),
     (get_bytes("{}", "Transfer-Encoding: chunked"), 400),
     (get_bytes("{}", "no header"), 400),
-    (get_bytes("{}?" + "x" * http_messages.MAX_TARGET_CHARS), 414),
+    (get_bytes("{}?" + "x" * messages.MAX_TARGET_CHARS), 414),
     (get_bytes("{}", "X: " + "x" * 3 * http1.MAX_HEAD_BYTES), 431),
     (get_bytes("{}", "Transfer-Encoding: gzip"), 501),
     *((get_bytes("{}", method=method), 405) for method in ("POST", "PUT", "DELETE", "OPTIONS")),
@@ -560,7 +565,7 @@ EVIDENCE = validator({"$ref": "#/components/schemas/Evidence"})
 def test_evidence_of_the_vectors_is_as_described() -> None:
     bodies = [
         json.loads(test["evidence"])["results"]
-        for group in json.loads(VECTORS.read_text())["testGroups"]
+        for group in json.loads(VALID.read_text())["testGroups"]
         for test in group["tests"]
     ]
     assert bodies

@@ -29,11 +29,11 @@ from status_helpers import (
     make_past,
 )
 
-from provider_proxy.admin import AdminDoor
-from provider_proxy.batcher import Queue
-from provider_proxy.http1 import Door
-from provider_proxy.metrics import Metrics
-from provider_proxy.recent import Recent
+from provider_proxy.host.api.admin import AdminDoor
+from provider_proxy.host.batching.batcher import Queue
+from provider_proxy.host.http.server import Door
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.status.recent import Recent
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [

@@ -11,10 +11,6 @@ import trio
 import trio.testing
 from helpers import FakeQuoter, Wire, connected, get_bytes, make_answer, until
 
-from provider_proxy import server
-from provider_proxy.admin import AdminDoor
-from provider_proxy.batch import Answer
-from provider_proxy.batcher import Batcher
 from provider_proxy.errors import (
     OverloadedError,
     ProviderProxyError,
@@ -23,13 +19,20 @@ from provider_proxy.errors import (
     TenantLimitError,
     UnknownTenantError,
 )
-from provider_proxy.http1 import Door
-from provider_proxy.http_messages import Peer
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import HashAlg, QuoteRequest, Tenant
-from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.waiting_room import BatchSettings
-from provider_proxy.wire import parse_evidence
+from provider_proxy.evidence.model import HashAlg, QuoteRequest, Tenant, mask_of
+from provider_proxy.evidence.wire import parse_evidence
+from provider_proxy.host.api import tenant as server
+from provider_proxy.host.api.admin import AdminDoor
+from provider_proxy.host.batching.batch import Answer
+from provider_proxy.host.batching.batcher import Batcher
+from provider_proxy.host.batching.queue import BatchSettings
+from provider_proxy.host.config.tables import DEFAULT_ISOLATED
+from provider_proxy.host.http.messages import Peer
+from provider_proxy.host.http.server import Door
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.testing.soft_tpm import SoftTpm
+
+ISOLATED = mask_of(DEFAULT_ISOLATED)
 
 NONCE = "nonce-0123456789"
 GOOD = f"/verifier/quote?nonce={NONCE}&mask=0x1"
@@ -243,7 +246,7 @@ async def test_head_takes_no_quote(submit: FakeSubmit) -> None:
 
 async def test_a_vm_without_claims_is_404() -> None:
     """Through the real batcher, of a host that makes no claims."""
-    batcher = Batcher(FakeQuoter(), BatchSettings(), Metrics())
+    batcher = Batcher(FakeQuoter(), BatchSettings(isolate_mask=ISOLATED), Metrics())
     async with connected(make_door(batcher.submit)) as wire:
         reply = await wire.get(f"{GOOD}&vm={VM}")
         assert reply.status == 404
@@ -252,7 +255,7 @@ async def test_a_vm_without_claims_is_404() -> None:
 
 async def test_a_pcr_that_is_not_allowed_is_400() -> None:
     """Through the real batcher."""
-    batcher = Batcher(FakeQuoter(), BatchSettings(), Metrics())
+    batcher = Batcher(FakeQuoter(), BatchSettings(isolate_mask=ISOLATED), Metrics())
     door = make_door(batcher.submit, identify=lambda peer: Tenant(name="t", pcr_allow=0x2))
     async with connected(door) as wire:
         reply = await wire.get(f"/verifier/quote?nonce={NONCE}&mask=0x3")

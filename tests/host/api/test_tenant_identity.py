@@ -17,12 +17,12 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from provider_proxy.config_tables import TenantRules
 from provider_proxy.errors import HostError, TenantLimitError, UnknownTenantError
-from provider_proxy.http_messages import Peer
-from provider_proxy.model import Tenant
-from provider_proxy.quotas import LOG_BURST_BYTES, LOG_BYTES_PER_S, MAX_REMEMBERED, Quotas
-from provider_proxy.tenants import TenantBook, load_crl, parse_certificate
+from provider_proxy.evidence.model import Tenant
+from provider_proxy.host.api.identity import TenantBook, load_crl, parse_certificate
+from provider_proxy.host.api.quotas import LOG_BURST_BYTES, LOG_BYTES_PER_S, MAX_REMEMBERED, Quotas
+from provider_proxy.host.config.tables import TenantRules
+from provider_proxy.host.http.messages import Peer
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 DAY = timedelta(days=1)

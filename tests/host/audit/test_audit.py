@@ -25,22 +25,12 @@ import trio.testing
 from helpers import FakeQuoter, run_here
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from places import DOCS
 from test_imports import CRYPTOGRAPHY, brought_by
 
-from provider_proxy import audit, audit_file, inclusion
-from provider_proxy.audit import (
-    AuditRecord,
-    encode_record,
-    leaf_hash_of,
-    parse_record,
-    prove,
-    records_of,
-    request_hash,
-)
-from provider_proxy.audit_file import AuditLog, read_records
-from provider_proxy.batch import Answer, Batch, Waiter, check_batch, plant_tree
 from provider_proxy.errors import EvidenceFormatError, HostError, QuoteError, SelfCheckError
-from provider_proxy.model import (
+from provider_proxy.evidence import inclusion
+from provider_proxy.evidence.model import (
     AkName,
     HashAlg,
     InclusionProof,
@@ -49,8 +39,21 @@ from provider_proxy.model import (
     QuoteRequest,
     Tenant,
 )
-from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.wire import EvidenceEncoder, parse_evidence
+from provider_proxy.evidence.wire import EvidenceEncoder, parse_evidence
+from provider_proxy.host.audit import file as audit_file
+from provider_proxy.host.audit import records as audit
+from provider_proxy.host.audit.file import AuditLog, read_records
+from provider_proxy.host.audit.records import (
+    AuditRecord,
+    encode_record,
+    leaf_hash_of,
+    parse_record,
+    prove,
+    records_of,
+    request_hash,
+)
+from provider_proxy.host.batching.batch import Answer, Batch, Waiter, check_batch, plant_tree
+from provider_proxy.testing.soft_tpm import SoftTpm
 
 START = "5ca1ab1e0ddba11c"
 NOW = 1_767_225_600.1234
@@ -1280,7 +1283,7 @@ def test_the_command_needs_cryptography_alone() -> None:
 
 # --- the document -----------------------------------------------------------------------------------
 
-DOCUMENT = (Path(__file__).parents[1] / "docs" / "audit.md").read_text(encoding="utf-8")
+DOCUMENT = (DOCS / "audit.md").read_text(encoding="utf-8")
 
 
 def test_every_key_of_a_record_is_documented() -> None:

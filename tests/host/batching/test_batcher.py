@@ -13,8 +13,6 @@ import trio
 import trio.testing
 from helpers import FakeQuoter
 
-from provider_proxy.batch import Answer
-from provider_proxy.batcher import Batcher
 from provider_proxy.errors import (
     ClientGoneError,
     DeadlineError,
@@ -28,8 +26,7 @@ from provider_proxy.errors import (
     TenantLimitError,
     TpmError,
 )
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import (
+from provider_proxy.evidence.model import (
     HashAlg,
     HostLogs,
     Nonce,
@@ -38,11 +35,18 @@ from provider_proxy.model import (
     QuoteRequest,
     Tenant,
     TrustedHost,
+    mask_of,
 )
-from provider_proxy.policy import UnsafeAcceptAny
-from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.verify import Challenge, MemoryHistory, Verifier
-from provider_proxy.waiting_room import BatchSettings, Line
+from provider_proxy.evidence.policy import UnsafeAcceptAny
+from provider_proxy.evidence.verify import Challenge, MemoryHistory, Verifier
+from provider_proxy.host.batching.batch import Answer
+from provider_proxy.host.batching.batcher import Batcher
+from provider_proxy.host.batching.queue import BatchSettings, Line
+from provider_proxy.host.config.tables import DEFAULT_ISOLATED
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.testing.soft_tpm import SoftTpm
+
+ISOLATED = mask_of(DEFAULT_ISOLATED)
 
 ALL = 0xFFFFFF
 WINDOW_S = 0.05
@@ -72,7 +76,7 @@ async def running(
     extra = {key: settings.pop(key) for key in ("claims", "logs", "observe") if key in settings}
     batcher = Batcher(
         quoter,
-        BatchSettings(**{"window_s": WINDOW_S, **settings}),
+        BatchSettings(**{"isolate_mask": ISOLATED, "window_s": WINDOW_S, **settings}),
         metrics or Metrics(),
         in_worker=inline,
         **extra,
@@ -593,7 +597,9 @@ async def test_logs_are_read_after_the_quote_and_go_to_who_asked(
 async def test_a_thousand_in_a_real_worker_thread_all_verify() -> None:
     """The same with the tree worker that serves."""
     quoter = FakeQuoter()
-    batcher = Batcher(quoter, BatchSettings(window_s=0.0, max_leaves=512), Metrics())
+    batcher = Batcher(
+        quoter, BatchSettings(isolate_mask=ISOLATED, window_s=0.0, max_leaves=512), Metrics()
+    )
     answers: dict[QuoteRequest, Answer] = {}
 
     async def one(number: int) -> None:

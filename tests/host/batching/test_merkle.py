@@ -8,9 +8,9 @@ import random
 import pytest
 from evidence_factory import tree_path, tree_root
 
-from provider_proxy.inclusion import leaf_hash, root_from_proof
-from provider_proxy.merkle import build_tree, padding
-from provider_proxy.model import InclusionProof
+from provider_proxy.evidence.inclusion import leaf_hash, root_from_proof
+from provider_proxy.evidence.model import InclusionProof
+from provider_proxy.host.batching.merkle import build_tree, padding
 
 
 def inputs(size: int, seed: int = 0) -> list[bytes]:

@@ -17,16 +17,28 @@ import pytest
 import trio
 import trio.testing
 from helpers import FakeQuoter
+from places import DOCS
 
-from provider_proxy import plan as module
-from provider_proxy.batcher import Batcher
 from provider_proxy.cli import main as cli
 from provider_proxy.errors import UsageError
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import Nonce, PcrMask, QuoteRequest, Tenant
-from provider_proxy.plan import Costs, Scenario, Simulation, choose, draw_polls, predict, quantile
-from provider_proxy.tpm import pace
-from provider_proxy.waiting_room import BatchSettings
+from provider_proxy.evidence.model import Nonce, PcrMask, QuoteRequest, Tenant, mask_of
+from provider_proxy.host.batching import simulation as module
+from provider_proxy.host.batching.batcher import Batcher
+from provider_proxy.host.batching.queue import BatchSettings
+from provider_proxy.host.batching.simulation import (
+    Costs,
+    Scenario,
+    Simulation,
+    choose,
+    draw_polls,
+    predict,
+    quantile,
+)
+from provider_proxy.host.config.tables import DEFAULT_ISOLATED
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.tpm import pace
+
+ISOLATED = mask_of(DEFAULT_ISOLATED)
 
 FREE = Costs(request_s=0, answer_s=0, batch_s=0)
 CROWD = Scenario(tenants=100, interval_s=2, quote_s=0.188, window_s=0)
@@ -44,7 +56,9 @@ async def inline(function: Callable[..., Any], *args: Any) -> Any:
 async def played(scenario: Scenario, polls: list[tuple[float, int]]) -> tuple[list[float], int]:
     """The same polls at the real batcher: latencies and quotes of those after the first interval."""
     quoter = FakeQuoter(delay_s=scenario.quote_s, pause_s=scenario.rest_s)
-    settings = BatchSettings(window_s=scenario.window_s, max_leaves=scenario.max_leaves)
+    settings = BatchSettings(
+        isolate_mask=ISOLATED, window_s=scenario.window_s, max_leaves=scenario.max_leaves
+    )
     batcher = Batcher(quoter, settings, Metrics(), in_worker=inline)
     begin = trio.current_time()
     latencies: list[tuple[float, float]] = []
@@ -250,7 +264,7 @@ def test_plan_says_what_to_set(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_document_s_plan_is_what_it_prints(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = (Path(__file__).resolve().parents[1] / "docs" / "sizing.md").read_text(encoding="utf-8")
+    text = (DOCS / "sizing.md").read_text(encoding="utf-8")
     (words,) = re.findall(r"^provider-proxy plan (.*)$", text, re.MULTILINE)
     (block,) = re.findall(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     monkeypatch.setenv("COLUMNS", "80")

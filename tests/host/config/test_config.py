@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from provider_proxy import config as config_whole
-from provider_proxy import config_tables
-from provider_proxy.config import parse_config, read_secret
-from provider_proxy.config_registrars import agent_id_of, check_registrars
-from provider_proxy.config_tables import Config, RegistrarTable, TenantRules
-from provider_proxy.config_values import split_contact
+from provider_proxy.common.files import read_secret
+from provider_proxy.common.settings.values import split_contact
 from provider_proxy.errors import ConfigError, HostError
-from provider_proxy.model import HashAlg, mask_of
+from provider_proxy.evidence.model import HashAlg, mask_of
+from provider_proxy.host.config import load as config_whole
+from provider_proxy.host.config import tables as config_tables
+from provider_proxy.host.config.load import parse_config
+from provider_proxy.host.config.registrars import agent_id_of, check_registrars
+from provider_proxy.host.config.tables import Config, RegistrarTable, TenantRules
 
 PLAIN = "[listen]\ninsecure_plaintext = true\n"
 ISOLATED = mask_of((10, 11, 12, 13, 14, 15, 16, 23))

@@ -6,15 +6,16 @@ import dataclasses
 import itertools
 import re
 import tomllib
-from pathlib import Path
 from typing import Any
 
-from provider_proxy.config import parse_config
-from provider_proxy.config_env import known_keys
-from provider_proxy.config_tables import Config, RegistrarTable
-from provider_proxy.config_values import as_toml
+from places import DOCS
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "docs" / "provider-proxy.example.toml"
+from provider_proxy.common.settings.values import as_toml
+from provider_proxy.host.config.environment import known_keys
+from provider_proxy.host.config.load import parse_config
+from provider_proxy.host.config.tables import Config, RegistrarTable
+
+EXAMPLE = DOCS / "provider-proxy.example.toml"
 TEXT = EXAMPLE.read_text(encoding="utf-8")
 # "#key = value" is a setting; "# text" explains. Headers stand open, so that a setting whose # was
 # taken away is in its own table; those of named tables are examples.

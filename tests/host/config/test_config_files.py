@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from provider_proxy import config_files as module
 from provider_proxy.cli import main as cli
-from provider_proxy.config import load, load_config
-from provider_proxy.config_env import known_keys, variable_of
-from provider_proxy.config_files import Origin, read_document
 from provider_proxy.errors import ConfigError, HostError
+from provider_proxy.host.config import files as module
+from provider_proxy.host.config.environment import known_keys, variable_of
+from provider_proxy.host.config.files import Origin, read_document
+from provider_proxy.host.config.load import load, load_config
 
 PLAIN = "[listen]\ninsecure_plaintext = true\n"
 ALICE = '[tenants.alice]\nidentities = ["dns:alice.example.org"]\n'

@@ -38,8 +38,8 @@ from schemathesis import engine
 from schemathesis.config import SchemathesisConfig
 from schemathesis.engine import events
 
-from provider_proxy import http_messages
-from provider_proxy.model import HashAlg
+from provider_proxy.evidence.model import HashAlg
+from provider_proxy.host.http import messages
 
 pytestmark = pytest.mark.real
 
@@ -306,14 +306,14 @@ def read_replies(received: bytes, sent: bytes) -> list[int]:
         assert match is not None, f"no response: {head!r}"
         assert blank, f"half a head: {head!r}"
         status = int(match[1])
-        assert match[2] == http_messages.REASONS[status]
+        assert match[2] == messages.REASONS[status]
         headers: dict[bytes, bytes] = {}
         for line in lines[1:]:
             name, colon, value = line.partition(b": ")
             assert colon, line
             assert name.lower() not in headers, line
             headers[name.lower()] = value
-        assert headers[b"content-type"] == http_messages.JSON
+        assert headers[b"content-type"] == messages.JSON
         assert headers[b"cache-control"] == b"no-store"
         assert (status == 405) == (b"allow" in headers)
         closes = headers.get(b"connection") == b"close"
@@ -341,7 +341,7 @@ def check_body(status: int, body: bytes) -> None:
         assert set(values["results"]) <= ({"parameter"} if status == 400 else set())
 
 
-KNOWN = set(http_messages.REASONS) - {500, 502}
+KNOWN = set(messages.REASONS) - {500, 502}
 
 
 @dataclass(slots=True)

@@ -20,7 +20,6 @@ import trio.testing
 import trustme
 from helpers import LIMIT_S, Certs, Wire, connect, connected, get_bytes, make_certs, until
 
-from provider_proxy import http1, http_messages
 from provider_proxy.errors import (
     ClientGoneError,
     DeadlineError,
@@ -36,8 +35,10 @@ from provider_proxy.errors import (
     TenantLimitError,
     UnknownTenantError,
 )
-from provider_proxy.http1 import Door
-from provider_proxy.http_messages import Request, Response
+from provider_proxy.host.http import messages
+from provider_proxy.host.http import server as http1
+from provider_proxy.host.http.messages import Request, Response
+from provider_proxy.host.http.server import Door
 
 OK = get_bytes("/ok")
 BIG = 8 * 1024 * 1024
@@ -73,9 +74,7 @@ class Site:
                 await self.release.wait()
                 return Response(body=(b"in time",))
             case "/big":
-                return Response(
-                    body=(b"<", b"x" * (BIG - 2), b">"), content_type=http_messages.TEXT
-                )
+                return Response(body=(b"<", b"x" * (BIG - 2), b">"), content_type=messages.TEXT)
             case "/bug":
                 raise RuntimeError("a bug")
             case "/error":
@@ -147,7 +146,7 @@ async def _anything_more(wire: Wire) -> bytes:
 async def test_a_large_body_comes_whole(site: Site) -> None:
     async with open_port(site) as address, connect(address) as wire:
         reply = await wire.get("/big")
-        assert reply.header("Content-Type") == http_messages.TEXT.decode()
+        assert reply.header("Content-Type") == messages.TEXT.decode()
         assert reply.body == b"<" + b"x" * (BIG - 2) + b">"
         assert (await wire.get("/ok")).status == 200
 
@@ -392,7 +391,7 @@ async def test_an_unknown_transfer_encoding_is_501(site: Site) -> None:
             "Request Header Fields Too Large",
         ),
         (get_bytes("/" + "x" * 100_000), 431, "Request Header Fields Too Large"),
-        (get_bytes("/" + "x" * http_messages.MAX_TARGET_CHARS), 414, "URI Too Long"),
+        (get_bytes("/" + "x" * messages.MAX_TARGET_CHARS), 414, "URI Too Long"),
         (b"G" * 70_000, 431, "Request Header Fields Too Large"),
     ],
 )
@@ -408,7 +407,7 @@ async def test_too_much_is_refused(site: Site, data: bytes, status: int, reason:
 
 async def test_the_longest_target_is_served(site: Site) -> None:
     async with pair(site) as wire:
-        target = "/" + "x" * (http_messages.MAX_TARGET_CHARS - 1)
+        target = "/" + "x" * (messages.MAX_TARGET_CHARS - 1)
         assert (await wire.get(target)).body == b"GET %s?" % target.encode()
 
 

@@ -22,11 +22,9 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from helpers import LIMIT_S, Certs, connect, get_bytes, listening_socket, make_certs
 
-from provider_proxy.config_tables import Listen
 from provider_proxy.errors import ConfigError, HostError
-from provider_proxy.http1 import ClientStream, Door
-from provider_proxy.http_messages import Request, Response
-from provider_proxy.listeners import (
+from provider_proxy.host.config.tables import Listen
+from provider_proxy.host.http.listeners import (
     Listener,
     adopt_listeners,
     close_all,
@@ -35,6 +33,8 @@ from provider_proxy.listeners import (
     remove_unix_sockets,
     tls_context,
 )
+from provider_proxy.host.http.messages import Request, Response
+from provider_proxy.host.http.server import ClientStream, Door
 
 KEY = "listen.address"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from provider_proxy.common.files import write_private
 from provider_proxy.errors import HostError
-from provider_proxy.files import write_private
-from provider_proxy.quoters.ak_store import AUTH_BYTES, AkStore
+from provider_proxy.host.quoters.ak_store import AUTH_BYTES, AkStore
 
 NAME = b"\x00\x0b" + bytes(range(32))
 OTHER = b"\x00\x0b" + bytes(32)

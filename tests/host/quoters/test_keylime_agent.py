@@ -20,24 +20,32 @@ from helpers import LIMIT_S, Asker, until
 from keylime_helpers import Registrar, running_registrar
 from tpm_helpers import errors_counted, tool
 
-from provider_proxy import attestation, daemon
-from provider_proxy.attestation_key import parse_ak
-from provider_proxy.batcher import Batcher
-from provider_proxy.client import ProxyClient
-from provider_proxy.config_tables import Config, KeylimeAgent, Listen, QuoterTable, Tpm
 from provider_proxy.errors import AkChangedError, HostError, QuoteError
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import ClockState, HashAlg, QuoteRequest, Tenant, parse_mask, parse_nonce
-from provider_proxy.pins import PinStore
-from provider_proxy.quoters import agent_binding, circuit, keylime_agent
-from provider_proxy.quoters.agent_http import AgentClient, AgentError, AgentReply
-from provider_proxy.quoters.keylime_agent import AgentBinding, AgentLogs, AgentQuoter
-from provider_proxy.quoters.opening import HostIdentity, uuid_of_ek
-from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.tpm import ladder
-from provider_proxy.tpm.ladder import Step
-from provider_proxy.waiting_room import BatchSettings
-from provider_proxy.wire import encode_quote
+from provider_proxy.evidence import attestation
+from provider_proxy.evidence.model import (
+    ClockState,
+    HashAlg,
+    QuoteRequest,
+    Tenant,
+    parse_mask,
+    parse_nonce,
+)
+from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.evidence.wire import encode_quote
+from provider_proxy.host import daemon
+from provider_proxy.host.batching.batcher import Batcher
+from provider_proxy.host.batching.queue import BatchSettings
+from provider_proxy.host.config.tables import Config, KeylimeAgent, Listen, QuoterTable, Tpm
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.quoters import agent_binding, circuit, keylime_agent
+from provider_proxy.host.quoters.agent_http import AgentClient, AgentError, AgentReply
+from provider_proxy.host.quoters.keylime_agent import AgentBinding, AgentLogs, AgentQuoter
+from provider_proxy.host.quoters.tpm_opener import HostIdentity, uuid_of_ek
+from provider_proxy.host.tpm import response_codes
+from provider_proxy.host.tpm.response_codes import Step
+from provider_proxy.tenant.client import ProxyClient
+from provider_proxy.testing.soft_tpm import SoftTpm
+from provider_proxy.trust.pins import PinStore
 
 QUALIFYING = b"abcdefghijklmnopqrstuvwxyz234567"
 SHA256 = HashAlg.SHA256
@@ -111,8 +119,8 @@ class FakeAgent:
 def agent(monkeypatch: pytest.MonkeyPatch) -> FakeAgent:
     monkeypatch.setattr(circuit, "PROBE_S", 0.01)
     for step in (Step.AGAIN, Step.CLEAN, Step.SLOW):
-        monkeypatch.setitem(ladder.FIRST_WAIT_S, step, 0.001)
-        monkeypatch.setitem(ladder.LONGEST_WAIT_S, step, 0.002)
+        monkeypatch.setitem(response_codes.FIRST_WAIT_S, step, 0.001)
+        monkeypatch.setitem(response_codes.LONGEST_WAIT_S, step, 0.002)
     return FakeAgent()
 
 
@@ -291,7 +299,7 @@ async def test_an_answer_without_end_is_given_up(
     agent: FakeAgent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened(agent) as quoter:
-        monkeypatch.setattr("provider_proxy.quoters.agent_http.MAX_QUOTE_BYTES", 1000)
+        monkeypatch.setattr("provider_proxy.host.quoters.agent_http.MAX_QUOTE_BYTES", 1000)
         with pytest.raises(QuoteError) as caught:
             await quoter.quote(QUALIFYING, SHA256, 1)
         cause = caught.value.__cause__

@@ -45,17 +45,17 @@ from tpm_helpers import (
     until_served,
 )
 
-from provider_proxy.config_tables import Config, Tpm
-from provider_proxy.daemon import Started
 from provider_proxy.errors import HostError, QuoteError, TpmError
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import HashAlg
-from provider_proxy.quoters import circuit, esys
-from provider_proxy.quoters.opening import TpmOpener
-from provider_proxy.tpm import pace
-from provider_proxy.tpm.chip import Chip
-from provider_proxy.tpm.disturb import Action, refusal
-from provider_proxy.tpm.gate import Gate
+from provider_proxy.evidence.model import HashAlg
+from provider_proxy.host.config.tables import Config, Tpm
+from provider_proxy.host.daemon import Started
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.quoters import circuit, local_tpm
+from provider_proxy.host.quoters.tpm_opener import TpmOpener
+from provider_proxy.host.tpm import pace
+from provider_proxy.host.tpm.chip import Chip
+from provider_proxy.host.tpm.gate import Gate
+from provider_proxy.testing.disturb import Action, refusal
 
 pytestmark = pytest.mark.real
 
@@ -370,7 +370,7 @@ async def test_all_our_commands_together_keep_the_duty(
     stretch of time at most that share, and one turn more. Every command is within a turn."""
     turns: list[tuple[float, float]] = []
     monkeypatch.setattr(RecordingGate, "turns", turns)
-    monkeypatch.setattr(esys, "Gate", RecordingGate)
+    monkeypatch.setattr(local_tpm, "Gate", RecordingGate)
     monkeypatch.setattr(circuit, "PROBE_S", 0.02)
     dice = random.Random(7)
     slow = Action(delay_s=0.01)
@@ -420,7 +420,7 @@ async def test_the_duty_holds_over_every_ten_seconds_whatever_commands_take(
 ) -> None:
     """A chip of 20 ms, of which some commands, or all of a while, take much longer."""
     clock = FakeTime()
-    monkeypatch.setattr("provider_proxy.tpm.gate.time", clock)
+    monkeypatch.setattr("provider_proxy.host.tpm.gate.time", clock)
     gate = Gate(duty)
     dice = random.Random(f"{duty}/{slowest_s}")
     turns: list[tuple[float, float]] = []
@@ -470,7 +470,7 @@ async def test_the_time_of_a_quote_follows_the_chip(tmp_path: Path, faults: Faul
 async def test_one_hang_is_not_learnt_as_the_chips_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Estimates go on as before; a chip that has become slow is learnt all the same."""
     clock = FakeTime()
-    monkeypatch.setattr("provider_proxy.tpm.gate.time", clock)
+    monkeypatch.setattr("provider_proxy.host.tpm.gate.time", clock)
     gate = Gate(1.0)
 
     def command(seconds: float) -> None:
@@ -491,7 +491,7 @@ async def test_a_hang_does_not_keep_the_gate_shut_for_as_long_again(
     """The duty holds over 10 s; a command that took a minute is no reason to rest for another, and
     service has to be back 5 s after a fault has ended."""
     clock = FakeTime()
-    monkeypatch.setattr("provider_proxy.tpm.gate.time", clock)
+    monkeypatch.setattr("provider_proxy.host.tpm.gate.time", clock)
     gate = Gate(0.5)
 
     def hang() -> None:
@@ -693,8 +693,8 @@ async def test_tenants_in_a_hurry_are_served_again_after_a_hang(
 ) -> None:
     """What a hang taught must not keep everybody out for ever: who is not admitted teaches nothing."""
     clock = FakeTime()
-    monkeypatch.setattr("provider_proxy.tpm.gate.time", clock)
-    monkeypatch.setattr("provider_proxy.quoters.esys.time", clock)
+    monkeypatch.setattr("provider_proxy.host.tpm.gate.time", clock)
+    monkeypatch.setattr("provider_proxy.host.quoters.local_tpm.time", clock)
     hold = Hold()
     async with site(plain_config(tmp_path), faults) as at:
         try:

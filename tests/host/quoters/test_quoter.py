@@ -34,23 +34,23 @@ from tpm2_pytss.types import (
 )
 from tpm2_pytss.utils import make_credential as make_credential_for
 
-from provider_proxy import attestation
-from provider_proxy.attestation_key import parse_ak, parse_public
-from provider_proxy.config_tables import Tpm
+from provider_proxy.common.files import write_private
 from provider_proxy.errors import HostError, QuoteError, TpmError
-from provider_proxy.files import write_private
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import AttestationKey, HashAlg, Quote, pcrs_of
-from provider_proxy.quoters import circuit, esys
-from provider_proxy.quoters.ak_store import AkStore
-from provider_proxy.quoters.esys import EsysQuoter
-from provider_proxy.quoters.opening import uuid_of_ek
-from provider_proxy.tpm import keys, pace
-from provider_proxy.tpm.broker import Broker
-from provider_proxy.tpm.chip import Chip, open_context
-from provider_proxy.tpm.disturb import CC_QUOTE, Action
-from provider_proxy.tpm.embedded import EmbeddedTpm
-from provider_proxy.tpm.faulty import FaultyContext
+from provider_proxy.evidence import attestation
+from provider_proxy.evidence.model import AttestationKey, HashAlg, Quote, pcrs_of
+from provider_proxy.evidence.tpm_keys import parse_ak, parse_public
+from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.quoters import circuit, local_tpm
+from provider_proxy.host.quoters.ak_store import AkStore
+from provider_proxy.host.quoters.local_tpm import EsysQuoter
+from provider_proxy.host.quoters.tpm_opener import uuid_of_ek
+from provider_proxy.host.tpm import keys, pace
+from provider_proxy.host.tpm.chip import Chip, open_context
+from provider_proxy.host.tpm.embedded import EmbeddedTpm
+from provider_proxy.testing.broker import Broker
+from provider_proxy.testing.disturb import CC_QUOTE, Action
+from provider_proxy.testing.faulty import FaultyContext
 
 ALL = 0xFFFFFF
 QUALIFYING = b"abcdefghijklmnopqrstuvwxyz234567"
@@ -63,7 +63,7 @@ BANKS = (HashAlg.SHA1, HashAlg.SHA256, HashAlg.SHA384, HashAlg.SHA512)
 def open_quoter(
     settings: Tpm, state_dir: Path, *, metrics: Metrics | None = None, **more: Any
 ) -> AbstractAsyncContextManager[EsysQuoter]:
-    return esys.open_quoter(settings, state_dir, metrics or Metrics(), **more)
+    return local_tpm.open_quoter(settings, state_dir, metrics or Metrics(), **more)
 
 
 def check(quote: Quote, ak: AttestationKey, qualifying: bytes, bank: HashAlg, mask: int) -> None:
@@ -979,7 +979,7 @@ async def test_a_hanging_command_is_trouble(
 async def test_closing_gives_up_on_a_command_that_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(esys, "CLOSE_LIMIT_S", 0.05)
+    monkeypatch.setattr(local_tpm, "CLOSE_LIMIT_S", 0.05)
     hold = threading.Event()
     armed = False
 

@@ -14,13 +14,13 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from helpers import LIMIT_S, FakeQuoter
 from keylime_helpers import Registrar, running_registrar
 
-from provider_proxy import attestation
-from provider_proxy.batcher import Quoter
-from provider_proxy.config_tables import Tpm
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import HashAlg, Quote, pcrs_of
-from provider_proxy.quoters import esys, keylime_agent
-from provider_proxy.soft_tpm import SoftTpm
+from provider_proxy.evidence import attestation
+from provider_proxy.evidence.model import HashAlg, Quote, pcrs_of
+from provider_proxy.host.batching.batcher import Quoter
+from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.quoters import keylime_agent, local_tpm
+from provider_proxy.testing.soft_tpm import SoftTpm
 
 ALL = 0xFFFFFF
 PCR_16 = 1 << 16
@@ -77,7 +77,7 @@ async def kind(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
         yield Kind(quoter=FakeQuoter(SoftTpm(key=key, pcrs={0: b"boot"}), delay_s=0.002))
     elif what == "tpm":
         settings = Tpm(tcti="embedded", max_duty=1.0, ak_algorithm=algorithm)
-        async with esys.open_quoter(settings, tmp_path, Metrics()) as opened:
+        async with local_tpm.open_quoter(settings, tmp_path, Metrics()) as opened:
             yield Kind(quoter=opened)
     else:
         bind = binding_of(request.getfixturevalue("agent"), request.getfixturevalue("registrar"))

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from provider_proxy.credential import (
+from provider_proxy.errors import EvidenceFormatError
+from provider_proxy.host.registration.credential import (
     MAX_BLOB_BYTES,
     MAX_ID_OBJECT_BYTES,
     MAX_SECRET_BYTES,
@@ -18,7 +19,6 @@ from provider_proxy.credential import (
     encode_challenge,
     parse_challenge,
 )
-from provider_proxy.errors import EvidenceFormatError
 
 
 def sized(data: bytes) -> bytes:

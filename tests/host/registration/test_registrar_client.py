@@ -20,10 +20,15 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from helpers import LIMIT_S, make_certs
 
-from provider_proxy import registrar_client
-from provider_proxy.config_tables import RegistrarTable
 from provider_proxy.errors import HostError, RegistrarError
-from provider_proxy.registrar_client import RegistrarClient, http_client, printable, tls_context
+from provider_proxy.host.config.tables import RegistrarTable
+from provider_proxy.host.registration import client
+from provider_proxy.host.registration.client import (
+    RegistrarClient,
+    http_client,
+    printable,
+    tls_context,
+)
 
 pytestmark = pytest.mark.real
 
@@ -73,7 +78,7 @@ CHUNK = b"8000\r\n" + b" " * 0x8000 + b"\r\n"
 async def test_a_hostile_registrar_costs_little_and_gives_nothing(
     monkeypatch: pytest.MonkeyPatch, first: bytes, more: bytes, message: str
 ) -> None:
-    monkeypatch.setattr(registrar_client, "CALL_LIMIT_S", 0.5)
+    monkeypatch.setattr(client, "CALL_LIMIT_S", 0.5)
     async with server(first, more) as url, http_client(None) as http:
         with trio.fail_after(LIMIT_S), pytest.raises(RegistrarError, match=message):
             await RegistrarClient(http, url, "x").negotiate()
@@ -102,7 +107,7 @@ async def test_the_environments_proxies_are_not_used(monkeypatch: pytest.MonkeyP
 
 def test_foreign_text_is_one_short_line() -> None:
     assert printable("a\x1b[31m\nb\u202e") == "a?[31m?b?"
-    assert len(printable("x" * 10_000)) == registrar_client.SHOWN_CHARS
+    assert len(printable("x" * 10_000)) == client.SHOWN_CHARS
 
 
 # --- TLS files ----------------------------------------------------------------------------------------

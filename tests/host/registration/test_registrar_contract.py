@@ -23,13 +23,18 @@ from keylime_helpers import Registrar, running_registrar
 from simulated_registrar import FakeRegistrar, wrap
 from tpm_helpers import Swtpm, open_quoter
 
-from provider_proxy.attestation_key import parse_public
-from provider_proxy.config_tables import RegistrarTable
-from provider_proxy.credential import auth_tag, parse_challenge
 from provider_proxy.errors import RegistrarError
-from provider_proxy.quoters.esys import EsysQuoter
-from provider_proxy.registrar_client import Record, RegistrarClient, http_client, tls_context
-from provider_proxy.soft_tpm import SoftTpm
+from provider_proxy.evidence.tpm_keys import parse_public
+from provider_proxy.host.config.tables import RegistrarTable
+from provider_proxy.host.quoters.local_tpm import EsysQuoter
+from provider_proxy.host.registration.client import (
+    Record,
+    RegistrarClient,
+    http_client,
+    tls_context,
+)
+from provider_proxy.host.registration.credential import auth_tag, parse_challenge
+from provider_proxy.testing.soft_tpm import SoftTpm
 
 pytestmark = pytest.mark.real
 

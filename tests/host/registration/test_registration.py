@@ -24,12 +24,12 @@ from simulated_registrar import (
     wrap_for_fake,
 )
 
-from provider_proxy import registrar_client, registration
-from provider_proxy.config_tables import RegistrarTable
+from provider_proxy.common.files import FileLock
 from provider_proxy.errors import QuoteError
-from provider_proxy.files import FileLock
-from provider_proxy.registration import Registration
-from provider_proxy.registration_state import GOOD, Report, State
+from provider_proxy.host.config.tables import RegistrarTable
+from provider_proxy.host.registration import client, registration
+from provider_proxy.host.registration.registration import Registration
+from provider_proxy.host.registration.state import GOOD, Report, State
 
 ID = "agent-1"
 URL = "http://registrar.test"
@@ -322,7 +322,7 @@ BAD_ANSWERS: dict[str, Callable[..., Awaitable[httpx.Response | None]]] = {
     "results": always(lambda: raw(200, b'{"results": []}')),
     "twice": always(lambda: raw(200, b'{"results": {}, "results": {}}')),
     "empty": always(lambda: reply(200)),
-    "huge": always(lambda: raw(200, b" " * (registrar_client.MAX_BODY_BYTES + 1))),
+    "huge": always(lambda: raw(200, b" " * (client.MAX_BODY_BYTES + 1))),
     "packed": always(lambda: raw(200, b"", {"content-encoding": "gzip"})),
     "versions": always(lambda: reply(200, {"supported_versions": "2.6"})),
     "unknown versions": always(lambda: reply(200, {"supported_versions": ["1.0", "3.0", 2, "x"]})),

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from test_docs import DOCS, ROOT, read
+from places import DOCS, ROOT
+from test_docs import read
 
-from provider_proxy import http1
-from provider_proxy.metrics import Metrics
+from provider_proxy.host.http import server
+from provider_proxy.host.metrics import Metrics
 
 RULES: list[dict[str, Any]] = [
     rule for group in yaml.safe_load(read("docs/alerts.yml"))["groups"] for rule in group["rules"]
@@ -106,7 +107,7 @@ def test_reasons_in_rules_are_those_of_the_code() -> None:
     text = read("docs/alerts.yml")
     for reason in re.findall(r'reason="(\w+)"', text):
         assert f"`{reason}`" in read("docs/http-api.md")
-    for reason in http1.HANDSHAKE_FAILURES:
+    for reason in server.HANDSHAKE_FAILURES:
         assert f"`{reason}`" in read("docs/monitoring.md")
 
 

@@ -14,12 +14,19 @@ from status_helpers import HOST, NONCE, FakeChip, make_batch, make_board
 from test_batcher import QUOTE_S, WINDOW_S, Asker, make_request, running
 from tpm_helpers import sample
 
-from provider_proxy import recent as module
-from provider_proxy.batch import Batch, SealedBy
-from provider_proxy.batcher import Queue
 from provider_proxy.errors import QuoteError, TpmError
-from provider_proxy.metrics import Metrics
-from provider_proxy.recent import MAX_LISTED, MAX_PAIRS, OTHERS, RING, SPAN_MINUTES, Recent
+from provider_proxy.host.batching.batch import Batch, SealedBy
+from provider_proxy.host.batching.batcher import Queue
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.status import recent as module
+from provider_proxy.host.status.recent import (
+    MAX_LISTED,
+    MAX_PAIRS,
+    OTHERS,
+    RING,
+    SPAN_MINUTES,
+    Recent,
+)
 
 
 class Clock:
@@ -216,7 +223,9 @@ async def test_a_batch_is_one_line_of_the_log(
         quoter.error = QuoteError('refused\nINFO batch=9 "x"')
         await asker.ask()
         await trio.sleep(1)
-    lines = [r.getMessage() for r in caplog.records if r.name == "provider_proxy.batch_report"]
+    lines = [
+        r.getMessage() for r in caplog.records if r.name == "provider_proxy.host.batching.report"
+    ]
     assert lines == [
         "batch=1 leaves=3 size=4 bank=sha256 mask=0x81 wait_ms=50.0 quote_ms=200.0 "
         "sealed_by=window outcome=ok",

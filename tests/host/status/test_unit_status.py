@@ -11,8 +11,8 @@ import trio
 import trio.testing
 from helpers import LIMIT_S, Asker, connect, plain_toml, quote_over, serving, trusted_ak
 
-from provider_proxy import unit_status
-from provider_proxy.recent import PastBatch
+from provider_proxy.host.status import unit_line
+from provider_proxy.host.status.recent import PastBatch
 
 
 def batch(number: int, *, leaves: int = 1, outcome: str = "ok") -> PastBatch:
@@ -49,12 +49,12 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str]]:
         assert limit_s == 0  # nobody waits for a line to be read
         lines.append((trio.current_time(), state))
 
-    monkeypatch.setattr("provider_proxy.sysd.notify", notify)
+    monkeypatch.setattr("provider_proxy.host.systemd.notify", notify)
     return lines
 
 
 def test_words() -> None:
-    line = unit_status.status_line
+    line = unit_line.status_line
     assert line(None, 0, None) == "no batch yet; 0 waiting"
     assert line(batch(7), 0, None) == "batch 7: 1 leaf in 187 ms; 0 waiting"
     last = batch(812, leaves=143)
@@ -72,7 +72,7 @@ async def test_at_most_once_a_second_and_only_what_is_new(
 ) -> None:
     work = Work()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(unit_status.run, work, work, lambda: 0)
+        nursery.start_soon(unit_line.run, work, work, lambda: 0)
         for number in range(1000):
             await trio.sleep(0.01)
             work.last = batch(number)
@@ -88,7 +88,7 @@ async def test_at_most_once_a_second_and_only_what_is_new(
 @pytest.mark.real
 async def test_a_real_daemon_tells_its_last_batch(tmp_path: Path) -> None:
     async with serving(tmp_path, plain_toml(tmp_path / "s")) as serve:
-        assert [line for line, _ in serve.notify.status] == [unit_status.OPENING]
+        assert [line for line, _ in serve.notify.status] == [unit_line.OPENING]
         asker = Asker(await trusted_ak(serve.address))
         async with connect(serve.address) as wire:
             await quote_over(wire, asker)

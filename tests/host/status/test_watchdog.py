@@ -38,10 +38,10 @@ from tpm_helpers import (
     until_served,
 )
 
-from provider_proxy import watchdog
-from provider_proxy.tpm.broker import Broker
-from provider_proxy.tpm.disturb import Action
-from provider_proxy.tpm.gate import Gate
+from provider_proxy.host.status import watchdog
+from provider_proxy.host.tpm.gate import Gate
+from provider_proxy.testing.broker import Broker
+from provider_proxy.testing.disturb import Action
 
 LIMIT = 7.0  # tpm.hang_limit_s
 
@@ -55,7 +55,7 @@ class Pings:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.times: list[float] = []
-        monkeypatch.setattr("provider_proxy.sysd.notify", self._notify)
+        monkeypatch.setattr("provider_proxy.host.systemd.notify", self._notify)
 
     def _notify(self, state: str, *, limit_s: float) -> None:
         assert (state, limit_s) == ("WATCHDOG=1", 0)

@@ -32,9 +32,9 @@ from tpm_helpers import (
 )
 
 from provider_proxy.errors import TpmError
-from provider_proxy.tpm.broker import Broker
-from provider_proxy.tpm.chip import close_context, open_context
-from provider_proxy.tpm.disturb import (
+from provider_proxy.host.tpm.chip import close_context, open_context
+from provider_proxy.testing.broker import Broker
+from provider_proxy.testing.disturb import (
     CC_QUOTE,
     CHIP_QUOTE_MS,
     TRANSIENT_CODES,
@@ -44,7 +44,7 @@ from provider_proxy.tpm.disturb import (
     refuse_some,
     together,
 )
-from provider_proxy.tpm.faulty import FaultyContext, FaultyTcti
+from provider_proxy.testing.faulty import FaultyContext, FaultyTcti
 
 CC_GET_RANDOM = 0x17B
 GET_RANDOM = bytes.fromhex("80010000000c0000017b0008")

@@ -26,9 +26,9 @@ from tpm_helpers import (
 )
 
 from provider_proxy.errors import TpmError
-from provider_proxy.tpm import doctor
-from provider_proxy.tpm.chip import close_context, open_context
-from provider_proxy.tpm.disturb import Action
+from provider_proxy.host.tpm import doctor
+from provider_proxy.host.tpm.chip import close_context, open_context
+from provider_proxy.testing.disturb import Action
 
 WRITES = (0x120, 0x126, 0x12A, 0x137, 0x144, 0x145)
 """EvictControl, Clear, NV_DefineSpace, NV_Write, Startup, Shutdown: nothing for a doctor."""

@@ -18,9 +18,9 @@ from helpers import LIMIT_S, is_alive, wait_until
 from tpm2_pytss.constants import ESYS_TR
 
 from provider_proxy.errors import HostError
-from provider_proxy.tpm import embedded
-from provider_proxy.tpm.chip import open_context
-from provider_proxy.tpm.embedded import EmbeddedTpm
+from provider_proxy.host.tpm import embedded
+from provider_proxy.host.tpm.chip import open_context
+from provider_proxy.host.tpm.embedded import EmbeddedTpm
 
 pytestmark = pytest.mark.real
 

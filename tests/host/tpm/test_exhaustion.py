@@ -40,12 +40,12 @@ from tpm_helpers import (
 )
 
 from provider_proxy.errors import QuoteError
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import HashAlg
-from provider_proxy.quoters.esys import EsysQuoter
-from provider_proxy.tpm.broker import Broker
-from provider_proxy.tpm.chip import close_context, open_context
-from provider_proxy.tpm.disturb import Action
+from provider_proxy.evidence.model import HashAlg
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.quoters.local_tpm import EsysQuoter
+from provider_proxy.host.tpm.chip import close_context, open_context
+from provider_proxy.testing.broker import Broker
+from provider_proxy.testing.disturb import Action
 
 pytestmark = pytest.mark.real
 

@@ -14,9 +14,9 @@ import trio
 from helpers import LIMIT_S, until
 
 from provider_proxy.errors import TpmError
-from provider_proxy.tpm import gate as gate_module
-from provider_proxy.tpm.gate import Gate
-from provider_proxy.tpm.pace import FIRST_GUESS_S, BusyTime
+from provider_proxy.host.tpm import gate as gate_module
+from provider_proxy.host.tpm.gate import Gate
+from provider_proxy.host.tpm.pace import FIRST_GUESS_S, BusyTime
 
 COMMAND_S = 0.02
 TICK_S = 0.002  # clocks and sleeps are no finer

@@ -15,8 +15,6 @@ import trio.testing
 from helpers import HOST_UUID
 from tpm_helpers import QUALIFYING, errors_counted, sample
 
-from provider_proxy.batch import Answer
-from provider_proxy.batcher import Batcher
 from provider_proxy.errors import (
     AkChangedError,
     DeadlineError,
@@ -26,15 +24,27 @@ from provider_proxy.errors import (
     QuoteError,
     TpmError,
 )
-from provider_proxy.metrics import Metrics
-from provider_proxy.model import HashAlg, Nonce, PcrMask, Quote, QuoteRequest, Tenant
-from provider_proxy.quoters.circuit import PROBE_S
-from provider_proxy.quoters.esys import EsysQuoter
-from provider_proxy.quoters.opening import HostIdentity, TpmOpener
-from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.tpm import chip
-from provider_proxy.tpm.gate import Gate
-from provider_proxy.tpm.ladder import (
+from provider_proxy.evidence.model import (
+    HashAlg,
+    Nonce,
+    PcrMask,
+    Quote,
+    QuoteRequest,
+    Tenant,
+    mask_of,
+)
+from provider_proxy.host.batching.batch import Answer
+from provider_proxy.host.batching.batcher import Batcher
+from provider_proxy.host.batching.queue import BatchSettings
+from provider_proxy.host.config.tables import DEFAULT_ISOLATED
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.quoters.circuit import PROBE_S
+from provider_proxy.host.quoters.local_tpm import EsysQuoter
+from provider_proxy.host.quoters.tpm_opener import HostIdentity, TpmOpener
+from provider_proxy.host.tpm import chip
+from provider_proxy.host.tpm.gate import Gate
+from provider_proxy.host.tpm.pace import Pace
+from provider_proxy.host.tpm.response_codes import (
     FIRST_WAIT_S,
     LONGEST_WAIT_S,
     RC_NAMES,
@@ -43,8 +53,9 @@ from provider_proxy.tpm.ladder import (
     step_for,
     wait_s,
 )
-from provider_proxy.tpm.pace import Pace
-from provider_proxy.waiting_room import BatchSettings
+from provider_proxy.testing.soft_tpm import SoftTpm
+
+ISOLATED = mask_of(DEFAULT_ISOLATED)
 
 T = TypeVar("T")
 
@@ -611,7 +622,12 @@ class Tenants:
 
 @asynccontextmanager
 async def batching(bench: Bench) -> AsyncIterator[Tenants]:
-    batcher = Batcher(bench.quoter, BatchSettings(window_s=0.05), bench.metrics, in_worker=inline)
+    batcher = Batcher(
+        bench.quoter,
+        BatchSettings(isolate_mask=ISOLATED, window_s=0.05),
+        bench.metrics,
+        in_worker=inline,
+    )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(batcher.run)
         yield Tenants(batcher, nursery)

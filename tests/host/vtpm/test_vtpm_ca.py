@@ -27,12 +27,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from evidence_factory import OTHER_VM, VM, FixedTpm, ec_key, rsa_key
 from helpers import connected, run_here
 from keylime_helpers import PYTHON, keylime_environment
-from test_server import make_door
+from test_tenant_api import make_door
 from tpm_helpers import AK_HANDLE, EK_HANDLE, Faults, Swtpm, open_quoter, swtpm_at, tool
 
-from provider_proxy import attestation_key, der
-from provider_proxy.attestation_key import parse_ak
-from provider_proxy.config_tables import Tpm
 from provider_proxy.errors import (
     EkCertificateError,
     EvidenceFormatError,
@@ -40,15 +37,9 @@ from provider_proxy.errors import (
     SelfCheckError,
     UntrustedCaError,
 )
-from provider_proxy.quoters import ca_signer
-from provider_proxy.quoters.ca_signer import open_ca_signer
-from provider_proxy.soft_tpm import encode_public
-from provider_proxy.tpm.disturb import Action
-from provider_proxy.vtpm import ca as vtpm_ca
-from provider_proxy.vtpm import profile
-from provider_proxy.vtpm.ca import CERTIFICATE_FILE, HostCa, open_host_ca
-from provider_proxy.vtpm.requests import CertificateRequest
-from provider_proxy.vtpm_ca_check import (
+from provider_proxy.evidence import der, tpm_keys
+from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.evidence.vtpm_ca import (
     CA_MUST_HAVE,
     CA_QUALIFYING,
     MAX_CA_BYTES,
@@ -59,6 +50,15 @@ from provider_proxy.vtpm_ca_check import (
     key_usage,
     parse_certify,
 )
+from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.quoters import ca_signer
+from provider_proxy.host.quoters.ca_signer import open_ca_signer
+from provider_proxy.host.vtpm import ca as vtpm_ca
+from provider_proxy.host.vtpm import profile
+from provider_proxy.host.vtpm.ca import CERTIFICATE_FILE, HostCa, open_host_ca
+from provider_proxy.host.vtpm.requests import CertificateRequest
+from provider_proxy.testing.disturb import Action
+from provider_proxy.testing.soft_tpm import encode_public
 
 HOST = uuid.UUID("11111111-2222-4333-8444-555555555555")
 CA_HANDLE = 0x81000101
@@ -108,7 +108,7 @@ class SoftSigner:
     ) -> None:
         self.key = ec_key(label)
         self.public = encode_public(self.key.public_key(), attributes)
-        self.name = attestation_key.parse_public(self.public).name
+        self.name = tpm_keys.parse_public(self.public).name
         self.ak = ak
         self.signed = 0
         self.certified = 0
@@ -389,8 +389,8 @@ BAD_CAS: dict[str, Callable[[], CaParts]] = {
         f"not {name}": partial(of_attributes, CA_ATTRIBUTES & ~bit)
         for name, bit in CA_MUST_HAVE.items()
     },
-    "decrypts": lambda: of_attributes(CA_ATTRIBUTES | attestation_key.DECRYPT),
-    "restricted": lambda: of_attributes(CA_ATTRIBUTES | attestation_key.RESTRICTED),
+    "decrypts": lambda: of_attributes(CA_ATTRIBUTES | tpm_keys.DECRYPT),
+    "restricted": lambda: of_attributes(CA_ATTRIBUTES | tpm_keys.RESTRICTED),
     "another AK": lambda: parts(SoftSigner(ak=FixedTpm(ec_key("another ak")))),
     "a bit of the attest": lambda: spoilt(attest=GOOD_CA.attest[:-1] + b"\1"),
     "a bit of the signature": lambda: spoilt(signature=GOOD_CA.signature[:-1] + b"\0"),

@@ -21,8 +21,8 @@ import pytest
 from helpers import LIMIT_S
 from vtpm_helpers import EKHOOK, VM, VMHOOK, ecc_key, ek_argument, key_fields, rsa_key
 
-from provider_proxy.vtpm.messages import VmEvent, parse_message
-from provider_proxy.vtpm.requests import CertificateRequest, EkPublicKey
+from provider_proxy.host.vtpm.messages import VmEvent, parse_message
+from provider_proxy.host.vtpm.requests import CertificateRequest, EkPublicKey
 
 pytestmark = pytest.mark.real
 

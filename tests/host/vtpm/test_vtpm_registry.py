@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from vtpm_helpers import OTHER_VM, VM, certificate_request, ecc_key, rsa_key
 
 from provider_proxy.errors import HostError, NotFoundError, VtpmError
-from provider_proxy.model import HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
-from provider_proxy.vtpm import entries
-from provider_proxy.vtpm.claims import Claims, encode_claims
-from provider_proxy.vtpm.entries import CLAIMED, CONFIRMED, Ek, Entry, ek_of
-from provider_proxy.vtpm.registry import PRUNE_AFTER_S, CloneError, Registry, RunningError
+from provider_proxy.evidence.model import HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
+from provider_proxy.host.vtpm import entries
+from provider_proxy.host.vtpm.claims import Claims, encode_claims
+from provider_proxy.host.vtpm.entries import CLAIMED, CONFIRMED, Ek, Entry, ek_of
+from provider_proxy.host.vtpm.registry import PRUNE_AFTER_S, CloneError, Registry, RunningError
 
 RSA = ek_of(rsa_key())
 ECC = ek_of(ecc_key())

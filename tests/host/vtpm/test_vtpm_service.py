@@ -33,25 +33,25 @@ from vtpm_helpers import (
     rsa_key,
 )
 
-from provider_proxy import http1, http_messages
-from provider_proxy.admin import AdminDoor
 from provider_proxy.cli import main as cli
-from provider_proxy.config_tables import Vtpm
 from provider_proxy.errors import HostError, VtpmError
-from provider_proxy.metrics import Metrics
-from provider_proxy.vtpm import door as door_module
-from provider_proxy.vtpm import keeper as keeper_module
-from provider_proxy.vtpm import readback, running
-from provider_proxy.vtpm.claims import entry_values
-from provider_proxy.vtpm.door import CONNECTIONS_A_USER, LINE_LIMIT_S, HookDoor
-from provider_proxy.vtpm.entries import CONFIRMED, Ek, Entry, ek_of
-from provider_proxy.vtpm.keeper import CONFIRM_AFTER_S, WATCH_S, Keeper
-from provider_proxy.vtpm.messages import MAX_LINE_BYTES, VmEvent, parse_message
-from provider_proxy.vtpm.opening import share_socket
-from provider_proxy.vtpm.readback import EncryptedError, copy_state
-from provider_proxy.vtpm.registry import Registry
-from provider_proxy.vtpm.requests import CertificateRequest
-from provider_proxy.vtpm.running import running_vms
+from provider_proxy.host.api.admin import AdminDoor
+from provider_proxy.host.config.tables import Vtpm
+from provider_proxy.host.http import messages, server
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.vtpm import hook_server as door_module
+from provider_proxy.host.vtpm import readback, running
+from provider_proxy.host.vtpm import service as keeper_module
+from provider_proxy.host.vtpm.claims import entry_values
+from provider_proxy.host.vtpm.entries import CONFIRMED, Ek, Entry, ek_of
+from provider_proxy.host.vtpm.hook_server import CONNECTIONS_A_USER, LINE_LIMIT_S, HookDoor
+from provider_proxy.host.vtpm.messages import MAX_LINE_BYTES, VmEvent, parse_message
+from provider_proxy.host.vtpm.open_service import share_socket
+from provider_proxy.host.vtpm.readback import EncryptedError, copy_state
+from provider_proxy.host.vtpm.registry import Registry
+from provider_proxy.host.vtpm.requests import CertificateRequest
+from provider_proxy.host.vtpm.running import running_vms
+from provider_proxy.host.vtpm.service import CONFIRM_AFTER_S, WATCH_S, Keeper
 
 ME = os.geteuid()
 SWTPM_USER = 12345
@@ -798,7 +798,9 @@ async def test_vms_shows_the_registry(
         entry_values_of(OTHER_VM, name="in", running=True, migrated=True),
         entry_values_of(uuid.UUID(int=3), name="[bold]off", eks=eks(1)),
     ]
-    door = http1.Door(AdminDoor(Metrics(), lambda: None, dict, vms=lambda: listed), observe=observe)
+    door = server.Door(
+        AdminDoor(Metrics(), lambda: None, dict, vms=lambda: listed), observe=observe
+    )
     path = tmp_path / "admin"
     async with trio.open_nursery() as nursery:
         sock = trio.socket.socket(socket.AF_UNIX)
@@ -825,11 +827,11 @@ async def test_vms_of_a_daemon_that_keeps_none(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     door = AdminDoor(Metrics(), lambda: None, dict)
-    request = http_messages.Request(
+    request = messages.Request(
         method="GET",
         path="/vms",
         query="",
-        peer=http_messages.Peer(name="", is_gone=lambda: False, limit=lambda _: None),
+        peer=messages.Peer(name="", is_gone=lambda: False, limit=lambda _: None),
     )
     body = json.loads(b"".join((await door(request)).body))
     assert body["results"] == {"enabled": False, "vms": []}

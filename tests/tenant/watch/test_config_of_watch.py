@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from test_docs import code, codes, rows
 
 from provider_proxy.errors import ConfigError, HostError, ProviderProxyError
-from provider_proxy.model import AkName, ClockState, HashAlg
-from provider_proxy.watch_config import load_watch_config, parse_watch_config
-from provider_proxy.watch_state import FILE_NAME, StateStore, parse_state
-from provider_proxy.watch_tables import (
+from provider_proxy.evidence.model import AkName, ClockState, HashAlg
+from provider_proxy.tenant.watch.config import load_watch_config, parse_watch_config
+from provider_proxy.tenant.watch.store import FILE_NAME, StateStore, parse_state
+from provider_proxy.tenant.watch.tables import (
     OWN_KEYS,
     TABLES,
     HostRules,

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from test_eventlog import EVENTS, LOG
+from test_event_log import EVENTS, LOG
 from test_ima import HOST, pcr10, text
 from watch_helpers import FakeProxy, Rig, b64, response
 
 from provider_proxy.errors import HostError, PinChangedError, ReplyError, UsageError
-from provider_proxy.model import ClockState, HashAlg, PcrValues, QuoteRequest
-from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.watch import State
-from provider_proxy.wire import encode_envelope
+from provider_proxy.evidence.model import ClockState, HashAlg, PcrValues, QuoteRequest
+from provider_proxy.evidence.wire import encode_envelope
+from provider_proxy.tenant.watch.states import State
+from provider_proxy.testing.soft_tpm import SoftTpm
 
 Jumping = trio.testing.MockClock
 FIRMWARE = sha256(b"firmware").hexdigest()
@@ -213,7 +213,7 @@ async def test_without_a_trusted_ak_nobody_is_asked(
 async def test_a_bug_fails_one_host_and_no_more(
     autojump_clock: Jumping, rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("provider_proxy.watch_host.parse_evidence", lambda body: 1 // 0)
+    monkeypatch.setattr("provider_proxy.tenant.watch.host.parse_evidence", lambda body: 1 // 0)
     assert await rig.host().round() is State.FAILED
     assert rig.reports[0]["error"] == "HostError"
 

@@ -17,11 +17,10 @@ import pytest
 import trio
 from test_docs import code, rows
 
-from provider_proxy import watch_reports
 from provider_proxy.errors import HostError
-from provider_proxy.watch import State
-from provider_proxy.watch_metrics import WatchMetrics, write_textfile
-from provider_proxy.watch_reports import (
+from provider_proxy.tenant.watch import reports
+from provider_proxy.tenant.watch.metrics import WatchMetrics, write_textfile
+from provider_proxy.tenant.watch.reports import (
     CommandSink,
     LineSink,
     Reporter,
@@ -30,7 +29,8 @@ from provider_proxy.watch_reports import (
     sign,
     webhook_secret,
 )
-from provider_proxy.watch_tables import Command, Webhook
+from provider_proxy.tenant.watch.states import State
+from provider_proxy.tenant.watch.tables import Command, Webhook
 
 SECRET = b"0123456789abcdef0123"
 URL = "https://alerts.example/hosts"
@@ -185,7 +185,7 @@ def outcomes(metrics: WatchMetrics, sink: str) -> dict[str, int]:
 async def test_a_slow_sink_holds_up_no_other_and_loses_what_does_not_fit(
     autojump_clock: trio.abc.Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch_reports, "MAX_QUEUED", 3)
+    monkeypatch.setattr(reports, "MAX_QUEUED", 3)
     slow, quick, metrics = Slow(), Quick(), WatchMetrics()
     sinks: list[Sink] = [slow, quick]
     reporter = Reporter(sinks, metrics)

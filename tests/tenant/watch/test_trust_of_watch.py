@@ -16,13 +16,13 @@ from test_bindings import FakeBook, register
 from watch_helpers import FakeProxy, Rig, response
 
 from provider_proxy.errors import ConfigError, HostError
-from provider_proxy.link import ek_digest
-from provider_proxy.model import QuoteRequest
-from provider_proxy.soft_tpm import SoftTpm
-from provider_proxy.watch import State
-from provider_proxy.watch_config import parse_watch_config
-from provider_proxy.watch_registrars import KnownAks, Registrars
-from provider_proxy.watch_tables import HostRules
+from provider_proxy.evidence.model import QuoteRequest
+from provider_proxy.evidence.vtpm_link import ek_digest
+from provider_proxy.tenant.watch.config import parse_watch_config
+from provider_proxy.tenant.watch.registrars import KnownAks, Registrars
+from provider_proxy.tenant.watch.states import State
+from provider_proxy.tenant.watch.tables import HostRules
+from provider_proxy.testing.soft_tpm import SoftTpm
 
 VENDOR = Authority("vendor")
 AGENT = "host-17.example"
@@ -55,7 +55,7 @@ def book(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeBook:
     def client(**_settings: Any) -> httpx.AsyncClient:
         return made.client()
 
-    monkeypatch.setattr("provider_proxy.watch_registrars.open_client", client)
+    monkeypatch.setattr("provider_proxy.tenant.watch.registrars.open_client", client)
     return made
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from provider_proxy.watch import (
+from provider_proxy.tenant.watch.states import (
     TRANSITIONS,
     VERDICTS,
     Event,
