@@ -119,7 +119,7 @@ os.execv(command[0], command)
 # What it starts: takes the sockets and tells about them.
 TELL = """
 import json, os, subprocess, sys
-from provider_proxy.sysd import take_listen_sockets
+from provider_proxy.host.systemd import take_listen_sockets
 sockets = take_listen_sockets()
 child = subprocess.run(["ls", "-l", "/proc/self/fd"], capture_output=True, text=True, close_fds=False)
 print(json.dumps({

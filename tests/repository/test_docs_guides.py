@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from places import ROOT
+from places import ROOT, TESTS
 from test_docs import (
     ADRS,
     CODE,
@@ -51,6 +51,12 @@ def test_every_page_has_its_place_in_the_index() -> None:
     assert "docs/README.md" in links_of("README.md")
 
 
+def file_of(name: str) -> Path:
+    """The one test module of that name, in whichever folder it stands."""
+    (path,) = TESTS.rglob(f"{name}.py")
+    return path
+
+
 @cache
 def functions_of(path: Path) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -62,7 +68,7 @@ def test_the_tests_that_the_threat_model_names_exist() -> None:
     named = TEST.findall(read(THREATS))
     assert len(named) > 50
     for file, name in named:
-        assert f"test_{name}" in functions_of(ROOT / f"tests/test_{file}.py"), f"{file}::{name}"
+        assert f"test_{name}" in functions_of(file_of(f"test_{file}")), f"{file}::{name}"
 
 
 def test_what_stops_a_threat_is_shown_or_said_to_remain() -> None:
@@ -144,7 +150,7 @@ RUN_BY = {
     "operating": "test_guides",
     "quickstart": "test_guides",
     "registration": "test_registration_real",
-    "sizing": "test_plan",
+    "sizing": "test_simulation",
     "tenants": "test_keylime_real",
     "tls": "test_pki",
     "tpm": "test_guides",
@@ -157,5 +163,5 @@ def test_shell_blocks_have_a_test_that_runs_them() -> None:
     with_blocks = {path for path in OWN if fenced(path, "sh")}
     assert {path.stem for path in with_blocks} == set(RUN_BY)
     for name, test in RUN_BY.items():
-        text = read(f"tests/{test}.py")
+        text = file_of(test).read_text(encoding="utf-8")
         assert f"{name}.md" in text or f'"{name}"' in text

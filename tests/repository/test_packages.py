@@ -27,9 +27,9 @@ LIMIT_S = 60
 
 
 def load(name: str) -> ModuleType:
-    """A script of the packages' folder."""
+    """A script of this checkout, by its path without the ending."""
     spec = importlib.util.spec_from_file_location(
-        f"packages_{Path(name).name}", ROOT / f"packaging/{name}.py"
+        f"packages_{Path(name).name}", ROOT / f"{name}.py"
     )
     assert spec is not None
     assert spec.loader is not None
@@ -39,8 +39,8 @@ def load(name: str) -> ModuleType:
     return module
 
 
-PAGES: dict[str, str] = load("manpages").pages()
-SCRIPTS: dict[str, str] = load("completion").scripts()
+PAGES: dict[str, str] = load("packaging/manpages").pages()
+SCRIPTS: dict[str, str] = load("packaging/completion").scripts()
 
 
 def commands(
@@ -127,7 +127,7 @@ def test_mandoc_has_no_complaint(name: str) -> None:
 
 
 def test_nothing_of_a_text_is_taken_for_roff() -> None:
-    escape = load("manpages").escape
+    escape = load("packaging/manpages").escape
     assert escape(".SH x") == r"\&.SH x"
     assert escape("'x") == r"\(aqx"
     assert escape(r"a\fBb") == r"a\efBb"
@@ -217,10 +217,17 @@ def test_the_configuration_that_the_package_brings_is_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["assemble.sh", "build-deb.sh", "debian/postrm", "debian/prerm", "test-deb.sh"]
+    "name",
+    [
+        "packaging/assemble.sh",
+        "packaging/build-deb.sh",
+        "packaging/debian/postrm",
+        "packaging/debian/prerm",
+        "tests/system/test-deb.sh",
+    ],
 )
 def test_scripts_are_well_formed(name: str) -> None:
-    path = ROOT / "packaging" / name
+    path = ROOT / name
     shell = path.read_text().splitlines()[0].removeprefix("#!")
     done = run(shell, "-n", path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -228,7 +235,7 @@ def test_scripts_are_well_formed(name: str) -> None:
 
 def test_replay_of_an_ima_list() -> None:
     """Entries of both templates, a name with blanks, and a violation; a list that grew meanwhile."""
-    ima = load("kvm/ima")
+    ima = load("tests/system/kvm/ima")
     digest = "sha256:" + "ab" * 32
     lines = [
         f"10 {'11' * 20} ima-ng {digest} /bin/a b",

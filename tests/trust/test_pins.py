@@ -375,8 +375,8 @@ def test_a_write_that_fails_leaves_the_old_pin(
 ACCEPT_FOR_EVER = """
 import sys
 from pathlib import Path
-from provider_proxy.model import ClockState
-from provider_proxy.pins import PinStore
+from provider_proxy.evidence.model import ClockState
+from provider_proxy.trust.pins import PinStore
 pinned = PinStore(Path(sys.argv[1])).load(sys.argv[2])
 first, step, last = map(int, sys.argv[3:])
 for clock in range(first, last, step):

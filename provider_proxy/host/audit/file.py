@@ -23,7 +23,7 @@ from provider_proxy.host.audit.records import (
     parse_record,
 )
 
-log = logging.getLogger("provider_proxy.host.audit.records")  # records without a file go there too
+log = logging.getLogger("provider_proxy.audit")  # records without a file go there too
 
 DEFAULT_MAX_BYTES = 64 << 20  # some 50,000 records a file
 DEFAULT_KEEP = 8
@@ -37,7 +37,7 @@ class AuditLog:
     The file is opened anew for each batch, so that it may be moved or removed at any time.
 
     Args:
-        path: the file; None for the logger "provider_proxy.host.audit.records", at INFO.
+        path: the file; None for the logger "provider_proxy.audit", at INFO.
         max_bytes: the file grows no further, but for a batch that alone is larger.
         keep: how many older files stay, `path.1` the youngest.
         in_worker: runs the append; a thread, but for tests of timing.

@@ -223,9 +223,7 @@ async def test_a_batch_is_one_line_of_the_log(
         quoter.error = QuoteError('refused\nINFO batch=9 "x"')
         await asker.ask()
         await trio.sleep(1)
-    lines = [
-        r.getMessage() for r in caplog.records if r.name == "provider_proxy.host.batching.report"
-    ]
+    lines = [r.getMessage() for r in caplog.records if r.name == "provider_proxy.batch_report"]
     assert lines == [
         "batch=1 leaves=3 size=4 bank=sha256 mask=0x81 wait_ms=50.0 quote_ms=200.0 "
         "sealed_by=window outcome=ok",

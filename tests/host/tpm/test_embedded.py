@@ -27,7 +27,7 @@ pytestmark = pytest.mark.real
 PARENT = """
 import sys, time
 from pathlib import Path
-from provider_proxy.tpm.embedded import EmbeddedTpm
+from provider_proxy.host.tpm.embedded import EmbeddedTpm
 tpm = EmbeddedTpm(Path(sys.argv[1]))
 tpm.start()
 print(tpm.pid, flush=True)

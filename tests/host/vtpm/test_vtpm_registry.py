@@ -401,7 +401,7 @@ import os, sys
 sys.path[:0] = sys.argv[2].split(":")
 from pathlib import Path
 from vtpm_helpers import VM, certificate_request, ecc_key
-from provider_proxy.vtpm.registry import Registry
+from provider_proxy.host.vtpm.registry import Registry
 request = certificate_request(ecc_key())
 
 def live(folder, die_at):
