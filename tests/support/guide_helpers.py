@@ -28,8 +28,8 @@ SESSION_LIMIT_S = 120.0
 COMMAND = """\
 #!{python}
 from pathlib import Path
-from provider_proxy.cli import files
-files.DEFAULT_CONFIG = Path({etc!r}) / "provider-proxy.toml"
+from provider_proxy.cli import arguments
+arguments.DEFAULT_CONFIG = Path({etc!r}) / "provider-proxy.toml"
 from provider_proxy.cli.main import main
 main()
 """
