@@ -18,9 +18,9 @@ from provider_proxy.errors import HostError
 from provider_proxy.evidence.model import Nonce, PcrMask, QuoteRequest, TrustedHost
 from provider_proxy.evidence.policy import UnsafeAcceptAny
 from provider_proxy.evidence.query import encode_quote_query
+from provider_proxy.evidence.strict_json import Fields, parse_json_object
 from provider_proxy.evidence.tpm_keys import parse_ak
 from provider_proxy.evidence.verify import Challenge, MemoryHistory, Verifier
-from provider_proxy.evidence.wire import Fields, parse_json_object
 
 NONCE_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 NONCE_CHARS = 20  # Keylime's

@@ -11,7 +11,7 @@ import httpx
 
 from provider_proxy.cli.arguments import add_config_argument
 from provider_proxy.errors import EvidenceFormatError, ReplyError, UsageError
-from provider_proxy.evidence.wire import parse_json_object
+from provider_proxy.evidence.strict_json import parse_json_object
 from provider_proxy.host.config.load import load_config
 from provider_proxy.host.registration.client import printable
 

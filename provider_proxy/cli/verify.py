@@ -18,13 +18,14 @@ from pathlib import Path
 
 from provider_proxy.cli import arguments
 from provider_proxy.common.files import read_file
-from provider_proxy.errors import EvidenceFormatError, UsageError
+from provider_proxy.errors import UsageError
 from provider_proxy.evidence.model import AttestationKey, HashAlg, TrustedHost, VerifiedQuote
 from provider_proxy.evidence.policy import AllOf, Policy, UnsafeAcceptAny, parse_tpm_policy
 from provider_proxy.evidence.request_file import MAX_BYTES, parse_request
+from provider_proxy.evidence.strict_json import parse_own_json
 from provider_proxy.evidence.verify import Challenge, HostHistory, MemoryHistory, Verifier
 from provider_proxy.evidence.vtpm_link import ISSUERS, VtpmLink, ek_digest, parse_claims
-from provider_proxy.evidence.wire import MAX_EVIDENCE_WITH_LOGS_BYTES, parse_json_object
+from provider_proxy.evidence.wire import MAX_EVIDENCE_WITH_LOGS_BYTES
 
 MAX_POLICY_BYTES = 1 << 20
 
@@ -200,10 +201,7 @@ def load_policy(path: Path | None, *, any_state: bool, bank: HashAlg, of: str = 
         option = "--insecure-any-state" if of == "host" else "--insecure-any-vtpm-state"
         print(f"warning: {option}: every state of the {of} passes", file=sys.stderr)
         return UnsafeAcceptAny()
-    try:
-        values = parse_json_object(read_file(path, MAX_POLICY_BYTES), "the policy")
-    except EvidenceFormatError as exc:
-        raise UsageError(f"{path}: {exc}") from exc
+    values = parse_own_json(read_file(path, MAX_POLICY_BYTES), f"the policy {path}")
     return parse_tpm_policy(values, bank=bank)
 
 

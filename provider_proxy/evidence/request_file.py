@@ -21,7 +21,7 @@ from provider_proxy.evidence.model import (
     parse_mask,
     parse_nonce,
 )
-from provider_proxy.evidence.wire import Fields, parse_json_object
+from provider_proxy.evidence.strict_json import Fields, parse_json_object
 
 FORMAT = "provider-proxy/request/1"
 MAX_BYTES = 16 * 1024

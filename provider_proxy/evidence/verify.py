@@ -30,7 +30,7 @@ from provider_proxy.errors import (
     StaleEvidenceError,
     UsageError,
 )
-from provider_proxy.evidence import attestation, inclusion, wire
+from provider_proxy.evidence import attestation, inclusion, strict_json, wire
 from provider_proxy.evidence.model import (
     AttestationKey,
     ClockState,
@@ -287,7 +287,7 @@ def _check_claims(vm: uuid.UUID | None, claims: bytes | None) -> Mapping[str, ob
     if claims is None:
         raise ClaimsError("the reply lacks the claims that were asked for")
     try:
-        values = wire.parse_json_object(claims, "claims")
+        values = strict_json.parse_json_object(claims, "claims")
     except EvidenceFormatError as exc:
         raise ClaimsError(str(exc)) from exc
     if values.get("vm") != str(vm):

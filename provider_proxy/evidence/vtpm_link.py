@@ -30,8 +30,8 @@ from provider_proxy.errors import (
     WrongVmError,
 )
 from provider_proxy.evidence.model import HASH_BYTES, VerifiedQuote
+from provider_proxy.evidence.strict_json import Fields
 from provider_proxy.evidence.tpm_keys import PublicKey, parse_public
-from provider_proxy.evidence.wire import Fields
 
 ISSUERS = ("tpm", "delegate")
 MAX_EKS = 16  # swtpm_setup makes two; a vTPM has room for a few more persistent keys

@@ -9,7 +9,6 @@ Keylime's quote string and PCR blob: docs/evidence-format.md, section "The quote
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import struct
 from collections.abc import Mapping
@@ -34,12 +33,11 @@ from provider_proxy.evidence.model import (
     Timing,
     pcrs_of,
 )
+from provider_proxy.evidence.strict_json import Fields, from_base64, parse_json_object
 
 FORMAT = 1
 MAX_EVIDENCE_BYTES = 64 * 1024  # a quote, 24 SHA-512 PCRs, a path of 20 and claims make 35 kB
 MAX_EVIDENCE_WITH_LOGS_BYTES = 48 * 1024 * 1024  # an IMA list of 300,000 lines
-MAX_CONTAINERS = 100_000  # braces in the file names of an IMA list count as well
-MAX_COMMAS = 1_000_000
 MAX_QUOTE_STRING = 16 * 1024
 MAX_UINT32 = (1 << 32) - 1
 MAX_UINT64 = (1 << 64) - 1
@@ -49,96 +47,6 @@ _BLOB_BANKS = 16  # tpm2-tools' TPML_PCR_SELECTION has 16 places whatever is use
 _BLOB_LIST = 8  # digests in one TPML_DIGEST
 _BLOB_BUFFER = 64
 _SELECTION = struct.Struct("<HB4sx")  # hash, sizeofSelect, pcrSelect[4], a pad byte
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuse a repeated key: two readers could see two documents."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise EvidenceFormatError("a JSON object has a key twice")
-    return result
-
-
-def _no_constant(_name: str) -> object:
-    raise EvidenceFormatError("NaN and Infinity are not JSON")
-
-
-def parse_json_object(data: bytes, what: str) -> dict[str, object]:
-    """Read one JSON object: UTF-8, no repeated keys, no deeper than Python's parser goes.
-
-    A small body can become a hundred times its size in objects, so their number is bounded too; text,
-    however long, is not many.
-
-    Does not check: its size; the caller knows the limit.
-
-    Raises:
-        EvidenceFormatError: anything else.
-    """
-    if data.count(b"{") + data.count(b"[") > MAX_CONTAINERS or data.count(b",") > MAX_COMMAS:
-        raise EvidenceFormatError(f"{what} has too many parts")
-    try:
-        value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
-        )
-    except (ValueError, RecursionError) as exc:
-        raise EvidenceFormatError(f"{what} is not JSON in UTF-8") from exc
-    if not isinstance(value, dict):
-        raise EvidenceFormatError(f"{what} is not a JSON object")
-    return value
-
-
-class Fields:
-    """Typed access to a parsed JSON object; a missing or mistyped key is a format error."""
-
-    __slots__ = ("_values", "_what")
-
-    def __init__(self, values: Mapping[str, object], what: str) -> None:
-        self._values = values
-        self._what = what
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._values
-
-    def text(self, key: str, limit: int) -> str:
-        value = self._values.get(key)
-        if not isinstance(value, str) or len(value) > limit:
-            raise EvidenceFormatError(f"{self._what}.{key} is not text of at most {limit}")
-        return value
-
-    def integer(self, key: str, limit: int) -> int:
-        value = self._values.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
-            raise EvidenceFormatError(f"{self._what}.{key} is not a number in 0..{limit}")
-        return value
-
-    def number(self, key: str) -> float:
-        value = self._values.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise EvidenceFormatError(f"{self._what}.{key} is not a number")
-        if not 0 <= value < 1e12:  # json reads 1e999 as infinity
-            raise EvidenceFormatError(f"{self._what}.{key} is out of bounds")
-        return float(value)
-
-    def fields(self, key: str) -> Fields:
-        value = self._values.get(key)
-        if not isinstance(value, dict):
-            raise EvidenceFormatError(f"{self._what}.{key} is not an object")
-        return Fields(value, f"{self._what}.{key}")
-
-    def hex(self, key: str, limit: int) -> bytes:
-        return _from_hex(self._values.get(key), limit, f"{self._what}.{key}")
-
-    def base64(self, key: str, limit: int) -> bytes:
-        data = from_base64(self.text(key, limit * 4 // 3 + 4), f"{self._what}.{key}")
-        if len(data) > limit:
-            raise EvidenceFormatError(f"{self._what}.{key} is longer than {limit} bytes")
-        return data
-
-    def hex_list(self, key: str, most: int, size: int) -> tuple[bytes, ...]:
-        value = self._values.get(key)
-        if not isinstance(value, list) or len(value) > most:
-            raise EvidenceFormatError(f"{self._what}.{key} is not a list of at most {most}")
-        return tuple(_from_hex(item, size, f"{self._what}.{key}") for item in value)
 
 
 def clock_values(state: ClockState) -> dict[str, int]:
@@ -157,31 +65,6 @@ def parse_clock(fields: Fields) -> ClockState:
         restart_count=fields.integer("restart_count", MAX_UINT32),
         clock_ms=fields.integer("clock_ms", MAX_UINT64),
     )
-
-
-def _from_hex(value: object, limit: int, what: str) -> bytes:
-    # bytes.fromhex alone would skip white space: two texts for one value.
-    if not isinstance(value, str) or len(value) > 2 * limit or not value.isalnum():
-        raise EvidenceFormatError(f"{what} is not hex of at most {limit} bytes")
-    try:
-        return bytes.fromhex(value)
-    except ValueError as exc:
-        raise EvidenceFormatError(f"{what} is not hex") from exc
-
-
-def from_base64(text: str, what: str) -> bytes:
-    """Standard base64 with padding, in its one canonical writing.
-
-    Raises:
-        EvidenceFormatError: anything else.
-    """
-    try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as exc:
-        raise EvidenceFormatError(f"{what} is not base64") from exc
-    if base64.b64encode(data).decode("ascii") != text:
-        raise EvidenceFormatError(f"{what} is not canonical base64")
-    return data
 
 
 def encode_pcr_blob(pcrs: PcrValues) -> bytes:

@@ -17,8 +17,8 @@ from provider_proxy.common.http import IDENTITY, NO_ANSWER, read_body
 from provider_proxy.errors import EvidenceFormatError, ReplyError
 from provider_proxy.evidence.model import HashAlg, QuoteRequest, TrustedHost, VerifiedQuote
 from provider_proxy.evidence.query import encode_quote_query
+from provider_proxy.evidence.strict_json import Fields, parse_json_object
 from provider_proxy.evidence.verify import HostHistory, Verifier, new_challenge
-from provider_proxy.evidence.wire import Fields, parse_json_object
 from provider_proxy.tenant.replies import body_limit, refused
 
 ANSWER_LIMIT_S = 300.0  # for all of an answer, above the longest timeout_ms: a trickle is no answer

@@ -24,6 +24,7 @@ from provider_proxy.errors import KeylimeRefusedError, ReplyError, UsageError
 from provider_proxy.evidence import attestation
 from provider_proxy.evidence.model import Evidence, TrustedHost, VerifiedQuote, mask_of
 from provider_proxy.evidence.policy import parse_tpm_policy
+from provider_proxy.evidence.strict_json import parse_own_json
 from provider_proxy.evidence.verify import HostHistory, Verifier, new_challenge
 from provider_proxy.evidence.wire import encode_quote, parse_evidence
 from provider_proxy.tenant.client import ProxyClient
@@ -59,33 +60,23 @@ class KeylimePolicies:
         if not any(given.values()):
             raise UsageError("Keylime's verifier needs at least one policy")
         for name, text in given.items():
-            if text is not None:
-                _check_policy(f"the {name} policy", text)
-        if self.tpm is not None:
-            parse_tpm_policy(json.loads(self.tpm))
+            if text is not None and len(text) > MAX_POLICY_BYTES:
+                raise UsageError(f"the {name} policy is larger than {MAX_POLICY_BYTES} bytes")
+            if text is not None and name != "tpm":
+                parse_own_json(text, f"the {name} policy")
+        _ = self.mask  # reads the TPM policy
 
     @property
     def mask(self) -> int:
         """The PCRs that these policies read."""
         mask = 0
         if self.tpm is not None:
-            mask |= parse_tpm_policy(json.loads(self.tpm)).needed_mask
+            mask |= parse_tpm_policy(parse_own_json(self.tpm, "the tpm policy")).needed_mask
         if self.runtime is not None:
             mask |= 1 << IMA_PCR
         if self.measured_boot is not None:
             mask |= mask_of(BOOT_PCRS)
         return mask
-
-
-def _check_policy(what: str, text: str) -> None:
-    if len(text) > MAX_POLICY_BYTES:
-        raise UsageError(f"{what} is larger than {MAX_POLICY_BYTES} bytes")
-    try:
-        is_object = isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError) as exc:
-        raise UsageError(f"{what} is not JSON: {exc}") from exc
-    if not is_object:
-        raise UsageError(f"{what} is not a JSON object")
 
 
 class KeylimeVerifier:
@@ -168,10 +159,9 @@ def _request_data(
 def _parse_verdict(answer: bytes) -> tuple[str, ...] | None:
     """None where it is good, and says so in every way that it has; its reasons otherwise."""
     try:  # it is the tenant's own, and repeats a policy that may have a million parts
-        values = json.loads(answer)
-    except (ValueError, RecursionError) as exc:
-        raise ReplyError("the verifier's answer is not JSON") from exc
-    results = values.get("results") if isinstance(values, dict) else None
+        results = parse_own_json(answer, "the verifier's answer").get("results")
+    except UsageError as exc:
+        raise ReplyError(str(exc)) from exc
     failures = results.get("failures") if isinstance(results, dict) else None
     if not isinstance(results, dict) or not isinstance(failures, list):
         raise ReplyError("the verifier's answer holds no verdict")

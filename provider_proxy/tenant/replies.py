@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
-from provider_proxy.errors import ReplyError
+from provider_proxy.errors import EvidenceFormatError, ReplyError
+from provider_proxy.evidence.strict_json import parse_json_object
 from provider_proxy.evidence.wire import MAX_EVIDENCE_BYTES, MAX_EVIDENCE_WITH_LOGS_BYTES
 
 LOG_PCRS = 0xFFFF  # PCR 10 brings the IMA log, boot PCRs the firmware's
@@ -34,8 +33,8 @@ def refused(status: int, body: bytes, retry_after: str) -> ReplyError:
 def status_text(body: bytes) -> str:
     """The envelope's status, fit to be shown: one short printable line."""
     try:
-        text = json.loads(body)["status"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        text = parse_json_object(body, "the answer").get("status", "no reason given")
+    except EvidenceFormatError:
         return "no reason given"
     return "".join(c if c.isprintable() else "?" for c in str(text)[:MAX_STATUS_CHARS])
 

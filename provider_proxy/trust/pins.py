@@ -23,9 +23,10 @@ from pathlib import Path
 from provider_proxy.common.files import read_trusted, write_private
 from provider_proxy.errors import EvidenceFormatError, HostError, PinChangedError, UsageError
 from provider_proxy.evidence.model import ClockState, TrustedHost
+from provider_proxy.evidence.strict_json import Fields, parse_json_object
 from provider_proxy.evidence.tpm_keys import parse_ak, parse_public
 from provider_proxy.evidence.verify import MemoryHistory
-from provider_proxy.evidence.wire import Fields, clock_values, parse_clock, parse_json_object
+from provider_proxy.evidence.wire import clock_values, parse_clock
 
 FORMAT = "provider-proxy/pin/1"
 MAX_PIN_BYTES = 16 * 1024

@@ -21,7 +21,7 @@ from provider_proxy.errors import (
     ReplyError,
     UsageError,
 )
-from provider_proxy.evidence.wire import Fields, parse_json_object
+from provider_proxy.evidence.strict_json import Fields, parse_json_object
 
 # The versions whose record is the one that is parsed here, the best first. 3.0 answers 500 (7.14.3).
 VERSIONS = ("2.6", "2.5", "2.4", "2.3", "2.2", "2.1", "2.0")

@@ -45,13 +45,13 @@ from provider_proxy.evidence.model import (
 from provider_proxy.evidence.policy import PcrPolicy, UnsafeAcceptAny, parse_tpm_policy
 from provider_proxy.evidence.query import encode_quote_query, parse_quote_query
 from provider_proxy.evidence.request_file import RequestRecord, encode_request, parse_request
+from provider_proxy.evidence.strict_json import parse_json_object
 from provider_proxy.evidence.tpm_keys import insecure_ak_from_pem, parse_ak, parse_public
 from provider_proxy.evidence.verify import Verifier
 from provider_proxy.evidence.wire import (
     encode_pcr_blob,
     encode_quote,
     parse_evidence,
-    parse_json_object,
     parse_pcr_blob,
     parse_quote,
 )

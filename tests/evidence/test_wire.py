@@ -33,15 +33,13 @@ from provider_proxy.evidence.model import (
     Quote,
     Timing,
 )
+from provider_proxy.evidence.strict_json import Fields, from_base64, parse_json_object
 from provider_proxy.evidence.wire import (
     EvidenceEncoder,
-    Fields,
     encode_envelope,
     encode_pcr_blob,
     encode_quote,
-    from_base64,
     parse_evidence,
-    parse_json_object,
     parse_pcr_blob,
     parse_quote,
 )

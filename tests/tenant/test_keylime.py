@@ -162,7 +162,7 @@ VERDICTS: dict[str, tuple[httpx.Response, type[Exception], str]] = {
         "holds no verdict",
     ),
     "no results": (httpx.Response(200, json={"valid": True}), ReplyError, "holds no verdict"),
-    "a list": (httpx.Response(200, json=[]), ReplyError, "holds no verdict"),
+    "a list": (httpx.Response(200, json=[]), ReplyError, "not a JSON object"),
     "no json": (httpx.Response(200, content=b"<html>"), ReplyError, "not JSON"),
     "400": (httpx.Response(400, json={"results": {}}), ReplyError, "answered 400"),
     "500": (

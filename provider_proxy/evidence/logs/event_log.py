@@ -11,7 +11,6 @@ index for it, which an ADR weighs.
 from __future__ import annotations
 
 import hmac
-import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 from provider_proxy.errors import LogError, UsageError
 from provider_proxy.evidence.model import PCR_COUNT, HashAlg, VerifiedQuote, pcrs_of
+from provider_proxy.evidence.strict_json import parse_own_json
 
 MAX_LOG_BYTES = 4 * 1024 * 1024  # samples have 50 kB; the proxy sends 1 MiB at most
 MAX_EVENTS = 50_000  # samples have 100
@@ -202,12 +202,9 @@ def parse_boot_policy(data: bytes, *, bank: HashAlg) -> BootPolicy:
     Raises:
         UsageError: not such an object.
     """
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as exc:
-        raise UsageError("the boot policy is not JSON") from exc
+    values = parse_own_json(data, "the boot policy")
     names = {str(pcr): pcr for pcr in range(PCR_COUNT)}
-    if not isinstance(values, dict) or not values or not set(values) <= set(names):
+    if not values or not set(values) <= set(names):
         raise UsageError("the boot policy is not an object of PCR numbers")
     allowed = {}
     for name, digests in values.items():

@@ -7,13 +7,13 @@ Keylime does. The policy is the tenant's own file, its patterns included; the pa
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from provider_proxy.errors import UsageError
 from provider_proxy.evidence.logs.ima import BUFFER, ImaEntry, shown
+from provider_proxy.evidence.strict_json import parse_own_json
 
 BOOT_AGGREGATE = "boot_aggregate"
 
@@ -72,11 +72,8 @@ def parse_runtime_policy(data: bytes) -> RuntimePolicy:
         UsageError: not such a policy, or one that needs signatures or device-mapper rules, which are
             not judged here: to leave them out would accept or refuse other files than Keylime does.
     """
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as exc:
-        raise UsageError("the runtime policy is not JSON") from exc
-    if not isinstance(values, dict) or not set(values) <= _POLICY_KEYS:
+    values = parse_own_json(data, "the runtime policy")
+    if not set(values) <= _POLICY_KEYS:
         raise UsageError("the runtime policy is not an object of Keylime's keys")
     options = values.get("ima") or {}
     if not isinstance(options, dict):

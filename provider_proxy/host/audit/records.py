@@ -35,7 +35,8 @@ from provider_proxy.evidence.model import (
     parse_bank,
     parse_mask,
 )
-from provider_proxy.evidence.wire import PATH_LIMIT, Fields, parse_json_object
+from provider_proxy.evidence.strict_json import Fields, parse_json_object
+from provider_proxy.evidence.wire import PATH_LIMIT
 
 if TYPE_CHECKING:
     from provider_proxy.host.batching.batch import Batch

@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from provider_proxy.common.http import IDENTITY, NO_ANSWER, no_cookies, read_body
 from provider_proxy.errors import EvidenceFormatError, HostError, ReplyError
 from provider_proxy.evidence.model import Quote
-from provider_proxy.evidence.wire import Fields, parse_json_object, parse_quote
+from provider_proxy.evidence.strict_json import Fields, parse_json_object
+from provider_proxy.evidence.wire import parse_quote
 from provider_proxy.host.tpm.response_codes import Step
 
 API_VERSIONS = ("2.6", "2.5", "2.4", "2.3", "2.2", "2.1", "2.0")  # best first; alike in what we ask

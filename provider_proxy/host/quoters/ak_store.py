@@ -13,7 +13,7 @@ from pathlib import Path
 
 from provider_proxy.common.files import read_secret, write_private
 from provider_proxy.errors import EvidenceFormatError, HostError
-from provider_proxy.evidence.wire import Fields, parse_json_object
+from provider_proxy.evidence.strict_json import Fields, parse_json_object
 
 AUTH_BYTES = 32  # as long as the AK's name algorithm: the most that a TPM keeps of an authValue
 

@@ -20,7 +20,7 @@ import trio
 
 from provider_proxy.common.http import IDENTITY, NO_ANSWER, no_cookies, read_body
 from provider_proxy.errors import EvidenceFormatError, HostError, RegistrarError, ReplyError
-from provider_proxy.evidence.wire import Fields, parse_json_object
+from provider_proxy.evidence.strict_json import Fields, parse_json_object
 from provider_proxy.host.config.tables import RegistrarTable
 from provider_proxy.host.registration.credential import MAX_BLOB_BYTES
 

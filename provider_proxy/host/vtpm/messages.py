@@ -17,7 +17,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from provider_proxy.errors import EvidenceFormatError, VtpmError
-from provider_proxy.evidence.wire import Fields, parse_json_object
+from provider_proxy.evidence.strict_json import Fields, parse_json_object
 from provider_proxy.host.vtpm.entries import EVENTS
 from provider_proxy.host.vtpm.requests import MAX_VMID_CHARS, CertificateRequest, EkPublicKey
 

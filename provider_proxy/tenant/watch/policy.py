@@ -15,7 +15,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from provider_proxy.common.files import read_trusted
-from provider_proxy.errors import EvidenceFormatError, PolicyError, UsageError, VerificationError
+from provider_proxy.errors import PolicyError, UsageError, VerificationError
 from provider_proxy.evidence.logs.event_log import BootPolicy, check_boot_log, parse_boot_policy
 from provider_proxy.evidence.logs.ima import IMA_PCR, ImaReplay, Outcome
 from provider_proxy.evidence.logs.runtime_policy import RuntimePolicy, parse_runtime_policy
@@ -27,8 +27,8 @@ from provider_proxy.evidence.policy import (
     UnsafeAcceptAny,
     parse_tpm_policy,
 )
+from provider_proxy.evidence.strict_json import parse_own_json
 from provider_proxy.evidence.vtpm_link import VtpmLink, ek_digest
-from provider_proxy.evidence.wire import parse_json_object
 from provider_proxy.tenant.watch.tables import HostRules
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class PolicyFiles:
         """Raises: UsageError, HostError."""
 
         def parse(data: bytes) -> PcrPolicy:
-            return parse_tpm_policy(parse_json_object(data, "the policy"), bank=bank)
+            return parse_tpm_policy(parse_own_json(data, "the policy"), bank=bank)
 
         return self._once(path, bank, MAX_POLICY_BYTES, parse, PcrPolicy)
 
@@ -87,7 +87,7 @@ class PolicyFiles:
         if not isinstance(made, kind):
             try:
                 made = parse(read_trusted(path, limit))
-            except (UsageError, EvidenceFormatError) as exc:
+            except UsageError as exc:
                 raise UsageError(f"{path}: {exc}") from exc
             self._read[path, bank] = made
         return made

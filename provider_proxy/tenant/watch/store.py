@@ -17,8 +17,9 @@ from pathlib import Path
 from provider_proxy.common.files import FileLock, read_file, write_private
 from provider_proxy.errors import EvidenceFormatError, HostError
 from provider_proxy.evidence.model import PCR_COUNT, AkName, ClockState
+from provider_proxy.evidence.strict_json import Fields, parse_json_object
 from provider_proxy.evidence.verify import MemoryHistory
-from provider_proxy.evidence.wire import Fields, clock_values, parse_clock, parse_json_object
+from provider_proxy.evidence.wire import clock_values, parse_clock
 
 FORMAT = "provider-proxy/watch-state/1"
 FILE_NAME = "hosts.json"
