@@ -7,8 +7,7 @@ them, do the rest:
     flush  runs the tenants' own checks over the batch and answers every waiter
 
 A line is ripe when its oldest request has waited for the window, when it holds `max_leaves`, or at
-drain. While the chip is busy, or rests to keep its duty, lines go on collecting: under load the
-quote itself is the window.
+drain. While the chip is busy, or rests, lines go on collecting: under load a quote is the window.
 
 Invariants: every waiter is answered, with a result or an error, whatever happens; nothing leaves
 that `verify` would refuse. Knows no sockets, no files and no TPM.

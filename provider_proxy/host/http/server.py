@@ -61,7 +61,6 @@ ObserveHandshake = Callable[[str], None]
 
 HANDSHAKE_FAILURES = ("timeout", "client_gone", "no_certificate", "bad_certificate", "protocol")
 
-
 ClientStream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
 
 _UCRED = struct.Struct("=iII")  # pid, uid, gid: unix(7)
