@@ -123,6 +123,7 @@ def new_challenge(
     mask: int,
     now_s: float,
     history: HostHistory,
+    nonce: Nonce | None = None,
     bank: HashAlg = HashAlg.SHA256,
     vm: uuid.UUID | None = None,
     ima_ml_entry: int = 0,
@@ -132,11 +133,14 @@ def new_challenge(
 
     Args:
         now_s: the tenant's monotonic clock, in seconds; give `Verifier.verify` the same clock's.
+        nonce: made by the caller, with 128 random bits at least that nobody knew before; None for one
+            that is made here.
 
     Raises:
         ParameterError: the mask is empty or reaches beyond PCR 23.
     """
-    nonce = Nonce(secrets.token_urlsafe(NONCE_BYTES).encode("ascii"))
+    if nonce is None:
+        nonce = Nonce(secrets.token_urlsafe(NONCE_BYTES).encode("ascii"))
     challenge = Challenge(
         request=QuoteRequest(
             nonce=nonce,

@@ -135,9 +135,11 @@ class HostPolicy:
         rules: the host's own.
         files: where its policy files are read.
         known: PCR values of the first use, from an earlier run.
+        judged_elsewhere: another verifier has policies for the host, so that it needs none here; an
+            IMA list that came with a signed PCR 10 is replayed even where `ima` is not set.
 
     Attributes:
-        mask: the PCRs to ask for.
+        mask: the PCRs that these policies read.
         on_pcrs: what the `Verifier` judges.
 
     Raises:
@@ -146,14 +148,19 @@ class HostPolicy:
     """
 
     def __init__(
-        self, rules: HostRules, files: PolicyFiles, known: Mapping[int, bytes] | None = None
+        self,
+        rules: HostRules,
+        files: PolicyFiles,
+        known: Mapping[int, bytes] | None = None,
+        *,
+        judged_elsewhere: bool = False,
     ) -> None:
         self._uefi_mask = rules.uefi_pcrs if rules.uefi else 0
         self._boot = files.boot(rules.boot_policy, rules.bank) if rules.boot_policy else None
         if self._boot is not None and mask_of(self._boot.allowed) & ~self._uefi_mask:
             raise UsageError(f"{rules.boot_policy}: names a PCR that is not among uefi_pcrs")
         self._ima: ImaReplay | None = None
-        if rules.ima:
+        if rules.ima or judged_elsewhere:
             runtime = files.runtime(rules.runtime_policy) if rules.runtime_policy else None
             self._ima = ImaReplay(rules.bank, runtime)
         policies: list[Policy] = []
@@ -166,10 +173,14 @@ class HostPolicy:
         if rules.vm is not None and rules.vm_ek is not None:
             policies.append(files.link(rules.vm, rules.vm_ek, confirmed=rules.vm_confirmed))
         log_mask = self._uefi_mask | (1 << IMA_PCR if rules.ima else 0)
-        if log_mask or rules.insecure_any_state:
+        if log_mask or rules.insecure_any_state or judged_elsewhere:
             policies.append(UnsafeAcceptAny())  # the logs are judged after the PCRs, below
         self.on_pcrs: Policy = AllOf(policies)
-        self.mask = self.on_pcrs.needed_mask | log_mask or ANY_STATE_MASK
+        self.mask = self.on_pcrs.needed_mask | log_mask
+
+    def mask_with(self, more: int) -> int:
+        """The PCRs to ask for, where somebody else wants `more`; one at least."""
+        return self.mask | more or ANY_STATE_MASK
 
     @property
     def ima_ml_entry(self) -> int:
@@ -193,7 +204,7 @@ class HostPolicy:
         """
         if self._uefi_mask:
             check_boot_log(logs.uefi, quote, self._uefi_mask, self._boot)
-        if self._ima is not None:
+        if self._ima is not None and IMA_PCR in quote.pcrs:
             for _ in self._ima.offer(logs.ima, logs.ima_entry, quote.pcrs[IMA_PCR]):
                 yield False
             if self._ima.outcome is not Outcome.MATCHED:

@@ -14,7 +14,7 @@ import httpx
 
 from provider_proxy.common.http import no_cookies
 from provider_proxy.errors import HostError
-from provider_proxy.tenant.watch.host import PinnedAks, Trust
+from provider_proxy.tenant.watch.questions import PinnedAks, Trust
 from provider_proxy.tenant.watch.tables import HostRules, RegistrarTable, WatchConfig
 from provider_proxy.trust.bindings import Binding, EkJudge, RegistrarBindings, UnsafeAnyEk
 from provider_proxy.trust.ek_chain import EkStore

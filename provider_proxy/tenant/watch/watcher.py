@@ -19,10 +19,11 @@ from pathlib import Path
 import trio
 
 from provider_proxy.errors import ConfigError, HostError, ProviderProxyError
-from provider_proxy.tenant.watch.host import AkSource, HostWatch, Setting, Shared
+from provider_proxy.tenant.watch.host import HostWatch, Shared
 from provider_proxy.tenant.watch.http import Endpoint
 from provider_proxy.tenant.watch.metrics import WatchMetrics, write_textfile
 from provider_proxy.tenant.watch.policy import HostPolicy, PolicyFiles
+from provider_proxy.tenant.watch.questions import AkSource, Setting
 from provider_proxy.tenant.watch.registrars import KnownAks, Registrars
 from provider_proxy.tenant.watch.reports import (
     DRAIN_LIMIT_S,

@@ -213,7 +213,7 @@ async def test_without_a_trusted_ak_nobody_is_asked(
 async def test_a_bug_fails_one_host_and_no_more(
     autojump_clock: Jumping, rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("provider_proxy.tenant.watch.host.parse_evidence", lambda body: 1 // 0)
+    monkeypatch.setattr("provider_proxy.tenant.watch.questions.parse_evidence", lambda body: 1 // 0)
     assert await rig.host().round() is State.FAILED
     assert rig.reports[0]["error"] == "HostError"
 

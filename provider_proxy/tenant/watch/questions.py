@@ -1,0 +1,275 @@
+"""Asks one host's proxy and judges the answer: the one way of `watch` and of `bridge`.
+
+A question has a fresh nonce; its answer passes the `Verifier`'s checks, then the host's policies with the
+replay of its logs. A long IMA list takes several questions. Deadlines for the whole, retries and what
+follows from a verdict are the caller's.
+
+Invariants: what `attest` returns passed every check in this very call; a clock state that was accepted
+once is the baseline of every later nonce; a nonce that was not answered well is never good again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from provider_proxy.errors import LogError, ReplyError
+from provider_proxy.evidence.logs.ima import MAX_PARTS
+from provider_proxy.evidence.model import (
+    AkName,
+    ClockState,
+    HostLogs,
+    Nonce,
+    TrustedHost,
+    VerifiedQuote,
+)
+from provider_proxy.evidence.query import encode_quote_query
+from provider_proxy.evidence.verify import HostHistory, Verifier, new_challenge
+from provider_proxy.evidence.wire import parse_evidence
+from provider_proxy.tenant.replies import body_limit
+from provider_proxy.tenant.watch.http import Endpoint, ProxyConnection
+from provider_proxy.tenant.watch.ima_tail import ImaTail
+from provider_proxy.tenant.watch.policy import HostPolicy, PolicyFiles
+from provider_proxy.tenant.watch.store import StateStore
+from provider_proxy.tenant.watch.tables import HostRules
+from provider_proxy.trust.pins import PinStore
+
+log = logging.getLogger(__name__)
+
+MAX_ASKS = 2 * MAX_PARTS  # of one attempt: an IMA list twice, in parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trust:
+    """Whom to trust as a host.
+
+    Attributes:
+        newest: the newest clock state that is known beside our own record.
+    """
+
+    host: TrustedHost
+    newest: ClockState | None = None
+
+
+class AkSource(Protocol):
+    """Says which AK is a host's: `PinnedAks`, or a registrar's record that is checked and pinned."""
+
+    async def trusted(self, name: str, rules: HostRules) -> Trust:
+        """Asked before every attempt.
+
+        Raises:
+            VerificationError: the key must not be trusted (any more).
+            ReplyError: it cannot be found out now.
+            UsageError, HostError: our own side is at fault.
+        """
+        ...
+
+
+class PinnedAks:
+    """The AKs that were pinned with `provider-proxy pin add`; each file is read once."""
+
+    def __init__(self, pins: PinStore) -> None:
+        self._pins = pins
+        self._known: dict[str, Trust] = {}
+
+    async def trusted(self, name: str, rules: HostRules) -> Trust:
+        """Raises: UsageError where the host is not pinned; HostError where its pin is damaged."""
+        label = rules.pin or name
+        found = self._known.get(label)
+        if found is None:
+            pinned = self._pins.load(label)
+            found = self._known[label] = Trust(host=pinned.host, newest=pinned.newest())
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """How a host is asked and judged; a reload replaces it as a whole.
+
+    Attributes:
+        endpoint: None for a host that is not asked.
+    """
+
+    rules: HostRules
+    files: PolicyFiles
+    aks: AkSource
+    endpoint: Endpoint | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What the caller wants beyond what the host's own policies read.
+
+    Attributes:
+        mask: PCRs, besides the policies'.
+        ima_ml_entry: the IMA list from this entry on, where `mask` has PCR 10; None for whatever part
+            the replay needs.
+        make_nonce: makes each question's nonce; None for a random one.
+    """
+
+    mask: int = 0
+    ima_ml_entry: int | None = None
+    make_nonce: Callable[[], Nonce] | None = None
+
+
+NOTHING = Wanted()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """An answer that passed everything.
+
+    Attributes:
+        logs: its IMA list from the wanted entry on (or from 0), no line longer than what leads to the
+            signed PCR 10; and the firmware's log, judged only where a policy says so.
+        was_reset: the host's TPM was reset since the last answer that was accepted.
+    """
+
+    quote: VerifiedQuote
+    logs: HostLogs
+    was_reset: bool
+
+
+class HostQuestions:
+    """One host's questions, one after the other.
+
+    Args:
+        turn: entered around each question; bounds how many are asked at once.
+        judged_elsewhere: another verifier has policies for this host, so that it needs none here; an
+            IMA list that is asked for is replayed all the same.
+
+    Attributes:
+        ak_name: of the AK that was trusted last.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        setting: Setting,
+        store: StateStore,
+        *,
+        turn: Callable[[], AbstractAsyncContextManager[object]] = contextlib.nullcontext,
+        judged_elsewhere: bool = False,
+    ) -> None:
+        self._name = name
+        self._store = store
+        self._turn = turn
+        self._judged_elsewhere = judged_elsewhere
+        self._take(setting)
+
+    def _take(self, setting: Setting) -> None:
+        self.setting = setting
+        self.ak_name: AkName | None = None  # so that the policy is made anew
+        endpoint = setting.endpoint
+        self._connection: ProxyConnection | None = None
+        if endpoint is not None:
+            authority = f"{endpoint.host}:{endpoint.port}"
+            self._connection = ProxyConnection(endpoint.connect, authority)
+
+    @property
+    def is_asked(self) -> bool:
+        """False for a host that is only listed."""
+        return self._connection is not None
+
+    async def take(self, setting: Setting) -> None:
+        """Use another setting from here on."""
+        await self.aclose()
+        self._take(setting)
+
+    async def aclose(self) -> None:
+        """Close the connection to the proxy."""
+        if self._connection is not None:
+            await self._connection.aclose()
+
+    async def attest(self, wanted: Wanted = NOTHING) -> Judged:
+        """Ask, as often as the IMA list needs; good where it returns.
+
+        Raises:
+            VerificationError: the answer was refused, or the AK is not to be trusted.
+            ReplyError: no answer.
+            UsageError, HostError: our own side is at fault.
+        """
+        trust = await self.setting.aks.trusted(self._name, self.setting.rules)
+        ak_name = trust.host.ak.name
+        if self.ak_name != ak_name:
+            self._begin(ak_name)
+        history = self._store.history(self._name, ak_name, trust.newest)
+        tail = None if wanted.ima_ml_entry is None else ImaTail(wanted.ima_ml_entry)
+        was_reset = False
+        for _ in range(MAX_ASKS):
+            quote, logs, done = await self._ask(trust.host, history, wanted, tail)
+            was_reset |= quote.was_reset
+            if done:
+                break
+        else:
+            raise LogError("the IMA list has no end")
+        if self._policy.first_use is not None:
+            self._store.trust_first_use(self._name, ak_name, self._policy.first_use.confirm())
+        return Judged(quote=quote, logs=logs, was_reset=was_reset)
+
+    def _begin(self, ak_name: AkName) -> None:
+        """Make the policy; what was trusted at first use is of one AK."""
+        if self._store.was_pinned_anew(self._name, ak_name):
+            log.warning(
+                "%s is pinned to another AK than before: its history begins afresh", self._name
+            )
+        known = self._store.first_use(self._name, ak_name)
+        rules = self.setting.rules
+        self._policy = HostPolicy(
+            rules, self.setting.files, known, judged_elsewhere=self._judged_elsewhere
+        )
+        self._verifier = Verifier(self._policy.on_pcrs, max_age_s=rules.max_age_s)
+        self.ak_name = ak_name
+
+    async def _ask(
+        self, host: TrustedHost, history: HostHistory, wanted: Wanted, tail: ImaTail | None
+    ) -> tuple[VerifiedQuote, HostLogs, bool]:
+        """One nonce. Its last part is False where more of the IMA list is needed."""
+        rules, policy = self.setting.rules, self._policy
+        connection = self._connection
+        assert connection is not None
+        entry = policy.ima_ml_entry
+        async with self._turn():
+            challenge = new_challenge(
+                mask=policy.mask_with(wanted.mask),
+                now_s=trio.current_time(),
+                history=history,
+                nonce=None if wanted.make_nonce is None else wanted.make_nonce(),
+                bank=rules.bank,
+                vm=rules.vm,
+                ima_ml_entry=entry if tail is None else min(entry, tail.next_entry),
+            )
+            request = challenge.request
+            try:
+                with trio.fail_after(rules.timeout_s):
+                    body = await connection.get(
+                        f"/verifier/quote?{encode_quote_query(request)}", body_limit(request.mask)
+                    )
+                evidence = parse_evidence(body)
+                quote = self._verifier.verify(
+                    evidence, challenge, host, history, now_s=trio.current_time()
+                )
+            except trio.TooSlowError as exc:
+                raise ReplyError(f"no whole answer within {rules.timeout_s:g} s") from exc
+            finally:
+                history.spend(request.nonce)  # unanswered or refused: never good again
+            logs = evidence.logs
+            if tail is not None and logs.ima is not None:
+                logs = tail.add(logs, asked=request.ima_ml_entry, replayed=entry)
+            done = await self._judge(quote, logs)
+            if not done or tail is None or evidence.logs.ima is None:
+                return quote, logs, done
+            return quote, *tail.whole(logs, policy.ima_ml_entry)
+
+    async def _judge(self, quote: VerifiedQuote, logs: HostLogs) -> bool:
+        done = False
+        for done in self._policy.judge(quote, logs):
+            if not done:
+                await trio.lowlevel.checkpoint()
+        return done
