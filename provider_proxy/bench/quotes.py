@@ -19,13 +19,14 @@ import trio
 
 from provider_proxy.bench import load
 from provider_proxy.bench.process import Target, config_text
-from provider_proxy.evidence.model import HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
+from provider_proxy.evidence.model import ALL_PCRS, HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
 from provider_proxy.host.batching.batch import Batch, Waiter, plant_tree
 from provider_proxy.host.config.tables import Tpm
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters.local_tpm import open_quoter
 from provider_proxy.testing.disturb import delay_quotes
 from provider_proxy.testing.faulty import FaultyContext
+from provider_proxy.testing.ima import extend
 
 DELAY_MS = 100.0
 WINDOW_MS = 50.0
@@ -42,6 +43,7 @@ POLL_S = 4.0
 WARM_UP_S = 0.5
 BODY_BYTES = 2300  # of an answer in a batch of a thousand; measured again below
 DIRECT_QUOTES = 20
+COUNTED_QUOTES = 100
 SLOW = ("--quote-delay-ms", str(DELAY_MS))
 
 
@@ -83,6 +85,11 @@ def _run(directory: Path, seed: int, say: Say, delay_ms: float) -> dict[str, obj
         say(f"{TENANTS} tenants polling every {POLL_INTERVAL_S:g} s")
         polling_ms = _latencies(polled, TENANTS, POLL_INTERVAL_S, POLL_S, seed + 1)
         rss_mb = many.peak_rss_mb()
+    say("TPM commands a quote")
+    commands = {
+        "commands_per_quote": trio.run(_commands_a_quote, directory / "rest", False),
+        "commands_per_quote_moving": trio.run(_commands_a_quote, directory / "moving", True),
+    }
     say("the tree alone")
     tree_us = _tree_us()
     pause_ms = quote_ms * (1 / Tpm().max_duty - 1)
@@ -91,6 +98,7 @@ def _run(directory: Path, seed: int, say: Say, delay_ms: float) -> dict[str, obj
     return {
         **rates,
         **cpu,
+        **commands,
         "merkle_share": round(tree_us / float(str(cpu["cpu_us_per_request"])), 3),
         "merkle_us_per_leaf": round(tree_us, 2),
         "lone_p50_ms": round(lone_p50, 1),
@@ -121,6 +129,32 @@ async def direct_quote_ms(state_dir: Path, delay_ms: float) -> float:
             await quoter.quote(secrets.token_hex(16).encode(), HashAlg.SHA256, 0x3FF)
             times.append((time.monotonic() - begin) * 1000)
     return statistics.median(times)
+
+
+async def _commands_a_quote(state_dir: Path, moving: bool) -> float:
+    """Commands that reach the TPM, a quote of 24 PCRs; with PCR 10 extended before each where it moves.
+
+    The extends are not counted. The first quote reads all PCRs, and is counted with the others.
+    """
+    seen: list[int] = []
+
+    def plan(command: int) -> None:
+        seen.append(command)
+
+    async with open_quoter(
+        Tpm(tcti="embedded", max_duty=1),
+        state_dir,
+        Metrics(),
+        open_context=lambda tcti: FaultyContext(tcti, plan),
+    ) as quoter:
+        taken = 0
+        for _ in range(COUNTED_QUOTES):
+            if moving:
+                await quoter.on_chip(lambda opened: extend(opened.context))
+            seen.clear()
+            await quoter.quote(secrets.token_hex(16).encode(), HashAlg.SHA256, ALL_PCRS)
+            taken += len(seen)
+    return round(taken / COUNTED_QUOTES, 2)
 
 
 def _rates(many: Target, one: Target, seed: int, say: Say) -> tuple[dict[str, object], int]:

@@ -38,7 +38,7 @@ class Metrics:
         )
         self.quote_seconds = Histogram(
             prefix + "quote_seconds",
-            "Time of a quote on the chip, PCR read included.",
+            "Time of a quote on the chip, readings of PCRs included.",
             buckets=SECONDS_BUCKETS,
             registry=self.registry,
         )
@@ -62,6 +62,17 @@ class Metrics:
             "Requests dropped before the seal, because their client went away.",
             registry=self.registry,
         )
+        self.tpm_quotes = Counter(
+            prefix + "tpm_quotes", "Quotes that the TPM gave.", registry=self.registry
+        )
+        self.quote_commands = Counter(
+            prefix + "quote_commands",
+            "TPM commands that quotes took, by command; over tpm_quotes: commands a quote.",
+            ["command"],
+            registry=self.registry,
+        )
+        for command in ("TPM2_Quote", "TPM2_PCR_Read"):
+            self.quote_commands.labels(command)
         self.tpm_errors = Counter(
             prefix + "tpm_errors",
             "TPM commands that failed, by response code and by what was done about it.",
@@ -144,6 +155,10 @@ class Metrics:
         if counter is None:
             counter = self._responses[status, reason] = self.requests.labels(status, reason)
         counter.inc()
+
+    def count_quote_command(self, command: str) -> None:
+        """Count a TPM command that a quote takes; any thread."""
+        self.quote_commands.labels(command).inc()
 
     def count_handshake(self, reason: str) -> None:
         """Count a TLS handshake; "ok" is the reason of those that came through."""

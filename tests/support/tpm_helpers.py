@@ -58,6 +58,7 @@ from provider_proxy.host.tpm.chip import open_context as open_undisturbed
 from provider_proxy.testing.broker import Broker
 from provider_proxy.testing.disturb import Action, refusal
 from provider_proxy.testing.faulty import FaultyContext
+from provider_proxy.testing.ima import extend
 
 T = TypeVar("T")
 
@@ -391,6 +392,12 @@ def check(
     assert attest.extra_data == qualifying
     assert (attest.bank, attest.mask) == (bank, mask)
     assert [pcr for pcr, _ in quote.pcrs.values] == list(pcrs_of(mask))
+
+
+async def move_pcr(quoter: EsysQuoter, pcr: int = 0) -> None:
+    """Extend a PCR, so that its value is not the known one and the next quote reads it."""
+    with trio.fail_after(LIMIT_S):
+        await quoter.on_chip(lambda opened: extend(opened.context, pcr))
 
 
 async def quote_once(quoter: EsysQuoter, *, mask: int = 1, limit_s: float = LIMIT_S) -> Quote:

@@ -95,9 +95,11 @@ class EsysQuoter:
         Raises:
             QuoteError: no quote can be had now.
         """
-        return await self._climb(
+        quote = await self._climb(
             lambda opened: self._opener.quote(opened, qualifying, bank, mask), learn=True
         )
+        self._metrics.tpm_quotes.inc()
+        return quote
 
     async def activate_credential(self, credential: bytes, secret: bytes) -> bytes:
         """TPM2_ActivateCredential: proves that EK and AK live in one TPM.
@@ -229,7 +231,13 @@ async def open_quoter(
         HostError: no TPM, no keys, a wrong authorisation; the message says which.
     """
     gate = Gate(settings.max_duty)
-    opener = TpmOpener(settings, state_dir, host_uuid=host_uuid, open_context=open_context)
+    opener = TpmOpener(
+        settings,
+        state_dir,
+        host_uuid=host_uuid,
+        open_context=open_context,
+        count=metrics.count_quote_command,
+    )
     try:
         opened = await _open(opener, gate)
         quoter = EsysQuoter(opener, opened, gate, metrics)

@@ -52,6 +52,7 @@ class TpmOpener:
 
     Args:
         open_context: opens a tpm2-tss string; tests and benchmarks put a disturbed one there.
+        count: told each command that a quote takes.
 
     Attributes:
         ak: known after `open`.
@@ -68,8 +69,10 @@ class TpmOpener:
         *,
         host_uuid: uuid.UUID | None,
         open_context: chip.OpenContext,
+        count: chip.CountCommand = lambda command: None,
     ) -> None:
         self._settings = settings
+        self._count = count
         self._host_uuid = host_uuid
         self._open_context = open_context
         self._store = AkStore(state_dir)
@@ -131,7 +134,7 @@ class TpmOpener:
             host_uuid=self._host_uuid or uuid_of_ek(ek.public),
             software=self._embedded is not None or settings.tcti.startswith(("swtpm", "mssim")),
         )
-        opened = chip.Chip(context, ek=ek.handle, ak=ak.handle)
+        opened = chip.Chip(context, ek=ek.handle, ak=ak.handle, count=self._count)
         try:
             for bank in settings.banks:
                 self._try_quote(opened, bank)
@@ -180,7 +183,7 @@ class TpmOpener:
             with contextlib.suppress(TpmError):
                 chip.close_context(context)
             raise
-        return chip.Chip(context, ek=ek, ak=ak)
+        return chip.Chip(context, ek=ek, ak=ak, count=self._count)
 
     def quote(self, opened: chip.Chip, qualifying: bytes, bank: HashAlg, mask: int) -> Quote:
         """Quote, and check that what came over the bus is what was signed.
@@ -195,6 +198,7 @@ class TpmOpener:
             attestation.check_signature(quote.attest, signature, self.ak)
             attestation.check_pcrs(attest, quote.pcrs, self.ak.signature_hash)
         except VerificationError as exc:
+            opened.forget_pcrs()  # what nobody signed is not kept
             raise TpmError(f"TPM2_Quote gave an answer that does not verify: {exc}") from exc
         if attest.extra_data != qualifying:
             raise TpmError("TPM2_Quote gave an answer over other data than it was given")

@@ -2,7 +2,7 @@
 
 Never creates a key (that is `keys`, before serving starts) and leaves no transient object. A quote
 needs no session: it needs the persistent AK and a plain password alone (TPM 2.0 Part 3, 18.4), so that
-others who hold every session of the chip cannot stop it.
+others who hold every session of the chip cannot stop it. While the PCRs rest it needs one command.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tpm2_pytss.types import (
 from provider_proxy.errors import EvidenceFormatError, TpmError, VerificationError
 from provider_proxy.evidence import attestation
 from provider_proxy.evidence.model import HashAlg, PcrValues, Quote, pcrs_of
+from provider_proxy.host.tpm.known_pcrs import KnownPcrs
 from provider_proxy.host.tpm.response_codes import Step, step_for, wait_s
 
 RC_VALUE = 0x84  # TPM_RC_VALUE: what the chip says to a parameter out of range
@@ -109,6 +110,10 @@ def open_context(tcti: str) -> ESAPI:
             raise TpmError(f"cannot open the TPM at {tcti!r}: {exc}") from exc
 
 
+CountCommand = Callable[[str], None]
+"""Told each command that a quote takes: "TPM2_Quote" or "TPM2_PCR_Read". Called in the gate's thread."""
+
+
 class Chip:
     """An open TPM whose AK is known.
 
@@ -116,12 +121,22 @@ class Chip:
         context: an open ESAPI context; the chip closes it.
         ek: ESYS_TR of the persistent EK.
         ak: ESYS_TR of the persistent AK, its authValue set.
+        count: told each command that a quote takes.
     """
 
-    def __init__(self, context: ESAPI, *, ek: ESYS_TR, ak: ESYS_TR) -> None:
+    def __init__(
+        self,
+        context: ESAPI,
+        *,
+        ek: ESYS_TR,
+        ak: ESYS_TR,
+        count: CountCommand = lambda command: None,
+    ) -> None:
         self._context = context
         self._ek = ek
         self._ak = ak
+        self._count = count
+        self._known = KnownPcrs()
 
     @property
     def context(self) -> ESAPI:
@@ -179,6 +194,7 @@ class Chip:
         values: dict[int, bytes] = {}
         for _ in range(PCR_READS):
             left = mask & ~sum(1 << pcr for pcr in values)
+            self._count("TPM2_PCR_Read")
             with tss_errors("TPM2_PCR_Read"):
                 seen, selection, digests = self._context.pcr_read(_selection(bank, left))
             if seen != counter and values:
@@ -199,32 +215,62 @@ class Chip:
         raise TpmError("the PCRs moved during every attempt to read them")
 
     def quote(self, qualifying: bytes, bank: HashAlg, mask: int, signature_hash: HashAlg) -> Quote:
-        """Read the PCRs and quote them, so that the values are those of the quote.
+        """Quote some PCRs, with the values that were quoted.
 
-        A PCR may change between the two commands: then the values are read once more, and only if
-        neither reading fits is the quote taken again.
+        Values that earlier quotes confirmed are used again where they hash to the digest that
+        this quote signs. PCRs that are not known or moved lately are read before the quote. Where
+        the digest differs, those that were not read before it are read; then the others once more;
+        then the quote is taken again.
+
+        Does not check: the signature; call `forget_pcrs` where it is bad.
 
         Raises:
             TpmError: the chip failed, or the PCRs moved at every try.
         """
-        selection = _selection(bank, mask)
-        before, _ = self.read_pcrs(bank, mask)
+        fresh = self._known.to_read(bank, mask)  # read since the last quote
+        values = self._known.values(bank, mask) | self._read(bank, fresh)
         for _ in range(QUOTE_TRIES):
-            with tss_errors("TPM2_Quote"):
-                attest, signature = self._context.quote(
-                    self._ak, selection, qualifying, TPMT_SIG_SCHEME(scheme=TPM2_ALG.NULL)
-                )
-            quoted = bytes(attest)
-            try:
-                digest = attestation.parse_attest(quoted).pcr_digest
-            except VerificationError as exc:
-                raise TpmError(f"TPM2_Quote answered something that is no quote: {exc}") from exc
-            if signature_hash.digest(before.concatenated()) != digest:
-                before, _ = self.read_pcrs(bank, mask)
-                if signature_hash.digest(before.concatenated()) != digest:
-                    continue
-            return Quote(attest=quoted, signature=signature.marshal(), pcrs=before)
+            quoted, signature, digest = self._take_quote(qualifying, bank, mask)
+            for part in (0, mask & ~fresh, fresh):  # as long as the digest differs
+                values |= self._read(bank, part)
+                pcrs = PcrValues(bank=bank, values=tuple(sorted(values.items())))
+                if signature_hash.digest(pcrs.concatenated()) == digest:
+                    self._known.learn(pcrs)
+                    return Quote(attest=quoted, signature=signature, pcrs=pcrs)
+            fresh = mask
         raise TpmError("the PCRs moved during every quote")
+
+    def forget_pcrs(self) -> None:
+        """Read all PCRs again before the next quote."""
+        self._known.forget()
+
+    def _read(self, bank: HashAlg, mask: int) -> dict[int, bytes]:
+        """The values of a mask, which may be empty, and of no other PCRs. Raises: TpmError."""
+        read = self.read_pcrs(bank, mask)[0].values if mask else ()
+        return {pcr: value for pcr, value in read if mask >> pcr & 1}
+
+    def _take_quote(
+        self, qualifying: bytes, bank: HashAlg, mask: int
+    ) -> tuple[bytes, bytes, bytes]:
+        """TPM2_Quote.
+
+        Returns:
+            TPMS_ATTEST, TPMT_SIGNATURE, and the pcrDigest.
+
+        Raises:
+            TpmError: the chip failed, or its answer is no quote.
+        """
+        self._count("TPM2_Quote")
+        with tss_errors("TPM2_Quote"):
+            attest, signature = self._context.quote(
+                self._ak, _selection(bank, mask), qualifying, TPMT_SIG_SCHEME(scheme=TPM2_ALG.NULL)
+            )
+        quoted = bytes(attest)
+        try:
+            digest = attestation.parse_attest(quoted).pcr_digest
+        except VerificationError as exc:
+            raise TpmError(f"TPM2_Quote answered something that is no quote: {exc}") from exc
+        return quoted, signature.marshal(), digest
 
     def manufacturer(self) -> str:
         """The chip's vendor code, "IBM" for swtpm."""
