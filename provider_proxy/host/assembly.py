@@ -113,13 +113,13 @@ def make_status_board(
 ) -> StatusBoard:
     """What operators see; it feeds the gauges that others own, too."""
     program = program_version()
-    metrics.duty.set_function(lambda: quoter.duty)
+    metrics.duty.set_function(lambda: quoter.state.duty)
     metrics.max_duty.set(config.tpm.max_duty)
-    metrics.learnt_quote_seconds.set_function(lambda: quoter.expected_s)
+    metrics.learnt_quote_seconds.set_function(lambda: quoter.state.expected_s)
     metrics.build_info.labels(program, platform.python_version()).set(1)
     return StatusBoard(
         config,
-        quoter,
+        lambda: quoter.state,
         lambda: batcher.queue,
         recent,
         metrics,

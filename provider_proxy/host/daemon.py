@@ -135,7 +135,7 @@ async def run(
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(batcher.run)
                 registrations.start(nursery)
-                nursery.start_soon(watchdog.run, quoter, config.tpm.hang_limit_s)
+                nursery.start_soon(watchdog.run, lambda: quoter.state, config.tpm.hang_limit_s)
                 if keeper is not None:
                     nursery.start_soon(keeper.run, open_hooks)
                 for listener in open_admin:
@@ -151,7 +151,9 @@ async def run(
                 with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                     task_status.started(started)
                     systemd.notify("READY=1")
-                    nursery.start_soon(unit_line.run, recent, quoter, lambda: batcher.queue.waiting)
+                    nursery.start_soon(
+                        unit_line.run, recent, lambda: quoter.state, lambda: batcher.queue.waiting
+                    )
                     async with trio.open_nursery() as doors:
                         for listener in open_doors:
                             doors.start_soon(_accept, tenants, listener)

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from helpers import LIMIT_S, command, run_command, run_here
 from rich.console import Console
-from status_helpers import HOSTILE, FakeChip, count_crowd, make_batch, make_board, make_past
+from status_helpers import HOSTILE, TROUBLED, count_crowd, make_batch, make_board, make_past
 from test_status_page import Site
 
 from provider_proxy.cli import ask_admin, status_view
@@ -75,8 +75,7 @@ def test_trouble_is_seen() -> None:
     metrics = Metrics()
     metrics.tpm_errors.labels("FAILURE", "fatal").inc(3)
     metrics.selfcheck_failures.inc()
-    chip = FakeChip(trouble="the TPM is out of order", in_flight_s=6.0)
-    text = shown(busy(chip=chip, metrics=metrics, software=True), problem="no answer")
+    text = shown(busy(chip=TROUBLED, metrics=metrics, software=True), problem="no answer")
     assert text.startswith(" TROUBLE  the TPM is out of order")
     assert "the TPM is software" in text
     assert "no answer; asking again" in text
@@ -171,7 +170,7 @@ def test_status_prints_and_says_by_its_code_whether_all_is_well(site: Site, tmp_
     done = run_here("status", "--admin", address_of(site), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "READY" in done.stdout
-    site.status = lambda: busy(chip=FakeChip(trouble="the TPM is out of order"))
+    site.status = lambda: busy(chip=TROUBLED)
     done = run_here("status", "--admin", address_of(site), cwd=tmp_path)
     assert done.returncode == 3
     assert "TROUBLE  the TPM is out of order" in done.stdout
@@ -288,7 +287,7 @@ def test_top_in_a_terminal_is_live_and_ends_at_q(site: Site) -> None:
     terminal = Terminal("top", "--admin", address_of(site), "--interval", "0.1")
     try:
         terminal.until("READY.*q quits")
-        site.status = lambda: busy(chip=FakeChip(trouble="the TPM is out of order"))
+        site.status = lambda: busy(chip=TROUBLED)
         terminal.until("TROUBLE")
         site.status = lambda: {"version": 2}
         terminal.until("asking again")  # what is no status does not end it

@@ -52,6 +52,7 @@ from provider_proxy.host.http.server import Door
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters.local_tpm import EsysQuoter
 from provider_proxy.host.quoters.tpm_opener import HostIdentity
+from provider_proxy.host.tpm.state import ChipState
 from provider_proxy.testing.soft_tpm import SoftTpm
 
 LIMIT_S = 20.0  # nothing that a test waits for takes a second; a slow machine gets a few
@@ -116,7 +117,7 @@ class FakeQuoter:
     Attributes:
         quotes: what was asked: qualifying data, bank, mask.
         error: raised instead of quoting, where set.
-        trouble: why no quote can be had.
+        trouble: why the chip gives no quote.
     """
 
     def __init__(
@@ -129,8 +130,6 @@ class FakeQuoter:
         self.quotes: list[tuple[bytes, HashAlg, int]] = []
         self.error: ProviderProxyError | None = None
         self.trouble: str | None = None
-        self.in_flight_s = 0.0
-        self.duty = 0.0
         self._one = trio.Semaphore(1)
         self._rested_at = 0.0
         self.identity = HostIdentity(
@@ -142,8 +141,8 @@ class FakeQuoter:
         )
 
     @property
-    def expected_s(self) -> float:
-        return self.delay_s
+    def state(self) -> ChipState:
+        return ChipState(expected_s=self.delay_s, pause_s=self.pause_s, trouble=self.trouble)
 
     async def ready(self) -> None:
         while True:

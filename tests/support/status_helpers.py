@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
-from dataclasses import dataclass
 
 from provider_proxy.errors import ProviderProxyError, QuoteError
 from provider_proxy.evidence.model import HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
@@ -14,6 +14,7 @@ from provider_proxy.host.config.tables import BatchTable, Config, Listen, Tpm
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.status.board import StatusBoard
 from provider_proxy.host.status.recent import Recent
+from provider_proxy.host.tpm.state import ChipState
 
 NONCE = "nonce-that-must-not-be-shown"
 TENANT = Tenant(name="acme", pcr_allow=0xFFFFFF)
@@ -21,15 +22,8 @@ HOST = {"uuid": "0ddba11c-0ffe-4bad-8bad-00000c0ffee0", "ak_name": "000b" + "5c"
 HOSTILE = "<img src=x onerror=alert(1)> \x1b[31mred\x1b[0m\n<6>batch=1"
 
 
-@dataclass(slots=True, kw_only=True)
-class FakeChip:
-    """A `status.Chip`."""
-
-    trouble: str | None = None
-    expected_s: float = 0.188
-    pause_s: float = 0.188
-    in_flight_s: float = 0.0
-    duty: float = 0.31
+CHIP = ChipState(expected_s=0.188, pause_s=0.188, duty=0.31)
+TROUBLED = dataclasses.replace(CHIP, trouble="the TPM is out of order", in_flight_s=6.0)
 
 
 def make_batch(
@@ -60,7 +54,7 @@ def make_batch(
 def make_board(
     recent: Recent,
     *,
-    chip: FakeChip | None = None,
+    chip: ChipState = CHIP,
     queue: Queue | None = None,
     metrics: Metrics | None = None,
     draining: bool = False,
@@ -72,7 +66,7 @@ def make_board(
     )
     return StatusBoard(
         config,
-        chip or FakeChip(),
+        lambda: chip,
         lambda: queue or Queue(waiting=0, lines=0, oldest_s=0.0),
         recent,
         metrics or Metrics(),

@@ -205,7 +205,7 @@ async def test_a_challenge_that_is_not_for_this_tpm(
     report = await make(tls(registrar), "foreign-ak", tpm).once()
     assert report.state is State.WRONG_CHALLENGE
     assert report.steps[-1].name == "tpm"
-    assert quoter.trouble is None
+    assert quoter.state.trouble is None
     assert record_of(registrar, "foreign-ak") is None
 
 
@@ -496,7 +496,7 @@ async def test_a_quote_waits_for_one_activation_at_most(
             for _ in range(20):
                 nursery.start_soon(opened.activate_credential, *challenge)
             for _ in range(4):
-                await until(lambda: opened.in_flight_s > 0, "an activation in flight")
+                await until(lambda: opened.state.in_flight_s > 0, "an activation in flight")
                 before = len(faults.seen)
                 await opened.ready()
                 await trio.sleep(0.002)  # the batch's tree

@@ -55,6 +55,7 @@ from provider_proxy.host.batching.batch import (
 from provider_proxy.host.batching.queue import BatchSettings, WaitingRoom
 from provider_proxy.host.batching.report import report
 from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.tpm.state import ChipState
 
 STOPPED = "the proxy stopped while it worked on this"
 
@@ -68,18 +69,8 @@ class Quoter(Protocol):
         ...
 
     @property
-    def trouble(self) -> str | None:
-        """Why no quote can be had now; None while one can."""
-        ...
-
-    @property
-    def expected_s(self) -> float:
-        """Learnt time of a quote, in seconds."""
-        ...
-
-    @property
-    def pause_s(self) -> float:
-        """Rest that follows a quote, so that the chip's duty is kept, in seconds."""
+    def state(self) -> ChipState:
+        """How its chip does now."""
         ...
 
     async def ready(self) -> None:
@@ -162,11 +153,7 @@ class Batcher:
         self._claims = claims
         self._logs = logs
         self._boottime = boottime
-        self._room = WaitingRoom(
-            settings,
-            turn_s=lambda: quoter.expected_s + quoter.pause_s,
-            quote_s=lambda: quoter.expected_s,
-        )
+        self._room = WaitingRoom(settings, lambda: quoter.state)
         self._settings = settings
         metrics.queue.set_function(lambda: self._room.waiting)
         self._batches = 0
@@ -197,8 +184,9 @@ class Batcher:
         """
         if self._drain.is_set():
             raise DrainingError("the proxy is going down", retry_after_s=self._room.retry_after_s())
-        if self._quoter.trouble is not None:
-            raise QuoteError(self._quoter.trouble, retry_after_s=self._room.retry_after_s())
+        trouble = self._quoter.state.trouble
+        if trouble is not None:
+            raise QuoteError(trouble, retry_after_s=self._room.retry_after_s())
         if request.vm is not None:
             self._claims_of(tenant, request)  # refuses what it has no claims about
         waiter, wakes = self._room.admit(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from provider_proxy.errors import OverloadedError, ParameterError, TenantLimitError
 from provider_proxy.evidence.model import QuoteRequest, Tenant
 from provider_proxy.host.batching.batch import BatchKey, Waiter
+from provider_proxy.host.tpm.state import ReadState
 
 MAX_LINES = 64  # (bank, isolation class, allowed PCRs) in use at once, over all tenants
 MAX_LINES_PER_TENANT = 2  # so that one tenant's many masks cannot take the chip's turns
@@ -86,20 +87,16 @@ class WaitingRoom:
     """All the lines.
 
     Args:
-        turn_s: time from one quote's begin to the next one's, as learnt so far.
-        quote_s: time of a quote, as learnt so far.
+        chip: what a quote costs, as learnt so far.
     """
 
     def __init__(
         self,
         settings: BatchSettings,
-        *,
-        turn_s: Callable[[], float],
-        quote_s: Callable[[], float],
+        chip: ReadState,
     ) -> None:
         self._settings = settings
-        self._turn_s = turn_s
-        self._quote_s = quote_s
+        self._chip = chip
         self._lines: dict[BatchKey, Line] = {}
         self._tried: float | None = None
         self.waiting = 0
@@ -176,13 +173,14 @@ class WaitingRoom:
         turns = len(self._lines) - (line is not None)
         if line is not None:
             turns += line.count // self._settings.max_leaves
-        return self._settings.window_s + self._quote_s() + turns * self._turn_s()
+        chip = self._chip()
+        return self._settings.window_s + chip.expected_s + turns * chip.turn_s
 
     def retry_after_s(self) -> float:
         """When the present load will be gone, spread by half so that not all return at once."""
         turns = max(len(self._lines), self.waiting / self._settings.max_leaves)
         spread = random.uniform(1.0, 1.5)  # noqa: S311  # jitter is no secret
-        return max(1.0, turns * self._turn_s()) * spread
+        return max(1.0, turns * self._chip().turn_s) * spread
 
     def leave(self, waiter: Waiter) -> None:
         """A waiter that was not taken goes: timed out, or cancelled."""

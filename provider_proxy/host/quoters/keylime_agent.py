@@ -29,6 +29,7 @@ from provider_proxy.host.quoters.circuit import PROBE_S, Circuit
 from provider_proxy.host.quoters.tpm_opener import HostIdentity
 from provider_proxy.host.tpm.pace import Pace
 from provider_proxy.host.tpm.response_codes import Step, wait_s
+from provider_proxy.host.tpm.state import ChipState
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +100,7 @@ class AgentQuoter:
 
     Attributes:
         logs: the host's logs.
-        in_flight_s: always 0: a request to an agent has a deadline of its own, nothing can hang.
     """
-
-    in_flight_s = 0.0
 
     def __init__(self, bound: AgentBinding, bind: Bind, pace: Pace, metrics: Metrics) -> None:
         self._client = bound.client
@@ -118,24 +116,14 @@ class AgentQuoter:
         self.logs = AgentLogs()
 
     @property
-    def expected_s(self) -> float:
-        """Learnt time of a quote, in seconds."""
-        return self._pace.expected_s
-
-    @property
-    def pause_s(self) -> float:
-        """Rest after a quote, in seconds."""
-        return self._pace.pause_s
-
-    @property
-    def duty(self) -> float:
-        """Share of the last 10 s in which the agent was at work for us."""
-        return self._pace.duty(time.monotonic())
-
-    @property
-    def trouble(self) -> str | None:
-        """Why no quote can be had now; None while one can."""
-        return self._circuit.why
+    def state(self) -> ChipState:
+        """How the agent does now. Nothing hangs: a request to it has a deadline of its own."""
+        return ChipState(
+            expected_s=self._pace.expected_s,
+            pause_s=self._pace.pause_s,
+            duty=self._pace.duty(time.monotonic()),
+            trouble=self._circuit.why,
+        )
 
     async def ready(self) -> None:
         """Return when the agent is free and its TPM has rested, or in trouble."""

@@ -3,7 +3,7 @@
 A transient code is tried again; a broken connection or an exhausted chip is opened anew and tried again;
 both inside the deadline of whoever waits (the caller cancels). A fatal one opens the circuit: from then
 on everybody is told at once, and `run` probes until the same AK quotes again. No restart is needed.
-A command that never returns keeps the gate shut; `trouble` says so.
+A command that never returns keeps the gate shut; `state.trouble` says so.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from provider_proxy.host.quoters.tpm_opener import HostIdentity, TpmOpener
 from provider_proxy.host.tpm import chip
 from provider_proxy.host.tpm.gate import Gate
 from provider_proxy.host.tpm.response_codes import Step, is_busy, name_of, step_for, wait_s
+from provider_proxy.host.tpm.state import ChipState
 
 T = TypeVar("T")
 
@@ -52,35 +53,20 @@ class EsysQuoter:
         self.identity: HostIdentity = opener.identity
 
     @property
-    def expected_s(self) -> float:
-        """Learnt time of a quote, in seconds."""
-        return self._gate.pace.expected_s
-
-    @property
-    def pause_s(self) -> float:
-        """Rest after a quote, in seconds."""
-        return self._gate.pace.pause_s
-
-    @property
-    def duty(self) -> float:
-        """Share of the last 10 s in which the chip worked for us."""
-        return self._gate.duty
-
-    @property
-    def in_flight_s(self) -> float:
-        """For how long the present command has been running; 0 while none is."""
-        since = self._gate.in_flight_since
-        return 0.0 if since is None else time.monotonic() - since
-
-    @property
-    def trouble(self) -> str | None:
-        """Why no quote can be had now; None while one can."""
-        if self._circuit.why is not None:
-            return self._circuit.why
-        since = self._gate.in_flight_since
-        if since is not None and time.monotonic() - since > self._gate.pace.hang_s:
-            return "a TPM command has not returned"
-        return None
+    def state(self) -> ChipState:
+        """How the chip does now."""
+        pace, since = self._gate.pace, self._gate.in_flight_since
+        in_flight_s = 0.0 if since is None else time.monotonic() - since
+        trouble = self._circuit.why
+        if trouble is None and in_flight_s > pace.hang_s:
+            trouble = "a TPM command has not returned"
+        return ChipState(
+            expected_s=pace.expected_s,
+            pause_s=pace.pause_s,
+            duty=self._gate.duty,
+            trouble=trouble,
+            in_flight_s=in_flight_s,
+        )
 
     async def ready(self) -> None:
         """Return when the chip is free and rested, or in trouble."""

@@ -9,66 +9,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 from provider_proxy.evidence.model import pcrs_of
 from provider_proxy.host.batching.batcher import Queue
 from provider_proxy.host.config.tables import Config
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.status.recent import Recent
+from provider_proxy.host.tpm.state import ReadState
 
 VERSION = 1
 READY = "ready"
 DRAINING = "draining"
 TROUBLE = "trouble"
 
-Section = Callable[[], object]
-"""Makes a part of the status that another module knows: values that JSON has."""
-
-
-class Chip(Protocol):
-    """The quoter, as far as status asks it."""
-
-    @property
-    def trouble(self) -> str | None:
-        """Why no quote can be had now; None while one can."""
-        ...
-
-    @property
-    def expected_s(self) -> float:
-        """Learnt time of a quote, in seconds."""
-        ...
-
-    @property
-    def pause_s(self) -> float:
-        """Rest that follows a quote, in seconds."""
-        ...
-
-    @property
-    def in_flight_s(self) -> float:
-        """For how long the present command has been running; 0 while none is."""
-        ...
-
-    @property
-    def duty(self) -> float:
-        """Share of the last 10 s in which the chip worked for us."""
-        ...
-
 
 class StatusBoard:
     """Makes the status.
 
     Args:
+        chip: gives the state of the quoter's chip.
         queue: who waits now.
         draining: True once the daemon is going down.
         host: facts of the host that stay: its id, its AK's name, whether the TPM is software.
-        sections: further parts, by their keys.
     """
 
     def __init__(
         self,
         config: Config,
-        chip: Chip,
+        chip: ReadState,
         queue: Callable[[], Queue],
         recent: Recent,
         metrics: Metrics,
@@ -76,7 +44,6 @@ class StatusBoard:
         draining: Callable[[], bool],
         host: Mapping[str, object],
         program: str,
-        sections: Mapping[str, Section] | None = None,
     ) -> None:
         self._config = config
         self._chip = chip
@@ -86,12 +53,11 @@ class StatusBoard:
         self._draining = draining
         self._host = dict(host)
         self._program = program
-        self._sections = dict(sections or {})
         self._started = time.time()
 
     def not_ready(self) -> str | None:
         """Why the daemon takes no requests now; None while it does."""
-        return DRAINING if self._draining() else self._chip.trouble
+        return DRAINING if self._draining() else self._chip().trouble
 
     def results(self) -> dict[str, object]:
         """The status as of now."""
@@ -112,11 +78,10 @@ class StatusBoard:
             "batches": self._recent.batches(),
             "tenants": self._recent.tenants(),
             "selfcheck_failures": self._metrics.selfcheck_failure_count(),
-            **{key: make() for key, make in self._sections.items()},
         }
 
     def _chip_values(self) -> dict[str, object]:
-        chip = self._chip
+        chip = self._chip()
         return {
             "trouble": chip.trouble,
             "duty": round(chip.duty, 3),

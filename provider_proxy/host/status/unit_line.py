@@ -13,6 +13,7 @@ import trio
 
 from provider_proxy.host import systemd
 from provider_proxy.host.status.recent import OK, PastBatch
+from provider_proxy.host.tpm.state import ReadState
 
 TELL_EVERY_S = 1.0
 MAX_TROUBLE_CHARS = 200  # of the TPM's own words; a status is one line
@@ -25,15 +26,6 @@ class Past(Protocol):
     @property
     def last(self) -> PastBatch | None:
         """The newest batch; None before the first."""
-        ...
-
-
-class Chip(Protocol):
-    """What a quoter tells of its chip."""
-
-    @property
-    def trouble(self) -> str | None:
-        """Why no quote can be had now; None while one can."""
         ...
 
 
@@ -50,7 +42,7 @@ def status_line(last: PastBatch | None, waiting: int, trouble: str | None) -> st
     return f"{what}; {waiting} waiting"
 
 
-async def run(past: Past, chip: Chip, waiting: Callable[[], int]) -> None:
+async def run(past: Past, chip: ReadState, waiting: Callable[[], int]) -> None:
     """Tell until cancelled.
 
     Args:
@@ -58,7 +50,7 @@ async def run(past: Past, chip: Chip, waiting: Callable[[], int]) -> None:
     """
     told = ""
     while True:
-        line = status_line(past.last, waiting(), chip.trouble)
+        line = status_line(past.last, waiting(), chip().trouble)
         if line != told:
             systemd.notify_status(line)
             told = line

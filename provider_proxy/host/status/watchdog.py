@@ -11,25 +11,16 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from typing import Protocol
 
 import trio
 
 from provider_proxy.host import systemd
+from provider_proxy.host.tpm.state import ReadState
 
 log = logging.getLogger(__name__)
 
 CHECK_S = 1.0
 EXIT_ENVIRONMENT = 3
-
-
-class Busy(Protocol):
-    """Something whose commands may hang."""
-
-    @property
-    def in_flight_s(self) -> float:
-        """For how long the present command has been running, in seconds; 0 while none is."""
-        ...
 
 
 def _end_process() -> None:
@@ -38,7 +29,7 @@ def _end_process() -> None:
 
 
 async def run(
-    quoter: Busy, hang_limit_s: float, *, end_process: Callable[[], None] = _end_process
+    chip: ReadState, hang_limit_s: float, *, end_process: Callable[[], None] = _end_process
 ) -> None:
     """Watch until cancelled.
 
@@ -49,7 +40,7 @@ async def run(
     wanted_s = systemd.watchdog_s()
     interval = min(CHECK_S, wanted_s / 2)
     while True:
-        if quoter.in_flight_s > hang_limit_s:
+        if chip().in_flight_s > hang_limit_s:
             log.critical("a TPM command has been in flight for over %g s; ending", hang_limit_s)
             end_process()
         elif wanted_s < math.inf:

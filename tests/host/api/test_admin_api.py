@@ -27,7 +27,7 @@ from helpers import (
     trusted_ak,
     until,
 )
-from status_helpers import HOSTILE, FakeChip, make_batch, make_board
+from status_helpers import CHIP, HOSTILE, make_batch, make_board
 from test_docs import codes, rows
 from tpm_helpers import sample
 
@@ -55,7 +55,7 @@ def full_status() -> dict[str, Any]:
     recent.count(HOSTILE, "ParameterError")
     metrics = Metrics()
     metrics.tpm_errors.labels("RETRY", "again").inc(2)
-    return make_board(recent, chip=FakeChip(), metrics=metrics).results()
+    return make_board(recent, chip=CHIP, metrics=metrics).results()
 
 
 def make_door(metrics: Metrics | None = None) -> Door:

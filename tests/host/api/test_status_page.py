@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -20,9 +21,10 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from status_helpers import (
+    CHIP,
     HOSTILE,
     NONCE,
-    FakeChip,
+    TROUBLED,
     count_crowd,
     make_batch,
     make_board,
@@ -200,19 +202,19 @@ def page(driver: webdriver.Chrome, site: Site) -> Iterator[Page]:
 def busy() -> Callable[[], Mapping[str, object]]:
     recent = make_past(120)
     count_crowd(recent)
-    return make_board(recent, chip=FakeChip(duty=0.47), queue=BUSY_QUEUE).results
+    return make_board(recent, chip=dataclasses.replace(CHIP, duty=0.47), queue=BUSY_QUEUE).results
 
 
 def out_of_order() -> Callable[[], Mapping[str, object]]:
     metrics = Metrics()
     metrics.tpm_errors.labels("FAILURE", "fatal").inc()
-    chip = FakeChip(trouble="the TPM is out of order")
+    chip = TROUBLED
     return make_board(make_past(30), chip=chip, metrics=metrics).results
 
 
 def empty() -> Callable[[], Mapping[str, object]]:
     recent = Recent(monotonic=lambda: 0.0)
-    return make_board(recent, chip=FakeChip(duty=0.0), software=True).results
+    return make_board(recent, chip=dataclasses.replace(CHIP, duty=0.0), software=True).results
 
 
 SCENES = {"busy": busy, "out of order": out_of_order, "empty": empty}

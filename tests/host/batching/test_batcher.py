@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -44,6 +45,7 @@ from provider_proxy.host.batching.batcher import Batcher
 from provider_proxy.host.batching.queue import BatchSettings, Line
 from provider_proxy.host.config.tables import DEFAULT_ISOLATED
 from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.tpm.state import ChipState
 from provider_proxy.testing.soft_tpm import SoftTpm
 
 ISOLATED = mask_of(DEFAULT_ISOLATED)
@@ -436,7 +438,9 @@ async def test_a_quote_that_takes_too_long_is_given_up(
     """At the latest deadline of its batch: nobody waits longer."""
 
     class Hanging(FakeQuoter):
-        expected_s = 0.1
+        @property
+        def state(self) -> ChipState:
+            return dataclasses.replace(super().state, expected_s=0.1)
 
     quoter = Hanging(delay_s=1000)
     async with running(quoter) as batcher, trio.open_nursery() as nursery:

@@ -214,7 +214,7 @@ async def test_what_passes_is_not_told(agent: FakeAgent, name: str, times: int) 
         agent.next = [answer] * times
         quote = await quoter.quote(QUALIFYING, SHA256, 1)
         assert attestation.parse_attest(quote.attest).extra_data == QUALIFYING
-        assert quoter.trouble is None
+        assert quoter.state.trouble is None
     assert errors_counted(metrics) == {(cause, step.value): times}
 
 
@@ -252,11 +252,11 @@ async def test_what_does_not_pass_opens_the_circuit_until_a_probe_succeeds(
         agent.next = [answer, answer]  # the tenant's, then the first probe's
         with pytest.raises(QuoteError):
             await quoter.quote(QUALIFYING, SHA256, 1)
-        assert quoter.trouble == "the Keylime agent is out of order"
+        assert quoter.state.trouble == "the Keylime agent is out of order"
         with pytest.raises(QuoteError):  # at once
             await quoter.quote(QUALIFYING, SHA256, 1)
         await quoter.ready()
-        await until(lambda: quoter.trouble is None)
+        await until(lambda: quoter.state.trouble is None)
         await quoter.quote(QUALIFYING, SHA256, 1)
     assert agent.client_count == 3
 
@@ -290,7 +290,7 @@ async def test_an_agent_with_another_ak_is_not_served(
         with pytest.raises(AkChangedError):
             await quoter.probe()
         await until(lambda: "still out of order" in caplog.text)
-        assert quoter.trouble is not None
+        assert quoter.state.trouble is not None
         assert quoter.ak.name == name
     assert any(record.levelno == logging.CRITICAL for record in caplog.records)
 
@@ -316,7 +316,7 @@ async def test_an_agent_that_gives_nothing_at_the_start_ends_the_start(agent: Fa
 
 async def test_the_duty_is_kept(agent: FakeAgent) -> None:
     async with keylime_agent.open_quoter(agent.bind, 0.25, Metrics()) as quoter:
-        assert quoter.pause_s == pytest.approx(3 * quoter.expected_s)
+        assert quoter.state.pause_s == pytest.approx(3 * quoter.state.expected_s)
 
 
 # --- logs -------------------------------------------------------------------------------------------
@@ -566,7 +566,7 @@ async def test_a_real_agent_that_comes_back_with_another_ak_is_not_served(
         with trio.move_on_after(0.5) as scope:
             await quoter.quote(QUALIFYING, SHA256, 1)
         assert scope.cancelled_caught
-        assert quoter.trouble is None, "it may be back in a moment"
+        assert quoter.state.trouble is None, "it may be back in a moment"
         async with httpx.AsyncClient(verify=registrar.client_context()) as http:
             url = f"{registrar.https_url}/v2.6/agents/{first.agent_id}"
             (await http.delete(url)).raise_for_status()

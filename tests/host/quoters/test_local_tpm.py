@@ -103,7 +103,7 @@ async def test_a_fault_of_a_pcr_read_is_not_told(tmp_path: Path, faults: Faults)
                 assert faults.pending < times  # one that did no harm needs no second reading
                 faults.clear()
         await quote_once(opened, mask=0xFFFFFF)
-        assert opened.trouble is None
+        assert opened.state.trouble is None
 
 
 LIKE_A_CODE = {
@@ -128,7 +128,7 @@ async def test_what_may_pass_for_a_fatal_code_is_an_outage_until_the_next_probe(
             with contextlib.suppress(QuoteError):
                 await quote_once(opened)
             assert faults.pending == 0
-            await until(lambda: opened.trouble is None, "the circuit's closing")
+            await until(lambda: opened.state.trouble is None, "the circuit's closing")
             await quote_once(opened)
 
 
@@ -176,7 +176,7 @@ async def test_a_busy_chip_while_it_is_opened_anew_is_no_outage(
         faults.next(CC_READ_PUBLIC, Action(code=code), Action(code=code))
         await quote_once(opened)
         assert faults.pending == 0
-        assert opened.trouble is None
+        assert opened.state.trouble is None
 
 
 # --- whatever a chip answers ------------------------------------------------------------------------
@@ -474,13 +474,13 @@ async def test_the_time_of_a_quote_follows_the_chip(tmp_path: Path, faults: Faul
     """Learnt from the first one on, and again when the chip gets faster."""
     faults.always(CC_QUOTE, Action(delay_s=0.08))
     async with open_quoter("embedded", tmp_path, faults=faults, max_duty=0.5) as opened:
-        assert 0.08 <= opened.expected_s < 0.5
-        assert opened.pause_s == pytest.approx(opened.expected_s)
-        slow = opened.expected_s
+        assert 0.08 <= opened.state.expected_s < 0.5
+        assert opened.state.pause_s == pytest.approx(opened.state.expected_s)
+        slow = opened.state.expected_s
         faults.clear()
         for _ in range(8):
             await quote_once(opened)
-        assert opened.expected_s < slow / 2
+        assert opened.state.expected_s < slow / 2
 
 
 async def test_one_hang_is_not_learnt_as_the_chips_pace(monkeypatch: pytest.MonkeyPatch) -> None:

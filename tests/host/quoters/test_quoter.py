@@ -761,7 +761,7 @@ async def test_what_passes_is_not_told(tmp_path: Path, name: str, times: int) ->
             with trio.fail_after(LIMIT_S):
                 quote = await opened.quote(QUALIFYING, HashAlg.SHA256, 1)
             check(quote, opened.ak, QUALIFYING, HashAlg.SHA256, 1)
-        assert opened.trouble is None
+        assert opened.state.trouble is None
         assert actions == []
     counted = [line for line in metrics.text().decode().splitlines() if "tpm_errors_total{" in line]
     total = sum(float(line.split()[-1]) for line in counted)
@@ -821,7 +821,7 @@ async def test_a_fatal_code_opens_the_circuit_until_the_chip_is_well(
         with trio.fail_after(LIMIT_S), pytest.raises(QuoteError) as caught:
             await opened.quote(QUALIFYING, HashAlg.SHA256, 1)
         assert caught.value.retry_after_s is not None
-        assert opened.trouble is not None
+        assert opened.state.trouble is not None
         assert "circuit_open 1.0" in metrics.text().decode()
         before = asked
         for _ in range(20):  # at once, and the chip is not asked
@@ -831,7 +831,7 @@ async def test_a_fatal_code_opens_the_circuit_until_the_chip_is_well(
                 await opened.ready()
         assert asked <= before + 5  # probes may have come in between
         ill = False
-        await until(lambda: opened.trouble is None, "the circuit's closing")
+        await until(lambda: opened.state.trouble is None, "the circuit's closing")
         quote = await opened.quote(QUALIFYING, HashAlg.SHA256, 1)
         check(quote, opened.ak, QUALIFYING, HashAlg.SHA256, 1)
         assert "circuit_open 0.0" in metrics.text().decode()
@@ -875,7 +875,7 @@ async def test_a_tpm_that_comes_back_with_another_ak_is_not_served(
                 caplog.clear()
                 ill = False
                 await until(lambda: any(r.levelname == "CRITICAL" for r in caplog.records))
-                assert opened.trouble is not None
+                assert opened.state.trouble is not None
                 assert name.hex() in caplog.text
                 with pytest.raises(QuoteError):
                     await opened.quote(QUALIFYING, HashAlg.SHA256, 1)
@@ -962,15 +962,15 @@ async def test_a_hanging_command_is_trouble(
         return Action(hold=hold) if armed and command == CC_QUOTE else None
 
     async with open_quoter(EMBEDDED, tmp_path, open_context=faulty(plan)) as opened:
-        assert opened.in_flight_s == 0
+        assert opened.state.in_flight_s == 0
         armed = True
         with trio.move_on_after(0.01):
             await opened.quote(QUALIFYING, HashAlg.SHA256, 1)
-        await until(lambda: opened.trouble is not None, "trouble")
-        assert opened.in_flight_s > 0.02
+        await until(lambda: opened.state.trouble is not None, "trouble")
+        assert opened.state.in_flight_s > 0.02
         armed = False
         hold.set()
-        await until(lambda: opened.trouble is None, "its end")
+        await until(lambda: opened.state.trouble is None, "its end")
         quote = await opened.quote(QUALIFYING, HashAlg.SHA256, 1)
         check(quote, opened.ak, QUALIFYING, HashAlg.SHA256, 1)
 
@@ -994,7 +994,7 @@ async def test_closing_gives_up_on_a_command_that_hangs(
                     await opened.quote(QUALIFYING, HashAlg.SHA256, 1)
     finally:
         hold.set()
-    await until(lambda: opened.in_flight_s == 0)
+    await until(lambda: opened.state.in_flight_s == 0)
 
 
 @REAL
@@ -1052,7 +1052,7 @@ async def test_a_foreign_credential_is_refused_and_the_quotes_go_on(
         ):
             with trio.fail_after(LIMIT_S), pytest.raises(QuoteError):
                 await opened.activate_credential(*credential)
-            assert opened.trouble is None
+            assert opened.state.trouble is None
         with trio.fail_after(LIMIT_S):
             assert await opened.activate_credential(*good) == b"secret"
             quote = await opened.quote(QUALIFYING, HashAlg.SHA256, 1)

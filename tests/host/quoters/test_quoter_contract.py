@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
@@ -130,11 +129,13 @@ async def test_ready_returns_and_times_are_no_nonsense(kind: Kind) -> None:
     with trio.fail_after(LIMIT_S):
         await kind.quoter.quote(QUALIFYING, HashAlg.SHA256, 1)
         await kind.quoter.ready()
-    assert 0 < kind.quoter.expected_s < LIMIT_S
-    assert kind.quoter.pause_s >= 0
-    chip: Any = kind.quoter  # for status, too
-    assert 0 <= chip.duty <= 1
-    assert chip.in_flight_s == 0
+    state = kind.quoter.state
+    assert 0 < state.expected_s < LIMIT_S
+    assert state.pause_s >= 0
+    assert state.turn_s == state.expected_s + state.pause_s
+    assert 0 <= state.duty <= 1
+    assert state.in_flight_s == 0
+    assert state.trouble is None
 
 
 async def test_a_cancelled_quote_does_no_harm(kind: Kind) -> None:

@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 from helpers import FakeQuoter
-from status_helpers import HOST, NONCE, FakeChip, make_batch, make_board
+from status_helpers import HOST, NONCE, TROUBLED, make_batch, make_board
 from test_batcher import QUOTE_S, WINDOW_S, Asker, make_request, running
 from tpm_helpers import sample
 
@@ -236,7 +236,7 @@ async def test_a_batch_is_one_line_of_the_log(
 def test_the_queue_s_view_is_in_the_status() -> None:
     board = make_board(
         Clock().recent(),
-        chip=FakeChip(trouble="the TPM is out of order"),
+        chip=TROUBLED,
         queue=Queue(waiting=3, lines=2, oldest_s=0.1234),
     )
     status: dict[str, Any] = board.results()

@@ -13,6 +13,7 @@ from helpers import LIMIT_S, Asker, connect, plain_toml, quote_over, serving, tr
 
 from provider_proxy.host.status import unit_line
 from provider_proxy.host.status.recent import PastBatch
+from provider_proxy.host.tpm.state import ChipState
 
 
 def batch(number: int, *, leaves: int = 1, outcome: str = "ok") -> PastBatch:
@@ -39,6 +40,9 @@ class Work:
     def __init__(self) -> None:
         self.last: PastBatch | None = None
         self.trouble: str | None = None
+
+    def chip(self) -> ChipState:
+        return ChipState(expected_s=0.1, pause_s=0.1, trouble=self.trouble)
 
 
 @pytest.fixture
@@ -72,7 +76,7 @@ async def test_at_most_once_a_second_and_only_what_is_new(
 ) -> None:
     work = Work()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(unit_line.run, work, work, lambda: 0)
+        nursery.start_soon(unit_line.run, work, work.chip, lambda: 0)
         for number in range(1000):
             await trio.sleep(0.01)
             work.last = batch(number)

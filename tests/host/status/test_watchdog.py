@@ -40,6 +40,7 @@ from tpm_helpers import (
 
 from provider_proxy.host.status import watchdog
 from provider_proxy.host.tpm.gate import Gate
+from provider_proxy.host.tpm.state import ChipState, ReadState
 from provider_proxy.testing.broker import Broker
 from provider_proxy.testing.disturb import Action
 
@@ -73,14 +74,14 @@ def pings(monkeypatch: pytest.MonkeyPatch) -> Pings:
 
 
 class Chip:
-    """A `watchdog.Busy` whose commands take what a test says of trio's clock."""
+    """A chip whose commands take what a test says of trio's clock."""
 
     def __init__(self) -> None:
         self._since = math.inf
 
-    @property
-    def in_flight_s(self) -> float:
-        return max(0.0, trio.current_time() - self._since)
+    def state(self) -> ChipState:
+        in_flight_s = max(0.0, trio.current_time() - self._since)
+        return ChipState(expected_s=0.1, pause_s=0.1, in_flight_s=in_flight_s)
 
     async def command(self, seconds: float) -> None:
         self._since = trio.current_time()
@@ -89,7 +90,7 @@ class Chip:
 
 
 @asynccontextmanager
-async def watched(busy: watchdog.Busy) -> AsyncIterator[Callable[[], float | None]]:
+async def watched(chip: ReadState) -> AsyncIterator[Callable[[], float | None]]:
     """Gives a function that says when the process would have ended; None where it goes on."""
     ended: list[float] = []
 
@@ -99,7 +100,7 @@ async def watched(busy: watchdog.Busy) -> AsyncIterator[Callable[[], float | Non
 
     async def run() -> None:
         try:
-            await watchdog.run(busy, LIMIT, end_process=end)
+            await watchdog.run(chip, LIMIT, end_process=end)
         except Ended:
             return
 
@@ -117,7 +118,7 @@ async def test_an_idle_daemon_is_heard_twice_as_often_as_asked(
     wanted_s: float,
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", str(int(wanted_s * 1e6)))
-    async with watched(Chip()) as ended:
+    async with watched(Chip().state) as ended:
         begin = trio.current_time()
         await trio.sleep(1000)
         assert pings.longest_silence(begin, trio.current_time()) <= wanted_s / 2 + 1e-6
@@ -128,7 +129,7 @@ async def test_nobody_is_told_who_does_not_ask(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch, pings: Pings
 ) -> None:
     monkeypatch.delenv("WATCHDOG_USEC", raising=False)
-    async with watched(Chip()) as ended:
+    async with watched(Chip().state) as ended:
         await trio.sleep(1000)
         assert ended() is None
     assert pings.times == []
@@ -141,7 +142,7 @@ async def test_a_chip_that_answers_errors_is_no_reason(
     monkeypatch.setenv("WATCHDOG_USEC", "2000000")
     quoter = FakeQuoter()
     quoter.trouble = "the TPM is out of order"
-    async with watched(quoter) as ended:
+    async with watched(lambda: quoter.state) as ended:
         begin = trio.current_time()
         await trio.sleep(10_000)
         assert ended() is None
@@ -154,7 +155,7 @@ async def test_many_long_commands_are_no_hang(
     """Each returns before its limit; the chip is never idle."""
     monkeypatch.setenv("WATCHDOG_USEC", "2000000")
     chip = Chip()
-    async with watched(chip) as ended:
+    async with watched(chip.state) as ended:
         begin = trio.current_time()
         for _ in range(50):
             await chip.command(LIMIT - 0.001)
@@ -173,7 +174,7 @@ async def test_a_command_in_flight_beyond_the_limit_ends_the_process(
     """Soon after, whatever systemd wants to hear and however seldom."""
     monkeypatch.setenv("WATCHDOG_USEC", usec)
     chip = Chip()
-    async with watched(chip) as ended:
+    async with watched(chip.state) as ended:
         await trio.sleep(3.3)
         begin = trio.current_time()
         with trio.move_on_after(1000):
@@ -190,7 +191,7 @@ async def test_a_command_that_returns_just_in_time_does_not(
 ) -> None:
     monkeypatch.delenv("WATCHDOG_USEC", raising=False)
     chip = Chip()
-    async with watched(chip) as ended:
+    async with watched(chip.state) as ended:
         await chip.command(LIMIT)
         await trio.sleep(100)
         assert ended() is None

@@ -179,7 +179,7 @@ async def test_a_quote_waits_for_an_object_slot(at: Shared) -> None:
         nursery.start_soon(quote_once, at.quoter)
         nursery.start_soon(quote_once, at.quoter)
         await at.until_counted("OBJECT_MEMORY", "clean", 4)
-        assert at.quoter.trouble is None
+        assert at.quoter.state.trouble is None
         assert len(nursery.child_tasks) == 2
         assert at.in_use() == before
         at.other.flush_context(slots.pop())
@@ -192,7 +192,7 @@ async def test_a_quote_that_waits_for_an_object_slot_ends_with_its_deadline(at: 
     with trio.move_on_after(0.3) as scope:
         await quote_once(at.quoter)
     assert scope.cancelled_caught
-    assert at.quoter.trouble is None
+    assert at.quoter.state.trouble is None
     for slot in slots:
         at.other.flush_context(slot)
     await quote_once(at.quoter)
@@ -250,7 +250,7 @@ async def test_a_credential_for_another_key_is_refused(at: Shared) -> None:
         with trio.fail_after(LIMIT_S), pytest.raises(QuoteError):
             await at.quoter.activate_credential(blob, seed)
         assert at.in_use() == [[], [], []]
-        assert at.quoter.trouble is None
+        assert at.quoter.state.trouble is None
     await quote_once(at.quoter)
 
 
@@ -316,10 +316,10 @@ async def test_an_activation_that_is_cancelled_leaves_no_session(at: Shared, ste
             nursery.start_soon(at.quoter.activate_credential, *at.credential(b"s"))
             await until(lambda: at.faults.pending == 0, "the command")
             nursery.cancel_scope.cancel()
-        assert at.quoter.in_flight_s > 0
+        assert at.quoter.state.in_flight_s > 0
     finally:
         hold.set()
-    await until(lambda: at.quoter.in_flight_s == 0, "the thread's return")
+    await until(lambda: at.quoter.state.in_flight_s == 0, "the thread's return")
     assert at.in_use() == [[], [], []]
     await at.activate(b"t")
 

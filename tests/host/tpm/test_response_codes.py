@@ -165,6 +165,7 @@ class InlineGate:
     """A `Gate` without threads: a command takes `COMMAND_S` of trio's clock."""
 
     in_flight_since: float | None = None
+    duty = 0.0
 
     def __init__(self) -> None:
         self.pace = Pace(1.0)
@@ -283,7 +284,7 @@ class Bench:
         return errors_counted(self.metrics)
 
     def circuit_is_open(self) -> bool:
-        is_open = self.quoter.trouble is not None
+        is_open = self.quoter.state.trouble is not None
         assert sample(self.metrics, "tpm_circuit_open") == is_open
         return is_open
 

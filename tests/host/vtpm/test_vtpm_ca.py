@@ -658,7 +658,7 @@ async def test_the_ca_s_key_outlives_faults_and_is_never_overwritten(tmp_path: P
             faults.next(CC_SIGN, Action(code=0x922), Action(code=0x902))  # RETRY, OBJECT_MEMORY
             with trio.fail_after(20):
                 await ca.issue(request_for())
-            assert quoter.trouble is None
+            assert quoter.state.trouble is None
             tool(made.tcti, *EVICT)
             with pytest.raises(HostError, match="no longer holds"):
                 await ca.issue(request_for())
@@ -668,7 +668,7 @@ async def test_the_ca_s_key_outlives_faults_and_is_never_overwritten(tmp_path: P
             with pytest.raises(HostError, match="no longer holds"):
                 await ca.issue(request_for())
             tool(made.tcti, *EVICT)
-            assert quoter.trouble is None  # quotes go on
+            assert quoter.state.trouble is None  # quotes go on
 
         await open_real(made, state, work, faults=faults)
         async with open_quoter(made.tcti, state) as quoter:
