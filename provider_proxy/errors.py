@@ -34,9 +34,26 @@ below it as `__cause__`. Errors of other libraries are translated where they are
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class ProviderProxyError(Exception):
     """Root of all errors of this package."""
+
+    def copy(self) -> Self:
+        """The same error as another object: tasks that share one would share its traceback.
+
+        Its constructor is not called again, and its cause is not copied: raise it `from` that.
+        """
+        copied = self.__class__.__new__(self.__class__, *self.args)
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+
+def first_of(group: BaseExceptionGroup[ProviderProxyError]) -> ProviderProxyError:
+    """One error of a group: the one that a command ends with."""
+    inner = group.exceptions[0]
+    return first_of(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
 class UsageError(ProviderProxyError):

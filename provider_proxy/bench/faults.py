@@ -17,7 +17,7 @@ from provider_proxy.bench.process import Target, config_text
 from provider_proxy.host.tpm import chip
 from provider_proxy.host.tpm.embedded import EmbeddedTpm
 from provider_proxy.testing.broker import Broker
-from provider_proxy.testing.hog import take_all_sessions
+from provider_proxy.testing.faulty import take_all_sessions
 
 DELAY_MS = 50.0
 FAULT_SHARE = 0.05

@@ -10,7 +10,7 @@ from functools import partial
 import trio
 
 from provider_proxy.cli.arguments import add_config_argument
-from provider_proxy.errors import HostError, ProviderProxyError, UsageError
+from provider_proxy.errors import HostError, ProviderProxyError, UsageError, first_of
 from provider_proxy.host.config.load import EMBEDDED, load_config
 from provider_proxy.host.config.tables import Config, RegistrarTable
 from provider_proxy.host.metrics import Metrics
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         ours, others = group.split(ProviderProxyError)
         if others is not None or ours is None:
             raise
-        raise _first(ours) from group
+        raise first_of(ours) from group
     except HostError as exc:
         if config.tpm.tcti != EMBEDDED:
             raise
@@ -59,12 +59,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"registrations": [_values(each, report) for each, report in done]}))
     return max((_exit_code(report.state) for _, report in done), default=0)
-
-
-def _first(group: BaseException) -> BaseException:
-    while isinstance(group, BaseExceptionGroup):
-        group = group.exceptions[0]
-    return group
 
 
 def _chosen(config: Config, name: str | None) -> Mapping[str, RegistrarTable]:

@@ -9,7 +9,7 @@ import trio
 
 from provider_proxy.cli.arguments import add_config_argument
 from provider_proxy.common import log
-from provider_proxy.errors import ProviderProxyError
+from provider_proxy.errors import ProviderProxyError, first_of
 from provider_proxy.host import daemon
 from provider_proxy.host.config.load import load_config
 
@@ -33,11 +33,5 @@ def run(args: argparse.Namespace) -> int:
         ours, others = group.split(ProviderProxyError)
         if others is not None or ours is None:
             raise
-        raise _first(ours) from group  # several at once happen only while stopping
+        raise first_of(ours) from group  # several at once happen only while stopping
     return 0
-
-
-def _first(group: BaseException) -> BaseException:
-    while isinstance(group, BaseExceptionGroup):
-        group = group.exceptions[0]
-    return group

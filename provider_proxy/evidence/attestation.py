@@ -21,7 +21,7 @@ from provider_proxy.errors import (
     PcrSelectionError,
     SignatureError,
 )
-from provider_proxy.evidence.model import AttestationKey, ClockState, HashAlg, PcrValues
+from provider_proxy.evidence.model import AttestationKey, ClockState, HashAlg, PcrValues, Quote
 from provider_proxy.evidence.tpm_keys import MAX_KEY_PART_BYTES, SIGN_ALGS
 from provider_proxy.evidence.tpm_reader import Reader
 
@@ -155,6 +155,21 @@ def check_signature(attest: bytes, signature: Signature, ak: AttestationKey) -> 
             ak.public_key.verify(signature.value, attest, ec.ECDSA(digest))
     except InvalidSignature:
         raise SignatureError("the trusted AK did not sign this quote") from None
+
+
+def check_quote(quote: Quote, ak: AttestationKey) -> Attest:
+    """Check that `ak` signed this quote and that the values beside it are the signed ones.
+
+    Does not check: what the quote is over, and that it covers what was asked for.
+
+    Raises:
+        NotAQuoteError, SignatureError, EvidenceFormatError: it is not a quote of this key's.
+        PcrSelectionError, PcrDigestError: the values are not those of the quote.
+    """
+    attest = parse_attest(quote.attest)
+    check_signature(quote.attest, parse_signature(quote.signature), ak)
+    check_pcrs(attest, quote.pcrs, ak.signature_hash)
+    return attest
 
 
 def check_pcrs(attest: Attest, pcrs: PcrValues, signature_hash: HashAlg) -> None:

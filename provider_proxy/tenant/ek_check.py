@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import logging
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -23,6 +23,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+from provider_proxy.common.backoff import backoff_s
 from provider_proxy.errors import (
     EkNotLinkedError,
     ProviderProxyError,
@@ -175,17 +176,15 @@ class _Host:
 
     async def judge(self, link: VtpmLink | None, settle: Callable[[], None]) -> None:
         """Ask until an answer counts; `settle` where no other host's can change the verdict."""
-        wait_s = FIRST_WAIT_S
-        while True:
+        for tries in itertools.count(1):
             try:
                 self.quote = await self._ask(link)
             except ReplyError as exc:
                 self._failed(exc)
                 if exc.status is not None and exc.status not in PASSING:
                     break
-                least_s = wait_s * random.uniform(0.5, 1)  # noqa: S311  # no secret
+                least_s = backoff_s(tries, first_s=FIRST_WAIT_S, longest_s=LONGEST_WAIT_S)
                 await anyio.sleep(max(exc.retry_after_s or 0.0, least_s))
-                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
             except ProviderProxyError as exc:
                 self._failed(exc)
                 break

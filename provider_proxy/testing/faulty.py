@@ -1,6 +1,7 @@
-"""A TCTI that wraps a real one and disturbs it by plan: for tests, the demo and benchmarks only.
+"""A TCTI that wraps a real one and disturbs it by plan, and a client that takes a TPM's
+sessions as other programs of a busy host do: for tests, the demo and benchmarks only.
 
-Sits where tpm2-tss talks to the chip, so that everything above it, ESYS included, is the real thing.
+The TCTI sits where tpm2-tss talks to the chip, so that everything above it, ESYS included, is real.
 """
 
 from __future__ import annotations
@@ -8,12 +9,15 @@ from __future__ import annotations
 import time
 
 from tpm2_pytss import ESAPI, TSS2_Exception
-from tpm2_pytss.constants import TSS2_RC
+from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE, TSS2_RC
 from tpm2_pytss.TCTI import PyTCTI
 from tpm2_pytss.TCTILdr import TCTILdr
+from tpm2_pytss.types import TPMT_SYM_DEF
 
 from provider_proxy.host.tpm.chip import tss_errors
 from provider_proxy.testing.disturb import Action, Plan, refusal
+
+MAX_SESSIONS = 256  # more than any TPM has
 
 
 class FaultyTcti(PyTCTI):  # type: ignore[misc]  # tpm2_pytss has no types
@@ -62,3 +66,19 @@ class FaultyContext(ESAPI):  # type: ignore[misc]
         """Close both."""
         super().close()
         self._real.close()
+
+
+def take_all_sessions(context: ESAPI) -> int:
+    """Start sessions until the TPM has none left; how many there were."""
+    for count in range(MAX_SESSIONS):
+        try:
+            context.start_auth_session(
+                ESYS_TR.NONE,
+                ESYS_TR.NONE,
+                TPM2_SE.POLICY,
+                TPMT_SYM_DEF(algorithm=TPM2_ALG.NULL),
+                TPM2_ALG.SHA256,
+            )
+        except TSS2_Exception:
+            return count
+    return MAX_SESSIONS

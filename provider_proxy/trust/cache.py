@@ -35,19 +35,12 @@ class _Flight(Generic[Value]):
     def outcome(self) -> Value:
         """The value. Raises: a copy of the error, so that tasks do not share a traceback."""
         if self.error is not None:
-            raise _again(self.error) from self.error
+            raise self.error.copy() from self.error
         assert self.value is not None
         return self.value
 
     def is_good(self, now_s: float) -> bool:
         return now_s < self.started_s + self.ttl_s
-
-
-def _again(error: ProviderProxyError) -> ProviderProxyError:
-    """The same error as another object; its constructor is not asked again."""
-    copied = error.__class__.__new__(error.__class__, *error.args)
-    copied.__dict__.update(error.__dict__)
-    return copied
 
 
 class SingleFlightCache(Generic[Value]):

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import trio
+from challenges import encode_challenge
 from places import ROOT, SYSTEM
 
 from provider_proxy.errors import TpmError
-from provider_proxy.host.registration.credential import encode_challenge
 from provider_proxy.host.registration.registration import FORMAT_ONE
 
 NV_RSA, NV_ECC = "0x01c00002", "0x01c00016"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import httpx
 import trio
+from challenges import encode_challenge
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from tpm2_pytss.types import TPM2B_NAME, TPM2B_PUBLIC
@@ -22,7 +23,6 @@ from tpm2_pytss.utils import make_credential as make_credential_for
 
 from provider_proxy.errors import EvidenceFormatError, QuoteError, TpmError
 from provider_proxy.evidence.tpm_keys import parse_public
-from provider_proxy.host.registration.credential import encode_challenge
 from provider_proxy.testing.soft_tpm import SoftTpm
 
 VERSIONS = ["1.0", "2.0", "2.1", "2.2", "2.3", "2.4", "2.5", "2.6", "3.0"]

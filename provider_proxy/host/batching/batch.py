@@ -176,13 +176,13 @@ def plant_tree(batch: Batch) -> RootHash:
 def check_batch(batch: Batch, quote: Quote, ak: AttestationKey) -> None:
     """The tenants' checks 1 to 5, over everything that is about to leave (in the tree worker).
 
+    The quoter has checked the signature before: a fault of the bus can be tried again there. Here it is
+    checked once more because nothing may leave on the word of a quoter; it costs a batch 0.1 ms.
+
     Raises:
         VerificationError: a tenant would refuse this.
     """
-    attest = attestation.parse_attest(quote.attest)
-    signature = attestation.parse_signature(quote.signature)
-    attestation.check_signature(quote.attest, signature, ak)
-    attestation.check_pcrs(attest, quote.pcrs, ak.signature_hash)
+    attest = attestation.check_quote(quote, ak)
     for waiter, proof in zip(batch.waiters, batch.proofs, strict=True):
         check_request_in_quote(waiter.request, proof, waiter.claims, attest)
         check_covered(attest, waiter.request)

@@ -27,7 +27,6 @@ from provider_proxy.errors import (
     DrainingError,
     HostError,
     NotFoundError,
-    ProviderProxyError,
     QuoteError,
     RequestError,
     SelfCheckError,
@@ -209,7 +208,8 @@ class Batcher:
             if not waiter.sealed:
                 self._room.leave(waiter)
         if waiter.error is not None:
-            raise _again(waiter.error)
+            # A copy: the error is shared by the batch, and would collect everybody's traceback.
+            raise waiter.error.copy() from waiter.error.__cause__
         assert waiter.answer is not None  # done is set with one of the two
         return waiter.answer
 
@@ -377,12 +377,3 @@ class Batcher:
         report(batch, self._metrics)
         if self._observe_batch is not None:
             self._observe_batch(batch)
-
-
-def _again(error: ProviderProxyError) -> ProviderProxyError:
-    """A batch's error, anew for one waiter: a shared one would collect everybody's traceback."""
-    if not isinstance(error, ServiceError):
-        return error  # it is this waiter's own
-    fresh = type(error)(str(error), retry_after_s=error.retry_after_s)
-    fresh.__cause__ = error.__cause__
-    return fresh

@@ -57,9 +57,7 @@ LINGER_READS = 16  # 256 kB of a refused body
 TIMED_OUT = "no quote within the request's timeout"
 
 ObserveHandshake = Callable[[str], None]
-"""Called after each TLS handshake, with "ok" or why it failed: one of `HANDSHAKE_FAILURES`."""
-
-HANDSHAKE_FAILURES = ("timeout", "client_gone", "no_certificate", "bad_certificate", "protocol")
+"""Called after each TLS handshake, with "ok" or why it failed: see `_handshake_failure`."""
 
 ClientStream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
 

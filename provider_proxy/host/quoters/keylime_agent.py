@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import trio
 
-from provider_proxy.errors import AkChangedError, QuoteError, VerificationError
+from provider_proxy.errors import AkChangedError, PcrDigestError, QuoteError, VerificationError
 from provider_proxy.evidence import attestation
 from provider_proxy.evidence.model import AttestationKey, HashAlg, HostLogs, Quote, QuoteRequest
 from provider_proxy.host.logs import MAX_LIST_BYTES, lines_of, share_out
@@ -200,20 +200,16 @@ class AgentQuoter:
             AgentError: it is not signed by our AK, not over this, or not of these PCRs.
         """
         try:
-            attest = attestation.parse_attest(quote.attest)
-            signature = attestation.parse_signature(quote.signature)
-            attestation.check_signature(quote.attest, signature, self.ak)
-        except VerificationError as exc:
-            raise AgentError(
-                f"the agent's quote does not verify: {exc}", step=Step.FATAL, cause="UNVERIFIED"
-            ) from exc
-        try:
-            attestation.check_pcrs(attest, quote.pcrs, self.ak.signature_hash)
-        except VerificationError as exc:  # a PCR moved between reading and quoting
+            attest = attestation.check_quote(quote, self.ak)
+        except PcrDigestError as exc:  # a PCR moved between reading and quoting
             raise AgentError(
                 f"the agent's PCR values are not those quoted: {exc}",
                 step=Step.AGAIN,
                 cause="PCRS",
+            ) from exc
+        except VerificationError as exc:
+            raise AgentError(
+                f"the agent's quote does not verify: {exc}", step=Step.FATAL, cause="UNVERIFIED"
             ) from exc
         if attest.extra_data != qualifying or attest.mask & mask != mask:
             raise AgentError(

@@ -193,10 +193,7 @@ class TpmOpener:
         """
         quote = opened.quote(qualifying, bank, mask, self.ak.signature_hash)
         try:
-            attest = attestation.parse_attest(quote.attest)
-            signature = attestation.parse_signature(quote.signature)
-            attestation.check_signature(quote.attest, signature, self.ak)
-            attestation.check_pcrs(attest, quote.pcrs, self.ak.signature_hash)
+            attest = attestation.check_quote(quote, self.ak)
         except VerificationError as exc:
             opened.forget_pcrs()  # what nobody signed is not kept
             raise TpmError(f"TPM2_Quote gave an answer that does not verify: {exc}") from exc

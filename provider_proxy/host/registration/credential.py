@@ -49,11 +49,6 @@ def parse_challenge(blob: bytes) -> tuple[bytes, bytes]:
     return credential, secret
 
 
-def encode_challenge(credential: bytes, secret: bytes) -> bytes:
-    """The blob of the two structures, sizes included; what `parse_challenge` reads."""
-    return MAGIC.to_bytes(4, "big") + VERSION.to_bytes(4, "big") + credential + secret
-
-
 def auth_tag(key: bytes, agent_id: str) -> str:
     """The answer to a challenge: HMAC-SHA384 in hex, keyed with the *base64 text* of the key.
 

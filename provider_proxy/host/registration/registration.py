@@ -26,6 +26,7 @@ import httpx
 import trio
 from cryptography import x509
 
+from provider_proxy.common.backoff import backoff_s
 from provider_proxy.common.files import FileLock
 from provider_proxy.common.settings.values import split_contact
 from provider_proxy.errors import (
@@ -43,7 +44,6 @@ from provider_proxy.host.registration.state import GOOD, PATIENT, Report, State,
 log = logging.getLogger(__name__)
 
 FIRST_RETRY_S = 2.0  # as Keylime's own programs
-MAX_DOUBLINGS = 16
 TPM_LIMIT_S = 120.0  # for our turn at a busy chip; a registrar's challenge does not run out
 LOCK_LIMIT_S = 60.0  # for another process' round
 LOCK_POLL_S = 0.1
@@ -134,8 +134,7 @@ class Registration:
         """Until the next round; spread, so that hosts that failed together do not return together."""
         longest: float = self.table.interval_s
         if failed and state not in PATIENT:
-            longest = min(longest, FIRST_RETRY_S * 2.0 ** min(failed - 1, MAX_DOUBLINGS))
-            return longest * random.uniform(0.5, 1.0)  # noqa: S311  # jitter is no secret
+            return backoff_s(failed, first_s=FIRST_RETRY_S, longest_s=longest)
         return longest * random.uniform(0.9, 1.0)  # noqa: S311
 
     async def once(self) -> Report:

@@ -12,8 +12,8 @@ Source: TPM 2.0 Library Part 2, section 6.6, and the classes of fielded chips in
 from __future__ import annotations
 
 import enum
-import random
 
+from provider_proxy.common.backoff import backoff_s
 from provider_proxy.errors import TpmError
 
 
@@ -52,7 +52,6 @@ _TABLE = {
     **dict.fromkeys(_CLEAN, Step.CLEAN),
     **dict.fromkeys(_SLOW, Step.SLOW),
 }
-MAX_DOUBLINGS = 16  # past every longest wait
 LAYER_SHIFT = 16
 RESMGR_LAYER = 0xB  # the kernel's resource manager answers for the TPM: its codes are the TPM's
 SOFTWARE_LAYERS = (0x6, 0x7, 0x8, 0x9, 0xA)  # tpm2-tss: FAPI, ESYS, SYS, MU, TCTI
@@ -98,7 +97,4 @@ def wait_s(step: Step, tries: int) -> float:
     Args:
         tries: how many have failed, from 1.
     """
-    longest: float = min(
-        LONGEST_WAIT_S[step], FIRST_WAIT_S[step] * 2 ** min(tries - 1, MAX_DOUBLINGS)
-    )
-    return longest * random.uniform(0.5, 1.0)  # noqa: S311  # jitter is no secret
+    return backoff_s(tries, first_s=FIRST_WAIT_S[step], longest_s=LONGEST_WAIT_S[step])

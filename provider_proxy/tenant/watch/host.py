@@ -27,7 +27,7 @@ from provider_proxy.evidence.wire import clock_values
 from provider_proxy.tenant.watch.metrics import WatchMetrics
 from provider_proxy.tenant.watch.questions import HostQuestions, Setting
 from provider_proxy.tenant.watch.reports import Report
-from provider_proxy.tenant.watch.states import Event, Progress, State, advance, backoff_s
+from provider_proxy.tenant.watch.states import Event, Progress, State, advance, retry_wait_s
 from provider_proxy.tenant.watch.store import StateStore
 from provider_proxy.tenant.watch.tables import HostRules
 
@@ -159,7 +159,7 @@ class HostWatch:
                 return self.state
             retry_after_s = error.retry_after_s if isinstance(error, ReplyError) else None
             await trio.sleep(
-                backoff_s(
+                retry_wait_s(
                     self._progress.retries,
                     base_s=rules.retry_interval_s,
                     longest_s=rules.max_retry_s,

@@ -29,7 +29,7 @@ from provider_proxy.common.files import read_secret
 from provider_proxy.common.http import NO_ANSWER, no_cookies
 from provider_proxy.errors import HostError
 from provider_proxy.tenant.watch.metrics import WatchMetrics
-from provider_proxy.tenant.watch.states import backoff_s
+from provider_proxy.tenant.watch.states import retry_wait_s
 from provider_proxy.tenant.watch.tables import Command, Webhook
 
 log = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ class WebhookSink:
                 return True
             if attempt < self._settings.max_tries:
                 await trio.sleep(
-                    backoff_s(
+                    retry_wait_s(
                         attempt,
                         base_s=self._settings.retry_interval_s,
                         longest_s=MAX_BACKOFF_S,

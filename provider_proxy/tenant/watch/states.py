@@ -12,7 +12,8 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-MAX_BACKOFF_DOUBLINGS = 16  # bounds the power; the configuration's own limits are far lower
+from provider_proxy.common.backoff import backoff_s
+
 RETRY_AFTER_SPREAD = 0.25  # those who were sent away together must not come back together
 
 
@@ -41,7 +42,6 @@ class Event(enum.Enum):
     BROKEN = enum.auto()
 
 
-VERDICTS = frozenset((State.TRUSTED, State.INVALID_QUOTE, State.FAILED))
 """The states that a round ends with; they are what is reported."""
 
 _ASKING: Mapping[Event, State] = {
@@ -84,7 +84,7 @@ def advance(progress: Progress, event: Event, *, max_retries: int) -> Progress:
     return Progress(state=state, retries=progress.retries + 1)
 
 
-def backoff_s(
+def retry_wait_s(
     retry: int,
     *,
     base_s: float,
@@ -94,15 +94,14 @@ def backoff_s(
 ) -> float:
     """How long to wait before a retry.
 
-    Half of `base_s` doubled with each retry, and up to as much again by chance. What the proxy asked
-    for counts where it is longer, up to `longest_s`: a proxy may slow us down, not put us off.
+    The common backoff. What the proxy asked for counts where it is longer, up to `longest_s`: a proxy
+    may slow us down, not put us off.
 
     Args:
         retry: 1 for the first.
         retry_after_s: of the answer; None where it said nothing.
     """
-    doubled = 1 << min(retry - 1, MAX_BACKOFF_DOUBLINGS)
-    wait_s = min(base_s * doubled, longest_s) * (0.5 + rng.random() / 2)
+    wait_s = backoff_s(retry, first_s=base_s, longest_s=longest_s, rng=rng)
     if retry_after_s is not None:
         asked_s = min(retry_after_s, longest_s)
         wait_s = max(wait_s, asked_s * (1 + RETRY_AFTER_SPREAD * rng.random()))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import trio
 
-from provider_proxy.errors import ConfigError, HostError, ProviderProxyError
+from provider_proxy.errors import ConfigError, HostError, ProviderProxyError, first_of
 from provider_proxy.tenant.watch.host import HostWatch, Shared
 from provider_proxy.tenant.watch.http import Endpoint
 from provider_proxy.tenant.watch.metrics import WatchMetrics, write_textfile
@@ -159,7 +159,7 @@ class Watcher:
                     ours, others = group.split(ProviderProxyError)
                     if ours is None or others is not None:
                         raise
-                    raise _first(ours) from group
+                    raise first_of(ours) from group
         finally:
             with trio.CancelScope(shield=True):
                 try:
@@ -317,12 +317,6 @@ async def _round_and_close(host: HostWatch) -> None:
         await host.round()
     finally:
         await host.aclose()
-
-
-def _first(group: BaseExceptionGroup[ProviderProxyError]) -> ProviderProxyError:
-    """One error of a group: the one that the command ends with."""
-    inner = group.exceptions[0]
-    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
 def verdicts(hosts: Mapping[str, HostWatch]) -> tuple[int, int, int]:

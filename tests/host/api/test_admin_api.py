@@ -27,7 +27,7 @@ from helpers import (
     trusted_ak,
     until,
 )
-from status_helpers import CHIP, HOSTILE, make_batch, make_board
+from status_helpers import CHIP, HANDSHAKE_FAILURES, HOSTILE, make_batch, make_board
 from test_docs import codes, rows
 from tpm_helpers import sample
 
@@ -35,7 +35,7 @@ from provider_proxy.errors import QuoteError, WrongHostError
 from provider_proxy.host.api.admin import AdminDoor, check_host, page_headers
 from provider_proxy.host.config.tables import Listen
 from provider_proxy.host.http.listeners import open_listeners, tls_context
-from provider_proxy.host.http.server import HANDSHAKE_FAILURES, Door
+from provider_proxy.host.http.server import Door
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.status.recent import Recent
 

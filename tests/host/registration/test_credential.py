@@ -7,6 +7,7 @@ import hashlib
 import hmac
 
 import pytest
+from challenges import encode_challenge
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,6 @@ from provider_proxy.host.registration.credential import (
     MAX_ID_OBJECT_BYTES,
     MAX_SECRET_BYTES,
     auth_tag,
-    encode_challenge,
     parse_challenge,
 )
 

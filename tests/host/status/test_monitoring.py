@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 from places import DOCS, ROOT
+from status_helpers import HANDSHAKE_FAILURES
 from test_docs import read
 
-from provider_proxy.host.http import server
 from provider_proxy.host.metrics import Metrics
 
 RULES: list[dict[str, Any]] = [
@@ -107,7 +107,7 @@ def test_reasons_in_rules_are_those_of_the_code() -> None:
     text = read("docs/alerts.yml")
     for reason in re.findall(r'reason="(\w+)"', text):
         assert f"`{reason}`" in read("docs/http-api.md")
-    for reason in server.HANDSHAKE_FAILURES:
+    for reason in HANDSHAKE_FAILURES:
         assert f"`{reason}`" in read("docs/monitoring.md")
 
 

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 
 from provider_proxy.tenant.watch.states import (
     TRANSITIONS,
-    VERDICTS,
     Event,
     Progress,
     State,
     advance,
-    backoff_s,
+    retry_wait_s,
 )
 
 RESTING = (State.START, State.TRUSTED, State.INVALID_QUOTE, State.FAILED)
@@ -83,7 +82,7 @@ def test_any_run_of_events(events: list[Event], max_retries: int) -> None:
         assert (progress.state is State.TRUSTED) == (event is Event.GOOD)
         assert (progress.state is State.INVALID_QUOTE) == (event is Event.REFUSED)
         assert progress.retries <= max_retries
-        if progress.state in VERDICTS:
+        if progress.state in (State.TRUSTED, State.INVALID_QUOTE, State.FAILED):
             assert progress.retries == 0
         assert silences <= max_retries + 1
 
@@ -98,7 +97,7 @@ def test_any_run_of_events(events: list[Event], max_retries: int) -> None:
 def test_backoff_is_bounded(
     retry: int, base_s: float, longest_s: float, retry_after_s: float | None, seed: int
 ) -> None:
-    wait_s = backoff_s(
+    wait_s = retry_wait_s(
         retry,
         base_s=base_s,
         longest_s=longest_s,
@@ -113,7 +112,9 @@ def test_backoff_is_bounded(
 def test_backoff_doubles_and_spreads() -> None:
     def waits(retry: int) -> list[float]:
         return [
-            backoff_s(retry, base_s=2, longest_s=1000, retry_after_s=None, rng=random.Random(seed))
+            retry_wait_s(
+                retry, base_s=2, longest_s=1000, retry_after_s=None, rng=random.Random(seed)
+            )
             for seed in range(50)
         ]
 
