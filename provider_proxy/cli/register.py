@@ -15,9 +15,8 @@ from provider_proxy.host.config.load import EMBEDDED, load_config
 from provider_proxy.host.config.tables import Config, RegistrarTable
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters.local_tpm import open_quoter
-from provider_proxy.host.registration.registration import Registration
-from provider_proxy.host.registration.registrations import Registrations
-from provider_proxy.host.registration.state import GOOD, Report, State
+from provider_proxy.host.registration.registrations import HostRegistration, Registrations
+from provider_proxy.trust.registration.state import GOOD, Report, State
 
 EXIT_REFUSED = 1
 EXIT_ENVIRONMENT = 3
@@ -74,7 +73,7 @@ def _chosen(config: Config, name: str | None) -> Mapping[str, RegistrarTable]:
 
 async def _register(
     config: Config, tables: Mapping[str, RegistrarTable], *, quiet: bool
-) -> list[tuple[Registration, Report]]:
+) -> list[tuple[HostRegistration, Report]]:
     metrics = Metrics()
     done = []
     async with open_quoter(
@@ -102,7 +101,7 @@ def _show(name: str, report: Report) -> None:
     print(f"{name}: {report.state.value}", flush=True)
 
 
-def _values(registration: Registration, report: Report) -> dict[str, object]:
+def _values(registration: HostRegistration, report: Report) -> dict[str, object]:
     return {
         "registrar": registration.name,
         "url": registration.table.url,

@@ -13,7 +13,7 @@ from provider_proxy.cli.arguments import add_config_argument
 from provider_proxy.errors import EvidenceFormatError, ReplyError, UsageError
 from provider_proxy.evidence.strict_json import parse_json_object
 from provider_proxy.host.config.load import load_config
-from provider_proxy.host.registration.client import printable
+from provider_proxy.trust.registration.client import printable
 
 ASK_LIMIT_S = 10.0
 MAX_BODY_BYTES = 4 * 1024 * 1024  # some thousands of registrations

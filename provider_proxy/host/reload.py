@@ -23,8 +23,7 @@ from provider_proxy.host.api.identity import TenantBook, load_book
 from provider_proxy.host.api.tenant import TenantDoor
 from provider_proxy.host.config.tables import Config
 from provider_proxy.host.http import listeners
-from provider_proxy.host.registration.registration import Registration
-from provider_proxy.host.registration.registrations import Registrations
+from provider_proxy.host.registration.registrations import HostRegistration, Registrations
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ class _Fresh:
     config: Config
     book: TenantBook
     context: ssl.SSLContext | None
-    registrations: Sequence[Registration]
+    registrations: Sequence[HostRegistration]
 
 
 class Reloader:

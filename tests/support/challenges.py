@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from provider_proxy.host.registration.credential import MAGIC, VERSION
+from provider_proxy.trust.registration.credential import MAGIC, VERSION
 
 
 def encode_challenge(credential: bytes, secret: bytes) -> bytes:

@@ -49,15 +49,15 @@ from tpm_helpers import (
 
 from provider_proxy.host.config.tables import Config, Listen, RegistrarTable, TenantRules
 from provider_proxy.host.quoters.local_tpm import EsysQuoter
-from provider_proxy.host.registration import client, registration
-from provider_proxy.host.registration.client import http_client, tls_context
-from provider_proxy.host.registration.credential import parse_challenge
-from provider_proxy.host.registration.registration import Registration, TpmIdentity
-from provider_proxy.host.registration.state import State, Status, for_provider, for_tenant
 from provider_proxy.host.tpm import gate
 from provider_proxy.tenant.client import ProxyClient
 from provider_proxy.testing.disturb import Action
 from provider_proxy.testing.soft_tpm import SoftTpm
+from provider_proxy.trust.registration import client, registration
+from provider_proxy.trust.registration.client import http_client, tls_context
+from provider_proxy.trust.registration.credential import parse_challenge
+from provider_proxy.trust.registration.registration import Registration, TpmIdentity
+from provider_proxy.trust.registration.state import State, Status, for_provider, for_tenant
 
 pytestmark = pytest.mark.real
 

@@ -45,7 +45,7 @@ from test_vtpm_link_real import TenantAt
 from vtpm_helpers import OTHER_VM, VM
 
 from provider_proxy.evidence.vtpm_link import ek_digest
-from provider_proxy.host.registration.state import State
+from provider_proxy.trust.registration.state import State
 
 pytestmark = OPT_IN
 

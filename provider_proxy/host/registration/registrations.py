@@ -19,14 +19,20 @@ from provider_proxy.errors import ConfigError
 from provider_proxy.host.config.registrars import agent_id_of, check_distinct
 from provider_proxy.host.config.tables import RegistrarTable
 from provider_proxy.host.metrics import Metrics
-from provider_proxy.host.registration.client import http_client, tls_context
-from provider_proxy.host.registration.registration import Registration, TpmIdentity
-from provider_proxy.host.registration.state import State, for_provider, for_tenant
+from provider_proxy.trust.registration.client import http_client, tls_context
+from provider_proxy.trust.registration.registration import Registration, TpmIdentity
+from provider_proxy.trust.registration.state import State, for_provider, for_tenant
 
 log = logging.getLogger(__name__)
 
 LOCKS = "registrars"  # below state_dir: a file a registrar, empty
 STATES = tuple(state.value for state in State)
+
+
+class HostRegistration(Registration):
+    """The host in the registrar of one of its tenants."""
+
+    table: RegistrarTable
 
 
 def make_registration(
@@ -36,13 +42,13 @@ def make_registration(
     *,
     host_uuid: uuid.UUID,
     state_dir: Path,
-) -> Registration:
+) -> HostRegistration:
     """The registration that a table says. Reads files: not for trio's thread.
 
     Raises:
         HostError: a certificate or key cannot be used.
     """
-    return Registration(
+    return HostRegistration(
         name,
         table,
         agent_id_of(name, table, host_uuid),
@@ -68,10 +74,10 @@ class Registrations:
         self._host_uuid = host_uuid
         self._state_dir = state_dir
         self._nursery: trio.Nursery | None = None
-        self._running: dict[str, Registration] = {}
+        self._running: dict[str, HostRegistration] = {}
         self._scopes: list[trio.CancelScope] = []
 
-    def make(self, tables: Mapping[str, RegistrarTable]) -> tuple[Registration, ...]:
+    def make(self, tables: Mapping[str, RegistrarTable]) -> tuple[HostRegistration, ...]:
         """Registrations as a configuration wants them; none is running yet, nothing is replaced.
 
         Raises:
@@ -91,7 +97,7 @@ class Registrations:
         check_distinct({each.name: each.agent_id for each in made})
         return made
 
-    def replace(self, fresh: Sequence[Registration]) -> None:
+    def replace(self, fresh: Sequence[HostRegistration]) -> None:
         """Run these instead of the present ones."""
         for scope in self._scopes:
             scope.cancel()
@@ -114,7 +120,7 @@ class Registrations:
         for each in self._running.values():
             self._start(nursery, each)
 
-    def _start(self, nursery: trio.Nursery, registration: Registration) -> None:
+    def _start(self, nursery: trio.Nursery, registration: HostRegistration) -> None:
         if registration.table.insecure_plaintext:
             log.warning(
                 "registrars.%s.insecure_plaintext: nothing says who answers there",

@@ -53,8 +53,8 @@ from provider_proxy.host.http import server as http1
 from provider_proxy.host.http.messages import Peer
 from provider_proxy.host.http.server import Door
 from provider_proxy.host.metrics import Metrics
-from provider_proxy.host.registration.state import State, Status, for_tenant
 from provider_proxy.testing.soft_tpm import SoftTpm
+from provider_proxy.trust.registration.state import State, Status, for_tenant
 
 ISOLATED = mask_of(DEFAULT_ISOLATED)
 

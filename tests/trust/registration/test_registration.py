@@ -27,9 +27,9 @@ from simulated_registrar import (
 from provider_proxy.common.files import FileLock
 from provider_proxy.errors import QuoteError
 from provider_proxy.host.config.tables import RegistrarTable
-from provider_proxy.host.registration import client, registration
-from provider_proxy.host.registration.registration import Registration
-from provider_proxy.host.registration.state import GOOD, Report, State
+from provider_proxy.trust.registration import client, registration
+from provider_proxy.trust.registration.registration import Registration
+from provider_proxy.trust.registration.state import GOOD, Report, State
 
 ID = "agent-1"
 URL = "http://registrar.test"

@@ -36,10 +36,9 @@ from provider_proxy.errors import (
     RegistrarError,
     TpmError,
 )
-from provider_proxy.host.config.tables import RegistrarTable
-from provider_proxy.host.registration.client import Record, RegistrarClient
-from provider_proxy.host.registration.credential import MAX_KEY_BYTES, auth_tag, parse_challenge
-from provider_proxy.host.registration.state import GOOD, PATIENT, Report, State, Status, Step
+from provider_proxy.trust.registration.client import Record, RegistrarClient, RegistrarRules
+from provider_proxy.trust.registration.credential import MAX_KEY_BYTES, auth_tag, parse_challenge
+from provider_proxy.trust.registration.state import GOOD, PATIENT, Report, State, Status, Step
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +88,8 @@ class Registration:
     Args:
         name: of the registrar, for people.
         open_http: makes its pooled client.
+        tls_cert: PEM of the certificate that answers at the table's `contact`; None for a contact that
+            is no agent.
         lock: keeps two processes of this host from answering each other's challenges.
         now: seconds since the epoch.
 
@@ -100,11 +101,12 @@ class Registration:
     def __init__(
         self,
         name: str,
-        table: RegistrarTable,
+        table: RegistrarRules,
         agent_id: str,
         tpm: TpmIdentity,
         *,
         open_http: OpenHttp,
+        tls_cert: str | None = None,
         lock: Path | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
@@ -113,6 +115,7 @@ class Registration:
         self.agent_id = agent_id
         self._tpm = tpm
         self._open_http = open_http
+        self._tls_cert = tls_cert
         self._lock = lock
         self._contact = split_contact(table.contact) if table.contact is not None else None
         self._now = now
@@ -253,6 +256,8 @@ class Registration:
             return "the record has another EK certificate"
         if self._contact is not None and record.contact != self._contact:
             return "the record has another contact"
+        if self._tls_cert is not None and record.tls_cert != self._tls_cert:
+            return "the record has another TLS certificate"
         return None
 
     async def _register(self, client: RegistrarClient, steps: list[Step]) -> None:
@@ -262,6 +267,7 @@ class Registration:
             ak_public=keys.ak_public,
             ek_cert=keys.ek_cert,
             contact=self._contact,
+            tls_cert=self._tls_cert,
         )
         taken = f"the id {self.agent_id} is another TPM's there; its record was left as it is"
         refused = "the registrar refuses the EK or the AK"

@@ -14,6 +14,8 @@ import ssl
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import httpx
 import trio
@@ -21,8 +23,7 @@ import trio
 from provider_proxy.common.http import IDENTITY, NO_ANSWER, no_cookies, read_body
 from provider_proxy.errors import EvidenceFormatError, HostError, RegistrarError, ReplyError
 from provider_proxy.evidence.strict_json import Fields, parse_json_object
-from provider_proxy.host.config.tables import RegistrarTable
-from provider_proxy.host.registration.credential import MAX_BLOB_BYTES
+from provider_proxy.trust.registration.credential import MAX_BLOB_BYTES
 
 MAX_BODY_BYTES = 64 * 1024  # a record has 5 kB with an EK certificate
 MAX_KEY_BYTES = 1024  # a TPM2B_PUBLIC
@@ -36,6 +37,43 @@ MAX_VERSIONS = 64
 SHOWN_CHARS = 300
 
 
+class RegistrarRules(Protocol):
+    """How one registrar is talked to: a table of the daemon's file, or the bridge's."""
+
+    @property
+    def url(self) -> str:
+        """ "https://registrar:8891"."""
+        ...
+
+    @property
+    def ca(self) -> Path | None:
+        """CA of its certificate; None for those that the system trusts."""
+        ...
+
+    @property
+    def client_cert(self) -> Path | None:
+        """Own certificate; without one a registrar lets nobody read."""
+        ...
+
+    @property
+    def client_key(self) -> Path | None: ...
+
+    @property
+    def insecure_plaintext(self) -> bool:
+        """The URL is http://."""
+        ...
+
+    @property
+    def contact(self) -> str | None:
+        """IP address and port that the record names."""
+        ...
+
+    @property
+    def interval_s(self) -> float:
+        """How often the record is looked at, in seconds."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """What a registrar keeps of a host.
@@ -44,15 +82,17 @@ class Record:
         ek_public, ak_public: TPM2B_PUBLIC; empty where the record has none.
         ek_cert: DER; None where there is none.
         contact: IP address and port for the tenant's verifier; None where it is not named.
+        tls_cert: PEM of the certificate that answers at `contact`; None where none is named.
     """
 
     ek_public: bytes
     ak_public: bytes
     ek_cert: bytes | None = None
     contact: tuple[str, int] | None = None
+    tls_cert: str | None = None
 
 
-def tls_context(key: str, table: RegistrarTable) -> ssl.SSLContext | None:
+def tls_context(key: str, table: RegistrarRules) -> ssl.SSLContext | None:
     """TLS towards a registrar; None for an http:// URL. Reads files: not for trio's thread.
 
     Args:
@@ -165,6 +205,7 @@ class RegistrarClient:
             "ekcert": base64.b64encode(cert).decode("ascii") if cert is not None else None,
             "ip": ip,
             "port": port,
+            **({"mtls_cert": record.tls_cert} if record.tls_cert is not None else {}),
         }
         results = self._results(await self._call("POST", self._path(), body))
         try:
@@ -234,6 +275,11 @@ def _parse_record(results: Mapping[str, object]) -> Record:
             ak_public=optional("aik_tpm", MAX_KEY_BYTES) or b"",
             ek_cert=optional("ekcert", MAX_CERT_BYTES),
             contact=contact,
+            tls_cert=(
+                None
+                if results.get("mtls_cert") is None
+                else fields.text("mtls_cert", MAX_CERT_BYTES)
+            ),
         )
     except EvidenceFormatError as exc:
         raise RegistrarError(str(exc)) from exc

@@ -22,8 +22,8 @@ from helpers import LIMIT_S, make_certs
 
 from provider_proxy.errors import HostError, RegistrarError
 from provider_proxy.host.config.tables import RegistrarTable
-from provider_proxy.host.registration import client
-from provider_proxy.host.registration.client import (
+from provider_proxy.trust.registration import client
+from provider_proxy.trust.registration.client import (
     RegistrarClient,
     http_client,
     printable,

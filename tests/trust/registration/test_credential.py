@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from provider_proxy.errors import EvidenceFormatError
-from provider_proxy.host.registration.credential import (
+from provider_proxy.trust.registration.credential import (
     MAX_BLOB_BYTES,
     MAX_ID_OBJECT_BYTES,
     MAX_SECRET_BYTES,

@@ -27,14 +27,14 @@ from provider_proxy.errors import RegistrarError
 from provider_proxy.evidence.tpm_keys import parse_public
 from provider_proxy.host.config.tables import RegistrarTable
 from provider_proxy.host.quoters.local_tpm import EsysQuoter
-from provider_proxy.host.registration.client import (
+from provider_proxy.testing.soft_tpm import SoftTpm
+from provider_proxy.trust.registration.client import (
     Record,
     RegistrarClient,
     http_client,
     tls_context,
 )
-from provider_proxy.host.registration.credential import auth_tag, parse_challenge
-from provider_proxy.testing.soft_tpm import SoftTpm
+from provider_proxy.trust.registration.credential import auth_tag, parse_challenge
 
 pytestmark = pytest.mark.real
 
