@@ -7,6 +7,7 @@ wait. What a tenant may hold of the shared queue follows from its requests in fl
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ from provider_proxy.evidence.model import Tenant
 
 LOG_BYTES_PER_S = 2 * 1024 * 1024  # an IMA list of 15,000 lines a second, whatever the rate
 LOG_BURST_BYTES = 32 * 1024 * 1024  # so that a long list can be fetched in one go
-MAX_REMEMBERED = 10_000  # quotas of tenants who are not here now
+MAX_REMEMBERED = 10_000  # below it nobody is forgotten; above it those who would be full again
+MAX_LOOKED_AT = 2  # quotas that a newcomer looks at and cannot forget: no search through them all
 
 
 @dataclass(slots=True)
@@ -25,18 +27,29 @@ class Quota:
     """What a tenant has left.
 
     Attributes:
+        tenant: whose it is, with the limits that it last came with.
         tokens: requests that may begin now.
         log_bytes: that may still be sent; negative where the last answer took more.
     """
 
+    tenant: Tenant
     tokens: float
     log_bytes: float
     inflight: int
     refilled: float
 
+    def is_as_new(self, now: float) -> bool:
+        """True where a new quota would hold as much."""
+        passed = now - self.refilled
+        return (
+            not self.inflight
+            and self.tokens + passed * self.tenant.rate >= self.tenant.burst
+            and self.log_bytes + passed * LOG_BYTES_PER_S >= LOG_BURST_BYTES
+        )
+
 
 class Quotas:
-    """All tenants' quotas, by name.
+    """All tenants' quotas, by name; the one that was used longest ago comes first.
 
     Args:
         now: monotonic seconds.
@@ -44,7 +57,7 @@ class Quotas:
 
     def __init__(self, now: Callable[[], float] = trio.current_time) -> None:
         self._now = now
-        self._quotas: dict[str, Quota] = {}
+        self._quotas: OrderedDict[str, Quota] = OrderedDict()
 
     def enter(self, tenant: Tenant, *, wants_logs: bool) -> Quota:
         """Count a request that begins; give what is returned to `leave` when it ends.
@@ -56,7 +69,11 @@ class Quotas:
         quota = self._quotas.get(tenant.name)
         if quota is None:
             self._forget(now)
-            quota = self._quotas[tenant.name] = Quota(tenant.burst, LOG_BURST_BYTES, 0, now)
+            quota = Quota(tenant, tenant.burst, LOG_BURST_BYTES, 0, now)
+            self._quotas[tenant.name] = quota
+        else:
+            self._quotas.move_to_end(tenant.name)
+            quota.tenant = tenant
         passed = now - quota.refilled
         quota.refilled = now
         quota.tokens = min(float(tenant.burst), quota.tokens + passed * tenant.rate)
@@ -85,12 +102,21 @@ class Quotas:
         quota.log_bytes -= log_bytes
 
     def _forget(self, now: float) -> None:
-        """Bound the memory: who is idle and would be full again is as good as new."""
+        """Bound the memory: forget those used longest ago, as far as they are as good as new.
+
+        Each is forgotten once, so a newcomer pays for one of them on average. One that stands in
+        the way, because it is in flight or refills slowly, goes to the end.
+        """
         if len(self._quotas) < MAX_REMEMBERED:
             return
-        for name, quota in list(self._quotas.items()):
-            if not quota.inflight and now - quota.refilled > LOG_BURST_BYTES / LOG_BYTES_PER_S:
+        kept = 0
+        while self._quotas and kept < MAX_LOOKED_AT:
+            name, quota = next(iter(self._quotas.items()))
+            if quota.is_as_new(now):
                 del self._quotas[name]
+            else:
+                self._quotas.move_to_end(name)
+                kept += 1
 
 
 def _spread(seconds: float) -> float:

@@ -19,8 +19,15 @@ from hypothesis import strategies as st
 
 from provider_proxy.errors import HostError, TenantLimitError, UnknownTenantError
 from provider_proxy.evidence.model import Tenant
+from provider_proxy.host.api import quotas as quotas_module
 from provider_proxy.host.api.identity import TenantBook, load_crl, parse_certificate
-from provider_proxy.host.api.quotas import LOG_BURST_BYTES, LOG_BYTES_PER_S, MAX_REMEMBERED, Quotas
+from provider_proxy.host.api.quotas import (
+    LOG_BURST_BYTES,
+    LOG_BYTES_PER_S,
+    MAX_REMEMBERED,
+    Quota,
+    Quotas,
+)
 from provider_proxy.host.config.tables import TenantRules
 from provider_proxy.host.http.messages import Peer
 
@@ -320,6 +327,60 @@ async def test_what_is_remembered_is_bounded(autojump_clock: trio.testing.MockCl
     await trio.sleep(100)
     quotas.enter(SLOW, wants_logs=False)
     assert len(quotas._quotas) == 1
+
+
+def crowd(number: int, *, rate: float = 1, burst: int = 1) -> Tenant:
+    return Tenant(name=str(number), pcr_allow=1, rate=rate, burst=burst, max_inflight=1)
+
+
+async def test_a_newcomer_does_not_search_through_all(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are remembered, and in flight: a crowd of strangers costs each the same."""
+    monkeypatch.setattr(quotas_module, "MAX_REMEMBERED", 100)
+    looked: list[float] = []
+    is_as_new = Quota.is_as_new
+
+    def counted(quota: Quota, now: float) -> bool:
+        looked.append(now)
+        return is_as_new(quota, now)
+
+    monkeypatch.setattr(Quota, "is_as_new", counted)
+    quotas = Quotas()
+    for number in range(1000):
+        quotas.enter(crowd(number), wants_logs=False)
+    assert 900 <= len(looked) <= 2 * 1000
+
+
+async def test_one_in_flight_keeps_no_others_in_memory(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quotas_module, "MAX_REMEMBERED", 100)
+    quotas = Quotas()
+    waits = quotas.enter(crowd(0), wants_logs=False)
+    for number in range(1, 300):
+        quotas.leave(quotas.enter(crowd(number), wants_logs=False))
+    await trio.sleep(100)
+    for number in range(300, 310):
+        quotas.leave(quotas.enter(crowd(number), wants_logs=False))
+    assert len(quotas._quotas) <= 110
+    assert quotas._quotas["0"] is waits
+
+
+async def test_who_refills_slowly_is_not_forgotten_before_it_is_full(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To be forgotten must not be a way to a new burst."""
+    monkeypatch.setattr(quotas_module, "MAX_REMEMBERED", 10)
+    quotas = Quotas()
+    slow = crowd(0, rate=0.001, burst=1)
+    quotas.leave(quotas.enter(slow, wants_logs=False))
+    for number in range(1, 100):
+        await trio.sleep(1)
+        quotas.leave(quotas.enter(crowd(number), wants_logs=False))
+    with pytest.raises(TenantLimitError):
+        quotas.enter(slow, wants_logs=False)
+    assert len(quotas._quotas) <= 40
 
 
 @given(
