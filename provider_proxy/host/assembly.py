@@ -1,6 +1,8 @@
-"""Makes the daemon's parts out of its configuration; `daemon` runs them.
+"""Makes the daemon's parts out of its configuration, as one value; `daemon` runs them.
 
-Nothing here starts a task, opens a listener or waits for a tenant.
+    configuration → metrics → quoter → vTPM keeper → batcher → registrations → doors → listeners
+
+Nothing here starts a task of the daemon's or waits for a tenant.
 """
 
 from __future__ import annotations
@@ -8,21 +10,32 @@ from __future__ import annotations
 import platform
 import secrets
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from provider_proxy.host.api import tenant as server
-from provider_proxy.host.api.identity import TenantBook
+from provider_proxy.errors import HostError
+from provider_proxy.host import systemd
+from provider_proxy.host.api.admin import AdminDoor
+from provider_proxy.host.api.identity import TenantBook, load_book
+from provider_proxy.host.api.tenant import TenantDoor, identity_results, vtpm_ca_results
 from provider_proxy.host.audit.file import AuditLog
 from provider_proxy.host.audit.records import records_of
 from provider_proxy.host.batching.batch import Batch
 from provider_proxy.host.batching.batcher import Audit, Batcher
 from provider_proxy.host.batching.queue import BatchSettings
 from provider_proxy.host.config.tables import KEYLIME_AGENT, Config
+from provider_proxy.host.http import listeners
+from provider_proxy.host.http.server import Door
 from provider_proxy.host.logs import HostLogFiles
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters import agent_binding, local_tpm
@@ -33,6 +46,7 @@ from provider_proxy.host.registration.registrations import Registrations
 from provider_proxy.host.status.board import StatusBoard
 from provider_proxy.host.status.recent import Recent
 from provider_proxy.host.vtpm.ca import HostCa, open_host_ca
+from provider_proxy.host.vtpm.open_service import open_keeper, share_socket
 from provider_proxy.host.vtpm.requests import Issuer
 from provider_proxy.host.vtpm.service import Keeper
 
@@ -67,7 +81,134 @@ async def open_ca(config: Config, quoter: EsysQuoter) -> HostCa:
     )
 
 
-async def make_issuer(config: Config, quoter: HostQuoter, open_issuer: OpenIssuer) -> Issuer | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """All that the daemon runs, made and connected.
+
+    Attributes:
+        keeper: the registry of vTPMs; None where `vtpm.enabled` is false.
+        draining: set once the daemon is going down.
+        tenant_door, tenants: the tenants' requests, and the server that reads them.
+        admin: the server of the admin listener.
+        open_tenants, open_admin, open_hooks: the listeners, in the order of the configuration.
+    """
+
+    metrics: Metrics
+    quoter: HostQuoter
+    keeper: Keeper | None
+    recent: Recent
+    batcher: Batcher
+    registrations: Registrations
+    draining: trio.Event
+    tenant_door: TenantDoor
+    tenants: Door
+    admin: Door
+    open_tenants: Sequence[listeners.Listener]
+    open_admin: Sequence[listeners.Listener]
+    open_hooks: Sequence[listeners.Listener]
+
+
+@asynccontextmanager
+async def open_parts(
+    config: Config, *, open_quoter: OpenQuoter = open_quoter, open_issuer: OpenIssuer = open_ca
+) -> AsyncIterator[Parts]:
+    """Open the TPM, the registry and the listeners, for as long as the context lasts.
+
+    Args:
+        open_quoter: opens the TPM; benchmarks put one with a delay there.
+        open_issuer: opens what certifies vTPMs where `vtpm.issuer` is "tpm".
+
+    Raises:
+        HostError: TPM, key, port or file is missing.
+        ConfigError: an inherited socket does not fit the configuration.
+    """
+    # Files first: what is wrong with them is said before the chip makes a key.
+    context = listeners.tls_context(config.listen)
+    book = load_book(config.listen, config.tenant_defaults, config.tenants)
+    adopted = listeners.adopt_listeners(systemd.take_listen_sockets(), context)
+    metrics = Metrics()
+    async with AsyncExitStack() as stack:
+        quoter = await stack.enter_async_context(open_quoter(config, metrics))
+        issuer = await _make_issuer(config, quoter, open_issuer)
+        keeper = await stack.enter_async_context(
+            open_keeper(config.vtpm, config.state_dir, metrics, issuer)
+        )
+        recent, draining = Recent(), trio.Event()
+        batcher = _make_batcher(config, quoter, metrics, recent, keeper)
+        registrations = _make_registrations(config, quoter, metrics)
+        registrations.replace(await trio.to_thread.run_sync(registrations.make, config.registrars))
+        door = _make_tenant_door(config, quoter, batcher, book, recent, registrations, issuer)
+        tenants = Door(
+            door,
+            observe=metrics.count_request,
+            observe_handshake=metrics.count_handshake,
+            max_connections=config.limits.max_connections,
+            max_per_address=config.limits.max_connections_per_address,
+            busy_status=config.limits.busy_status,
+        )
+        metrics.connections.set_function(lambda: tenants.connections)
+        board = _make_status_board(config, quoter, batcher, recent, metrics, draining)
+        admin = AdminDoor(
+            metrics,
+            board.not_ready,
+            board.results,
+            registrations.for_provider,
+            vms=keeper.listed if keeper is not None else None,
+        )
+        yield Parts(
+            metrics=metrics,
+            quoter=quoter,
+            keeper=keeper,
+            recent=recent,
+            batcher=batcher,
+            registrations=registrations,
+            draining=draining,
+            tenant_door=door,
+            tenants=tenants,
+            admin=Door(admin, observe=lambda status, reason: None),
+            open_tenants=stack.enter_context(
+                _opened(adopted, ours=False)
+                if adopted
+                else _opened(
+                    listeners.open_listeners("listen.address", config.listen.address, context)
+                )
+            ),
+            open_admin=stack.enter_context(
+                _opened(listeners.open_listeners("admin.address", config.admin.address, None))
+            ),
+            open_hooks=stack.enter_context(_opened(_open_hooks(config))),
+        )
+
+
+@contextmanager
+def _opened(
+    opened: Sequence[listeners.Listener], *, ours: bool = True
+) -> Iterator[Sequence[listeners.Listener]]:
+    """Close listeners in the end; the unix sockets that are ours are removed, systemd's stay."""
+    names = listeners.describe(opened)
+    try:
+        yield opened
+    finally:
+        listeners.close_all(opened)
+        if ours:
+            listeners.remove_unix_sockets(names)
+
+
+def _open_hooks(config: Config) -> Sequence[listeners.Listener]:
+    if not config.vtpm.enabled:
+        return ()
+    opened = listeners.open_listeners("vtpm.socket", (f"unix:{config.vtpm.socket}",), None)
+    try:
+        share_socket(config.vtpm)
+    except HostError:
+        listeners.close_all(opened)
+        raise
+    return opened
+
+
+async def _make_issuer(
+    config: Config, quoter: HostQuoter, open_issuer: OpenIssuer
+) -> Issuer | None:
     """What certifies vTPMs; None where swtpm's own tool does.
 
     Raises:
@@ -79,7 +220,7 @@ async def make_issuer(config: Config, quoter: HostQuoter, open_issuer: OpenIssue
     return await open_issuer(config, quoter)
 
 
-def make_batcher(
+def _make_batcher(
     config: Config, quoter: HostQuoter, metrics: Metrics, recent: Recent, keeper: Keeper | None
 ) -> Batcher:
     """The batcher, with the host's logs, claims and audit log."""
@@ -103,7 +244,7 @@ def make_batcher(
     )
 
 
-def make_status_board(
+def _make_status_board(
     config: Config,
     quoter: HostQuoter,
     batcher: Batcher,
@@ -133,7 +274,7 @@ def make_status_board(
     )
 
 
-def make_registrations(config: Config, quoter: HostQuoter, metrics: Metrics) -> Registrations:
+def _make_registrations(config: Config, quoter: HostQuoter, metrics: Metrics) -> Registrations:
     """The host's registrations, none of them begun; an agent's chip answers no challenge of ours."""
     return Registrations(
         None if isinstance(quoter, AgentQuoter) else quoter,
@@ -163,7 +304,7 @@ def _boottime() -> int:
     return int(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
-def make_tenant_door(
+def _make_tenant_door(
     config: Config,
     quoter: HostQuoter,
     batcher: Batcher,
@@ -171,13 +312,13 @@ def make_tenant_door(
     recent: Recent,
     registrations: Registrations,
     issuer: Issuer | None,
-) -> server.TenantDoor:
+) -> TenantDoor:
     """The tenants' door."""
     identity = quoter.identity
-    return server.TenantDoor(
+    return TenantDoor(
         batcher.submit,
         book.find,
-        identity=server.identity_results(
+        identity=identity_results(
             ak_public=identity.ak_public,
             ak_pem=quoter.ak.public_key.public_bytes(
                 Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
@@ -194,7 +335,7 @@ def make_tenant_door(
         default_timeout_ms=config.limits.default_timeout_ms,
         max_timeout_ms=config.limits.max_timeout_ms,
         count=recent.count,
-        vtpm_ca=server.vtpm_ca_results(issuer.certificate) if isinstance(issuer, HostCa) else None,
+        vtpm_ca=vtpm_ca_results(issuer.certificate) if isinstance(issuer, HostCa) else None,
     )
 
 
