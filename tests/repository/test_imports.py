@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_layering import NAMED
@@ -80,3 +81,22 @@ def test_the_watcher_brings_nothing_of_the_host_s() -> None:
 )
 def test_the_probe_sees_what_is_brought(module: str, package: str) -> None:
     assert package in brought_by(module)
+
+
+CHECK_CONFIG = """
+import sys
+from provider_proxy.cli import main
+code = main.run(["check-config", "--config", sys.argv[1]])
+loaded = {name.partition(".")[0] for name in sys.modules}
+print(code, *sorted(loaded & {"trio", "merklelib", "tpm2_pytss"}))
+"""
+
+
+def test_check_config_loads_no_daemon(tmp_path: Path) -> None:
+    """It runs where the host's packages are not installed, and at once."""
+    config = tmp_path / "provider-proxy.toml"
+    config.write_text("[listen]\ninsecure_plaintext = true\n")
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK_CONFIG, config], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "0"

@@ -183,14 +183,15 @@ class Batcher:
         """
         if self._drain.is_set():
             raise DrainingError("the proxy is going down", retry_after_s=self._room.retry_after_s())
-        trouble = self._quoter.state.trouble
-        if trouble is not None:
-            raise QuoteError(trouble, retry_after_s=self._room.retry_after_s())
+        chip = self._quoter.state
+        if chip.trouble is not None:
+            raise QuoteError(chip.trouble, retry_after_s=self._room.retry_after_s())
         if request.vm is not None:
             self._claims_of(tenant, request)  # refuses what it has no claims about
         waiter, wakes = self._room.admit(
             request,
             tenant,
+            chip,
             now=trio.current_time(),
             timeout_s=timeout_s,
             is_gone=is_gone,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from provider_proxy.errors import OverloadedError, ParameterError, TenantLimitError
 from provider_proxy.evidence.model import QuoteRequest, Tenant
 from provider_proxy.host.batching.batch import BatchKey, Waiter
-from provider_proxy.host.tpm.state import ReadState
+from provider_proxy.host.tpm.state import ChipState, ReadState
 
 MAX_LINES = 64  # (bank, isolation class, allowed PCRs) in use at once, over all tenants
 MAX_LINES_PER_TENANT = 2  # so that one tenant's many masks cannot take the chip's turns
@@ -120,6 +120,7 @@ class WaitingRoom:
         self,
         request: QuoteRequest,
         tenant: Tenant,
+        chip: ChipState,
         *,
         now: float,
         timeout_s: float,
@@ -129,6 +130,7 @@ class WaitingRoom:
         """Give a request a place.
 
         Args:
+            chip: what a quote costs now.
             chip_idle: nothing is being quoted. Where nobody waits either, and nobody was admitted for
                 `TRY_AGAIN_S`, the estimate does not count: a try is how a wrong one is unlearnt.
 
@@ -150,7 +152,7 @@ class WaitingRoom:
         many = len(self._lines) >= MAX_LINES_PER_TENANT
         if many and (line is None or not line.holds(tenant)):
             self._check_lines(tenant, is_new=line is None)
-        estimate = self._estimate_s(line)
+        estimate = self._estimate_s(line, chip)
         if self._tried is None:
             self._tried = now
         may_try = chip_idle and not self._lines and now - self._tried > TRY_AGAIN_S
@@ -178,12 +180,11 @@ class WaitingRoom:
                 "too many kinds of requests are waiting", retry_after_s=self.retry_after_s()
             )
 
-    def _estimate_s(self, line: Line | None) -> float:
+    def _estimate_s(self, line: Line | None, chip: ChipState) -> float:
         """About how long a request that comes now would wait."""
         turns = len(self._lines) - (line is not None)
         if line is not None:
             turns += line.count // self._settings.max_leaves
-        chip = self._chip()
         return self._settings.window_s + chip.expected_s + turns * chip.turn_s
 
     def retry_after_s(self) -> float:

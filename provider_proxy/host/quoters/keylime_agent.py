@@ -118,12 +118,7 @@ class AgentQuoter:
     @property
     def state(self) -> ChipState:
         """How the agent does now. Nothing hangs: a request to it has a deadline of its own."""
-        return ChipState(
-            expected_s=self._pace.expected_s,
-            pause_s=self._pace.pause_s,
-            duty=self._pace.duty(time.monotonic()),
-            trouble=self._circuit.why,
-        )
+        return self._pace.state(time.monotonic(), trouble=self._circuit.why)
 
     async def ready(self) -> None:
         """Return when the agent is free and its TPM has rested, or in trouble."""

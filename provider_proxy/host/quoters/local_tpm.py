@@ -55,17 +55,8 @@ class EsysQuoter:
     @property
     def state(self) -> ChipState:
         """How the chip does now."""
-        pace, since = self._gate.pace, self._gate.in_flight_since
-        in_flight_s = 0.0 if since is None else time.monotonic() - since
-        trouble = self._circuit.why
-        if trouble is None and in_flight_s > pace.hang_s:
-            trouble = "a TPM command has not returned"
-        return ChipState(
-            expected_s=pace.expected_s,
-            pause_s=pace.pause_s,
-            duty=self._gate.duty,
-            trouble=trouble,
-            in_flight_s=in_flight_s,
+        return self._gate.pace.state(
+            time.monotonic(), trouble=self._circuit.why, since=self._gate.in_flight_since
         )
 
     async def ready(self) -> None:

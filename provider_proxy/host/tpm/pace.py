@@ -7,6 +7,8 @@ they differ from chip to chip by a hundredfold and hardly at all on one chip. No
 
 from __future__ import annotations
 
+from provider_proxy.host.tpm.state import ChipState
+
 EWMA_WEIGHT = 0.2  # a chip's time varies by percents (TPMScan: p99/p50 = 1.02), so few samples do
 DUTY_SPAN_S = 10.0  # over which the duty holds
 HANG_FACTOR = 20  # a command of so many times the learnt time hangs; a chip's p99/p50 is 1.02
@@ -90,6 +92,24 @@ class Pace:
         """
         running = 0.0 if since is None else min(now - since, DUTY_SPAN_S)
         return min(1.0, self._busy.share(now) + running / DUTY_SPAN_S)
+
+    def state(self, now: float, *, trouble: str | None, since: float | None = None) -> ChipState:
+        """The chip's state as of `now`, monotonic seconds.
+
+        Args:
+            trouble: why there are no quotes, where somebody knows; a command that hangs is found here.
+            since: when the command began that runs now; None while none does.
+        """
+        in_flight_s = 0.0 if since is None else now - since
+        if trouble is None and in_flight_s > self.hang_s:
+            trouble = "a TPM command has not returned"
+        return ChipState(
+            expected_s=self.expected_s,
+            pause_s=self.pause_s,
+            duty=self.duty(now, since),
+            trouble=trouble,
+            in_flight_s=in_flight_s,
+        )
 
     def learn(self, seconds: float) -> None:
         """Take a quote's time into account."""
