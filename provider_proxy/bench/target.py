@@ -21,7 +21,7 @@ import trio
 from provider_proxy.host import assembly, daemon
 from provider_proxy.host.config.load import load_config
 from provider_proxy.host.config.tables import Config
-from provider_proxy.host.http import messages, server
+from provider_proxy.host.http import listeners, messages, server
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters.local_tpm import EsysQuoter, open_quoter
 from provider_proxy.testing.disturb import Plan, delay_quotes, refuse_some, together
@@ -57,11 +57,10 @@ async def _serve_constant(size: int) -> None:
         return response
 
     door = server.Door(answer, observe=lambda status, reason: None, max_connections=100_000)
-    listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
-    name = listener.socket.getsockname()
-    _tell(f"{name[0]}:{name[1]}")
+    (listener,) = listeners.open_listeners("the baseline", ["127.0.0.1:0"], None)
+    _tell(listeners.describe([listener])[0])
     daemon.tune_gc()
-    await trio.serve_listeners(door.serve, [listener])
+    await listener.serve(door.serve)
 
 
 def main() -> None:

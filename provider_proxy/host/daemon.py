@@ -25,7 +25,7 @@ import trio
 from provider_proxy.host import assembly, systemd
 from provider_proxy.host.assembly import OpenIssuer, OpenQuoter
 from provider_proxy.host.config.tables import Config
-from provider_proxy.host.http import listeners, server
+from provider_proxy.host.http import listeners
 from provider_proxy.host.reload import ReadConfig, Reloader
 from provider_proxy.host.status import unit_line, watchdog
 
@@ -94,7 +94,7 @@ async def run(
                 )
                 async with trio.open_nursery() as doors:
                     for listener in parts.open_tenants:
-                        doors.start_soon(_accept, parts.tenants, listener)
+                        doors.start_soon(listener.serve, parts.tenants.serve)
                     doors.start_soon(_drain_at_signal, config, signals, parts, doors.cancel_scope)
             nursery.cancel_scope.cancel()
     log.info("stopped")
@@ -108,7 +108,7 @@ def _start(nursery: trio.Nursery, config: Config, parts: assembly.Parts) -> None
     if parts.keeper is not None:
         nursery.start_soon(parts.keeper.run, parts.open_hooks)
     for listener in parts.open_admin:
-        nursery.start_soon(_accept, parts.admin, listener)
+        nursery.start_soon(listener.serve, parts.admin.serve)
 
 
 def tune_gc() -> None:
@@ -130,10 +130,6 @@ def _announce(config: Config, started: Started) -> None:
         log.warning("listen.insecure_plaintext: requests and answers travel in the clear")
     elif config.listen.client_ca is None:
         log.warning("listen.client_ca is not set: whoever reaches the port may ask for quotes")
-
-
-async def _accept(door: server.Door, listener: listeners.Listener) -> None:
-    await trio.serve_listeners(door.serve, [listener])
 
 
 async def _reload_at_signal(

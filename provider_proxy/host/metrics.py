@@ -105,7 +105,7 @@ class Metrics:
         )
         self.tls_handshakes = Counter(
             prefix + "tls_handshakes",
-            "TLS handshakes at the tenants' door, by result (ok, failed) and reason.",
+            "TLS handshakes at the tenants' door, by result (ok, failed, silent) and reason.",
             ["result", "reason"],
             registry=self.registry,
         )
@@ -161,8 +161,13 @@ class Metrics:
         self.quote_commands.labels(command).inc()
 
     def count_handshake(self, reason: str) -> None:
-        """Count a TLS handshake; "ok" is the reason of those that came through."""
-        self.tls_handshakes.labels("ok" if reason == "ok" else "failed", reason).inc()
+        """Count a TLS handshake.
+
+        Args:
+            reason: "ok", "silent" for a client that never sent a byte, or why it failed.
+        """
+        result = reason if reason in ("ok", "silent") else "failed"
+        self.tls_handshakes.labels(result, reason).inc()
 
     def tpm_error_counts(self) -> dict[str, int]:
         """How often each TPM response code came, by its name."""

@@ -62,7 +62,7 @@ class Reloader:
         self._read_config = read_config
         self._door = door
         self._registrations = registrations
-        self._tls = [door for door in doors if isinstance(door, listeners.TlsListener)]
+        self._tls = [door for door in doors if door.context is not None]
 
     async def run(self, signals: AsyncIterator[int]) -> None:
         """Reload at each signal, for ever."""

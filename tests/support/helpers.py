@@ -48,7 +48,9 @@ from provider_proxy.host.batching import merkle
 from provider_proxy.host.batching.batch import Answer
 from provider_proxy.host.config.tables import Config
 from provider_proxy.host.daemon import Started
+from provider_proxy.host.http.listeners import describe, open_listeners
 from provider_proxy.host.http.server import Door
+from provider_proxy.host.http.streams import ClientStream
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters.local_tpm import EsysQuoter
 from provider_proxy.host.quoters.tpm_opener import HostIdentity
@@ -356,12 +358,22 @@ async def connect(
 
 
 @asynccontextmanager
+async def door_on_port(door: Door, context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+    """A door on a port of loopback; gives its address."""
+    (listener,) = open_listeners("a test", ["127.0.0.1:0"], context)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(listener.serve, door.serve)
+        yield describe([listener])[0]
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
 async def connected(door: Door) -> AsyncIterator[Wire]:
     """A client on one end of a pair of unix sockets, a door on the other: no delay of a network's, so
     that it fits the autojump clock."""
     ours, theirs = socket.socketpair()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(door.serve, trio.SocketStream(trio.socket.from_stdlib_socket(theirs)))
+        nursery.start_soon(door.serve, ClientStream(theirs))
         async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
             yield Wire(stream)
         nursery.cancel_scope.cancel()

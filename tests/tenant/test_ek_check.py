@@ -10,7 +10,7 @@ import os
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from evidence_factory import VM
-from helpers import FakeQuoter, command, make_answer
+from helpers import FakeQuoter, command, door_on_port, make_answer
 from keylime_helpers import PYTHON, keylime_environment
 from test_tenant_api import make_door
 from test_vtpm_link import EK, OTHER_EK, claims_bytes
@@ -533,7 +533,7 @@ class Hosts:
 @pytest.fixture
 async def hosts(tmp_path: Path) -> AsyncIterator[Hosts]:
     made = Hosts(tmp_path)
-    async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
         ports = made.ports
         for name, tpm in made.tpms.items():
             batcher = Batcher(
@@ -543,9 +543,8 @@ async def hosts(tmp_path: Path) -> AsyncIterator[Hosts]:
                 claims=made.claims_of(name),
             )
             nursery.start_soon(batcher.run)
-            listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-            ports[name] = listeners[0].socket.getsockname()[1]
-            nursery.start_soon(trio.serve_listeners, make_door(batcher.submit).serve, listeners)
+            address = await stack.enter_async_context(door_on_port(make_door(batcher.submit)))
+            ports[name] = int(address.rpartition(":")[2])
         made.write_map(ports)
         yield made
         nursery.cancel_scope.cancel()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import logging
+import math
 import socket
 import ssl
 import stat
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import trio
 
@@ -15,29 +18,105 @@ from provider_proxy.common.settings.values import is_loopback
 from provider_proxy.errors import ConfigError, HostError
 from provider_proxy.host.config.load import split_address
 from provider_proxy.host.config.tables import Listen
+from provider_proxy.host.http.streams import ClientStream
 
 BACKLOG = 1024  # a burst of tenants that all begin at once; the kernel caps it at somaxconn
 UNIX_SOCKET_MODE = 0o660
+NOT_OURS = frozenset(
+    {errno.ECONNABORTED, errno.EPERM, errno.EPROTO, errno.ENETDOWN, errno.ENOPROTOOPT}
+    | {errno.EHOSTDOWN, errno.ENONET, errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH}
+)
+"""What is wrong with the one connection that accept(2) was about to give."""
+SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+RETRY_S = 0.1  # a shortage does not end any sooner, and asking all the time costs a core
+REPORT_S = 60.0
+
+log = logging.getLogger(__name__)
 
 
-class TlsListener(trio.abc.Listener[trio.SSLStream[trio.SocketStream]]):
-    """Accepts TLS connections; `context` may be replaced, which holds for those that come after."""
+class Listener(trio.abc.Listener[ClientStream]):
+    """A listening socket.
 
-    def __init__(self, plain: trio.SocketListener, context: ssl.SSLContext) -> None:
-        self.plain = plain
+    Args:
+        sock: closed with the listener.
+        context: TLS for what is accepted; None for plaintext. It may be replaced, which holds for the
+            connections that come after.
+    """
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext | None = None) -> None:
+        sock.setblocking(False)
+        self.socket = sock
         self.context = context
+        self._report_after = -math.inf
+        self._unreported = 0
 
-    async def accept(self) -> trio.SSLStream[trio.SocketStream]:
-        """Accept a connection; the handshake comes with its first use."""
-        stream = await self.plain.accept()
-        return trio.SSLStream(stream, self.context, server_side=True, https_compatible=True)
+    async def accept(self) -> ClientStream:
+        """The next connection; a TLS handshake is left to the stream's user.
+
+        Raises:
+            OSError: the system is short of descriptors or memory.
+            trio.ClosedResourceError: the listener was closed.
+        """
+        while True:
+            if self.socket.fileno() < 0:
+                raise trio.ClosedResourceError
+            await trio.lowlevel.wait_readable(self.socket)
+            try:
+                sock, _ = self.socket.accept()
+            except BlockingIOError:
+                continue
+            except OSError as exc:
+                if exc.errno in NOT_OURS:
+                    continue
+                raise
+            return ClientStream(sock, self.context)
+
+    async def serve(self, handler: Callable[[ClientStream], Awaitable[None]]) -> NoReturn:
+        """Give each connection to a task of its own, until cancelled; closes the listener.
+
+        Where the system is short of descriptors or memory, connections wait in the kernel's queue and
+        are tried again; nothing needs a restart.
+
+        Args:
+            handler: closes its stream; must not raise.
+        """
+        async with trio.open_nursery() as nursery, self:
+            while True:
+                try:
+                    stream = await self.accept()
+                except OSError as exc:
+                    if exc.errno not in SHORTAGES:
+                        raise
+                    self._report(exc)
+                    await trio.sleep(RETRY_S)
+                else:
+                    nursery.start_soon(handler, stream)
+
+    def _report(self, exc: OSError) -> None:
+        """Say that connections cannot be accepted, once in `REPORT_S`."""
+        now = trio.current_time()
+        if now < self._report_after:
+            self._unreported += 1
+            return
+        log.error(
+            "cannot accept a connection: %s; trying again every %g s%s",
+            exc.strerror,
+            RETRY_S,
+            f" ({self._unreported} tries failed unreported)" if self._unreported else "",
+        )
+        self._report_after = now + REPORT_S
+        self._unreported = 0
 
     async def aclose(self) -> None:
         """Close the listening socket."""
-        await self.plain.aclose()
+        self.close()
+        await trio.lowlevel.checkpoint()
 
-
-Listener = trio.SocketListener | TlsListener
+    def close(self) -> None:
+        """Close at once; a task that accepts is woken. Closing twice is fine."""
+        if self.socket.fileno() >= 0:
+            trio.lowlevel.notify_closing(self.socket)
+            self.socket.close()
 
 
 def open_listeners(
@@ -56,9 +135,9 @@ def open_listeners(
     try:
         for address in addresses:
             if address.startswith("unix:"):
-                listeners.append(trio.SocketListener(_bind_unix(key, Path(address[5:]))))
+                listeners.append(Listener(_bind_unix(key, Path(address[5:]))))
             else:
-                listeners += [_with_tls(sock, context) for sock in _bind_tcp(key, address)]
+                listeners += [Listener(sock, context) for sock in _bind_tcp(key, address)]
     except HostError:
         remove_unix_sockets(describe(listeners))
         close_all(listeners)
@@ -84,16 +163,14 @@ def adopt_listeners(
                 "listen.insecure_plaintext is for loopback and unix sockets only, and the "
                 f"inherited socket listens on {sock.getsockname()[0]}"
             )
-        listeners.append(
-            _with_tls(trio.socket.from_stdlib_socket(sock), None if is_unix else context)
-        )
+        listeners.append(Listener(sock, None if is_unix else context))
     return listeners
 
 
 def close_all(listeners: Sequence[Listener]) -> None:
     """Close listeners; those that are closed already stay so."""
     for listener in listeners:
-        _socket_of(listener).close()
+        listener.close()
 
 
 def remove_unix_sockets(names: Sequence[str]) -> None:
@@ -103,7 +180,7 @@ def remove_unix_sockets(names: Sequence[str]) -> None:
             Path(name[5:]).unlink(missing_ok=True)
 
 
-def _bind_tcp(key: str, address: str) -> list[trio.socket.SocketType]:
+def _bind_tcp(key: str, address: str) -> list[socket.socket]:
     host, port = split_address(address)
     sockets = []
     try:
@@ -122,10 +199,10 @@ def _bind_tcp(key: str, address: str) -> list[trio.socket.SocketType]:
         for sock in sockets:
             sock.close()
         raise HostError(f"{key}: cannot listen on {address}: {exc}") from exc
-    return [trio.socket.from_stdlib_socket(sock) for sock in sockets]
+    return sockets
 
 
-def _bind_unix(key: str, path: Path) -> trio.socket.SocketType:
+def _bind_unix(key: str, path: Path) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_stale(path)
@@ -135,7 +212,7 @@ def _bind_unix(key: str, path: Path) -> trio.socket.SocketType:
     except OSError as exc:
         sock.close()
         raise HostError(f"{key}: cannot listen on unix:{path}: {exc}") from exc
-    return trio.socket.from_stdlib_socket(sock)
+    return sock
 
 
 def _remove_stale(path: Path) -> None:
@@ -151,22 +228,11 @@ def _remove_stale(path: Path) -> None:
     raise OSError(errno.EADDRINUSE, "another process listens there")
 
 
-def _with_tls(sock: trio.socket.SocketType, context: ssl.SSLContext | None) -> Listener:
-    listener = trio.SocketListener(sock)
-    if context is None:
-        return listener
-    return TlsListener(listener, context)
-
-
-def _socket_of(listener: Listener) -> trio.socket.SocketType:
-    return (listener.plain if isinstance(listener, TlsListener) else listener).socket
-
-
 def describe(listeners: Sequence[Listener]) -> list[str]:
     """The addresses that listeners really have (port 0 resolved), as the configuration writes them."""
     names = []
     for listener in listeners:
-        sock = _socket_of(listener)
+        sock = listener.socket
         name = sock.getsockname()
         if sock.family == socket.AF_UNIX:
             names.append(f"unix:{name}")

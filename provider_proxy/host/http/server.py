@@ -41,11 +41,11 @@ from provider_proxy.host.http.messages import (
     refuse,
     to_request,
 )
+from provider_proxy.host.http.streams import ClientStream
 
 log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 16 * 1024  # ours have 300 bytes; proxies in between add cookies and traces
-RECEIVE_BYTES = 16 * 1024
 HEAD_LIMIT_S = 10.0  # from the first byte of a request to its last
 IDLE_LIMIT_S = 75.0  # Keylime's verifier asks every 2 s; browsers and proxies keep about a minute
 SEND_LIMIT_S = 30.0  # a client that does not read its 3 kB; an IMA list takes longer, see below
@@ -57,9 +57,9 @@ LINGER_READS = 16  # 256 kB of a refused body
 TIMED_OUT = "no quote within the request's timeout"
 
 ObserveHandshake = Callable[[str], None]
-"""Called after each TLS handshake, with "ok" or why it failed: see `_handshake_failure`."""
+"""Called after each TLS handshake, with "ok", `SILENT`, or why it failed: see `_handshake_failure`."""
+SILENT = "silent"  # the client never sent a byte, as a balancer's probe of the port
 
-ClientStream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
 
 _UCRED = struct.Struct("=iII")  # pid, uid, gid: unix(7)
 _unix_numbers = itertools.count(1)
@@ -182,7 +182,6 @@ class _Connection:
     def __init__(self, door: Door, stream: ClientStream) -> None:
         self._door = door
         self._stream = stream
-        self._raw = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
         self._conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
         self._stage = _Stage.IDLE
         self._scope = trio.CancelScope()
@@ -193,10 +192,10 @@ class _Connection:
 
     def address(self) -> str | None:
         """The client's IP address; empty for a unix socket, None where it is gone already."""
-        if self._raw.socket.family == socket.AF_UNIX:
+        if self._stream.socket.family == socket.AF_UNIX:
             return ""
         try:
-            return str(self._raw.socket.getpeername()[0])
+            return str(self._stream.socket.getpeername()[0])
         except OSError:
             return None
 
@@ -221,13 +220,12 @@ class _Connection:
         """Handshake, then requests, until either side ends."""
         if self._door.closing:
             return
-        peer = _peer_of(self._raw.socket, self._limit)
+        peer = _peer_of(self._stream.socket, self._limit)
         with self._scope:
-            if isinstance(self._stream, trio.SSLStream):
+            if self._stream.is_tls:
                 self._enter(_Stage.READING, HANDSHAKE_LIMIT_S)
-                await self._shake_hands(self._stream)
-                certificate = self._stream.getpeercert(binary_form=True)
-                peer = dataclasses.replace(peer, certificate=certificate)
+                await self._shake_hands()
+                peer = dataclasses.replace(peer, certificate=self._stream.certificate())
             await self._converse(peer)
         while self._scope.cancelled_caught and self._stage in (_Stage.ANSWERING, _Stage.LATE):
             # The request's own deadline. Its connection goes on, under a new scope.
@@ -238,17 +236,19 @@ class _Connection:
                 if self._next_cycle():
                     await self._converse(peer)
 
-    async def _shake_hands(self, stream: trio.SSLStream[trio.SocketStream]) -> None:
+    async def _shake_hands(self) -> None:
         """TLS's handshake, counted."""
         reason = "timeout"  # whoever else cancels, to make room or to end, has waited too
         try:
-            await stream.do_handshake()
+            await self._stream.do_handshake()
             reason = "ok"
         except trio.BrokenResourceError as exc:
             reason = _handshake_failure(exc.__cause__)
+            if reason != "client_gone":
+                await self._linger()  # its alert says why
             raise
         finally:
-            self._door.observe_handshake(reason)
+            self._door.observe_handshake(reason if self._stream.heard else SILENT)
 
     def _limit(self, seconds: float) -> None:
         """The handler says how long it may take."""
@@ -271,9 +271,9 @@ class _Connection:
             self._compose(response)
             await self._send()
             if not self._next_cycle():
-                # Behind a refusal more may come unread. TLS ends with its own close_notify, which
-                # cannot wait for the client: that would hold up whoever reads to the end.
-                if self._stream is self._raw or not isinstance(incoming, Request):
+                # Behind a refusal more may come unread. After an answer, TLS's own close_notify is
+                # enough: to wait for the client would hold up one that reads to the end.
+                if not self._stream.is_tls or not isinstance(incoming, Request):
                     await self._linger()
                 return
 
@@ -303,8 +303,7 @@ class _Connection:
                 if event is h11.NEED_DATA:
                     if self._stage is _Stage.IDLE and started:
                         self._enter(_Stage.READING, HEAD_LIMIT_S)
-                    data = await self._stream.receive_some(RECEIVE_BYTES)
-                    conn.receive_data(bytes(data))
+                    conn.receive_data(await self._stream.receive_some())
                     started = True
                 elif isinstance(event, h11.Request):
                     head = event
@@ -359,9 +358,9 @@ class _Connection:
     async def _linger(self) -> None:
         """Let the client read our last words: closing on unread bytes would reset the connection."""
         self._enter(_Stage.SENDING, LINGER_S)
-        await self._raw.send_eof()
+        await self._stream.end_sending()
         for _ in range(LINGER_READS):
-            if not await self._raw.receive_some(RECEIVE_BYTES):
+            if not await self._stream.discard_some():
                 return
 
 
@@ -377,7 +376,7 @@ def _handshake_failure(cause: BaseException | None) -> str:
     return "protocol"
 
 
-def _peer_of(sock: trio.socket.SocketType, limit: Callable[[float], None]) -> Peer:
+def _peer_of(sock: socket.socket, limit: Callable[[float], None]) -> Peer:
     name, uid = None, None
     try:
         if sock.family == socket.AF_UNIX:

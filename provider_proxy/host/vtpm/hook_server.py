@@ -11,8 +11,9 @@ import logging
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, NoReturn, Protocol
 
 import trio
 
@@ -33,6 +34,35 @@ ANSWER_LIMIT_S = 18.0  # below the 20 s after which the hook gives up
 SEND_LIMIT_S = 5.0
 CONNECTIONS_A_USER = 64  # a host that boots starts its VMs some at a time
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
+
+
+class HookStream(Protocol):
+    """A connection, as the listener gives it."""
+
+    @property
+    def socket(self) -> Any:
+        """For what the kernel says of the peer."""
+        ...
+
+    async def receive_some(self, max_bytes: int) -> bytes | bytearray:
+        """Some bytes; none at the end."""
+        ...
+
+    async def send_all(self, data: bytes) -> None:
+        """Send it all."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close it."""
+        ...
+
+
+class HookListener(Protocol):
+    """A listening socket."""
+
+    async def serve(self, handler: Callable[[HookStream], Awaitable[None]]) -> NoReturn:
+        """Give each connection to a task of its own."""
+        ...
 
 
 class Handler(Protocol):
@@ -74,9 +104,9 @@ class HookDoor:
         self._observe = observe
         self._open: Counter[int] = Counter()
 
-    async def serve(self, stream: trio.SocketStream) -> None:
+    async def serve(self, stream: HookStream) -> None:
         """Serve one connection and close it."""
-        async with stream:
+        async with aclosing(stream):
             try:
                 uid = peer_uid(stream)
                 if uid not in self._uids:
@@ -98,7 +128,7 @@ class HookDoor:
                 log.exception("hooks: a connection ended with an unexpected error")
                 self._observe("connect", "bug")
 
-    async def _converse(self, stream: trio.SocketStream, uid: int) -> None:
+    async def _converse(self, stream: HookStream, uid: int) -> None:
         line = b""
         with trio.move_on_after(LINE_LIMIT_S):
             line = await read_line(stream)
@@ -137,7 +167,7 @@ class HookDoor:
         return None
 
 
-def peer_uid(stream: trio.SocketStream) -> int:
+def peer_uid(stream: HookStream) -> int:
     """Who connected, by the kernel. Raises: OSError where the peer is gone."""
     data = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     assert isinstance(data, bytes)
@@ -145,7 +175,7 @@ def peer_uid(stream: trio.SocketStream) -> int:
     return uid
 
 
-async def read_line(stream: trio.SocketStream) -> bytes:
+async def read_line(stream: HookStream) -> bytes:
     """Bytes up to a newline, `MAX_LINE_BYTES` at the most; what comes behind it is dropped."""
     line = b""
     while b"\n" not in line and len(line) < MAX_LINE_BYTES:

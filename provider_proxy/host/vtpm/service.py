@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import trio
 
@@ -25,7 +25,7 @@ from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.vtpm import readback
 from provider_proxy.host.vtpm.claims import Claims, entry_values
 from provider_proxy.host.vtpm.entries import CONFIRMED, STARTS, Ek, Entry
-from provider_proxy.host.vtpm.hook_server import HookDoor
+from provider_proxy.host.vtpm.hook_server import HookDoor, HookListener
 from provider_proxy.host.vtpm.messages import VmEvent
 from provider_proxy.host.vtpm.registry import CloneError, Registry, RunningError
 from provider_proxy.host.vtpm.requests import MAX_CERTIFICATE_BYTES, CertificateRequest, Issuer
@@ -121,11 +121,11 @@ class Keeper:
             if entry.running:
                 self._schedule(entry.vm)
 
-    async def run(self, hooks: Sequence[trio.abc.Listener[Any]]) -> None:
+    async def run(self, hooks: Sequence[HookListener]) -> None:
         """Serve hooks, confirm and watch, until cancelled."""
         async with trio.open_nursery() as nursery:
             for listener in hooks:
-                nursery.start_soon(trio.serve_listeners, self.door.serve, [listener])
+                nursery.start_soon(listener.serve, self.door.serve)
             nursery.start_soon(self._watch)
             if self._settings.confirm:
                 nursery.start_soon(self._confirm_all)

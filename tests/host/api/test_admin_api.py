@@ -18,6 +18,7 @@ from helpers import (
     Wire,
     connect,
     connected,
+    door_on_port,
     get,
     make_certs,
     plain_toml,
@@ -35,7 +36,7 @@ from provider_proxy.errors import QuoteError, WrongHostError
 from provider_proxy.host.api.admin import AdminDoor, check_host, page_headers
 from provider_proxy.host.config.tables import Listen
 from provider_proxy.host.http.listeners import open_listeners, tls_context
-from provider_proxy.host.http.server import Door
+from provider_proxy.host.http.server import SILENT, Door
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.status.recent import Recent
 
@@ -66,12 +67,8 @@ def make_door(metrics: Metrics | None = None) -> Door:
 @asynccontextmanager
 async def over_tcp() -> AsyncIterator[Wire]:
     """A client of the door on loopback, where a browser could be."""
-    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, make_door().serve, [listener])
-        async with connect(f"127.0.0.1:{listener.socket.getsockname()[1]}") as wire:
-            yield wire
-        nursery.cancel_scope.cancel()
+    async with door_on_port(make_door()) as address, connect(address) as wire:
+        yield wire
 
 
 # --- status ---------------------------------------------------------------------------------------
@@ -107,7 +104,8 @@ def test_what_seals_is_documented() -> None:
 
 def test_handshake_reasons_are_documented() -> None:
     (text,) = (row[2] for row in rows(API, "Metric", "Kind", "Meaning") if "tls_hand" in row[0])
-    assert re.findall(r"`(\w+)`", text)[4:] == ["ok", *HANDSHAKE_FAILURES]
+    words = re.findall(r"`(\w+)`", text)
+    assert words == ["result", "ok", "failed", SILENT, "reason", "ok", SILENT, *HANDSHAKE_FAILURES]
 
 
 async def test_status_is_json_in_the_envelope() -> None:
@@ -257,13 +255,13 @@ async def test_tls_handshakes_are_counted_by_reason(tmp_path: Any) -> None:
         observe=lambda status, reason: None,
         observe_handshake=metrics.count_handshake,
     )
-    address = f"127.0.0.1:{listener.plain.socket.getsockname()[1]}"  # type: ignore[union-attr]
+    address = f"127.0.0.1:{listener.socket.getsockname()[1]}"
 
     def counted(result: str, reason: str) -> float:
         return sample(metrics, "tls_handshakes_total", {"result": result, "reason": reason})
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, door.serve, [listener])
+        nursery.start_soon(listener.serve, door.serve)
         assert (await get(address, "/healthz", certs.client(with_cert=True))).status == 200
         stranger = other.client(with_cert=True)
         stranger.load_verify_locations(certs.ca_file)
@@ -277,6 +275,11 @@ async def test_tls_handshakes_are_counted_by_reason(tmp_path: Any) -> None:
         await until(lambda: door.connections == 0)
         async with connect(address):
             await until(lambda: door.connections == 1)  # one that nobody has seen is not counted
+            await until(lambda: counted("silent", "silent") == 0)
+        await until(lambda: counted("silent", "silent") == 1)
+        async with connect(address) as wire:
+            await wire.send(b"\x16\x03\x01")
+            await until(lambda: door.connections == 1)
         await until(lambda: counted("failed", "client_gone") == 1)
         nursery.cancel_scope.cancel()
     assert counted("ok", "ok") == 1

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import trio
-from helpers import LIMIT_S, wait_until
+from helpers import LIMIT_S, door_on_port, wait_until
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
@@ -98,12 +98,12 @@ class Site:
             AdminDoor(Metrics(), lambda: None, lambda: self.status()),
             observe=lambda status, reason: None,
         )
-        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        self.url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}/"
         self._token = trio.lowlevel.current_trio_token()
         with self._scope:
-            self._started.set()
-            await trio.serve_listeners(door.serve, [listener])
+            async with door_on_port(door) as address:
+                self.url = f"http://{address}/"
+                self._started.set()
+                await trio.sleep_forever()
 
     def close(self) -> None:
         if self._token is not None:

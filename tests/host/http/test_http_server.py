@@ -18,7 +18,17 @@ import pytest
 import trio
 import trio.testing
 import trustme
-from helpers import LIMIT_S, Certs, Wire, connect, connected, get_bytes, make_certs, until
+from helpers import (
+    LIMIT_S,
+    Certs,
+    Wire,
+    connect,
+    connected,
+    door_on_port,
+    get_bytes,
+    make_certs,
+    until,
+)
 
 from provider_proxy.errors import (
     ClientGoneError,
@@ -39,6 +49,7 @@ from provider_proxy.host.http import messages
 from provider_proxy.host.http import server as http1
 from provider_proxy.host.http.messages import Request, Response
 from provider_proxy.host.http.server import Door
+from provider_proxy.host.http.streams import ClientStream
 
 OK = get_bytes("/ok")
 BIG = 8 * 1024 * 1024
@@ -94,14 +105,8 @@ def pair(site: Site) -> AbstractAsyncContextManager[Wire]:
 @asynccontextmanager
 async def open_port(site: Site, context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     """The door on a port of loopback."""
-    plain = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    listeners: list[trio.SocketListener | trio.SSLListener[trio.SocketStream]] = [*plain]
-    if context is not None:
-        listeners = [trio.SSLListener(plain[0], context, https_compatible=True)]
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, site.door.serve, listeners)
-        yield f"127.0.0.1:{plain[0].socket.getsockname()[1]}"
-        nursery.cancel_scope.cancel()
+    async with door_on_port(site.door, context) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -682,8 +687,7 @@ async def test_a_tls_handshake_has_a_limit(
 ) -> None:
     """A client that says nothing, or only the beginning of a ClientHello."""
     ours, theirs = socket.socketpair()
-    raw = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
-    server = trio.SSLStream(raw, server_context(certs), server_side=True, https_compatible=True)
+    server = ClientStream(theirs, server_context(certs))
     client = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
     async with client, trio.open_nursery() as nursery:
         nursery.start_soon(site.door.serve, server)

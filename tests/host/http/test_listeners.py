@@ -34,7 +34,7 @@ from provider_proxy.host.http.listeners import (
     tls_context,
 )
 from provider_proxy.host.http.messages import Request, Response
-from provider_proxy.host.http.server import ClientStream, Door
+from provider_proxy.host.http.server import Door
 
 KEY = "listen.address"
 
@@ -59,16 +59,10 @@ async def served(listeners: list[Listener]) -> AsyncIterator[list[str]]:
 
     door = Door(handle, observe=lambda status, reason: None)
 
-    async def serve(stream: ClientStream) -> None:
-        await door.serve(stream)
-
-    async def accept(listener: Listener) -> None:
-        await trio.serve_listeners(serve, [listener])
-
     names = describe(listeners)
     async with trio.open_nursery() as nursery:
         for listener in listeners:
-            nursery.start_soon(accept, listener)
+            nursery.start_soon(listener.serve, door.serve)
         yield names
         nursery.cancel_scope.cancel()
     close_all(listeners)

@@ -38,6 +38,8 @@ from provider_proxy.errors import HostError, VtpmError
 from provider_proxy.host.api.admin import AdminDoor
 from provider_proxy.host.config.tables import Vtpm
 from provider_proxy.host.http import messages, server
+from provider_proxy.host.http.listeners import open_listeners
+from provider_proxy.host.http.streams import ClientStream
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.vtpm import hook_server as door_module
 from provider_proxy.host.vtpm import readback, running
@@ -149,9 +151,7 @@ class AtDoor:
     async def connected(self) -> AsyncIterator[trio.SocketStream]:
         ours, theirs = socket.socketpair()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(
-                self.door.serve, trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
-            )
+            nursery.start_soon(self.door.serve, ClientStream(theirs))
             async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
                 yield stream
 
@@ -803,10 +803,8 @@ async def test_vms_shows_the_registry(
     )
     path = tmp_path / "admin"
     async with trio.open_nursery() as nursery:
-        sock = trio.socket.socket(socket.AF_UNIX)
-        await sock.bind(str(path))
-        sock.listen()
-        nursery.start_soon(trio.serve_listeners, door.serve, [trio.SocketListener(sock)])
+        (listener,) = open_listeners("a test", [f"unix:{path}"], None)
+        nursery.start_soon(listener.serve, door.serve)
         words = ["vms", f"unix:{path}", *(["--json"] if with_json else [])]
         code = await trio.to_thread.run_sync(cli.run, words)
         nursery.cancel_scope.cancel()
