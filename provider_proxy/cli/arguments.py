@@ -6,8 +6,10 @@ import argparse
 import base64
 import binascii
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
+from provider_proxy.common import addresses
 from provider_proxy.common.files import read_file
 from provider_proxy.errors import EvidenceFormatError, UsageError
 from provider_proxy.evidence.model import PCR_COUNT, AttestationKey, Quote, mask_of, parse_mask
@@ -88,9 +90,27 @@ def load_pin(args: argparse.Namespace) -> PinnedHost | None:
     return PinStore(args.pins).load(args.pinned)
 
 
+def option(parse: Callable[[str], str], must: str) -> Callable[[str], str]:
+    """A `type` for argparse: of a parser that raises `UsageError`."""
+
+    def read(text: str) -> str:
+        try:
+            return parse(text)
+        except UsageError as exc:
+            raise argparse.ArgumentTypeError(f"must be {must}: {exc}") from exc
+
+    return read
+
+
+safe_url = option(addresses.parse_safe_url, addresses.MUST_SAFE_URL)
+agent_id = option(addresses.parse_agent_id, addresses.MUST_AGENT_ID)
+
+
 def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
     """`URL`, and how to speak TLS with it."""
-    parser.add_argument("url", metavar="URL", help="the proxy, https://host:8890 for example")
+    parser.add_argument(
+        "url", type=safe_url, metavar="URL", help="the proxy, https://host:8890 for example"
+    )
     parser.add_argument("--ca", type=Path, metavar="FILE", help="CA of the proxy's certificate")
     parser.add_argument("--cert", type=Path, metavar="FILE", help="own certificate, PEM")
     parser.add_argument("--key", type=Path, metavar="FILE", help="its private key, PEM")
@@ -101,7 +121,9 @@ def add_registrar_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--registrar-ca", type=Path, metavar="FILE", help="CA of the registrar")
     parser.add_argument("--registrar-cert", type=Path, metavar="FILE", help="own certificate, PEM")
     parser.add_argument("--registrar-key", type=Path, metavar="FILE", help="its private key, PEM")
-    parser.add_argument("--agent-id", metavar="ID", help="the host's id there (default: HOST)")
+    parser.add_argument(
+        "--agent-id", type=agent_id, metavar="ID", help="the host's id there (default: HOST)"
+    )
     parser.add_argument(
         "--ek-tpm",
         type=Path,

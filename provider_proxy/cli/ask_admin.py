@@ -1,4 +1,4 @@
-"""How `status` and `top` reach a running daemon: its admin listener, on loopback or a unix socket.
+"""How commands reach a running daemon: its admin listener, on loopback or a unix socket.
 
 What comes back is bounded and read as untrusted: whoever holds that port may say anything.
 """
@@ -6,17 +6,22 @@ What comes back is bounded and read as untrusted: whoever holds that port may sa
 from __future__ import annotations
 
 import argparse
-import json
+import http.client
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from provider_proxy.cli.arguments import DEFAULT_CONFIG
-from provider_proxy.common.settings.values import read_addresses
+from provider_proxy.common.addresses import (
+    MUST_ADDRESS,
+    check_local,
+    parse_address,
+    split_address,
+)
 from provider_proxy.errors import HostError, ReplyError, UsageError
-from provider_proxy.host.config.load import check_local, load_config, split_address
+from provider_proxy.evidence.strict_json import parse_own_json
+from provider_proxy.host.config.load import load_config
 
 TIMEOUT_S = 5.0  # the daemon answers in milliseconds, or is too busy to be asked
 MAX_STATUS_BYTES = 4 * 1024 * 1024  # 240 batches and 100 tenants with long names make some 200 kB
@@ -40,73 +45,120 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class AdminClient:
-    """Asks one daemon, again and again.
+def open_client(args: argparse.Namespace) -> AdminClient:
+    """A client by the arguments of `add_arguments`.
 
     Raises:
         UsageError: the address is none, or not of this machine.
         HostError: the configuration cannot be read.
     """
+    return AdminClient(args.admin or configured(args.config), called="--admin")
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.address = args.admin or _configured(args.config)
-        read_addresses("--admin", self.address)
-        check_local("--admin", (self.address,))
-        is_unix = self.address.startswith("unix:")
-        self._client = httpx.Client(
-            transport=httpx.HTTPTransport(uds=self.address[5:] if is_unix else None),
-            base_url="http://localhost" if is_unix else f"http://{self.address}",
-            timeout=TIMEOUT_S,
-            trust_env=False,
-        )
+
+class AdminClient:
+    """Asks one daemon, again and again.
+
+    Args:
+        address: as `admin.address` has it.
+        called: what messages call the address.
+
+    Raises:
+        UsageError: the address is none, or not of this machine.
+    """
+
+    def __init__(self, address: str, *, called: str = "admin.address") -> None:
+        try:
+            self.address = parse_address(address)
+        except UsageError as exc:
+            raise UsageError(f"{called} must be {MUST_ADDRESS}: {exc}") from exc
+        try:
+            check_local((self.address,))
+        except UsageError as exc:
+            raise UsageError(f"{called} {exc}") from exc
 
     def status(self) -> dict[str, Any]:
         """The results of `GET /status`.
 
         Raises:
-            HostError: nobody answers there, or we may not ask.
-            ReplyError: what answers is no daemon that this version understands.
+            HostError, ReplyError: as `get`; or a version that this program does not read.
         """
+        return check_status(self.get("/status", MAX_STATUS_BYTES))
+
+    def get(self, path: str, limit: int) -> dict[str, Any]:
+        """The results of a path.
+
+        Args:
+            limit: of the answer, in bytes.
+
+        Raises:
+            HostError: nobody answers there, or we may not ask.
+            ReplyError: what answers is no daemon.
+        """
+        connection = _connection(self.address)
         try:
-            with self._client.stream("GET", "/status") as response:
-                body = b""
-                for chunk in response.iter_bytes():
-                    body += chunk
-                    if len(body) > MAX_STATUS_BYTES:
-                        raise ReplyError(f"{self.address} sent more than a status has")
-                code = response.status_code
-        except httpx.HTTPError as exc:
-            raise HostError(f"no answer from the admin listener at {self.address}: {exc}") from exc
-        if code != 200:
-            raise ReplyError(f"{self.address} answered {code}: is it an admin listener?")
-        return parse_status(body)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._client.close()
+            connection.request("GET", path)
+            reply = connection.getresponse()
+            status, body = reply.status, reply.read(limit + 1)
+        except (OSError, http.client.HTTPException) as exc:
+            raise HostError(f"no daemon answers at {self.address}: {exc}") from exc
+        finally:
+            connection.close()
+        if status != 200:
+            raise ReplyError(f"{self.address} answered {status}: is it an admin listener?")
+        if len(body) > limit:
+            raise ReplyError(f"{self.address} sent more than {limit} bytes for {path}")
+        return parse_results(body)
 
 
-def _configured(path: Path) -> str:
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(TIMEOUT_S)
+        self.sock.connect(self._path)
+
+
+def _connection(address: str) -> http.client.HTTPConnection:
+    if address.startswith("unix:"):
+        return _UnixConnection(address.removeprefix("unix:"))
+    host, port = split_address(address)
+    return http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+
+
+def configured(path: Path) -> str:
+    """The admin listener that a configuration names.
+
+    Raises:
+        UsageError: it names none, or leaves the port to the system.
+        HostError: it cannot be read.
+    """
     addresses = load_config(path).admin.address
     if not addresses:
-        raise UsageError(f"{path} has no admin.address: there is nowhere to ask")
+        raise UsageError(f"{path} has no admin.address: set it, and restart the daemon")
     if not addresses[0].startswith("unix:") and split_address(addresses[0])[1] == 0:
         raise UsageError("admin.address has port 0: name the real one with --admin")
     return addresses[0]
 
 
-def parse_status(body: bytes) -> dict[str, Any]:
-    """Read the envelope of `GET /status`, untrusted bytes.
-
-    Raises:
-        ReplyError: not a status of the version that this program reads.
-    """
+def parse_results(body: bytes) -> dict[str, Any]:
+    """The results of an envelope, untrusted bytes. Raises: ReplyError."""
     try:
-        results = json.loads(body)["results"]
-        version = results["version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as exc:
-        raise ReplyError("the reply is no status") from exc
+        results = parse_own_json(body, "the daemon's answer").get("results")
+    except UsageError as exc:
+        raise ReplyError(str(exc)) from exc
+    if not isinstance(results, dict):
+        raise ReplyError("the daemon's answer has no results")
+    return results
+
+
+def check_status(results: dict[str, Any]) -> dict[str, Any]:
+    """Raises: ReplyError where it is not a status of the version that this program reads."""
+    version = results.get("version")
     if version != VERSION:
         raise ReplyError(f"the status has version {version!r}, and this program reads {VERSION}")
-    checked: dict[str, Any] = results
-    return checked
+    return results

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 
-from provider_proxy.common.http import is_safe_url, no_cookies
+from provider_proxy.common.http import no_cookies
 from provider_proxy.errors import HostError, UsageError
 
 CONNECT_LIMIT_S = 10.0
@@ -19,11 +19,9 @@ def make_client(args: argparse.Namespace) -> httpx.AsyncClient:
     """A client by the arguments of `files.add_tls_arguments`.
 
     Raises:
-        UsageError: no http or https URL, or a certificate without its key.
+        UsageError: a certificate without its key.
         HostError: a TLS file is missing or no PEM.
     """
-    if not is_safe_url(args.url):
-        raise UsageError("URL must begin with https:// (or http:// for a proxy on loopback)")
     return open_client(args.ca, args.cert, args.key, options="--ca, --cert, --key")
 
 

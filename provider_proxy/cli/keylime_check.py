@@ -57,13 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--registrar",
+        type=arguments.safe_url,
         required=True,
         metavar="URL",
         help="your registrar, which says what its AK is",
     )
     arguments.add_registrar_arguments(parser)
     parser.add_argument(
-        "--verifier", required=True, metavar="URL", help="your verifier, https://…:8881"
+        "--verifier",
+        type=arguments.safe_url,
+        required=True,
+        metavar="URL",
+        help="your verifier, https://…:8881",
     )
     parser.add_argument("--verifier-ca", type=Path, metavar="FILE", help="CA of the verifier")
     parser.add_argument("--verifier-cert", type=Path, metavar="FILE", help="own certificate, PEM")
@@ -147,8 +152,6 @@ async def _judge(args: argparse.Namespace, policies: KeylimePolicies) -> Verdict
     mask, timeout_ms = arguments.parse_pcrs(args), arguments.parse_timeout_ms(args)
     tls = (args.verifier_ca, args.verifier_cert, args.verifier_key)
     options = "--verifier-ca, --verifier-cert, --verifier-key"
-    if not args.verifier.startswith("https://"):
-        raise UsageError("--verifier must begin with https://")
     async with (
         http.make_client(args) as proxy_http,
         http.open_client(*tls, options=options) as keylime_http,

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from provider_proxy.cli.arguments import add_registrar_arguments, read_public
+from provider_proxy.cli.arguments import add_registrar_arguments, read_public, safe_url
 from provider_proxy.errors import UsageError
 from provider_proxy.evidence.tpm_keys import parse_public
 from provider_proxy.trust.pins import PinnedHost, PinStore
@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="its AK: TPM2B_PUBLIC, raw or base64, from your registrar",
     )
     key.add_argument(
-        "--registrar", metavar="URL", help="take AK and EK from this registrar, and check them"
+        "--registrar",
+        type=safe_url,
+        metavar="URL",
+        help="take AK and EK from this registrar, and check them",
     )
     add_registrar_arguments(add)
     add.add_argument(

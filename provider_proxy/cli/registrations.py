@@ -5,17 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
-
-import httpx
 
 from provider_proxy.cli.arguments import add_config_argument
-from provider_proxy.errors import EvidenceFormatError, ReplyError, UsageError
-from provider_proxy.evidence.strict_json import parse_json_object
-from provider_proxy.host.config.load import load_config
+from provider_proxy.cli.ask_admin import AdminClient, configured
+from provider_proxy.errors import ReplyError
 from provider_proxy.trust.registration.client import printable
 
-ASK_LIMIT_S = 10.0
 MAX_BODY_BYTES = 4 * 1024 * 1024  # some thousands of registrations
 
 
@@ -30,12 +25,9 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UsageError: the configuration names no admin listener.
-        ReplyError: no daemon answers there.
+        HostError, ReplyError: no daemon answers there.
     """
-    addresses = load_config(args.config).admin.address
-    if not addresses:
-        raise UsageError("admin.address is not set: there is nobody to ask")
-    found = _ask(addresses[0])
+    found = _ask(configured(args.config))
     if args.json:
         print(json.dumps({"registrations": found}))
         return 0
@@ -64,32 +56,11 @@ def _show(each: dict[str, object]) -> None:
 
 
 def _ask(address: str) -> list[dict[str, object]]:
-    """The admin listener's `GET /registrations`. Raises: ReplyError."""
-    is_unix = address.startswith("unix:")
-    transport = httpx.HTTPTransport(uds=address.removeprefix("unix:") if is_unix else None)
-    url = f"http://{'localhost' if is_unix else address}/registrations"
-    data = bytearray()
-    try:
-        with (
-            httpx.Client(transport=transport, trust_env=False, timeout=ASK_LIMIT_S) as http,
-            http.stream("GET", url) as response,
-        ):
-            for chunk in response.iter_raw():
-                data += chunk
-                if len(data) > MAX_BODY_BYTES:
-                    raise ReplyError("the daemon's answer is too large")
-    except (httpx.HTTPError, httpx.InvalidURL) as exc:
-        raise ReplyError(f"no daemon answers at {address}: {exc}") from exc
-    if response.status_code != 200:
-        raise ReplyError(f"the daemon answered {response.status_code}")
-    try:
-        results = parse_json_object(bytes(data), "the daemon's answer").get("results")
-    except EvidenceFormatError as exc:
-        raise ReplyError(str(exc)) from exc
-    found = results.get("registrations") if isinstance(results, dict) else None
-    if not isinstance(found, Sequence) or not all(isinstance(each, dict) for each in found):
+    """The admin listener's `GET /registrations`. Raises: HostError, ReplyError."""
+    found = AdminClient(address).get("/registrations", MAX_BODY_BYTES).get("registrations")
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
         raise ReplyError("the daemon's answer has no registrations")
-    return [each for each in found if isinstance(each, dict)]
+    return found
 
 
 def _text(each: dict[str, object], key: str) -> str:

@@ -23,11 +23,7 @@ def run(args: argparse.Namespace) -> int:
         UsageError: the address is none, or not of this machine.
         HostError, ReplyError: no daemon answers there.
     """
-    client = ask_admin.AdminClient(args)
-    try:
-        status = client.status()
-    finally:
-        client.close()
+    status = ask_admin.open_client(args).status()
     if args.json:
         print(json.dumps(status))
     else:

@@ -51,17 +51,14 @@ def run(args: argparse.Namespace) -> int:
     """
     if not LEAST_INTERVAL_S <= args.interval <= MOST_INTERVAL_S:
         raise UsageError(f"--interval must be in {LEAST_INTERVAL_S:g}..{MOST_INTERVAL_S:g}")
-    client = ask_admin.AdminClient(args)
-    try:
-        first = client.status()
-        if args.json:
-            return _stream(client, first, args.interval)
-        if not sys.stdout.isatty():
-            status.show_once(first)
-            return status.exit_code(first)
-        return _screen(client, first, args.interval)
-    finally:
-        client.close()
+    client = ask_admin.open_client(args)
+    first = client.status()
+    if args.json:
+        return _stream(client, first, args.interval)
+    if not sys.stdout.isatty():
+        status.show_once(first)
+        return status.exit_code(first)
+    return _screen(client, first, args.interval)
 
 
 def _stream(client: ask_admin.AdminClient, first: ask_admin.Values, interval: float) -> int:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
-import socket
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -14,10 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from provider_proxy.errors import HostError, ReplyError, UsageError
-from provider_proxy.host.config.load import split_address
+from provider_proxy.cli.ask_admin import AdminClient
+from provider_proxy.errors import ReplyError
 
-LIMIT_S = 10.0
 MAX_LIST_BYTES = 128 * 1024 * 1024  # vtpm.max_vms at its most, at 700 bytes each
 COLUMNS = ("VM", "state", "EKs, SHA-256", "made")
 FILE_WIDTH = 160  # where nobody looks at lines: no UUID is broken
@@ -39,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         HostError: nobody answers there.
         ReplyError: the answer is not a daemon's.
     """
-    results = _ask(args.admin)
+    results = AdminClient(args.admin, called="ADMIN").get("/vms", MAX_LIST_BYTES)
     if args.json:
         print(json.dumps(results))
         return 0
@@ -81,51 +78,3 @@ def _row(vm: Mapping[str, object]) -> tuple[str, ...]:
         "\n".join(f"{ek['alg']} {ek['spki_sha256'][:SHOWN_HEX]}…" for ek in eks),
         made,
     )
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=LIMIT_S)
-        self._path = path
-
-    def connect(self) -> None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.settimeout(LIMIT_S)
-        try:
-            sock.connect(self._path)
-        except OSError:
-            sock.close()
-            raise
-        self.sock = sock
-
-
-def _connection(address: str) -> http.client.HTTPConnection:
-    if address.startswith("unix:/"):
-        return _UnixConnection(address.removeprefix("unix:"))
-    if not address.rpartition(":")[2].isdecimal():
-        raise UsageError('ADMIN must be "host:port" or "unix:/path", as in admin.address')
-    host, port = split_address(address)
-    return http.client.HTTPConnection(host, port, timeout=LIMIT_S)
-
-
-def _ask(address: str) -> dict[str, object]:
-    connection = _connection(address)
-    try:
-        connection.request("GET", "/vms")
-        reply = connection.getresponse()
-        status, body = reply.status, reply.read(MAX_LIST_BYTES + 1)
-    except (OSError, http.client.HTTPException) as exc:
-        raise HostError(f"no daemon answers at {address}: {exc}") from exc
-    finally:
-        connection.close()
-    if status != 200 or len(body) > MAX_LIST_BYTES:
-        raise ReplyError(f"{address} has no list of VMs", status=status)
-    try:
-        results = json.loads(body)["results"]
-    except (ValueError, KeyError, TypeError) as exc:
-        raise ReplyError(f"{address} did not answer as a daemon does") from exc
-    if not isinstance(results, dict):
-        raise ReplyError(f"{address} did not answer as a daemon does")
-    return results

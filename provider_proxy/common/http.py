@@ -12,7 +12,6 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 import anyio
 import httpx
 
-from provider_proxy.common.settings.values import is_loopback
 from provider_proxy.errors import ReplyError
 
 IDENTITY = {"Accept-Encoding": "identity"}
@@ -26,17 +25,6 @@ follow (InvalidURL, idna's UnicodeError), and stumbles over cookies that are no 
 def no_cookies() -> CookieJar:
     """A jar that stays empty: else a server's cookies grow for as long as its client lives."""
     return CookieJar(DefaultCookiePolicy(allowed_domains=()))
-
-
-def is_safe_url(url: str) -> bool:
-    """True for https, and for http on loopback, where nobody is in between."""
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL:
-        return False
-    return bool(parsed.host) and (
-        parsed.scheme == "https" or (parsed.scheme == "http" and is_loopback(parsed.host))
-    )
 
 
 async def read_body(response: httpx.Response, limit: int, who: str) -> bytes:

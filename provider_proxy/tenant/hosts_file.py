@@ -7,7 +7,6 @@ not know. Relative paths start at the file's own directory. Asks nobody, trusts 
 
 from __future__ import annotations
 
-import re
 import tomllib
 import uuid
 from collections.abc import Mapping
@@ -15,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from provider_proxy.common.addresses import is_safe_url, parse_agent_id
 from provider_proxy.common.files import read_trusted
-from provider_proxy.common.http import is_safe_url
 from provider_proxy.errors import UsageError, WrongVmError
 from provider_proxy.evidence.vtpm_link import ISSUERS
 from provider_proxy.trust.pins import LABEL_RE
@@ -27,7 +26,6 @@ DEFAULT_LIMIT_S = (
     60.0  # whoever adds an agent waits for us; Keylime's tenant sets no limit of its own
 )
 MIN_LIMIT_S, MAX_LIMIT_S = 0.1, 600.0
-AGENT_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)  # Keylime's own ids are such
 _HOST_KEYS = frozenset(
     ("url", "ca", "cert", "key", "pinned", "tpm_policy", "insecure_any_state", "claims")
 )
@@ -188,8 +186,7 @@ def _host(name: str, values: Mapping[str, object], base: Path) -> HostEntry:
 
 def _agent(name: str, values: Mapping[str, object], hosts: Mapping[str, HostEntry]) -> AgentEntry:
     at = f"agents.{name}"
-    if not AGENT_RE.fullmatch(name):
-        raise UsageError(f"{at[:80]!r} is no agent id: letters, digits, '.', '_' and '-'")
+    parse_agent_id(name)
     _known(values, _AGENT_KEYS, f"{at}.")
     vm = _text(values, "vm", at) or name
     try:

@@ -7,19 +7,18 @@ EK and AK deserve trust is not judged here. Every call ends: within `CALL_LIMIT_
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import anyio
 import httpx
 
-from provider_proxy.common.http import IDENTITY, NO_ANSWER, is_safe_url, read_body
+from provider_proxy.common.addresses import parse_agent_id, parse_safe_url
+from provider_proxy.common.http import IDENTITY, NO_ANSWER, read_body
 from provider_proxy.errors import (
     BindingError,
     EvidenceFormatError,
     NotRegisteredError,
     ReplyError,
-    UsageError,
 )
 from provider_proxy.evidence.strict_json import Fields, parse_json_object
 
@@ -31,9 +30,6 @@ MAX_PUBLIC_BYTES = 1024
 MAX_CERT_BYTES = 16 * 1024
 MAX_VERSIONS = 64
 NO_MTLS = "disabled"
-AGENT_ID_RE = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9._~-]{0,79}", re.ASCII
-)  # 80: the registrar's column
 # The pooled connection was closed under our hands, by a registrar that was restarted for example.
 STALE = (httpx.ReadError, httpx.WriteError, httpx.CloseError, httpx.RemoteProtocolError)
 
@@ -55,13 +51,6 @@ class AgentRecord:
     tls_cert: bytes | None = None
 
 
-def check_agent_id(agent_id: str) -> str:
-    """Raises: UsageError where it is no id that could stand in the registrar's URL as it is."""
-    if not AGENT_ID_RE.fullmatch(agent_id):
-        raise UsageError("an agent id is letters, digits, '.', '_', '~' and '-', 80 at most")
-    return agent_id
-
-
 class AgentRecords:
     """One registrar.
 
@@ -75,7 +64,7 @@ class AgentRecords:
 
     def __init__(self, http: httpx.AsyncClient, base_url: str) -> None:
         self._http = http
-        self._base_url = _check_url(base_url)
+        self._base_url = parse_safe_url(base_url)
         self._version: str | None = None
 
     async def fetch(self, agent_id: str) -> AgentRecord:
@@ -87,7 +76,7 @@ class AgentRecords:
             ReplyError: no answer, or none of a registrar.
             UsageError: not an agent id.
         """
-        check_agent_id(agent_id)
+        parse_agent_id(agent_id)
         try:
             with anyio.fail_after(CALL_LIMIT_S):
                 return await self._fetch(agent_id)
@@ -131,12 +120,6 @@ class AgentRecords:
         async with self._http.stream("GET", self._base_url + path, headers=IDENTITY) as response:
             body = await read_body(response, MAX_ANSWER_BYTES, "the registrar")
         return response.status_code, body
-
-
-def _check_url(url: str) -> str:
-    if is_safe_url(url):
-        return url.rstrip("/")
-    raise UsageError("the registrar's URL must begin with https:// (or http:// on loopback)")
 
 
 def _is_envelope(body: bytes) -> bool:

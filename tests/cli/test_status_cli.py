@@ -159,7 +159,7 @@ def test_a_strange_status_is_an_error_and_no_crash(change: Any) -> None:
 )
 def test_what_is_no_status(body: bytes) -> None:
     with pytest.raises(ReplyError):
-        ask_admin.parse_status(body)
+        ask_admin.check_status(ask_admin.parse_results(body))
 
 
 # --- the commands -----------------------------------------------------------------------------------
@@ -201,12 +201,12 @@ def test_the_configuration_names_the_listener(site: Site, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("address", "code", "word"),
     [
-        ("127.0.0.1:1", 3, "no answer from the admin listener at 127.0.0.1:1"),
-        ("unix:/nonexistent/admin", 3, "no answer from the admin listener at unix:"),
+        ("127.0.0.1:1", 3, "no daemon answers at 127.0.0.1:1"),
+        ("unix:/nonexistent/admin", 3, "no daemon answers at unix:"),
         ("192.0.2.1:80", 2, "loopback and unix sockets only"),
         ("proxy.example:80", 2, "loopback and unix sockets only"),
-        ("8895", 2, "must be"),
-        ("http://127.0.0.1:8895", 2, ""),
+        ("8895", 2, '"8895" names no port'),
+        ("http://127.0.0.1:8895", 2, "is a URL"),
     ],
 )
 def test_addresses_that_do_not_do(address: str, code: int, word: str, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_another_server_is_no_daemon(site: Site, tmp_path: Path) -> None:
     assert "version 99" in done.stderr
     site.status = lambda: {"version": 1, "x": "x" * (ask_admin.MAX_STATUS_BYTES + 1)}
     done = run_here("status", "--admin", address_of(site), cwd=tmp_path)
-    assert (done.returncode, "more than a status has" in done.stderr) == (3, True)
+    assert (done.returncode, "sent more than" in done.stderr) == (3, True)
 
 
 def test_top_on_a_pipe_prints_once(site: Site, tmp_path: Path) -> None:

@@ -5,17 +5,16 @@ A reader takes the key and the TOML value, and gives the value that the program 
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from provider_proxy.common import addresses
 from provider_proxy.common.files import credentials_directory
-from provider_proxy.errors import ConfigError
+from provider_proxy.errors import ConfigError, UsageError
 from provider_proxy.evidence.model import PCR_COUNT, HashAlg, mask_of
 
 Reader = Callable[[str, Any], Any]
@@ -27,8 +26,6 @@ IDENTITY_RE = re.compile(
     r"spiffe://[^\s]{1,2000}|dns:[a-z0-9._-]{1,253}|email:[^\s]{3,254}|cn:[^\n]{1,64}"
     r"|sha256:[0-9a-f]{64}|uid:[0-9]{1,10}"
 )
-AGENT_ID_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", re.ASCII)  # Keylime keeps 80
-MAX_URL_CHARS = 1024
 
 
 def fail(key: str, must: str) -> ConfigError:
@@ -70,6 +67,24 @@ def read_text(key: str, value: object) -> str:
     if not isinstance(value, str):
         raise fail(key, "text")
     return value
+
+
+def parsed(parse: Callable[[str], Any], must: str) -> Reader:
+    """A reader of text that a parser takes.
+
+    Args:
+        parse: raises `UsageError` that says why it does not take a text.
+        must: what it must be, for messages.
+    """
+
+    def read(key: str, value: object) -> Any:
+        text = read_text(key, value)
+        try:
+            return parse(text)
+        except UsageError as exc:
+            raise fail(key, f"{must}: {exc}") from exc
+
+    return read
 
 
 def read_flag(key: str, value: object) -> bool:
@@ -179,23 +194,13 @@ def read_banks(key: str, value: object) -> tuple[HashAlg, ...]:
     return tuple(HashAlg.from_label(read(key, name)) for name in value)
 
 
+_read_address = parsed(addresses.parse_address, addresses.MUST_ADDRESS)
+
+
 def read_addresses(key: str, value: object) -> tuple[str, ...]:
     """An address or a list of them."""
     listed = value if isinstance(value, list) else [value]
-    for item in listed:
-        text = read_text(key, item)
-        host, _, port = text.rpartition(":")
-        if text.startswith("unix:/"):
-            continue
-        if (
-            not host
-            or not port.isascii()
-            or not port.isdecimal()
-            or len(port) > 5
-            or int(port) > 65535
-        ):
-            raise fail(key, '"host:port", "[ipv6]:port" or "unix:/path"')
-    return tuple(listed)
+    return tuple(_read_address(key, item) for item in listed)
 
 
 def read_identities(key: str, value: object) -> tuple[str, ...]:
@@ -215,61 +220,11 @@ def read_uuids(key: str, value: object) -> frozenset[uuid.UUID]:
     return frozenset(read_uuid(key, item) for item in value)
 
 
-def read_url(key: str, value: object) -> str:
-    """An http or https URL without user, query and fragment; without a final slash."""
-    text = read_text(key, value)
-    must = '"https://host:port"'
-    if len(text) > MAX_URL_CHARS or not text.isascii() or not text.isprintable() or " " in text:
-        raise fail(key, must)
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError:
-        raise fail(key, must) from None
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or port == 0
-        or set(text) & set("@?#\\")
-    ):
-        raise fail(key, must)
-    return text.rstrip("/")
-
-
-def read_agent_id(key: str, value: object) -> str:
-    """An agent's id in a registrar."""
-    text = read_text(key, value)
-    if not AGENT_ID_RE.fullmatch(text):
-        raise fail(key, "1 to 80 letters, digits, '.', '_' and '-'")
-    return text
-
-
-def read_contact(key: str, value: object) -> str:
-    """An IP address and a port, as "192.0.2.7:8890" or "[2001:db8::7]:8890"."""
-    text = read_text(key, value)
-    host, _, port = text.rpartition(":")
-    try:
-        version = ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).version
-    except ValueError:
-        version = None
-    if (
-        version is None
-        or (version == 6) != (host.startswith("[") and host.endswith("]"))
-        or not (port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) <= 65535)
-    ):
-        raise fail(key, '"address:port" with an IP address')
-    return text
-
-
-def split_contact(contact: str) -> tuple[str, int]:
-    """The address and the port of what `read_contact` gave."""
-    host, _, port = contact.rpartition(":")
-    return str(ipaddress.ip_address(host.strip("[]"))), int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """True for addresses of this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"  # another name may resolve to anything
+read_url = parsed(lambda text: str(addresses.parse_url(text)), addresses.MUST_URL)
+read_safe_url = parsed(addresses.parse_safe_url, addresses.MUST_SAFE_URL)
+read_webhook_url = parsed(
+    lambda text: addresses.parse_safe_url(text, query=True), addresses.MUST_SAFE_URL
+)
+read_host = parsed(addresses.parse_host, addresses.MUST_HOST)
+read_agent_id = parsed(addresses.parse_agent_id, addresses.MUST_AGENT_ID)
+read_contact = parsed(addresses.parse_contact, addresses.MUST_CONTACT)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from importlib import resources
 
-from provider_proxy.common.settings.values import is_loopback
+from provider_proxy.common.addresses import is_loopback
 from provider_proxy.errors import WrongHostError
 from provider_proxy.evidence.wire import encode_envelope
 from provider_proxy.host.api.tenant import Registrations, no_query, route

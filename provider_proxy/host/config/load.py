@@ -13,9 +13,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from provider_proxy.common.addresses import check_local
 from provider_proxy.common.settings.schema import read_table
-from provider_proxy.common.settings.values import fail, is_loopback
-from provider_proxy.errors import ConfigError
+from provider_proxy.common.settings.values import fail
+from provider_proxy.errors import ConfigError, UsageError
 from provider_proxy.host.config.environment import apply_environment
 from provider_proxy.host.config.files import DEFAULT, Document, Origin, read_document
 from provider_proxy.host.config.registrars import check_registrars
@@ -132,7 +133,7 @@ def _check_whole(config: Config) -> None:
     if not listen.address:
         raise ConfigError("listen.address must name at least one address")
     if listen.insecure_plaintext:
-        check_local("listen.insecure_plaintext", listen.address)
+        _check_local("listen.insecure_plaintext", listen.address)
         if listen.tls_cert or listen.tls_key or listen.client_ca:
             raise ConfigError("listen.insecure_plaintext must not stand beside TLS files")
     elif listen.tls_cert is None or listen.tls_key is None:
@@ -145,7 +146,7 @@ def _check_whole(config: Config) -> None:
     if config.tenant_defaults.identities or config.tenant_defaults.vms:
         key = "tenant_defaults." + ("identities" if config.tenant_defaults.identities else "vms")
         raise ConfigError(f"{key} belongs in [tenants.NAME], not in [tenant_defaults]")
-    check_local("admin.address", config.admin.address)
+    _check_local("admin.address", config.admin.address)
     if config.limits.default_timeout_ms > config.limits.max_timeout_ms:
         raise ConfigError("limits.default_timeout_ms must be <= limits.max_timeout_ms")
     if config.batch.window_ms >= config.limits.default_timeout_ms:
@@ -169,11 +170,6 @@ def _check_agent(config: Config) -> None:
     for key in ("url", "agent_id", "registrar_url"):
         if not getattr(agent, key):
             raise fail(f"keylime_agent.{key}", f'set where quoter.kind is "{KEYLIME_AGENT}"')
-    for key in ("url", "registrar_url"):
-        scheme, _, rest = getattr(agent, key).partition("://")
-        host = rest.partition("/")[0].rpartition(":")[0].strip("[]")
-        if not (scheme == "https" and rest) and not (scheme == "http" and is_loopback(host)):
-            raise fail(f"keylime_agent.{key}", "an https URL (or http on loopback, with a port)")
     for cert, key in (("client_cert", "client_key"), ("registrar_cert", "registrar_key")):
         if (getattr(agent, cert) is None) != (getattr(agent, key) is None):
             raise fail(f"keylime_agent.{key}", f"set exactly where {cert} is")
@@ -185,14 +181,8 @@ def _check_agent(config: Config) -> None:
         raise fail("tpm.banks", "one bank, the AK's, where a Keylime agent quotes")
 
 
-def check_local(key: str, addresses: tuple[str, ...]) -> None:
-    """Raises: ConfigError where an address is neither on loopback nor a unix socket."""
-    for address in addresses:
-        if not address.startswith("unix:") and not is_loopback(split_address(address)[0]):
-            raise ConfigError(f"{key} is for loopback and unix sockets only, not {address}")
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Split "host:port" or "[ipv6]:port"."""
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
+def _check_local(key: str, addresses: tuple[str, ...]) -> None:
+    try:
+        check_local(addresses)
+    except UsageError as exc:
+        raise ConfigError(f"{key} {exc}") from exc

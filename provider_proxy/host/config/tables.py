@@ -29,6 +29,7 @@ from provider_proxy.common.settings.values import (
     read_identities,
     read_path,
     read_pcrs,
+    read_safe_url,
     read_text,
     read_url,
     read_uuid,
@@ -114,9 +115,11 @@ class KeylimeAgent:
     """`[keylime_agent]`: the agent that owns the chip, where `quoter.kind` says so."""
 
     url: str | None = setting(
-        read_text, None, "Where it listens, https, or http on loopback for one without mTLS."
+        read_safe_url,
+        None,
+        "Where it listens, https, or http on loopback for one without mTLS.",
     )
-    agent_id: str | None = setting(read_text, None, "Its id at the registrar.")
+    agent_id: str | None = setting(read_agent_id, None, "Its id at the registrar.")
     client_cert: Path | None = setting(
         read_path, None, "Certificate for the agent, of a CA in its trusted_client_ca, PEM."
     )
@@ -124,7 +127,7 @@ class KeylimeAgent:
         read_path, None, "Its private key, PEM; not readable by others."
     )
     registrar_url: str | None = setting(
-        read_text, None, "The provider's own registrar, where the agent is registered, https."
+        read_safe_url, None, "The provider's own registrar, where the agent is registered, https."
     )
     registrar_ca: Path | None = setting(read_path, None, "CA of the registrar's certificate.")
     registrar_cert: Path | None = setting(read_path, None, "Certificate for the registrar, PEM.")

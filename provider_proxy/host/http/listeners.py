@@ -14,9 +14,8 @@ from typing import NoReturn
 
 import trio
 
-from provider_proxy.common.settings.values import is_loopback
+from provider_proxy.common.addresses import is_loopback, split_address
 from provider_proxy.errors import ConfigError, HostError
-from provider_proxy.host.config.load import split_address
 from provider_proxy.host.config.tables import Listen
 from provider_proxy.host.http.streams import ClientStream
 

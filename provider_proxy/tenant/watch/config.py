@@ -14,15 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from provider_proxy.common.addresses import is_loopback
 from provider_proxy.common.files import read_trusted
 from provider_proxy.common.settings.schema import read_table
-from provider_proxy.common.settings.values import fail, is_loopback
+from provider_proxy.common.settings.values import fail
 from provider_proxy.errors import ConfigError
 from provider_proxy.tenant.watch.tables import (
     HOST_NAME_RE,
     OWN_KEYS,
     TABLES,
-    URL_RE,
     HostRules,
     RegistrarTable,
     WatchConfig,
@@ -115,9 +115,8 @@ def _read_registrars(data: object, folder: Path) -> Mapping[str, RegistrarTable]
         if not HOST_NAME_RE.fullmatch(name) or not isinstance(table, dict):
             raise fail(key, "a table, its name letters, digits, '.', '_' and '-'")
         made = found[name] = read_table(RegistrarTable, table, key + ".", TABLES, folder=folder)
-        parts = URL_RE.fullmatch(made.url or "")
-        if parts is None or (parts["scheme"] == "http" and not is_loopback(parts["host"])):
-            raise ConfigError(f"{key}.url must be an https URL")
+        if made.url is None:
+            raise ConfigError(f"{key}.url must be an https URL: it is missing")
         if (made.cert is None) != (made.key is None):
             raise ConfigError(f"{key}.cert and key belong together")
         if (made.ek_ca is None) != made.insecure_no_ek:
@@ -166,7 +165,3 @@ def _check_webhook(webhook: Webhook) -> None:
         return
     if webhook.secret_file is None:
         raise ConfigError("webhook.secret_file is missing: reports are signed")
-    parts = URL_RE.fullmatch(webhook.url)
-    assert parts is not None
-    if parts["scheme"] == "http" and not is_loopback(parts["host"].strip("[]")):
-        raise ConfigError("webhook.url must be https, except on loopback")

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 
 import trio
 
+from provider_proxy.common.addresses import authority
 from provider_proxy.errors import HostError, ProviderProxyError, ReplyError, VerificationError
 from provider_proxy.evidence.model import ClockState
 from provider_proxy.evidence.wire import clock_values
@@ -217,7 +218,7 @@ class HostWatch:
                 "kind": kind,
                 "host": self.name,
                 "uuid": rules.uuid,
-                "provider": f"{rules.provider_ip}:{rules.provider_port}",
+                "provider": authority(rules.provider_ip, rules.provider_port),
                 "state": self.state.value,
                 "previous": previous.value if previous else None,
                 "error": type(error).__name__ if error is not None else None,

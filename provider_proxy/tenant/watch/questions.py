@@ -19,6 +19,7 @@ from typing import Protocol
 
 import trio
 
+from provider_proxy.common.addresses import authority
 from provider_proxy.errors import LogError, ReplyError
 from provider_proxy.evidence.logs.ima import MAX_PARTS
 from provider_proxy.evidence.model import (
@@ -169,8 +170,9 @@ class HostQuestions:
         endpoint = setting.endpoint
         self._connection: ProxyConnection | None = None
         if endpoint is not None:
-            authority = f"{endpoint.host}:{endpoint.port}"
-            self._connection = ProxyConnection(endpoint.connect, authority)
+            self._connection = ProxyConnection(
+                endpoint.connect, authority(endpoint.host, endpoint.port)
+            )
 
     @property
     def is_asked(self) -> bool:

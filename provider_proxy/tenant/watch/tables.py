@@ -6,7 +6,6 @@ read here; `watch_config` does that. docs/watch.md lists the keys; a test holds 
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,41 +19,21 @@ from provider_proxy.common.settings.values import (
     integer,
     number,
     one_of,
+    read_agent_id,
     read_flag,
+    read_host,
     read_path,
     read_pcrs,
+    read_safe_url,
     read_text,
     read_uuid,
+    read_webhook_url,
 )
 from provider_proxy.evidence.model import HashAlg, mask_of
 
 MAX_COMMAND_WORDS = 100
 HOST_NAME_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)  # also a pin's label
-AGENT_ID_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~-]{0,79}", re.ASCII)  # 80: Keylime's column
-ADDRESS_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}", re.ASCII)
-URL_RE = re.compile(  # strict: what two readers could read as two hosts is none
-    r"(?P<scheme>https?)://(?P<host>\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9.-]{1,253})(:[0-9]{1,5})?"
-    r"(/[\w.~!$&'()*+,;=:/?%-]{0,2000})?",
-    re.ASCII,
-)
 DEFAULT_UEFI_PCRS = mask_of(range(8))  # the firmware's own; 8 and 9 are the boot loader's
-
-
-def _read_agent_id(key: str, value: object) -> str:
-    text = read_text(key, value)
-    if not AGENT_ID_RE.fullmatch(text):
-        raise fail(key, "a UUID, or letters, digits, '.', '_', '~' and '-', 80 at most")
-    return text
-
-
-def _read_address(key: str, value: object) -> str:
-    text = read_text(key, value)
-    try:
-        return str(ipaddress.ip_address(text))
-    except ValueError:
-        if not ADDRESS_RE.fullmatch(text):
-            raise fail(key, "an IP address or a host's name") from None
-        return text
 
 
 def _read_bank(key: str, value: object) -> HashAlg:
@@ -72,13 +51,6 @@ def _read_argv(key: str, value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _read_url(key: str, value: object) -> str:
-    text = read_text(key, value)
-    if not URL_RE.fullmatch(text):
-        raise fail(key, "a URL of http or https, without a user's name")
-    return text
-
-
 def _read_label(key: str, value: object) -> str:
     text = read_text(key, value)
     if not HOST_NAME_RE.fullmatch(text):
@@ -91,14 +63,14 @@ class HostRules:
     """`[defaults]` and `[hosts.NAME]`: one host, its policy and how it is asked."""
 
     provider_ip: str = setting(
-        _read_address, "", "Where the host's proxy answers: IP address or name. Needed."
+        read_host, "", "Where the host's proxy answers: IP address or name. Needed."
     )
     provider_port: int = setting(integer(1, 65535), 8890, "Its port.")
     need_provider_quote: bool = setting(
         read_flag, True, "Whether the host is asked; without, it is only listed."
     )
     uuid: str | None = setting(
-        _read_agent_id, None, "The host's id at your registrar; goes into reports."
+        read_agent_id, None, "The host's id at your registrar; goes into reports."
     )
     registrar: str | None = setting(
         _read_label,
@@ -114,7 +86,7 @@ class HostRules:
     tls_cert: Path | None = setting(read_path, None, "Own certificate, PEM.")
     tls_key: Path | None = setting(read_path, None, "Its private key, PEM.")
     tls_name: str | None = setting(
-        _read_address, None, "What the proxy's certificate is for; provider_ip by default."
+        read_host, None, "What the proxy's certificate is for; provider_ip by default."
     )
     insecure_plaintext: bool = setting(read_flag, False, "No TLS. For proxies on loopback only.")
     interval_s: float = setting(number(0.1, 86_400), 10.0, "Seconds from one question to the next.")
@@ -180,7 +152,7 @@ OWN_KEYS = ("provider_ip", "uuid", "pin", "vm", "vm_ek")
 class RegistrarTable:
     """`[registrars.NAME]`: one of your own registrars (Keylime's)."""
 
-    url: str | None = setting(_read_url, None, "Its https URL, port 8891 as a rule. Needed.")
+    url: str | None = setting(read_safe_url, None, "Its https URL, port 8891 as a rule. Needed.")
     ca: Path | None = setting(
         read_path, None, "CA of its certificate, PEM; the system's by default."
     )
@@ -198,7 +170,9 @@ class RegistrarTable:
 class Webhook:
     """`[webhook]`: a URL that is told of each change."""
 
-    url: str | None = setting(_read_url, None, "Where reports are posted; http on loopback only.")
+    url: str | None = setting(
+        read_webhook_url, None, "Where reports are posted; http on loopback only."
+    )
     secret_file: Path | None = setting(
         read_path, None, "File with the key of the signature; readable by its owner alone. Needed."
     )

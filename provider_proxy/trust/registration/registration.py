@@ -26,9 +26,9 @@ import httpx
 import trio
 from cryptography import x509
 
+from provider_proxy.common.addresses import split_address
 from provider_proxy.common.backoff import backoff_s
 from provider_proxy.common.files import FileLock
-from provider_proxy.common.settings.values import split_contact
 from provider_proxy.errors import (
     EvidenceFormatError,
     HostError,
@@ -117,7 +117,7 @@ class Registration:
         self._open_http = open_http
         self._tls_cert = tls_cert
         self._lock = lock
-        self._contact = split_contact(table.contact) if table.contact is not None else None
+        self._contact = split_address(table.contact) if table.contact is not None else None
         self._now = now
         self.status = Status(since=now())
         self.observe: Callable[[State], None] = lambda state: None

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from provider_proxy.common.addresses import parse_contact, split_address
 from provider_proxy.common.files import read_secret
-from provider_proxy.common.settings.values import split_contact
 from provider_proxy.errors import ConfigError, HostError
 from provider_proxy.evidence.model import HashAlg, mask_of
 from provider_proxy.host.config import load as config_whole
@@ -156,7 +156,7 @@ PCRS = "a list of PCR numbers, 0 to 23"
 ADDRESS = '"host:port", "[ipv6]:port" or "unix:/path"'
 URL = '"https://host:port"'
 CONTACT = '"address:port" with an IP address'
-AGENT_ID = "1 to 80 letters, digits, '.', '_' and '-'"
+AGENT_ID = "1 to 80 letters, digits, '.', '_', '~' and '-'"
 BANK = 'one of "sha1", "sha256", "sha384", "sha512"'
 
 # key, a bad value as TOML, what the message says the value must be
@@ -602,8 +602,8 @@ def test_registrars_that_are_refused(text: str, message: str) -> None:
 
 
 def test_contacts_are_split() -> None:
-    assert split_contact("192.0.2.7:8890") == ("192.0.2.7", 8890)
-    assert split_contact("[2001:DB8::7]:1") == ("2001:db8::7", 1)
+    assert split_address(parse_contact("192.0.2.7:8890")) == ("192.0.2.7", 8890)
+    assert split_address(parse_contact("[2001:DB8::7]:1")) == ("2001:db8::7", 1)
 
 
 def test_an_agents_keys_are_not_ours_to_register() -> None:
@@ -709,7 +709,7 @@ def test_an_agent_as_the_quoter() -> None:
     [
         ('url = "https://127.0.0.1:9002"\n', "", "keylime_agent.url must be set"),
         ('agent_id = "host-a"\n', "", "keylime_agent.agent_id must be set"),
-        ('agent_id = "host-a"', 'agent_id = ""', "keylime_agent.agent_id must be set"),
+        ('agent_id = "host-a"', 'agent_id = ""', "keylime_agent.agent_id must be 1 to 80"),
         (
             '"https://127.0.0.1:9002"',
             '"ftp://127.0.0.1:9"',

@@ -132,21 +132,21 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"hosts": {"h": HOST}, "webhook": {"url": "https://x"}}, "secret_file is missing"),
     (
         {"hosts": {"h": HOST}, "webhook": {"url": "http://x.example/", "secret_file": "s"}},
-        "must be https",
+        "webhook.url must be an https URL",
     ),
     (
         {
             "hosts": {"h": HOST},
             "webhook": {"url": "http://127.0.0.1@x.example/", "secret_file": "s"},
         },
-        "must be a URL",
+        "webhook.url must be an https URL",
     ),
     (
         {
             "hosts": {"h": HOST},
             "webhook": {"url": "http://x.example?@127.0.0.1/", "secret_file": "s"},
         },
-        "must be https|must be a URL",
+        "webhook.url must be an https URL",
     ),
     ({"hosts": {"h": HOST}, "command": {"argv": []}}, "command.argv must be"),
     ({"hosts": {"h": HOST}, "command": {"argv": ["mail"]}}, "absolute path"),
