@@ -1,67 +1,68 @@
 # make install   everything that is missing: Debian packages, then Python packages into .venv
-# make demo      200 tenants, one TPM (a swtpm), every answer verified
-# make test      the tests (fetches a Chromium and promtool for them)
+# make demo      200 tenants, one TPM (a swtpm), every answer verified; installs only what that needs
+# make test      the tests (fetches a Chromium and promtool for them where they can be fetched)
 # make keylime   the real Keylime that the tests talk to, into .venv-keylime
-# make check     what CI runs: format, lint, types, tests, wheel
-# make test-libvirt  the vTPM link with a real libvirt and guests that boot (as root; installs libvirt, QEMU)
-# make soak      faults of all kinds in random order, for ten minutes (SOAK_SECONDS=600)
+# make check     format, lint, types, tests, wheel
+# make test-bare make demo and make test in a minimal Debian with an empty environment (as root);
+#                RELEASE=trixie, BARE_USER=1 for an ordinary user with sudo, BARE="deb test-deb" for other targets
 # make docs      docs/api.md from the OpenAPI description
 # make bench     the figures of this machine
 # make man       the manual pages and the shells' completion, into build/
-# make deb       the Debian package, into dist/, looked at by lintian
-# make test-deb  that package installed, started, asked, upgraded and purged, in a copy of this system (root)
-# make test-kvm  the same in a virtual machine with a TPM, IMA and systemd, rebooted as well (root; 10 minutes)
+# make deb       the Debian package and its SBOM, into dist/, looked at by lintian
+# make bundle    one archive for other systemd hosts, with its SBOM, into dist/
+# make lock      the lock files of all Python packages, from pyproject.toml and packaging/locks/*.in
+#
+# Tests that take long, alone or all together with `make test-slow` (as root):
+# make test-libvirt    5 min  the vTPM link with a real libvirt and guests that boot; installs libvirt, QEMU
+# make test-deb        4 min  the package installed, started, asked, upgraded and purged, in a copy of this system
+# make test-bundle     2 min  the bundle installed without a network, started, asked and removed, likewise
+# make test-kvm       10 min  the package in a virtual machine with a TPM, IMA and systemd, rebooted as well
+# make soak           10 min  faults of all kinds in random order (SOAK_SECONDS=600)
 #
 # sudo is used only where this is not root and a Debian package is missing.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+LOCKS := packaging/locks
+HOST := $(VENV)/.host
+DEV := $(VENV)/.dev
 KEYLIME_VENV := .venv-keylime
 WHEEL_VENV := .venv-wheel
-DEBIAN := swtpm swtpm-tools tpm2-tools libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv util-linux openssl systemd man-db
-# For the tests alone: a browser for the status page, and what reads manuals and completions.
-DEBIAN_TESTS := chromium chromium-driver mandoc zsh fish git
-DEBIAN_BUILD := debhelper dpkg-dev fakeroot lintian
+# For the daemon, and for tpm2-pytss, which has to be compiled.
+DEBIAN := swtpm libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv
+DEBIAN_TESTS := swtpm-tools tpm2-tools util-linux openssl systemd man-db
+# A browser for the status page, and what reads manuals and completions. Where one cannot be had, its tests are skipped.
+DEBIAN_OPTIONAL := chromium chromium-driver mandoc zsh fish git
+DEBIAN_BUILD := build-essential debhelper dpkg-dev fakeroot lintian
 DEBIAN_KVM := e2fsprogs mmdebstrap ovmf qemu-system-x86
 # For test-libvirt alone.
 DEBIAN_LIBVIRT := libvirt-daemon-system libvirt-clients qemu-system-x86
 GUEST := .guest/.unpacked
 PROMTOOL := .promtool/usr/bin/promtool
-PIP := $(BIN)/python -m pip --disable-pip-version-check
-missing = $(shell for p in $(1); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done)
+MAX_SKIPPED ?= 40
 SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: install system system-deb browser promtool libvirt guest keylime demo test test-libvirt check format lint types wheel soak bench docs man deb test-deb system-kvm test-kvm clean
+.PHONY: help install system system-tests system-deb promtool libvirt guest keylime demo test test-libvirt test-bare test-slow check format lint types wheel soak bench docs man lock deb test-deb bundle test-bundle system-kvm test-kvm clean
 
-install: $(STAMP)
+install: $(DEV)
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
 system:
-	$(call into_system,$(DEBIAN))
+	@packaging/system-packages.sh $(DEBIAN)
 
-browser:
-	$(call into_system,$(DEBIAN_TESTS))
-
-define into_system
-	@missing="$(call missing,$(1))"; if [ -n "$$missing" ]; then \
-	  echo "installing Debian packages: $$missing"; \
-	  $(SUDO) apt-get update -qq && \
-	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; \
-	fi
-endef
+system-tests: system
+	@packaging/system-packages.sh $(DEBIAN_TESTS)
+	@packaging/system-packages.sh --optional "the tests that need it" $(DEBIAN_OPTIONAL)
 
 # Checks the alert rules. Taken out of its package: to install that would start a Prometheus here.
-promtool: $(PROMTOOL)
-
-$(PROMTOOL): | system
-	@echo "unpacking promtool, for the tests"
-	@mkdir -p .promtool && cd .promtool && rm -f prometheus_*.deb && \
-	  { apt-get download -qq -o APT::Sandbox::User=root prometheus || { $(SUDO) apt-get update -qq && apt-get download -qq -o APT::Sandbox::User=root prometheus; }; } && \
-	  dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool && rm prometheus_*.deb
+promtool: | system
+	@[ -x $(PROMTOOL) ] || packaging/unpack-promtool.sh .promtool
 
 libvirt:
-	$(call into_system,$(DEBIAN_LIBVIRT))
+	@packaging/system-packages.sh $(DEBIAN_LIBVIRT)
 
 # What the guests of test-libvirt boot, taken out of its packages: a kernel, and busybox.
 guest: $(GUEST)
@@ -76,12 +77,14 @@ $(GUEST): | system
 	  dpkg-deb --fsys-tarfile busybox-static_*.deb | tar -x --strip-components=2 --wildcards '*/bin/busybox' && \
 	  rm *.deb && touch .unpacked
 
-$(STAMP): pyproject.toml constraints.txt | system
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed; name it with PYTHON=…"; exit 3; }
-	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@echo "installing Python packages into $(VENV)"
-	@$(PIP) install -q -c constraints.txt -e '.[dev]'
+# The daemon alone first: the demo needs no more.
+$(HOST): pyproject.toml $(LOCKS)/build.txt $(LOCKS)/host.txt | system
+	@packaging/venv.sh $(PYTHON) $(VENV) $(LOCKS)/build.txt $(LOCKS)/host.txt
+	@$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(DEV): $(HOST) $(LOCKS)/dev.txt
+	@packaging/venv.sh $(PYTHON) $(VENV) $(LOCKS)/dev.txt
 	@touch $@
 
 # The real Keylime for the tests; its dependencies must not meet ours. The last agent in Python is older.
@@ -94,17 +97,16 @@ $(KEYLIME_VENV)-agent/.installed: tests/system/keylime/agent_requirements.txt | 
 	$(call into_venv,$(KEYLIME_VENV)-agent,$<)
 
 define into_venv
-	@[ -x $(1)/bin/python ] || $(PYTHON) -m venv $(1)
 	@echo "installing Keylime into $(1), for the tests"
-	@$(1)/bin/python -m pip --disable-pip-version-check install -q -r $(2)
+	@packaging/venv.sh $(PYTHON) $(1) $(LOCKS)/build.txt $(2)
 	@touch $(1)/.installed
 endef
 
-demo: install
+demo: $(HOST)
 	@$(BIN)/provider-proxy --log-level warning demo
 
-test: install keylime browser promtool
-	$(BIN)/python -m pytest -q
+test: install keylime system-tests promtool
+	$(BIN)/python -m pytest -q --max-skipped $(MAX_SKIPPED)
 
 format: install
 	$(BIN)/ruff format --check .
@@ -118,10 +120,10 @@ types: install
 # The wheel as a tenant gets it, built from the source distribution: nothing but cryptography beside it.
 wheel: install
 	rm -rf dist $(WHEEL_VENV)
-	$(BIN)/python -m build --outdir dist . >/dev/null
+	$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
 	$(BIN)/python packaging/check_dists.py dist
-	$(PYTHON) -m venv $(WHEEL_VENV)
-	$(WHEEL_VENV)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt dist/*.whl
+	@packaging/venv.sh $(PYTHON) $(WHEEL_VENV) $(LOCKS)/tenant.txt
+	$(WHEEL_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps --no-index dist/*.whl
 	cd tests/vectors && ../../$(WHEEL_VENV)/bin/python ../support/wheel_smoke.py
 
 check: format lint types test wheel
@@ -144,8 +146,11 @@ man: install
 	$(BIN)/python packaging/manpages.py build/man
 	$(BIN)/python packaging/completion.py build/completion
 
-system-deb:
-	$(call into_system,$(DEBIAN_BUILD))
+lock:
+	packaging/lock.sh
+
+system-deb: system
+	@packaging/system-packages.sh $(DEBIAN_BUILD)
 
 deb: system-deb install
 	packaging/build-deb.sh dist
@@ -155,7 +160,7 @@ test-deb: deb
 	tests/system/test-deb.sh dist/provider-proxy_*.deb
 
 system-kvm:
-	$(call into_system,$(DEBIAN_KVM))
+	@packaging/system-packages.sh $(DEBIAN_KVM)
 
 # The first time it fetches a Debian by this machine's apt sources, into build/kvm.
 test-kvm: system-kvm deb

@@ -15,7 +15,7 @@ trap 'rm -rf "$tools"' EXIT
 # No debugging information, so that no path of this machine is in the one package that is compiled here.
 CFLAGS="-g0 -O2 -ffile-prefix-map=$tools=." LDFLAGS="-Wl,--build-id=none" \
     "$tools/venv/bin/python" -m pip --disable-pip-version-check --python "$app/bin/python3" \
-    install -q --no-compile -c constraints.txt '.[host]'
+    install -q --no-compile  '.[host]'
 
 # The one command is the launcher's; what else there is would have this machine's paths.
 find "$app/bin" -mindepth 1 ! -name 'python3*' -delete

@@ -20,7 +20,7 @@ export PIP_CACHE_DIR="$PWD/build/pip-cache"
 tree=build/deb/provider-proxy-$version
 rm -rf build/deb
 mkdir -p "$tree" "$out"
-cp -r provider_proxy systemd docs packaging pyproject.toml constraints.txt README.md LICENSE CHANGELOG.md "$tree"
+cp -r provider_proxy systemd docs packaging pyproject.toml README.md LICENSE CHANGELOG.md "$tree"
 find "$tree" -name __pycache__ -prune -exec rm -rf {} +
 .venv/bin/python packaging/completion.py "$tree/completion"
 cp -r packaging/debian "$tree/debian"

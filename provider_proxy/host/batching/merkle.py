@@ -6,21 +6,36 @@ which halves the time a leaf costs, and its tree equals RFC 9162's for every siz
 
 merklelib 1.0 uses `collections.Iterable`, which Python 3.10 removed. The repair puts a namespace
 that has it where merklelib looks, in merklelib's own module; the standard library stays as it is.
+
+Its sources name the encoding "future_fstrings", which is UTF-8 whose f-strings Python 2 can read. The
+package that brings the encoding runs code at every start of Python, so it is not installed: UTF-8
+stands under that name while merklelib is imported.
 """
 
 from __future__ import annotations
 
+import codecs
 import collections
 import collections.abc
+import encodings.utf_8
 import secrets
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import merklelib.merkle
-
 from provider_proxy.evidence import inclusion
 from provider_proxy.evidence.model import HASH_BYTES, RootHash
+
+
+def _future_fstrings(name: str) -> codecs.CodecInfo | None:
+    return encodings.utf_8.getregentry() if name == "future_fstrings" else None
+
+
+codecs.register(_future_fstrings)
+try:
+    import merklelib.merkle
+finally:
+    codecs.unregister(_future_fstrings)
 
 if not hasattr(collections, "Iterable"):
     merklelib.merkle.collections = types.SimpleNamespace(
