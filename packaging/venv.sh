@@ -34,4 +34,8 @@ for lock in "$@"; do
     "$venv/bin/python" -m pip --disable-pip-version-check install -q \
         --require-hashes --no-deps --no-build-isolation -r "$lock" || exit 3
 done
+if [ -n "${wanted:-}" ]; then
+    # Without cffi or the headers its build passes and leaves the library out.
+    "$venv/bin/python" -c 'import tpm2_pytss' || { echo "tpm2-pytss was built without the TPM library" >&2; exit 3; }
+fi
 echo "Python packages are in $venv after $(($(date +%s) - start)) s"
