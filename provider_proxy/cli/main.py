@@ -1,7 +1,7 @@
 """`provider-proxy`: picks the subcommand and turns errors into exit codes.
 
 Exit codes of every subcommand: 0 good, 1 verification refused, 2 usage, 3 environment (an uncaught
-exception included). Results go to stdout, the log to stderr. A subcommand's module is imported only
+exception included, and output that could not be written). Results go to stdout, the log to stderr. A subcommand's module is imported only
 when it runs, so that a tenant with the base install can verify.
 """
 
@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from provider_proxy.cli.streams import OutputLostError, Streams
 from provider_proxy.common import log
 from provider_proxy.errors import ProviderProxyError, RequestError, UsageError, VerificationError
 
@@ -70,6 +71,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
         choices=log.LEVELS,
         help="what goes to stderr (default: info; for serve, what log.level says)",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in SUBCOMMANDS.items():
         sub = commands.add_parser(
@@ -118,14 +120,28 @@ def run(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point."""
+    streams = Streams()
     try:
-        code = run(sys.argv[1:])
+        code = _run_to_exit_code(sys.argv[1:])
+        streams.flush()
+    except OutputLostError:
+        code = EXIT_ENVIRONMENT
     except KeyboardInterrupt:
         code = EXIT_ENVIRONMENT
-    except BrokenPipeError:
-        sys.stderr.close()
-        code = EXIT_ENVIRONMENT
     except Exception:  # noqa: BLE001  # Python's own exit code for it would be 1: refused
-        traceback.print_exc()
         code = EXIT_ENVIRONMENT
+        if streams.lost() is None:  # else it came of that, from a group of tasks
+            traceback.print_exc()
+    if (why := streams.lost()) is not None:
+        code = EXIT_ENVIRONMENT
+        if why:
+            print(f"provider-proxy: the output could not be written: {why}", file=sys.stderr)
+        streams.abandon()
     sys.exit(code)
+
+
+def _run_to_exit_code(argv: Sequence[str]) -> int:
+    try:
+        return run(argv)
+    except SystemExit as exc:  # argparse's, after --help or a usage error
+        return exc.code if isinstance(exc.code, int) else EXIT_GOOD if exc.code is None else EXIT_USAGE

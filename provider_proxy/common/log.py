@@ -120,15 +120,25 @@ class StderrHandler(logging.StreamHandler[TextIO]):
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line; none where stderr is closed, and is None."""
+        if sys.stderr is not None:
+            super().emit(record)
+
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
         """Where it goes."""
         return sys.stderr
 
 
-def is_journal(stream: TextIO) -> bool:
-    """True where a stream goes to systemd's journal: $JOURNAL_STREAM, systemd.exec(5)."""
+def is_journal(stream: TextIO | None) -> bool:
+    """True where a stream goes to systemd's journal: $JOURNAL_STREAM, systemd.exec(5).
+
+    A program that was started with its stderr closed has None for a stream.
+    """
     device, _, inode = os.environ.get("JOURNAL_STREAM", "").partition(":")
+    if stream is None:
+        return False
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError):
