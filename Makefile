@@ -133,6 +133,17 @@ test-libvirt: install keylime libvirt guest
 	@[ "$$(id -u)" = 0 ] || { echo "test-libvirt needs root"; exit 3; }
 	TEST_LIBVIRT=1 unshare --mount --propagation private $(BIN)/python -m pytest -q -s tests/system/test_vtpm_libvirt.py tests/system/test_vtpm_guest.py
 
+# What CI runs in a minimal Debian; downloads are kept in .cache.
+RELEASE ?= bookworm
+BARE ?= demo test
+BARE_WHO := $(if $(BARE_USER),user,root)
+test-bare:
+	.ci/bare $(RELEASE) $(BARE_WHO) \
+	  "$(if $(BARE_USER),sudo )sh -c '{ apt-get update && apt-get install -y make git; } >/dev/null 2>&1'" $(BARE:%="make %")
+
+# All that `make test` leaves out, because it takes long or changes the machine.
+test-slow: test-deb test-bundle test-libvirt test-kvm soak
+
 soak: install
 	SOAK_SECONDS=$${SOAK_SECONDS:-600} $(BIN)/python -m pytest -q -s tests/system/test_soak.py
 

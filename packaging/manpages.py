@@ -21,7 +21,7 @@ from pathlib import Path
 
 from provider_proxy.cli import main as cli
 from provider_proxy.common.settings.values import as_toml
-from provider_proxy.host.assembly import program_version
+from provider_proxy.common.version import program_version
 from provider_proxy.host.config import tables
 
 PROSE = Path(__file__).with_name("man")
@@ -41,7 +41,10 @@ EXIT_STATUS = (
     ("0", "good"),
     ("1", "verification refused"),
     ("2", "usage: a wrong option, file content or configuration"),
-    ("3", "environment: no TPM, no reply, a file missing, an extra not installed, a bug"),
+    (
+        "3",
+        "environment: no TPM, no reply, a file missing, an extra not installed, output lost, a bug",
+    ),
 )
 
 

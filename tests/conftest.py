@@ -1,8 +1,19 @@
-"""What holds for a whole run: the number of skipped tests is printed and bounded."""
+"""What holds for a whole run: one environment everywhere, and a bound on the number of skipped tests."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+# What tests, and the commands that they start, get of the caller's environment. With anything else
+# (Python's own switches, proxies, certificates, a service manager's sockets) they would pass here and
+# fail there.
+KEPT = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TERM", "VIRTUAL_ENV", "CI")
+KEPT_PREFIXES = ("TEST_", "SOAK_", "PYTEST_", "HYPOTHESIS_", "OPENBLAS_", "COVERAGE_")
+for name in list(os.environ):
+    if name not in KEPT and not name.startswith(KEPT_PREFIXES):
+        del os.environ[name]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,8 +1,9 @@
 """`provider-proxy`: picks the subcommand and turns errors into exit codes.
 
 Exit codes of every subcommand: 0 good, 1 verification refused, 2 usage, 3 environment (an uncaught
-exception included, and output that could not be written). Results go to stdout, the log to stderr. A subcommand's module is imported only
-when it runs, so that a tenant with the base install can verify.
+exception included, and output that could not be written). Results go to stdout, the log to stderr.
+A subcommand's module is imported only when it runs, so that a tenant with the base install can
+verify.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 
 from provider_proxy.cli.streams import OutputLostError, Streams
 from provider_proxy.common import log
+from provider_proxy.common.version import program_version
 from provider_proxy.errors import ProviderProxyError, RequestError, UsageError, VerificationError
 
 EXIT_GOOD = 0
@@ -71,7 +73,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
         choices=log.LEVELS,
         help="what goes to stderr (default: info; for serve, what log.level says)",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {program_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in SUBCOMMANDS.items():
         sub = commands.add_parser(
@@ -144,4 +146,6 @@ def _run_to_exit_code(argv: Sequence[str]) -> int:
     try:
         return run(argv)
     except SystemExit as exc:  # argparse's, after --help or a usage error
-        return exc.code if isinstance(exc.code, int) else EXIT_GOOD if exc.code is None else EXIT_USAGE
+        return (
+            exc.code if isinstance(exc.code, int) else EXIT_GOOD if exc.code is None else EXIT_USAGE
+        )

@@ -1,9 +1,9 @@
 """The process's stdin, stdout and stderr as the commands need them, whatever the caller made of them.
 
-A result that cannot be written to stdout (a full disk, a closed descriptor, a reader that has gone) is no
-result: the command ends with exit code 3. A message that cannot be written to stderr is dropped: the exit
-code says the result. A descriptor that the caller closed is opened on /dev/null, so that no socket
-and no file of ours gets its number.
+A result that cannot be written to stdout (a full disk, a closed descriptor, a reader that has gone)
+is no result: the command ends with exit code 3. A message that cannot be written to stderr is
+dropped: the exit code says the result. A descriptor that the caller closed is opened on /dev/null, so
+that no socket and no file of ours gets its number.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Messages(io.FileIO):
 
 
 def _open_missing() -> None:
-    """Give 0, 1 and 2 to /dev/null where they are closed; a write to such a stdout fails, as it would have."""
+    """Give 0, 1 and 2 to /dev/null where they are closed; a write to such a stdout still fails."""
     for number, flags in ((STDIN, os.O_RDONLY), (STDOUT, os.O_RDONLY), (STDERR, os.O_WRONLY)):
         try:
             os.fstat(number)
@@ -96,7 +96,7 @@ class Streams:
         sys.stdout.flush()
 
     def lost(self) -> str | None:
-        """Why output was lost; None where all of it was written. Silent readers that left: an empty text."""
+        """Why output was lost; empty where its reader has gone, None where all was written."""
         if self._out is None or self._out.lost is None:
             return None
         if self._out.lost.errno == errno.EPIPE:

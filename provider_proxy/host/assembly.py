@@ -18,11 +18,11 @@ from contextlib import (
     contextmanager,
 )
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from provider_proxy.common.version import program_version
 from provider_proxy.errors import HostError
 from provider_proxy.host import systemd
 from provider_proxy.host.api.admin import AdminDoor
@@ -337,11 +337,3 @@ def _make_tenant_door(
         count=recent.count,
         vtpm_ca=vtpm_ca_results(issuer.certificate) if isinstance(issuer, HostCa) else None,
     )
-
-
-def program_version() -> str:
-    """This program's version; "unknown" where it runs from sources that were never installed."""
-    try:
-        return version("provider-proxy")
-    except PackageNotFoundError:
-        return "unknown"

@@ -31,18 +31,15 @@ from helpers import (
     run_command,
     run_here,
 )
+from verify_files import MASK, VALUE, VERIFY, Done, Files
 
 from provider_proxy.errors import QuoteError
-from provider_proxy.evidence.model import HashAlg, Nonce, PcrMask, QuoteRequest
-from provider_proxy.evidence.request_file import RequestRecord, encode_request, parse_request
+from provider_proxy.evidence.request_file import parse_request
 from provider_proxy.host.config.tables import BatchTable, Config, Listen, Logs
 from provider_proxy.testing.soft_tpm import SoftTpm, encode_public
 
 GOOD, REFUSED, USAGE, ENVIRONMENT = 0, 1, 2, 3
 NOWHERE = Path("/nonexistent")
-VALUE = HashAlg.SHA256.digest(b"good")
-MASK = PcrMask(1 << 16)
-Done = subprocess.CompletedProcess[str]
 
 
 def last_object(done: Done) -> dict[str, Any]:
@@ -64,48 +61,9 @@ def expect(done: Done, code: int, *words: str) -> Done:
 # --- verify, offline --------------------------------------------------------------------------------
 
 
-class Files:
-    """A tenant's files: request, evidence, AK, policy; all good."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.tpm = SoftTpm(pcrs={16: b"good"})
-        self.request = QuoteRequest(nonce=Nonce(b"nonce-0123456789"), mask=MASK)
-        self.body = make_evidence(self.tpm, self.request)
-        self.put("ak", base64.b64encode(self.tpm.ak_public) + b"\n")
-        self.put("policy.json", json.dumps({"16": [VALUE.hex()]}).encode())
-        self.put("evidence.json", self.body)
-        self.record(answered_after_s=1.0, evidence_sha256=sha256(self.body).digest())
-
-    def put(self, name: str, data: bytes) -> Path:
-        path = self.folder / name
-        path.write_bytes(data)
-        return path
-
-    def record(self, *, made_at_s: float | None = None, **more: Any) -> None:
-        record = RequestRecord(
-            request=self.request, made_at_s=time.time() if made_at_s is None else made_at_s, **more
-        )
-        self.put("request.json", encode_request(record))
-
-    def verify(
-        self,
-        *more: str,
-        key: tuple[str, ...] = ("--ak-tpm", "ak"),
-        policy: tuple[str, ...] = ("--tpm-policy", "policy.json"),
-        evidence: str = "evidence.json",
-        request: str = "request.json",
-    ) -> Done:
-        words = ("verify", evidence, "--request", request, *key, *policy, *more)
-        return run_here(*words, cwd=self.folder)
-
-
 @pytest.fixture
 def files(tmp_path: Path) -> Files:
     return Files(tmp_path)
-
-
-VERIFY = "verify evidence.json --request request.json --ak-tpm ak --tpm-policy policy.json"
 
 
 def test_verify_good(files: Files) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import command
 from places import TESTS
-from test_cli import VERIFY, files  # noqa: F401  # a fixture
+from verify_files import VERIFY, Files
 
 from provider_proxy.cli.main import SUBCOMMANDS
 
@@ -64,8 +64,9 @@ def test_a_lost_message_leaves_the_exit_code(state: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_real_results_and_real_refusals(state: str, files) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+def test_real_results_and_real_refusals(state: str, tmp_path: Path) -> None:
     """Commands that print by print(), by rich, as JSON; a refusal says 1 whatever stderr is."""
+    files = Files(tmp_path)
     config = files.folder / "c.toml"
     config.write_text('[listen]\ninsecure_plaintext = true\n[tpm]\ntcti = "embedded"\n')
     good = [
@@ -77,8 +78,8 @@ def test_real_results_and_real_refusals(state: str, files) -> None:  # type: ign
         "plan --tenants 10 --quote-ms 100 --json",
         f"pki init pki-{state} --host localhost",
     ]
-    refused = VERIFY.replace("--insecure-any-state", f"--pcr 0={'00' * 32}")
-    assert refused != VERIFY
+    refused = VERIFY.replace("policy.json", "other.json")
+    files.put("other.json", json.dumps({"16": ["00" * 32]}).encode())
     for seen in run_all(good, f"stdout={state}", folder=files.folder):
         assert seen.code == ENVIRONMENT, seen
         assert "Traceback" not in seen.said, seen

@@ -1,8 +1,10 @@
-"""python forked_commands.py FOLDER STREAM... < LINES: runs each line as a command whose streams are in a bad state.
+"""Runs commands whose stdout or stderr is in a bad state.
 
-STREAM is `stdout=full`, `stdout=closed`, `stdout=gone`, or the same of stderr. Each command runs in a child of
-this process, so that the package is imported once. Prints a JSON object a line: the command's words, its exit
-code, and what it wrote to the stream that was left alone.
+    python forked_commands.py FOLDER STREAM... < LINES
+
+STREAM is `stdout=full`, `stdout=closed`, `stdout=gone`, or the same of stderr. Each line is a
+command; it runs in a child of this process, so that the package is imported once. Prints a JSON
+object a line: the command's words, its exit code, and what it wrote to the stream that was left alone.
 """
 
 from __future__ import annotations
