@@ -13,10 +13,7 @@ import io
 import os
 import select
 import sys
-from typing import TYPE_CHECKING, TextIO
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+from typing import TextIO
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 
@@ -30,7 +27,7 @@ class _Out(io.FileIO):
 
     lost: OSError | None = None
 
-    def write(self, data: ReadableBuffer, /) -> int:
+    def write(self, data: memoryview, /) -> int:  # type: ignore[override]  # from a BufferedWriter
         try:
             while (written := super().write(data)) is None:  # the caller made it non-blocking
                 select.select([], [self], [])
@@ -43,12 +40,12 @@ class _Out(io.FileIO):
 class _Messages(io.FileIO):
     """stderr. What cannot be written is dropped."""
 
-    def write(self, data: ReadableBuffer, /) -> int:
+    def write(self, data: memoryview, /) -> int:  # type: ignore[override]  # from a BufferedWriter
         try:
             written: int | None = super().write(data)
         except OSError:
             written = None
-        return memoryview(data).nbytes if written is None else written
+        return data.nbytes if written is None else written
 
 
 def _open_missing() -> None:
