@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 # What tests, and the commands that they start, get of the caller's environment. With anything else
 # (Python's own switches, proxies, certificates, a service manager's sockets) they would pass here and
@@ -14,6 +16,27 @@ KEPT_PREFIXES = ("TEST_", "SOAK_", "PYTEST_", "HYPOTHESIS_", "OPENBLAS_", "COVER
 for name in list(os.environ):
     if name not in KEPT and not name.startswith(KEPT_PREFIXES):
         del os.environ[name]
+
+# How long an example takes is the machine's affair, so no test has a deadline.
+settings.register_profile("provider-proxy", deadline=None)
+settings.load_profile("provider-proxy")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Have hypothesis make its tables of characters, which takes it seconds in a fresh checkout.
+
+    Else the first test that asks for text would make them, and fail as too slow in making its data.
+    """
+    if any(
+        getattr(getattr(item, "obj", None), "is_hypothesis_test", False) for item in session.items
+    ):
+
+        @given(st.text(), st.floats())
+        @settings(max_examples=1, database=None, suppress_health_check=list(HealthCheck))
+        def draw(_text: str, _number: float) -> None:
+            pass
+
+        draw()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -271,8 +271,19 @@ class Terminal:
         deadline = time.monotonic() + LIMIT_S
         while not re.search(pattern, self.seen, re.DOTALL):
             assert time.monotonic() < deadline, self.seen[-2000:]
-            if select.select([self.master], [], [], 0.1)[0]:
-                self.seen += os.read(self.master, 65536).decode("utf-8", "replace")
+            self._read()
+
+    def wait(self) -> int:
+        """Its exit code. What it writes is read meanwhile: else it waits for the terminal."""
+        deadline = time.monotonic() + LIMIT_S
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, self.seen[-2000:]
+            self._read()
+        return self.process.returncode
+
+    def _read(self) -> None:
+        if select.select([self.master], [], [], 0.1)[0]:
+            self.seen += os.read(self.master, 65536).decode("utf-8", "replace")
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -292,7 +303,7 @@ def test_top_in_a_terminal_is_live_and_ends_at_q(site: Site) -> None:
         site.status = lambda: {"version": 2}
         terminal.until("asking again")  # what is no status does not end it
         os.write(terminal.master, b"q")
-        assert terminal.process.wait(LIMIT_S) == 0
+        assert terminal.wait() == 0
         assert termios.tcgetattr(terminal.slave)[3] == terminal.before[3]  # echo, lines
         terminal.until(r"\x1b\[\?1049l")  # back from the other screen
     finally:
@@ -305,7 +316,7 @@ def test_top_ends_at_control_c_too(site: Site) -> None:
     try:
         terminal.until("READY")
         terminal.process.send_signal(signal.SIGINT)
-        assert terminal.process.wait(LIMIT_S) == 0
+        assert terminal.wait() == 0
         assert "Traceback" not in terminal.seen
         assert termios.tcgetattr(terminal.slave)[3] == terminal.before[3]
     finally:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from helpers import free_port
 from keylime_helpers import (
     HERE,
     Registrar,
-    free_port,
     keylime_environment,
     running_keylime,
 )

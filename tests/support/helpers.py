@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import secrets
 import socket
 import ssl
 import subprocess
@@ -665,9 +666,26 @@ def listening_socket() -> Iterator[tuple[socket.socket, int]]:
         yield sock, sock.getsockname()[1]
 
 
+EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody had a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-    return port
+    """A TCP port that nobody has, in neither family, and that nobody gets by asking for any port.
+
+    A port that the kernel handed out is in its range for outgoing connections: one of another test's
+    may take it before the program that it is for does.
+    """
+    first_ephemeral = int(EPHEMERAL.read_text().split()[0])
+    for _ in range(1000):
+        port = secrets.randbelow(first_ephemeral - 10_000) + 10_000
+        with contextlib.ExitStack() as stack:
+            try:
+                for family, any_address in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
+                    sock = stack.enter_context(socket.socket(family))
+                    if family == socket.AF_INET6:
+                        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    sock.bind((any_address, port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no free port was found")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import ssl
 import subprocess
 import time
@@ -18,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers import free_port
 from places import ROOT, SYSTEM
 
 PYTHON = ROOT / ".venv-keylime/bin/python"
@@ -171,14 +171,6 @@ class KeylimeVerifier:
     @property
     def url(self) -> str:
         return f"https://127.0.0.1:{self.port}"
-
-
-def free_port() -> int:
-    """A port that nobody had a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def keylime_environment(directory: Path) -> dict[str, str]:

@@ -22,9 +22,9 @@ import httpx
 import pytest
 import trio
 from evidence_factory import VM
-from helpers import LIMIT_S, command, make_certs, until_answered
+from helpers import LIMIT_S, command, free_port, make_certs, until_answered
 from keylime_helpers import KeylimeVerifier as RealVerifier
-from keylime_helpers import Registrar, free_port, running_registrar, running_verifier
+from keylime_helpers import Registrar, running_registrar, running_verifier
 from test_docs import code, fenced, read, rows
 from test_ek_check import KEYLIME_REFUSES, keylime_tenant
 from test_vtpm_link import EK

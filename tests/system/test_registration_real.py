@@ -23,6 +23,7 @@ from helpers import (
     LIMIT_S,
     Asker,
     connect,
+    free_port,
     get,
     listening_socket,
     plain_toml,
@@ -33,7 +34,7 @@ from helpers import (
     until,
     until_answered,
 )
-from keylime_helpers import Registrar, free_port, running_registrar
+from keylime_helpers import Registrar, running_registrar
 from simulated_registrar import FakeKeys, wrap
 from test_docs import codes, fenced, read, rows
 from test_registrar_contract import certificate
@@ -398,7 +399,7 @@ def test_register_by_hand_says_each_step(registrar: Registrar, tmp_path: Path) -
     ("toml", "words", "code", "message"),
     [
         ("", ["register"], 2, "the configuration has no [registrars.NAME]"),
-        ("", ["registrations"], 2, "admin.address is not set"),
+        ("", ["registrations"], 2, "has no admin.address"),
         (
             '[admin]\naddress = "unix:/nonexistent/admin"\n',
             ["registrations"],

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
-from helpers import LIMIT_S, Certs, connect, get_bytes, listening_socket, make_certs
+from helpers import LIMIT_S, Certs, connect, free_port, get_bytes, listening_socket, make_certs
 
 from provider_proxy.errors import ConfigError, HostError
 from provider_proxy.host.config.tables import Listen
@@ -99,8 +99,8 @@ async def test_localhost_is_all_that_it_stands_for() -> None:
 
 async def test_ipv6_leaves_ipv4_to_others() -> None:
     """[::] and 0.0.0.0 on one port: neither takes the other's place."""
-    async with served(open_listeners(KEY, ["[::]:0"], None)) as (name,):
-        port = name.rpartition(":")[2]
+    port = free_port()  # one that the kernel chose for [::] may be in use on 0.0.0.0
+    async with served(open_listeners(KEY, [f"[::]:{port}"], None)):
         async with served(open_listeners(KEY, [f"0.0.0.0:{port}"], None)):
             assert await is_served(f"127.0.0.1:{port}")
             assert await is_served(f"[::1]:{port}")

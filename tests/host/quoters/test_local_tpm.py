@@ -378,6 +378,10 @@ class RecordingGate(Gate):
         return await super().run(recorded, learn=learn, gives_way=gives_way)
 
 
+LEAST_TURNS = 16
+DUTY_LIMIT_S = 120.0  # a turn of half a second, on a machine that is busy, rests for one and a half
+
+
 @pytest.mark.parametrize("duty", [0.25, 0.5])
 async def test_all_our_commands_together_keep_the_duty(
     tmp_path: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch, duty: float
@@ -393,7 +397,7 @@ async def test_all_our_commands_together_keep_the_duty(
     async with open_quoter("embedded", tmp_path, faults=faults, max_duty=duty) as opened:
 
         async def use(number: int) -> None:
-            for _ in range(4):
+            while len(turns) < LEAST_TURNS:  # not so many times: a slow machine gets fewer turns
                 with trio.move_on_after(dice.uniform(0.02, 0.3)):
                     try:
                         if number:
@@ -406,11 +410,10 @@ async def test_all_our_commands_together_keep_the_duty(
         faults.next(CC_QUOTE, slow, slow, Action(drop=True), slow, Action(code=0x101), slow)
         faults.next(CC_PCR_READ, slow, Action(code=0x909), slow, slow)
         faults.next(CC_START_AUTH_SESSION, slow, Action(code=0x903), slow)
-        with trio.fail_after(LIMIT_S):
+        with trio.fail_after(DUTY_LIMIT_S):
             async with trio.open_nursery() as nursery:
                 for number in range(4):
                     nursery.start_soon(use, number)
-    assert len(turns) > 10
     for begin, end in itertools.combinations_with_replacement(range(len(turns)), 2):
         stretch = turns[begin : end + 1]
         busy = sum(b - a for a, b in stretch)
