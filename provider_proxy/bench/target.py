@@ -18,6 +18,7 @@ from pathlib import Path
 
 import trio
 
+from provider_proxy.common import memory
 from provider_proxy.host import assembly, daemon
 from provider_proxy.host.config.load import load_config
 from provider_proxy.host.config.tables import Config
@@ -59,7 +60,7 @@ async def _serve_constant(size: int) -> None:
     door = server.Door(answer, observe=lambda status, reason: None, max_connections=100_000)
     (listener,) = listeners.open_listeners("the baseline", ["127.0.0.1:0"], None)
     _tell(listeners.describe([listener])[0])
-    daemon.tune_gc()
+    memory.tune_gc()
     await listener.serve(door.serve)
 
 

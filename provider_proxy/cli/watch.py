@@ -7,7 +7,6 @@ exit code says what came of it: 0 all are trusted, 1 one was refused, 3 one coul
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import resource
 import sys
@@ -16,12 +15,12 @@ from pathlib import Path
 
 import trio
 
+from provider_proxy.common import memory
 from provider_proxy.errors import HostError
 from provider_proxy.tenant.watch.config import load_watch_config
 from provider_proxy.tenant.watch.host import HostWatch
 from provider_proxy.tenant.watch.watcher import Watcher, verdicts
 
-GC_THRESHOLD = 50_000  # allocations between two looks at the youngest objects
 OTHER_FILES = 100  # state, policies, webhook, commands
 
 
@@ -50,10 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.once:
         return _once(Watcher(config), args.json)
     watcher = Watcher(config, write=_write)
-    # What lives as long as the process is not walked again and again: that would hold up whoever is
-    # due. Reference counts free what a round leaves behind.
-    gc.freeze()
-    gc.set_threshold(GC_THRESHOLD, 20, 100)
+    memory.tune_gc()
     trio.run(partial(watcher.run, partial(load_watch_config, args.config)))
     return 0
 

@@ -5,6 +5,7 @@
          ├─ doors               a listener each; a task a connection
          ├─ registrations       a task a tenant's registrar; none keeps READY or a quote waiting
          ├─ watchdog            ends the process where a TPM command hangs
+         ├─ memory.collect      the garbage collector, by the clock
          ├─ unit_status         a line for `systemctl status`
          └─ signals             SIGTERM and SIGINT begin the drain, SIGHUP reloads
 
@@ -14,7 +15,6 @@ connection; what waits is sealed and answered, for `limits.drain_ms` at most; th
 
 from __future__ import annotations
 
-import gc
 import logging
 import signal
 from collections.abc import AsyncIterator
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import trio
 
+from provider_proxy.common import memory
 from provider_proxy.host import assembly, systemd
 from provider_proxy.host.assembly import OpenIssuer, OpenQuoter
 from provider_proxy.host.config.tables import Config
@@ -31,7 +32,6 @@ from provider_proxy.host.status import unit_line, watchdog
 
 log = logging.getLogger(__name__)
 
-GC_THRESHOLD = 100_000  # objects in the youngest generation; some 10 MB of garbage at most
 CLOSE_LIMIT_S = 5.0  # for answers that are on their way when the drain is over
 
 
@@ -72,7 +72,7 @@ async def run(
         _announce(config, started)
         if parts.keeper is not None:
             await parts.keeper.start()  # the socket is there: nothing that happens now is missed
-        tune_gc()
+        memory.tune_gc()
         async with trio.open_nursery() as nursery:
             _start(nursery, config, parts)
             reloader = Reloader(
@@ -103,22 +103,13 @@ async def run(
 def _start(nursery: trio.Nursery, config: Config, parts: assembly.Parts) -> None:
     """Start what runs from before READY to the end."""
     nursery.start_soon(parts.batcher.run)
+    nursery.start_soon(memory.collect)
     parts.registrations.start(nursery)
     nursery.start_soon(watchdog.run, lambda: parts.quoter.state, config.tpm.hang_limit_s)
     if parts.keeper is not None:
         nursery.start_soon(parts.keeper.run, parts.open_hooks)
     for listener in parts.open_admin:
         nursery.start_soon(listener.serve, parts.admin.serve)
-
-
-def tune_gc() -> None:
-    """Make the cyclic garbage collector rare: reference counts free what requests leave behind.
-
-    A batch of a thousand keeps some ten thousand objects alive at once, and the default threshold of
-    700 has the collector walk them again and again: a fifth of the daemon's CPU (measured).
-    """
-    gc.freeze()
-    gc.set_threshold(GC_THRESHOLD, 20, 100)
 
 
 def _announce(config: Config, started: Started) -> None:

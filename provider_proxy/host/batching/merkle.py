@@ -82,11 +82,10 @@ def build_tree(leaf_inputs: Sequence[bytes], *, wanted: Sequence[int] | None = N
     if len(leaves) != len(leaf_inputs):  # merklelib's map collapses equal leaves
         raise ValueError("two leaves are equal")
     indexes = range(len(leaves)) if wanted is None else wanted
-    return Tree(
-        root=RootHash(bytes.fromhex(tree.merkle_root)),
-        size=len(leaves),
-        paths=tuple(_path(leaves[index]) for index in indexes),
-    )
+    root = RootHash(bytes.fromhex(tree.merkle_root))
+    paths = tuple(_path(leaves[index]) for index in indexes)
+    _take_apart(leaves)
+    return Tree(root=root, size=len(leaves), paths=paths)
 
 
 def _path(node: merklelib.merkle.MerkleNode) -> tuple[bytes, ...]:
@@ -100,6 +99,14 @@ def _path(node: merklelib.merkle.MerkleNode) -> tuple[bytes, ...]:
             path.append(sibling.hash)
         node, parent = parent, parent.parent
     return tuple(path)
+
+
+def _take_apart(nodes: Sequence[merklelib.merkle.MerkleNode]) -> None:
+    """Cut the way up from each node: parents know their children, so that a tree is a cycle."""
+    for node in nodes:
+        while node is not None:
+            parent, node.parent = node.parent, None
+            node = parent
 
 
 def padding(count: int) -> list[bytes]:

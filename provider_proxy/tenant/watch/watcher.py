@@ -18,6 +18,7 @@ from pathlib import Path
 
 import trio
 
+from provider_proxy.common import memory
 from provider_proxy.errors import ConfigError, HostError, ProviderProxyError, first_of
 from provider_proxy.tenant.watch.host import HostWatch, Shared
 from provider_proxy.tenant.watch.http import Endpoint
@@ -211,6 +212,7 @@ class Watcher:
         self._asking = trio.CapacityLimiter(self._config.max_concurrent)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._save_often)
+            nursery.start_soon(memory.collect)
             if self._config.metrics.textfile is not None:
                 nursery.start_soon(self._write_metrics_often)
             self._start(nursery, self._settings)

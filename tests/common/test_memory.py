@@ -1,0 +1,50 @@
+"""The garbage collector comes by the clock, whatever its thresholds say."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from helpers import FakeQuoter, daemon_with, plain_toml, until
+
+from provider_proxy.common import memory
+from provider_proxy.host.config.load import load_config
+
+
+class Cycle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+async def test_a_cycle_is_freed_by_the_clock(autojump_clock: trio.testing.MockClock) -> None:
+    gc.disable()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(memory.collect)
+            for _ in range(2):
+                ref = weakref.ref(Cycle())
+                await trio.sleep(memory.GC_EVERY_S - 1)
+                assert ref() is not None
+                await trio.sleep(1.5)
+                assert ref() is None
+                await trio.sleep(memory.GC_EVERY_S - 1.5)
+            nursery.cancel_scope.cancel()
+    finally:
+        gc.enable()
+
+
+async def test_the_daemon_collects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "GC_EVERY_S", 0.01)
+    path = tmp_path / "config.toml"
+    path.write_text(plain_toml(tmp_path))
+    async with daemon_with(FakeQuoter(), load_config(path, environ={})):
+        gc.disable()
+        try:
+            ref = weakref.ref(Cycle())
+            await until(lambda: ref() is None)
+        finally:
+            gc.enable()
