@@ -40,7 +40,8 @@ from provider_proxy.evidence.wire import EvidenceEncoder
 from provider_proxy.host.batching import merkle
 from provider_proxy.testing.soft_tpm import SoftTpm, encode_ek
 from provider_proxy.trust.bindings import RegistrarBindings
-from provider_proxy.trust.ek_chain import EK_PURPOSE, EkStore, utc_now
+from provider_proxy.trust.ek_chain import EK_PURPOSE
+from provider_proxy.trust.ek_store import EkStore, utc_now
 from provider_proxy.trust.pins import PinStore
 
 CALL_S = 0.150  # the source's registrar: 1 / (2 * 0.15 s) = 3.3 attestations a second

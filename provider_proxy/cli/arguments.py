@@ -131,7 +131,17 @@ def add_registrar_arguments(parser: argparse.ArgumentParser) -> None:
         help="its EK: TPM2B_PUBLIC; you vouch for it, and its certificate is not looked at",
     )
     parser.add_argument(
-        "--ek-ca", type=Path, metavar="DIR", help="the TPM vendors' CAs that you trust"
+        "--ek-ca",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="the TPM makers' CAs that you trust: a directory or a PEM bundle; may be repeated",
+    )
+    parser.add_argument(
+        "--insecure-virtual-ek",
+        action="store_true",
+        help="virtual TPMs whose CAs are in --ek-ca pass, too: root on their machine has their keys",
     )
     parser.add_argument(
         "--insecure-no-ek",

@@ -192,7 +192,7 @@ def _ek_by_hand(args: argparse.Namespace) -> bytes | None:
     """The EK that a person vouches for: with `--ek-tpm` now, or with `pin add --ek-tpm` before."""
     if args.ek_tpm is not None:
         return arguments.read_public(args.ek_tpm)
-    if args.ek_ca is not None or args.insecure_no_ek:
+    if args.ek_ca or args.insecure_no_ek:
         return None
     pins = PinStore(args.pins)
     pinned = pins.load(args.pinned) if pins.has(args.pinned) else None

@@ -35,6 +35,7 @@ SUBCOMMANDS = {
     "keylime-check": "have your own Keylime verifier judge a host, after our checks",
     "ek-check": "Keylime's ek_check_script: is the host under an agent's VM good",
     "vtpm-ca": "get and check the CA that certifies a host's vTPMs",
+    "ek-ca": "show a store of TPM makers' CAs; judge an EK certificate by it",
     "identity": "show what a proxy says of its host's keys",
     "watch": "verify the hosts under one's VMs, again and again",
     "pki": "make a small CA, a server's and tenants' certificates",

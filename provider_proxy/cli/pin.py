@@ -60,31 +60,38 @@ def run(args: argparse.Namespace) -> int:
 
 def _add(args: argparse.Namespace) -> int:
     store = PinStore(args.pins)
+    verdict = None
     ek_by_hand = args.ek_tpm is not None
     ek_public = read_public(args.ek_tpm) if ek_by_hand else None
     if args.registrar is None:
         theirs = (args.registrar_ca, args.registrar_cert, args.registrar_key, args.agent_id)
-        if any((*theirs, args.ek_ca, args.insecure_no_ek)):
+        if any((*theirs, args.ek_ca, args.insecure_no_ek, args.insecure_virtual_ek)):
             raise UsageError(
-                "--registrar-…, --agent-id, --ek-ca and --insecure-no-ek go with --registrar"
+                "--registrar-…, --agent-id, --ek-ca, --insecure-no-ek and --insecure-virtual-ek go "
+                "with --registrar"
             )
         ak_public = read_public(args.ak_tpm)
     else:
         # Needs the extra "client"; the rest of this command does not.
         from provider_proxy.cli.registrar import read_record
 
-        record = read_record(args, ek_by_hand=ek_public)
+        record, verdict = read_record(args, ek_by_hand=ek_public)
         ak_public, ek_public = record.ak_public, record.ek_public
     pinned = store.pin(
         args.label, ak_public, ek_public=ek_public, ek_by_hand=ek_by_hand, anew=args.anew
     )
     values = {"host": args.label, "ak_name": pinned.host.ak.name.hex(), "ek_name": _ek_name(pinned)}
+    if verdict is not None:
+        values |= {"ek_maker": verdict.maker, "ek_anchor": verdict.anchor.certificate.name}
+        values |= {"ek_anchor_sha256": verdict.anchor.sha256}
     if args.json:
         print(json.dumps(values))
     else:
         print(
             args.label, values["ak_name"], *(() if pinned.ek_public is None else ("with its EK",))
         )
+        if verdict is not None:
+            print(f"its EK is {verdict.maker}'s, under {verdict.anchor.certificate.name}")
     return 0
 
 

@@ -9,17 +9,24 @@ from contextlib import asynccontextmanager
 
 from provider_proxy.cli.http import open_client
 from provider_proxy.errors import UsageError
-from provider_proxy.trust.bindings import EkJudge, KnownEk, RegistrarBindings, UnsafeAnyEk
-from provider_proxy.trust.ek_chain import EkStore
+from provider_proxy.trust.bindings import RegistrarBindings
+from provider_proxy.trust.ek_chain import Verdict
+from provider_proxy.trust.ek_judges import EkJudge, KnownEk, UnsafeAnyEk
+from provider_proxy.trust.ek_store import EkStore
 from provider_proxy.trust.pins import PinStore
 from provider_proxy.trust.registrar import AgentRecord
 
 
-def read_record(args: argparse.Namespace, *, ek_by_hand: bytes | None) -> AgentRecord:
+def read_record(
+    args: argparse.Namespace, *, ek_by_hand: bytes | None
+) -> tuple[AgentRecord, Verdict | None]:
     """The host's record at the registrar that the options name.
 
     Args:
         ek_by_hand: TPM2B_PUBLIC of the EK that `--ek-tpm` vouches for; None where it is not given.
+
+    Returns:
+        The record, and the chain that vouches for its EK; None where no certificate does.
 
     Raises:
         VerificationError: no record, no AK, or an EK that nobody vouches for.
@@ -27,7 +34,7 @@ def read_record(args: argparse.Namespace, *, ek_by_hand: bytes | None) -> AgentR
         UsageError, HostError: an option or a file is wrong.
     """
 
-    async def read() -> AgentRecord:
+    async def read() -> tuple[AgentRecord, Verdict | None]:
         async with open_bindings(args, ek_by_hand=ek_by_hand) as bindings:
             return await bindings.record(args.agent_id or args.label)
 
@@ -51,12 +58,14 @@ async def open_bindings(
 
 
 def _judge(args: argparse.Namespace, ek_by_hand: bytes | None) -> EkJudge:
-    if sum((ek_by_hand is not None, args.ek_ca is not None, args.insecure_no_ek)) != 1:
+    if args.insecure_virtual_ek and not args.ek_ca:
+        raise UsageError("--insecure-virtual-ek goes with --ek-ca")
+    if sum((ek_by_hand is not None, bool(args.ek_ca), args.insecure_no_ek)) != 1:
         raise UsageError(
             "--registrar needs one of --ek-ca, --ek-tpm and --insecure-no-ek: who vouches for the EK?"
         )
     if ek_by_hand is not None:
         return KnownEk(ek_by_hand)
-    if args.ek_ca is not None:
-        return EkStore(args.ek_ca)
+    if args.ek_ca:
+        return EkStore(*args.ek_ca, insecure_virtual=args.insecure_virtual_ek)
     return UnsafeAnyEk()

@@ -18,7 +18,9 @@ ComparableName = tuple[frozenset[tuple[str, str | bytes]], ...]
 
 SPACES_RE = re.compile(r"\s+")
 # RFC 4518, 2.2: soft hyphens, joiners, variation selectors and the like are mapped to nothing.
-NOTHING_RE = re.compile("[\u00ad\u034f\u1806\u180b-\u180d\u200b-\u200f\u2060-\u2063\ufe00-\ufe0f\ufeff\ufffc]")
+NOTHING_RE = re.compile(
+    "[\u00ad\u034f\u1806\u180b-\u180d\u200b-\u200f\u2060-\u2063\ufe00-\ufe0f\ufeff\ufffc]"
+)
 
 
 def comparable(name: x509.Name) -> ComparableName:

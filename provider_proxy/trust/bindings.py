@@ -19,7 +19,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import anyio
 import anyio.to_thread
@@ -32,22 +31,22 @@ from provider_proxy.errors import (
     PinChangedError,
     ProviderProxyError,
     ReplyError,
-    UntrustedEkError,
 )
 from provider_proxy.evidence.model import TrustedHost
 from provider_proxy.evidence.tpm_keys import (
-    DECRYPT,
-    FIXED_PARENT,
-    FIXED_TPM,
-    RESTRICTED,
-    SENSITIVE_DATA_ORIGIN,
-    SIGN,
-    TpmPublic,
     parse_ak,
     parse_public,
 )
 from provider_proxy.trust.cache import SingleFlightCache
-from provider_proxy.trust.ek_chain import EndorsementKey
+from provider_proxy.trust.ek_chain import EndorsementKey, Verdict
+from provider_proxy.trust.ek_judges import (
+    AskHost,
+    EkJudge,
+    HostCertificates,
+    check_ek,
+    is_for_ek,
+    vouch,
+)
 from provider_proxy.trust.pins import PinnedHost, PinStore
 from provider_proxy.trust.registrar import AgentRecord, AgentRecords
 
@@ -63,41 +62,6 @@ UNREACHABLE_TTL_S = 1.0  # a registrar that is away is asked once a second for e
 # every call would cost 5 % of a verification.
 LOOK_S = 1.0
 MAX_ENTRIES = 10_000  # hosts; an entry is about 5 kB
-EK_MUST_HAVE = FIXED_TPM | FIXED_PARENT | SENSITIVE_DATA_ORIGIN | RESTRICTED | DECRYPT
-
-
-class EkJudge(Protocol):
-    """Says whether an EK is to be trusted: `ek_chain.EkStore`, `KnownEk`, or `UnsafeAnyEk`."""
-
-    def check(self, ek: EndorsementKey) -> None:
-        """Raises: UntrustedEkError where it is not."""
-        ...
-
-
-class UnsafeAnyEk:
-    """Takes any EK. Unsafe: a TPM of software that a hostile host runs passes for its chip."""
-
-    def __init__(self) -> None:
-        log.warning("no EK certificate is checked: a software TPM passes for a hardware TPM")
-
-    def check(self, ek: EndorsementKey) -> None:
-        """Nothing is refused."""
-
-
-class KnownEk:
-    """Takes one EK, which a person vouches for.
-
-    Args:
-        ek_public: TPM2B_PUBLIC, from the host itself and not from the registrar.
-    """
-
-    def __init__(self, ek_public: bytes) -> None:
-        self._ek_public = ek_public
-
-    def check(self, ek: EndorsementKey) -> None:
-        """Raises: UntrustedEkError for any other."""
-        if not hmac.compare_digest(ek.public, self._ek_public):
-            raise UntrustedEkError("the registrar recorded another EK than the one vouched for")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +70,8 @@ class Binding:
 
     Attributes:
         pinned: its pin; `host` and `history` are what `Verifier.verify` takes.
-        ek_cert: DER; None only where the EK was vouched for otherwise.
+        ek_cert: DER, as the registrar has it; None only where the EK was vouched for otherwise.
+        ek_verdict: the chain that vouches for the EK; None where it was vouched for otherwise.
         tls_cert: PEM of the certificate that the host's agent shows; None where it has none.
     """
 
@@ -115,6 +80,7 @@ class Binding:
     ek_cert: bytes | None
     ak_public: bytes
     pinned: PinnedHost
+    ek_verdict: Verdict | None = None
     tls_cert: bytes | None = None
 
     @property
@@ -138,9 +104,14 @@ class _Judged:
 
 @dataclass(slots=True)
 class _Bound:
-    """A binding, the record that it was made of, and when pin and chain were looked at."""
+    """A binding, the record that it was made of, and when pin and chain were looked at.
+
+    Attributes:
+        ek: what was judged: of the record, or of the host's own copy.
+    """
 
     judged: _Judged
+    ek: EndorsementKey
     binding: Binding
     looked_at_s: float
 
@@ -203,11 +174,15 @@ class RegistrarBindings:
             clock=clock,
         )
 
-    async def get(self, agent_id: str, *, label: str | None = None) -> Binding:
+    async def get(
+        self, agent_id: str, *, label: str | None = None, ask_host: AskHost | None = None
+    ) -> Binding:
         """The binding of a host, from the registrar or from the cache.
 
         Args:
             label: the name that the host is pinned under; None for its agent id.
+            ask_host: asked only where the record's certificate alone leads to no CA: a registrar may
+                have encoded it in its own way, and a chip's chain is not in the record.
 
         Raises:
             NotRegisteredError: the registrar has no active record.
@@ -218,50 +193,68 @@ class RegistrarBindings:
             HostError: a pin or the directory of CAs cannot be read.
             UsageError: not an agent id, or not a label.
         """
+        await self._eks.freshen()
         binding = self._known(agent_id, label or agent_id)
         if binding is not None:
             return binding
         try:
-            return await self._trust(agent_id, label or agent_id)
+            return await self._trust(agent_id, label or agent_id, ask_host)
         except PinChangedError:
             # The host may have been given a new key and been pinned anew since the record was cached.
             if not self._may_ask_again(agent_id):
                 raise
-            return await self._trust(agent_id, label or agent_id)
+            return await self._trust(agent_id, label or agent_id, ask_host)
 
     async def check(
-        self, agent_id: str, ek_cert: bytes | None, ak_public: bytes, *, label: str | None = None
+        self,
+        agent_id: str,
+        ek_cert: bytes | None,
+        ak_public: bytes,
+        *,
+        ek_chain: tuple[bytes, ...] = (),
+        label: str | None = None,
     ) -> Binding:
         """The binding of a host that shows this EK certificate and AK.
 
         Args:
-            ek_cert: DER, from the host, untrusted; None where it shows none.
+            ek_cert: DER or near it, from the host, untrusted; None where it shows none.
             ak_public: TPM2B_PUBLIC, from the host, untrusted.
+            ek_chain: CAs that the host shows, untrusted.
 
         Raises:
-            BindingError: the registrar recorded another EK certificate or AK.
+            BindingError: the registrar recorded another AK, or an EK of another key.
             ProviderProxyError: as `get`.
         """
+
+        async def ask_host() -> HostCertificates:
+            return HostCertificates(ek_cert=ek_cert, ek_chain=ek_chain)
+
         binding = self._known(agent_id, label or agent_id)
         if binding is None:
-            binding = await self.get(agent_id, label=label)
+            binding = await self.get(agent_id, label=label, ask_host=ask_host)
         if _shows(binding, ek_cert, ak_public):
             return binding
         if self._may_ask_again(agent_id):
-            binding = await self.get(agent_id, label=label)
+            binding = await self.get(agent_id, label=label, ask_host=ask_host)
             if _shows(binding, ek_cert, ak_public):
                 return binding
         raise BindingError(f"{agent_id} shows another EK certificate or AK than it registered")
 
-    async def record(self, agent_id: str) -> AgentRecord:
+    async def record(
+        self, agent_id: str, *, ask_host: AskHost | None = None
+    ) -> tuple[AgentRecord, Verdict | None]:
         """The record of a host whose AK is one and whose EK is vouched for; pins are not looked at.
+
+        Returns:
+            The record, and the chain that vouches for its EK; None where no certificate does.
 
         Raises:
             ProviderProxyError: as `get`, but for `PinChangedError`.
         """
         judged = await self._records.get(agent_id)
-        self._eks.check(judged.ek)
-        return judged.record
+        await self._eks.freshen()
+        _, verdict = await vouch(self._eks, judged.ek, ask_host)
+        return judged.record, verdict
 
     def _known(self, agent_id: str, label: str) -> Binding | None:
         """What was bound before, where record, CAs and pin all stand as they stood then."""
@@ -274,18 +267,19 @@ class RegistrarBindings:
             if not binding.pinned.is_current():
                 return None
             if not binding.pinned.ek_by_hand:
-                self._eks.check(known.judged.ek)
+                self._eks.check(known.ek)
             known.looked_at_s = now_s
         self._bound.move_to_end(label)
         return binding
 
-    async def _trust(self, agent_id: str, label: str) -> Binding:
+    async def _trust(self, agent_id: str, label: str, ask_host: AskHost | None) -> Binding:
         judged = await self._records.get(agent_id)
         record = judged.record
         looked_at_s = self._clock()
         pinned = self._known_pin(label)
+        ek, verdict = judged.ek, None
         if pinned is None or not pinned.ek_by_hand:
-            self._eks.check(judged.ek)
+            ek, verdict = await vouch(self._eks, judged.ek, ask_host)
         if pinned is None or pinned.ek_public is None:
             # Locks and writes a file. It refuses what is not pinned already.
             pinned = await anyio.to_thread.run_sync(
@@ -298,9 +292,10 @@ class RegistrarBindings:
             ek_cert=record.ek_cert,
             ak_public=record.ak_public,
             pinned=pinned,
+            ek_verdict=verdict,
             tls_cert=record.tls_cert,
         )
-        self._bound[label] = _Bound(judged, binding, looked_at_s)
+        self._bound[label] = _Bound(judged, ek, binding, looked_at_s)
         self._bound.move_to_end(label)
         if len(self._bound) > self._max_entries:
             self._bound.popitem(last=False)
@@ -327,28 +322,15 @@ class RegistrarBindings:
             parse_ak(record.ak_public)
         except EvidenceFormatError as exc:
             raise BindingError(f"a key of {agent_id}'s record cannot be read: {exc}") from exc
-        _check_ek(ek)
+        check_ek(ek)
         key = EndorsementKey(record.ek_public, record.ek_cert, ek.public_key)
         return _Judged(record=record, ek=key)
 
 
-def _check_ek(ek: TpmPublic) -> None:
-    """An EK opens credentials and nothing else (TCG EK Credential Profile, annex B).
-
-    Raises:
-        UntrustedEkError: its attributes are others.
-    """
-    if ek.attributes & EK_MUST_HAVE != EK_MUST_HAVE or ek.attributes & SIGN:
-        raise UntrustedEkError("the EK has not the attributes of an EK")
-    if not ek.has_symmetric:
-        raise UntrustedEkError("the EK is no storage key")
-
-
 def _shows(binding: Binding, ek_cert: bytes | None, ak_public: bytes) -> bool:
-    same_ek = (ek_cert is None) == (binding.ek_cert is None) and hmac.compare_digest(
-        ek_cert or b"", binding.ek_cert or b""
-    )
-    return same_ek and hmac.compare_digest(ak_public, binding.ak_public)
+    same_ak = hmac.compare_digest(ak_public, binding.ak_public)
+    by_hand = binding.pinned.ek_by_hand
+    return same_ak and is_for_ek(ek_cert, binding.ek_cert, binding.ek_public, by_hand=by_hand)
 
 
 def _error_ttl_s(error: ProviderProxyError) -> float:

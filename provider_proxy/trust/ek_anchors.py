@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -97,8 +97,10 @@ class Anchors:
             for one in unique.values()
         )
         self._by_name: defaultdict[ComparableName, list[Anchor]] = defaultdict(list)
+        self._by_issuer: defaultdict[ComparableName, list[Anchor]] = defaultdict(list)
         for anchor in self.all:
             self._by_name[anchor.certificate.subject].append(anchor)
+            self._by_issuer[anchor.certificate.issuer].append(anchor)
 
     def __len__(self) -> int:
         return len(self.all)
@@ -106,6 +108,18 @@ class Anchors:
     def named(self, name: ComparableName) -> Sequence[Anchor]:
         """The anchors of this subject."""
         return self._by_name.get(name, ())
+
+    def without(self, fingerprints: Collection[str]) -> Anchors:
+        """The anchors but for those of these SHA-256 fingerprints, their purposes kept."""
+        return Anchors(
+            Found(
+                certificate=anchor.certificate,
+                source=anchor.source,
+                is_marked=anchor.why_virtual is not None,
+            )
+            for anchor in self.all
+            if anchor.sha256 not in fingerprints
+        )
 
     def why_virtual(self, authority: TpmCertificate) -> str | None:
         """Why a CA that is no anchor itself is for virtual TPMs; None where nothing says so."""
@@ -115,7 +129,7 @@ class Anchors:
         """The other anchors that this one's key has signed: they stay when it is taken out."""
         return tuple(
             other
-            for other in self.all
+            for other in self._by_issuer.get(anchor.certificate.subject, ())
             if other is not anchor and is_issued(other.certificate, anchor.certificate)
         )
 

@@ -169,9 +169,7 @@ def check_signature(child: TpmCertificate, issuer: TpmCertificate) -> None:
     key = issuer.parsed.public_key()
     try:
         scheme = child.parsed.signature_algorithm_parameters
-        if isinstance(key, rsa.RSAPublicKey) and isinstance(
-            scheme, padding.PKCS1v15 | padding.PSS
-        ):
+        if isinstance(key, rsa.RSAPublicKey) and isinstance(scheme, padding.PKCS1v15 | padding.PSS):
             key.verify(child.parsed.signature, child.tbs, scheme, digest)
         elif isinstance(key, ec.EllipticCurvePublicKey) and isinstance(scheme, ec.ECDSA):
             key.verify(child.parsed.signature, child.tbs, scheme)
@@ -320,7 +318,9 @@ def _canonical_serial(data: bytes) -> bytes:
     _, start, end = _take(data, 0)
     if _is_positive(data):
         return _plain(data)
-    return der.encode(der.INTEGER, b"\0" + data[start:end] if data[start:end].strip(b"\0") else b"\1")
+    return der.encode(
+        der.INTEGER, b"\0" + data[start:end] if data[start:end].strip(b"\0") else b"\1"
+    )
 
 
 def _canonical_algorithm(data: bytes) -> bytes:
@@ -360,9 +360,7 @@ def _canonical_extension(data: bytes) -> bytes:
         del parts[1]  # critical DEFAULT FALSE
     if parts and parts[0] in READ_EXTENSIONS and parts[-1][0] == der.OCTET_STRING:
         _, start, end = _take(parts[-1], 0)
-        parts[-1] = der.encode(
-            der.OCTET_STRING, _canonical_value(parts[0], parts[-1][start:end])
-        )
+        parts[-1] = der.encode(der.OCTET_STRING, _canonical_value(parts[0], parts[-1][start:end]))
     return der.encode(der.SEQUENCE, *parts)
 
 

@@ -308,7 +308,9 @@ def weakness_of(certificate: TpmCertificate) -> str | None:
     """What is wrong with a certificate's own key; None where nothing is."""
     key = certificate.parsed.public_key()
     if isinstance(key, ec.EllipticCurvePublicKey):
-        return None if key.curve.name in GOOD_CURVES else f"its curve {key.curve.name} is not accepted"
+        return (
+            None if key.curve.name in GOOD_CURVES else f"its curve {key.curve.name} is not accepted"
+        )
     if not isinstance(key, rsa.RSAPublicKey):
         return "its key is neither RSA nor EC"
     if key.key_size < MIN_RSA_BITS:

@@ -1,8 +1,8 @@
 """The tenant's store of TPM makers' CAs, read from files: what can be used is used, the rest is named.
 
 A store is a PEM bundle, a directory with directories below it, or several of either. In a directory the
-files `*.pem`, `*.crt`, `*.cer` and `*.der` count, and what lies below a directory of the name `virtual` is
-for virtual TPMs. A file that cannot be used never takes the others with it; only where a mark `virtual`
+files `*.pem`, `*.crt`, `*.cer` and `*.der` count, and what lies below a directory `virtual` is for
+virtual TPMs. A file that cannot be used never takes the others with it; only where a mark `virtual`
 cannot be read is the store refused, for then it is not known what it held.
 """
 
@@ -22,7 +22,7 @@ from cryptography import x509
 from provider_proxy.common.files import read_trusted
 from provider_proxy.errors import EvidenceFormatError, HostError, UsageError
 from provider_proxy.trust.ek_anchors import Anchors, Found
-from provider_proxy.trust.ek_certificate import TpmCertificate, parse_certificate
+from provider_proxy.trust.ek_certificate import TpmCertificate, cut_certificate, parse_certificate
 from provider_proxy.trust.ek_chain import why_no_ca
 
 MAX_FILE_BYTES = 32 * 1024 * 1024  # a bundle of 10,000 CAs has 15 MB
@@ -142,6 +142,27 @@ def _state_of(files: Sequence[_File]) -> object:
     ]
 
 
+def read_certificates(data: bytes) -> tuple[bytes, ...]:
+    """The certificates that bytes hold, whatever they are worth: PEM blocks, or DER one after the other.
+
+    Args:
+        data: untrusted: a file, or what NV indices hold.
+    """
+    if PEM_BEGIN in data:
+        blocks = _blocks(data, "", [])
+        return tuple(block for _, block in blocks)
+    found: list[bytes] = []
+    while data:
+        try:
+            cut = cut_certificate(data)
+        except EvidenceFormatError:
+            # What cannot be cut is for the reader to say, where it stands first.
+            return tuple(found) or (data,)
+        found.append(cut)
+        data = data[data.index(cut) + len(cut) :]
+    return tuple(found)
+
+
 # --- files --------------------------------------------------------------------------------------------
 
 
@@ -216,9 +237,7 @@ def _certificates(
             yield where, certificate
 
 
-def _blocks(
-    data: bytes, source: str, skipped: list[Skipped]
-) -> Iterator[tuple[str, bytes]]:
+def _blocks(data: bytes, source: str, skipped: list[Skipped]) -> Iterator[tuple[str, bytes]]:
     """The DER blobs of a file, PEM or DER, each with a name for people."""
     if not data.strip():
         skipped.append(Skipped(source, "it is empty"))

@@ -77,8 +77,9 @@ VIRTUAL_CA_RE = re.compile(
 
 def chip_facts(leaf: TpmCertificate) -> dict[str, str]:
     """What an EK certificate says of its chip: manufacturer, model and version, where it does."""
+    found = dict(_chip_attributes(leaf))
     names = {MANUFACTURER: "manufacturer", MODEL: "model", VERSION: "version"}
-    return {names[oid]: text for oid, text in _chip_attributes(leaf) if oid in names}
+    return {name: found[oid] for oid, name in names.items() if oid in found}
 
 
 def maker_of_chip(leaf: TpmCertificate) -> str:
@@ -140,5 +141,7 @@ def _chip_attributes(leaf: TpmCertificate) -> Iterator[tuple[ObjectIdentifier, s
     for number, name in enumerate(names):
         for attribute in name:
             # The subject's common name is a serial number or a host's name: nothing of the chip's.
-            if isinstance(attribute.value, str) and (number or attribute.oid != NameOID.COMMON_NAME):
+            if isinstance(attribute.value, str) and (
+                number or attribute.oid != NameOID.COMMON_NAME
+            ):
                 yield attribute.oid, attribute.value

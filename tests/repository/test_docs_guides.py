@@ -145,6 +145,7 @@ def test_files_that_are_named_exist(path: Path) -> None:
 RUN_BY = {
     "audit": "test_audit",
     "bindings": "test_guides",
+    "ek-certificates": "test_ek_ca",
     "migrating": "test_guides",
     "monitoring": "test_guides",
     "operating": "test_guides",

@@ -18,7 +18,9 @@ from provider_proxy.evidence import der
 BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, NULL = 0x01, 0x02, 0x03, 0x04, 0x05
 PRINTABLE, T61, UTF8 = 0x13, 0x14, 0x0C
 SEQUENCE, SET, EXTENSIONS = 0x30, 0x31, 0xA3
-SAN, BASIC_CONSTRAINTS, EXTENDED_KEY_USAGE = (der.encode_oid(f"2.5.29.{n}")[2:] for n in (17, 19, 37))
+SAN, BASIC_CONSTRAINTS, EXTENDED_KEY_USAGE = (
+    der.encode_oid(f"2.5.29.{n}")[2:] for n in (17, 19, 37)
+)
 COMMON_NAME, COUNTRY = der.encode_oid("2.5.4.3")[2:], der.encode_oid("2.5.4.6")[2:]
 RSA_SHA256 = der.encode_oid("1.2.840.113549.1.1.11")[2:]
 
@@ -42,7 +44,9 @@ class Node:
         return self.value
 
     def encode(self) -> bytes:
-        content = self.value if isinstance(self.value, bytes) else b"".join(map(Node.encode, self.value))
+        content = (
+            self.value if isinstance(self.value, bytes) else b"".join(map(Node.encode, self.value))
+        )
         if self.long_length:
             return bytes((self.tag, 0x84)) + len(content).to_bytes(4, "big") + content
         return der.encode(self.tag, content)
@@ -162,6 +166,21 @@ def ca_false(certificate: Certificate) -> None:
     value.value = Node(SEQUENCE, [Node(BOOLEAN, b"\0")]).encode()
 
 
+def key_usage_bits(certificate: Certificate) -> None:
+    """Bits that do not count are set: BER, not DER."""
+    value = certificate.extension(der.encode_oid("2.5.29.15")[2:]).parts[-1]
+    bits = bytearray(value.data)
+    assert bits[:2] == b"\3\2"
+    assert bits[2]
+    bits[3] |= 1
+    value.value = bytes(bits)
+
+
+def pathlen_of_no_ca(certificate: Certificate) -> None:
+    value = certificate.extension(BASIC_CONSTRAINTS).parts[-1]
+    value.value = Node(SEQUENCE, [Node(INTEGER, b"\0")]).encode()
+
+
 def null_parameters(certificate: Certificate) -> None:
     for algorithm in (certificate.field(2), certificate.algorithm):
         algorithm.parts.append(Node(NULL, b""))
@@ -202,6 +221,8 @@ def zero_serial(certificate: Certificate) -> None:
 
 
 ODD_ANY = {
+    "key usage with bits behind it": key_usage_bits,
+    "pathlen of no CA": pathlen_of_no_ca,
     "critical=FALSE": critical_false,
     "critical=1": critical_one,
     "unordered subject": unordered_subject,

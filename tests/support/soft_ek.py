@@ -69,9 +69,12 @@ class Authority:
     starts: datetime = START
     purposes: tuple[ObjectIdentifier, ...] = ()
     critical: tuple[x509.ExtensionType, ...] = ()
+    others: tuple[x509.ExtensionType, ...] = ()
+    subject: x509.Name | None = None
 
     def __post_init__(self) -> None:
-        builder = _builder(name(self.text), self.key, self.starts, self.ends)
+        self.subject = self.subject or name(self.text)
+        builder = _builder(self.subject, self.key, self.starts, self.ends)
         if self.is_ca is not None:
             pathlen = self.pathlen if self.is_ca else None
             constraints = x509.BasicConstraints(ca=self.is_ca, path_length=pathlen)
@@ -83,11 +86,17 @@ class Authority:
             builder = builder.add_extension(x509.ExtendedKeyUsage(self.purposes), critical=False)
         for extension in self.critical:
             builder = builder.add_extension(extension, critical=True)
+        for extension in self.others:
+            builder = builder.add_extension(extension, critical=False)
         issuer = self.parent or self
-        self.certificate = builder.issuer_name(name(issuer.text)).sign(issuer.key, hashes.SHA256())
+        assert issuer.subject is not None
+        self.certificate = builder.issuer_name(issuer.subject).sign(issuer.key, hashes.SHA256())
 
     def pem(self) -> bytes:
         return self.certificate.public_bytes(Encoding.PEM)
+
+    def der(self) -> bytes:
+        return self.certificate.public_bytes(Encoding.DER)
 
 
 def key_usage(**bits: bool) -> x509.KeyUsage:
@@ -122,13 +131,15 @@ def ek_certificate(
     ends: datetime = FOREVER,
     critical: tuple[x509.ExtensionType, ...] = (),
     digest: hashes.SHA224 | hashes.SHA256 | hashes.SHA384 | None = None,
+    san: x509.SubjectAlternativeName | None = None,
 ) -> bytes:
     """DER of an EK certificate as vendors make them: empty subject, critical SAN, no end."""
-    builder = _builder(x509.Name([]), key, starts, ends).issuer_name(name(authority.text))
+    builder = _builder(x509.Name([]), key, starts, ends)
+    builder = builder.issuer_name(authority.certificate.subject)
     builder = builder.add_extension(
         x509.BasicConstraints(ca=is_ca, path_length=None), critical=True
     )
-    builder = builder.add_extension(tpm_san(), critical=True)
+    builder = builder.add_extension(san or tpm_san(), critical=True)
     default = {"key_encipherment" if isinstance(key, rsa.RSAPrivateKey) else "key_agreement": True}
     builder = builder.add_extension(usage or key_usage(**default), critical=True)
     if purposes:

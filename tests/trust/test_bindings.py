@@ -50,12 +50,11 @@ from provider_proxy.trust import bindings
 from provider_proxy.trust import registrar as agent_records
 from provider_proxy.trust.bindings import (
     Binding,
-    KnownEk,
     RegistrarBindings,
-    UnsafeAnyEk,
     ttl_from_environment,
 )
-from provider_proxy.trust.ek_chain import EkStore
+from provider_proxy.trust.ek_judges import KnownEk, UnsafeAnyEk
+from provider_proxy.trust.ek_store import EkStore
 from provider_proxy.trust.pins import PinStore
 
 RESTRICTED, FIXED_TPM, DECRYPT = 1 << 16, 1 << 1, 1 << 17
@@ -963,7 +962,9 @@ def test_a_pin_from_the_registrar(real: RealBook, tmp_path: Path) -> None:
     assert listed["hosts"][0]["ek_name"] == values["ek_name"]
     done = pin("cli.example", *tls, "--ek-ca", "cas")  # the label is the agent's id
     assert done.returncode == 0
-    assert done.stdout == f"cli.example {good.ak_name.hex()} with its EK\n"
+    assert done.stdout == (
+        f"cli.example {good.ak_name.hex()} with its EK\nits EK is Infineon's, under CN=vendor\n"
+    )
 
     for words, code, text in (
         (["--ek-ca", "cas"], 1, "UntrustedEkError: the registrar has no EK certificate"),

@@ -60,9 +60,16 @@ def read_table(
             raise ConfigError(f"{key} is not a key; known are {known}", key=key)
         if "read" in fields[name].metadata:
             read = fields[name].metadata["read"](key, value)
-            values[name] = folder / read if folder and isinstance(read, Path) else read
+            values[name] = _from(folder, read) if folder else read
         elif isinstance(value, dict):
             values[name] = read_table(tables[name], value, key + ".", tables, folder=folder)
         else:
             raise fail(key, "a table")
     return kind(**values)
+
+
+def _from(folder: Path, read: object) -> object:
+    """A path, or a tuple of paths, that begins in a folder; anything else as it is."""
+    if isinstance(read, tuple):
+        return tuple(_from(folder, each) for each in read)
+    return folder / read if isinstance(read, Path) else read

@@ -107,6 +107,11 @@ def read_path(key: str, value: object) -> Path:
     return Path(text)
 
 
+def read_paths(key: str, value: object) -> tuple[Path, ...]:
+    """A path or a list of them."""
+    return tuple(read_path(key, item) for item in (value if isinstance(value, list) else [value]))
+
+
 def read_uuid(key: str, value: object) -> uuid.UUID:
     """A UUID."""
     try:

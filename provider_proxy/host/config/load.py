@@ -175,8 +175,10 @@ def _check_agent(config: Config) -> None:
             raise fail(f"keylime_agent.{key}", f"set exactly where {cert} is")
     if agent.url is not None and agent.url.startswith("https") and agent.client_cert is None:
         raise fail("keylime_agent.client_cert", "set for an agent with mTLS")
-    if (agent.ek_ca is None) != agent.insecure_no_ek:
+    if bool(agent.ek_ca) == agent.insecure_no_ek:
         raise fail("keylime_agent.ek_ca", "set, or insecure_no_ek, and not both")
+    if agent.insecure_virtual_ek and not agent.ek_ca:
+        raise fail("keylime_agent.insecure_virtual_ek", "used with ek_ca")
     if len(config.tpm.banks) != 1:
         raise fail("tpm.banks", "one bank, the AK's, where a Keylime agent quotes")
 

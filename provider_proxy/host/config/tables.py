@@ -28,6 +28,7 @@ from provider_proxy.common.settings.values import (
     read_handle,
     read_identities,
     read_path,
+    read_paths,
     read_pcrs,
     read_safe_url,
     read_text,
@@ -134,11 +135,14 @@ class KeylimeAgent:
     registrar_key: Path | None = setting(
         read_path, None, "Its private key, PEM; not readable by others."
     )
-    ek_ca: Path | None = setting(
-        read_path, None, "Directory of the TPM vendors' CAs that the EK must lead to."
+    ek_ca: tuple[Path, ...] = setting(
+        read_paths, (), "TPM makers' CAs that the EK must lead to: directories or PEM bundles."
     )
     insecure_no_ek: bool = setting(
         read_flag, False, "Take any EK: a TPM of software passes for the chip."
+    )
+    insecure_virtual_ek: bool = setting(
+        read_flag, False, "Virtual TPMs whose CAs are in ek_ca pass for the chip, too."
     )
 
 

@@ -30,8 +30,9 @@ from provider_proxy.host.quoters import keylime_agent
 from provider_proxy.host.quoters.agent_http import AgentClient, pinned_context
 from provider_proxy.host.quoters.keylime_agent import AgentBinding, AgentQuoter
 from provider_proxy.host.quoters.tpm_opener import HostIdentity, uuid_of_ek
-from provider_proxy.trust.bindings import Binding, EkJudge, RegistrarBindings, UnsafeAnyEk
-from provider_proxy.trust.ek_chain import EkStore
+from provider_proxy.trust.bindings import Binding, RegistrarBindings
+from provider_proxy.trust.ek_judges import EkJudge, UnsafeAnyEk
+from provider_proxy.trust.ek_store import EkStore
 from provider_proxy.trust.pins import PinStore
 
 PINS = "agent-pins"  # below state_dir
@@ -70,9 +71,9 @@ async def open_quoter(
 
 
 def _judge(settings: KeylimeAgent) -> EkJudge:
-    if settings.ek_ca is None:
+    if not settings.ek_ca:
         return UnsafeAnyEk()
-    return EkStore(settings.ek_ca)
+    return EkStore(*settings.ek_ca, insecure_virtual=settings.insecure_virtual_ek)
 
 
 async def _bind(

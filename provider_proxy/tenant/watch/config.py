@@ -119,8 +119,10 @@ def _read_registrars(data: object, folder: Path) -> Mapping[str, RegistrarTable]
             raise ConfigError(f"{key}.url must be an https URL: it is missing")
         if (made.cert is None) != (made.key is None):
             raise ConfigError(f"{key}.cert and key belong together")
-        if (made.ek_ca is None) != made.insecure_no_ek:
+        if bool(made.ek_ca) == made.insecure_no_ek:
             raise ConfigError(f"{key} needs ek_ca, or else insecure_no_ek: who vouches for EKs?")
+        if made.insecure_virtual_ek and not made.ek_ca:
+            raise ConfigError(f"{key}.insecure_virtual_ek needs ek_ca")
     return found
 
 

@@ -16,8 +16,9 @@ from provider_proxy.common.http import no_cookies
 from provider_proxy.errors import HostError
 from provider_proxy.tenant.watch.questions import PinnedAks, Trust
 from provider_proxy.tenant.watch.tables import HostRules, RegistrarTable, WatchConfig
-from provider_proxy.trust.bindings import Binding, EkJudge, RegistrarBindings, UnsafeAnyEk
-from provider_proxy.trust.ek_chain import EkStore
+from provider_proxy.trust.bindings import Binding, RegistrarBindings
+from provider_proxy.trust.ek_judges import EkJudge, UnsafeAnyEk
+from provider_proxy.trust.ek_store import EkStore
 from provider_proxy.trust.pins import PinStore
 
 TIMEOUT_S = 30.0  # a registrar answers from its database; the host's own retries come after it
@@ -42,7 +43,9 @@ class Registrars:
         }
 
     def _open(self, name: str, table: RegistrarTable) -> RegistrarBindings:
-        eks: EkJudge = EkStore(table.ek_ca) if table.ek_ca is not None else UnsafeAnyEk()
+        eks: EkJudge = UnsafeAnyEk()
+        if table.ek_ca:
+            eks = EkStore(*table.ek_ca, insecure_virtual=table.insecure_virtual_ek)
         client = open_client(name=name, table=table)
         self._clients.append(client)
         assert table.url is not None

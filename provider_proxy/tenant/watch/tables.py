@@ -23,6 +23,7 @@ from provider_proxy.common.settings.values import (
     read_flag,
     read_host,
     read_path,
+    read_paths,
     read_pcrs,
     read_safe_url,
     read_text,
@@ -158,11 +159,14 @@ class RegistrarTable:
     )
     cert: Path | None = setting(read_path, None, "Own certificate, PEM; it demands one.")
     key: Path | None = setting(read_path, None, "Its private key, PEM.")
-    ek_ca: Path | None = setting(
-        read_path, None, "Directory of the TPM vendors' CAs that vouch for EKs."
+    ek_ca: tuple[Path, ...] = setting(
+        read_paths, (), "TPM makers' CAs that vouch for EKs: directories or PEM bundles."
     )
     insecure_no_ek: bool = setting(
         read_flag, False, "Check no EK certificate: a TPM of software passes for a chip."
+    )
+    insecure_virtual_ek: bool = setting(
+        read_flag, False, "Virtual TPMs whose CAs are in ek_ca pass for a chip, too."
     )
 
 

@@ -511,7 +511,7 @@ async def test_the_registrar_says_whose_ak_it_is(
     (tmp_path / "cas").mkdir()
     (tmp_path / "cas/another.pem").write_bytes(registrar.ca.read_bytes())
     with pytest.raises(HostError, match="the agent's record"):
-        await quote(replace(settings, insecure_no_ek=False, ek_ca=tmp_path / "cas"))
+        await quote(replace(settings, insecure_no_ek=False, ek_ca=(tmp_path / "cas",)))
     with pytest.raises(HostError, match="registrar_cert"):
         await quote(replace(settings, registrar_cert=tmp_path / "none"))
     pin = PinStore(tmp_path / agent_binding.PINS)

@@ -1,0 +1,52 @@
+"""What OpenSSL says of a certificate: the judge that our own reading is held against."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from provider_proxy.trust.ek_certificate import parse_certificate
+
+NAME_RE = re.compile(r"(\s*(?:Subject: |Issuer: |DirName:)/?)(.*)")
+
+
+def openssl_text(data: bytes) -> list[str]:
+    """Its reading, but for serial number and signature; the parts of a multi-valued RDN in order."""
+    command = ["openssl", "x509", "-inform", "DER", "-noout", "-text", "-nameopt", "RFC2253"]
+    command += ["-certopt", "no_serial,no_signame,no_sigdump"]
+    done = subprocess.run(command, input=data, capture_output=True, check=True)
+    lines = []
+    for line in done.stdout.decode("utf-8", "replace").splitlines():
+        name = NAME_RE.fullmatch(line)
+        if name is not None:
+            line = name[1] + "+".join(sorted(re.split("[+]", name[2])))
+        # How many CAs may be below who is no CA means nothing.
+        lines.append(line.replace("CA:FALSE, pathlen:0", "CA:FALSE"))
+    return lines
+
+
+def check_same_as_openssl(data: bytes) -> None:
+    """Key, names, validity and extensions are those that OpenSSL reads of the original bytes."""
+    read = parse_certificate(data)
+    copy = read.parsed.public_bytes(Encoding.DER)
+    assert openssl_text(copy) == openssl_text(read.der)
+    command = ["openssl", "x509", "-inform", "DER", "-noout", "-pubkey"]
+    done = subprocess.run(command, input=read.der, capture_output=True, check=True)
+    pem = read.parsed.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    assert done.stdout == pem
+
+
+def openssl_verifies(data: bytes, anchors_pem: bytes, folder: Path) -> bool:
+    """Whether `openssl verify -partial_chain` accepts a certificate under these anchors.
+
+    Critical extensions are ignored: OpenSSL does not know a directory name in a subjectAltName.
+    """
+    (folder / "anchors.pem").write_bytes(anchors_pem)
+    command: list[str | Path] = ["openssl", "x509", "-inform", "DER", "-out", folder / "leaf.pem"]
+    subprocess.run(command, input=data, check=True, capture_output=True)
+    command = ["openssl", "verify", "-ignore_critical", "-partial_chain"]
+    command += ["-CAfile", folder / "anchors.pem", folder / "leaf.pem"]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
