@@ -43,7 +43,7 @@ HOST_FLOORS = (
 THIRD_PARTY: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "evidence": frozenset({"cryptography"}),
-    "common": frozenset({"httpx", "anyio"}),
+    "common": frozenset({"httpx", "anyio", "trio"}),
     "trust": frozenset({"cryptography", "httpx", "anyio"}),
     "trust.registration": frozenset({"cryptography", "trio", "httpx"}),
     "tenant": frozenset({"cryptography", "httpx", "anyio"}),

@@ -27,6 +27,7 @@ import trio
 import trustme
 
 from provider_proxy.cli.main import main
+from provider_proxy.common.streams import SocketStream
 from provider_proxy.errors import ProviderProxyError
 from provider_proxy.evidence import inclusion
 from provider_proxy.evidence.model import (
@@ -51,7 +52,6 @@ from provider_proxy.host.config.tables import Config
 from provider_proxy.host.daemon import Started
 from provider_proxy.host.http.listeners import describe, open_listeners
 from provider_proxy.host.http.server import Door
-from provider_proxy.host.http.streams import ClientStream
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters.local_tpm import EsysQuoter
 from provider_proxy.host.quoters.tpm_opener import HostIdentity
@@ -374,7 +374,7 @@ async def connected(door: Door) -> AsyncIterator[Wire]:
     that it fits the autojump clock."""
     ours, theirs = socket.socketpair()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(door.serve, ClientStream(theirs))
+        nursery.start_soon(door.serve, SocketStream(theirs))
         async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
             yield Wire(stream)
         nursery.cancel_scope.cancel()

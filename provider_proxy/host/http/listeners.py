@@ -15,9 +15,9 @@ from typing import NoReturn
 import trio
 
 from provider_proxy.common.addresses import is_loopback, split_address
+from provider_proxy.common.streams import SocketStream
 from provider_proxy.errors import ConfigError, HostError
 from provider_proxy.host.config.tables import Listen
-from provider_proxy.host.http.streams import ClientStream
 
 BACKLOG = 1024  # a burst of tenants that all begin at once; the kernel caps it at somaxconn
 UNIX_SOCKET_MODE = 0o660
@@ -33,7 +33,7 @@ REPORT_S = 60.0
 log = logging.getLogger(__name__)
 
 
-class Listener(trio.abc.Listener[ClientStream]):
+class Listener(trio.abc.Listener[SocketStream]):
     """A listening socket.
 
     Args:
@@ -49,7 +49,7 @@ class Listener(trio.abc.Listener[ClientStream]):
         self._report_after = -math.inf
         self._unreported = 0
 
-    async def accept(self) -> ClientStream:
+    async def accept(self) -> SocketStream:
         """The next connection; a TLS handshake is left to the stream's user.
 
         Raises:
@@ -68,9 +68,9 @@ class Listener(trio.abc.Listener[ClientStream]):
                 if exc.errno in NOT_OURS:
                     continue
                 raise
-            return ClientStream(sock, self.context)
+            return SocketStream(sock, self.context)
 
-    async def serve(self, handler: Callable[[ClientStream], Awaitable[None]]) -> NoReturn:
+    async def serve(self, handler: Callable[[SocketStream], Awaitable[None]]) -> NoReturn:
         """Give each connection to a task of its own, until cancelled; closes the listener.
 
         Where the system is short of descriptors or memory, connections wait in the kernel's queue and

@@ -27,6 +27,7 @@ from email.utils import formatdate
 import h11
 import trio
 
+from provider_proxy.common.streams import SocketStream
 from provider_proxy.errors import DeadlineError, ProviderProxyError
 from provider_proxy.host.http.messages import (
     REASONS,
@@ -41,7 +42,6 @@ from provider_proxy.host.http.messages import (
     refuse,
     to_request,
 )
-from provider_proxy.host.http.streams import ClientStream
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Door:
         self._ended = trio.Event()
         self._date = (0, b"")
 
-    async def serve(self, stream: ClientStream) -> None:
+    async def serve(self, stream: SocketStream) -> None:
         """Serve one connection until it ends; closes it."""
         connection = _Connection(self, stream)
         address = connection.address()
@@ -179,7 +179,7 @@ class _Connection:
     """One client. All its waits share one cancel scope, whose deadline moves from stage to stage;
     a scope for each wait would cost a tenth of a request."""
 
-    def __init__(self, door: Door, stream: ClientStream) -> None:
+    def __init__(self, door: Door, stream: SocketStream) -> None:
         self._door = door
         self._stream = stream
         self._conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)

@@ -7,6 +7,7 @@ time are bounded, redirects are not followed, and any surprise closes the connec
 
 from __future__ import annotations
 
+import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import h11
 import trio
 
+from provider_proxy.common.streams import SocketStream
 from provider_proxy.errors import ReplyError
 from provider_proxy.tenant.replies import refused
 
@@ -47,13 +49,12 @@ class Endpoint:
         stream = await trio.open_tcp_stream(self.host, self.port)
         if self.context is None:
             return stream
-        secured = trio.SSLStream(
-            stream, self.context, server_hostname=self.server_name, https_compatible=True
-        )
+        sock = socket.socket(fileno=stream.socket.detach())
+        secured = SocketStream(sock, self.context, server_name=self.server_name)
         try:
             await secured.do_handshake()
         except BaseException:
-            await trio.aclose_forcefully(stream)
+            await trio.aclose_forcefully(secured)
             raise
         return secured
 

@@ -30,6 +30,7 @@ from helpers import (
     until,
 )
 
+from provider_proxy.common.streams import SocketStream
 from provider_proxy.errors import (
     ClientGoneError,
     DeadlineError,
@@ -49,7 +50,6 @@ from provider_proxy.host.http import messages
 from provider_proxy.host.http import server as http1
 from provider_proxy.host.http.messages import Request, Response
 from provider_proxy.host.http.server import Door
-from provider_proxy.host.http.streams import ClientStream
 
 OK = get_bytes("/ok")
 BIG = 8 * 1024 * 1024
@@ -687,7 +687,7 @@ async def test_a_tls_handshake_has_a_limit(
 ) -> None:
     """A client that says nothing, or only the beginning of a ClientHello."""
     ours, theirs = socket.socketpair()
-    server = ClientStream(theirs, server_context(certs))
+    server = SocketStream(theirs, server_context(certs))
     client = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
     async with client, trio.open_nursery() as nursery:
         nursery.start_soon(site.door.serve, server)

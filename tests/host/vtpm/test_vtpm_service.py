@@ -34,12 +34,12 @@ from vtpm_helpers import (
 )
 
 from provider_proxy.cli import main as cli
+from provider_proxy.common.streams import SocketStream
 from provider_proxy.errors import HostError, VtpmError
 from provider_proxy.host.api.admin import AdminDoor
 from provider_proxy.host.config.tables import Vtpm
 from provider_proxy.host.http import messages, server
 from provider_proxy.host.http.listeners import open_listeners
-from provider_proxy.host.http.streams import ClientStream
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.vtpm import hook_server as door_module
 from provider_proxy.host.vtpm import readback, running
@@ -151,7 +151,7 @@ class AtDoor:
     async def connected(self) -> AsyncIterator[trio.SocketStream]:
         ours, theirs = socket.socketpair()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.door.serve, ClientStream(theirs))
+            nursery.start_soon(self.door.serve, SocketStream(theirs))
             async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
                 yield stream
 

@@ -16,7 +16,7 @@ import trio
 import trio.testing
 from helpers import LIMIT_S, Certs, make_certs
 
-from provider_proxy.host.http.streams import ClientStream
+from provider_proxy.common.streams import SocketStream
 
 SMALL_BUFFER = 8 * 1024
 CLOG = bytes(256 * 1024)  # more than the buffers of both ends hold
@@ -49,15 +49,15 @@ def plain_client(sock: socket.socket) -> trio.SocketStream:
     return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
 
 
-async def plain_pair() -> tuple[ClientStream, trio.abc.Stream]:
+async def plain_pair() -> tuple[SocketStream, trio.abc.Stream]:
     ours, theirs = sockets()
-    return ClientStream(ours), plain_client(theirs)
+    return SocketStream(ours), plain_client(theirs)
 
 
 @asynccontextmanager
 async def handshake(
     certs: Certs, client: ssl.SSLContext | None = None, server: ssl.SSLContext | None = None
-) -> AsyncIterator[tuple[ClientStream, trio.SSLStream[trio.SocketStream]]]:
+) -> AsyncIterator[tuple[SocketStream, trio.SSLStream[trio.SocketStream]]]:
     """A server's stream of ours and a client of trio's, after the handshake."""
     ours, theirs = await tls_pair(certs, client, server)
     try:
@@ -69,9 +69,9 @@ async def handshake(
 
 async def tls_pair(
     certs: Certs, client: ssl.SSLContext | None = None, server: ssl.SSLContext | None = None
-) -> tuple[ClientStream, trio.SSLStream[trio.SocketStream]]:
+) -> tuple[SocketStream, trio.SSLStream[trio.SocketStream]]:
     ours, theirs = sockets()
-    stream = ClientStream(ours, server or server_context(certs))
+    stream = SocketStream(ours, server or server_context(certs))
     other = trio.SSLStream(
         plain_client(theirs),
         client or certs.client(),
@@ -109,7 +109,7 @@ async def clogged(stream: trio.abc.SendStream) -> None:
 
 
 async def test_a_plain_stream_is_a_trio_stream() -> None:
-    async def clogged_pair() -> tuple[ClientStream, trio.abc.Stream]:
+    async def clogged_pair() -> tuple[SocketStream, trio.abc.Stream]:
         ours, theirs = await plain_pair()
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -131,13 +131,45 @@ async def test_a_tls_stream_is_a_trio_stream(certs: Certs, number: ssl.TLSVersio
         await trio.testing.check_two_way_stream(pair, None)
 
 
+async def test_both_ends_of_tls_are_trio_streams(certs: Certs) -> None:
+    async def pair() -> tuple[trio.abc.Stream, trio.abc.Stream]:
+        ours, theirs = sockets()
+        server = SocketStream(ours, server_context(certs))
+        client = SocketStream(theirs, certs.client(), server_name="localhost")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.do_handshake)
+            nursery.start_soon(client.do_handshake)
+        return server, client
+
+    with trio.fail_after(10 * LIMIT_S):
+        await trio.testing.check_two_way_stream(pair, None)
+
+
+@pytest.mark.parametrize("name", ["other.example", "127.0.0.2", ""])
+async def test_a_client_checks_the_server_s_name(certs: Certs, name: str) -> None:
+    ours, theirs = sockets()
+    server = SocketStream(ours, server_context(certs))
+    client = SocketStream(theirs, certs.client(), server_name=name)
+
+    async def shake_hands() -> None:
+        with contextlib.suppress(trio.BrokenResourceError):
+            await server.do_handshake()
+
+    async with server, client, trio.open_nursery() as nursery:
+        nursery.start_soon(shake_hands)
+        with trio.fail_after(LIMIT_S), pytest.raises(trio.BrokenResourceError) as caught:
+            await client.do_handshake()
+        nursery.cancel_scope.cancel()
+    assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError | ValueError)
+
+
 # --- the handshake ----------------------------------------------------------------------------------
 
 
 async def test_nothing_is_read_or_sent_in_the_clear(certs: Certs) -> None:
     """A stream that is to be TLS and has had no handshake, or one that failed, is of no use."""
     ours, theirs = sockets()
-    stream = ClientStream(ours, server_context(certs))
+    stream = SocketStream(ours, server_context(certs))
     theirs.send(b"GET / HTTP/1.1\r\n\r\n")
 
     async def refuses() -> None:
@@ -166,7 +198,7 @@ async def test_a_client_that_is_gone_before_tls_begins(certs: Certs) -> None:
             accepted, _ = listening.accept()
         client.send(b"\x16\x03\x01")
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        stream = ClientStream(accepted, server_context(certs))
+        stream = SocketStream(accepted, server_context(certs))
         with trio.fail_after(LIMIT_S):
             await trio.lowlevel.wait_readable(accepted)
             client.close()
@@ -190,7 +222,7 @@ async def test_a_wrap_that_fails_raises(
         raise failure
 
     monkeypatch.setattr(ssl.SSLContext, "wrap_socket", fail)
-    stream = ClientStream(ours, server_context(certs))
+    stream = SocketStream(ours, server_context(certs))
     theirs.send(b"\x16")
     with pytest.raises(trio.BrokenResourceError) as caught:
         await stream.do_handshake()
@@ -211,7 +243,7 @@ async def test_who_sends_no_byte_costs_no_tls(
 
     monkeypatch.setattr(ssl.SSLContext, "wrap_socket", wrap)
     ours, theirs = sockets()
-    stream = ClientStream(ours, server_context(certs))
+    stream = SocketStream(ours, server_context(certs))
     if way == "reset":
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     if way != "silence":
@@ -227,7 +259,7 @@ async def test_who_sends_no_byte_costs_no_tls(
 
 async def test_a_handshake_that_was_cancelled_may_go_on(certs: Certs) -> None:
     ours, theirs = sockets()
-    stream = ClientStream(ours, server_context(certs))
+    stream = SocketStream(ours, server_context(certs))
     with trio.move_on_after(0) as scope:
         await stream.do_handshake()
     assert scope.cancelled_caught
@@ -262,7 +294,7 @@ async def test_a_session_is_resumed_with_its_certificate(
 
     for _ in range(2):
         ours, theirs = sockets()
-        async with ClientStream(ours, server) as stream, trio.open_nursery() as nursery:
+        async with SocketStream(ours, server) as stream, trio.open_nursery() as nursery:
             nursery.start_soon(trio.to_thread.run_sync, connect, theirs)
             with trio.fail_after(LIMIT_S):
                 await stream.do_handshake()
@@ -428,7 +460,7 @@ async def test_a_stream_is_no_cycle(certs: Certs, tls: bool) -> None:
 
     async def live(way: str) -> None:
         ours, theirs = sockets()
-        stream = ClientStream(ours, server_context(certs) if tls else None)
+        stream = SocketStream(ours, server_context(certs) if tls else None)
         if way == "good":
             await trio.aclose_forcefully(stream)
             stream, other = await tls_pair(certs) if tls else (stream, None)
@@ -449,7 +481,7 @@ async def test_a_stream_is_no_cycle(certs: Certs, tls: bool) -> None:
         theirs.close()
 
     def alive() -> int:
-        return sum(isinstance(each, ClientStream | ssl.SSLSocket) for each in gc.get_objects())
+        return sum(isinstance(each, SocketStream | ssl.SSLSocket) for each in gc.get_objects())
 
     for way in ("good", "garbage", "cancelled"):
         await live(way)  # imports and caches

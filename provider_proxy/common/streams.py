@@ -1,4 +1,4 @@
-"""A client's connection: a non-blocking socket that trio waits for, plain or TLS.
+"""A connection: a non-blocking socket that trio waits for, plain or TLS, a server's end or a client's.
 
 `trio.SSLStream` holds a reference to itself, so that only the cyclic collector frees it, and carries
 every byte through two memory buffers. Here OpenSSL reads and writes the socket itself. What
@@ -6,8 +6,8 @@ every byte through two memory buffers. Here OpenSSL reads and writes the socket 
 
 Invariants: where TLS was asked for, nothing is read or written in the clear. A stream that failed or
 was cancelled while it sent sends nothing more, not even close_notify: half a record may be on its way.
-A client that ends without close_notify has ended, which HTTP's own framing judges. A client that has
-not sent a byte costs no OpenSSL state. One task may send while another one receives.
+A peer that ends without close_notify has ended, which HTTP's own framing judges. A client that has not
+sent a byte costs a server no OpenSSL state. One task may send while another one receives.
 """
 
 from __future__ import annotations
@@ -21,18 +21,26 @@ import trio
 RECEIVE_BYTES = 16 * 1024
 
 
-class ClientStream(trio.abc.Stream):
-    """A connection that was accepted.
+class SocketStream(trio.abc.Stream):
+    """A connection that was accepted or opened.
 
     Args:
         sock: a connected stream socket; the stream closes it.
-        context: a server's, for TLS; None for plaintext.
+        context: for TLS; None for plaintext.
+        server_name: what the server's certificate must be for; makes this the client's end.
     """
 
-    def __init__(self, sock: socket.socket, context: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext | None = None,
+        *,
+        server_name: str | None = None,
+    ) -> None:
         sock.setblocking(False)
         self._socket = sock
         self._context = context
+        self._server_name = server_name
         self._heard = False
         self._ready = context is None  # TLS: the handshake is done
         self._sound = context is None  # nothing is half sent
@@ -54,17 +62,17 @@ class ClientStream(trio.abc.Stream):
 
     @property
     def heard(self) -> bool:
-        """True once a handshake has had a byte of the client: a probe of the port sends none."""
+        """True once a server's handshake has had a byte: a probe of the port sends none."""
         return self._heard
 
     def certificate(self) -> bytes | None:
-        """The client's certificate, DER, as TLS has verified it; None where it showed none."""
+        """The peer's certificate, DER, as TLS has verified it; None where it showed none."""
         if not isinstance(self._socket, ssl.SSLSocket):
             return None
         return self._socket.getpeercert(binary_form=True)
 
     async def do_handshake(self) -> None:
-        """TLS's handshake, as the server; nothing for plaintext or where it is done.
+        """TLS's handshake; nothing for plaintext or where it is done.
 
         Raises:
             trio.BrokenResourceError: it failed; the cause is what OpenSSL or the system said. There is
@@ -79,7 +87,8 @@ class ClientStream(trio.abc.Stream):
         self._sending = self._receiving = True
         try:
             if not isinstance(self._socket, ssl.SSLSocket):
-                await self._hear()
+                if self._server_name is None:
+                    await self._hear()
                 self._wrap(self._context)
             await self._shake_hands()
         finally:
@@ -103,13 +112,15 @@ class ClientStream(trio.abc.Stream):
         try:
             self._socket = context.wrap_socket(
                 self._socket,
-                server_side=True,
+                server_side=self._server_name is None,
+                server_hostname=self._server_name,
                 do_handshake_on_connect=False,
                 suppress_ragged_eofs=True,
             )
         except (OSError, ValueError) as exc:
-            self._closed = True  # the SSL module has taken the descriptor, and closed it
-            raise trio.BrokenResourceError("the client is gone") from exc
+            self._closed = True
+            self._socket.close()  # where the SSL module has not taken the descriptor, and closed it
+            raise trio.BrokenResourceError("the peer is gone") from exc
 
     async def _shake_hands(self) -> None:
         assert isinstance(self._socket, ssl.SSLSocket)
