@@ -22,6 +22,7 @@
     │   ├── SelfCheckError         502, the quote failed our own verification
     │   └── DeadlineError          504
     ├── ReplyError                 the tenant's side got no answer: network, HTTP status    (exit 3)
+    │   └── NotSupportedError      the other side is of a release that has no such question
     ├── RegistrarError             a registrar gave no usable answer                        (exit 3)
     └── VerificationError          evidence refused; a class for each numbered check        (exit 1)
         └── PolicyError            check 7: the state is proven, and not what the policy wants
@@ -110,6 +111,10 @@ class ReplyError(ProviderProxyError):
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
+
+
+class NotSupportedError(ReplyError):
+    """The other side is of a release that does not have what is asked for; asking again is in vain."""
 
 
 class RegistrarError(ProviderProxyError):

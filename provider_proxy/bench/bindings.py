@@ -35,10 +35,11 @@ from provider_proxy.errors import BindingError, HostError
 from provider_proxy.evidence import inclusion
 from provider_proxy.evidence.model import HashAlg, InclusionProof, TrustedHost, check_mask
 from provider_proxy.evidence.policy import Policy, parse_tpm_policy
+from provider_proxy.evidence.tpm_writer import encode_ek
 from provider_proxy.evidence.verify import Challenge, MemoryHistory, Verifier, new_challenge
 from provider_proxy.evidence.wire import EvidenceEncoder
 from provider_proxy.host.batching import merkle
-from provider_proxy.testing.soft_tpm import SoftTpm, encode_ek
+from provider_proxy.testing.soft_tpm import SoftTpm
 from provider_proxy.trust.bindings import RegistrarBindings
 from provider_proxy.trust.ek_chain import EK_PURPOSE
 from provider_proxy.trust.ek_store import EkStore, utc_now

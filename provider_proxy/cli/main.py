@@ -38,6 +38,7 @@ SUBCOMMANDS = {
     "ek-ca": "show a store of TPM makers' CAs; judge an EK certificate by it",
     "identity": "show what a proxy says of its host's keys",
     "watch": "verify the hosts under one's VMs, again and again",
+    "bridge": "hosts as agents of one's own, unmodified Keylime",
     "pki": "make a small CA, a server's and tenants' certificates",
     "audit": "prove that a nonce was in a batch of the audit log",
     "pin": "say which AK is trusted for which host",
@@ -99,8 +100,8 @@ def run(argv: Sequence[str]) -> int:
         code: int = args.run(args)
     except ModuleNotFoundError as exc:
         extra = EXTRA_OF.get((exc.name or "").partition(".")[0])
-        if extra is not None and _command_in(argv) == "watch":
-            extra = "watch"
+        if extra is not None and _command_in(argv) in ("watch", "bridge"):
+            extra = _command_in(argv)
         if extra is None:
             raise
         print(

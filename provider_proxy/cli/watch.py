@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         HostError: a file is missing, or the state cannot be kept.
     """
     config = load_watch_config(args.config)
-    _allow_connections(len(config.hosts))
+    allow_connections(len(config.hosts))
     if args.once:
         return _once(Watcher(config), args.json)
     watcher = Watcher(config, write=_write)
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _allow_connections(hosts: int) -> None:
+def allow_connections(hosts: int) -> None:
     """A connection a host: use all the open files that the process may have.
 
     Raises:

@@ -178,7 +178,7 @@ def credentials_directory() -> Path:
     return path if path.is_absolute() else UNIT_CREDENTIALS
 
 
-def read_secret(key: str, path: Path | None) -> bytes:
+def read_secret(key: str, path: Path | None, *, limit: int = MAX_SECRET_BYTES) -> bytes:
     """Read a secret by its path, without a final newline; empty where there is no path.
 
     Raises:
@@ -194,6 +194,6 @@ def read_secret(key: str, path: Path | None) -> bytes:
             others = 0o007 if path.parent == credentials_directory() else 0o077
             if not stat.S_ISREG(status.st_mode) or status.st_mode & others:
                 raise HostError(f"{key}: {path} must be a plain file that only its owner can read")
-            return file.read(MAX_SECRET_BYTES).removesuffix(b"\n")
+            return file.read(limit).removesuffix(b"\n")
     except OSError as exc:
         raise HostError(f"{key}: cannot read {path}: {exc.strerror}") from exc

@@ -7,6 +7,8 @@ Source: TPM 2.0 Library Part 2, sections 8.3 (TPMA_OBJECT) and 12.2 (TPMT_PUBLIC
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 from dataclasses import dataclass
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -38,6 +40,11 @@ AK_MUST_HAVE = {
     "sign": SIGN,
 }
 
+BRIDGE_LABEL = b"provider-proxy/bridge/1"
+BRIDGE_POLICY = hashlib.sha256(BRIDGE_LABEL).digest()
+"""The authPolicy of the key that `bridge` answers a tenant's verifier with. It is a key of software, so
+its name says what it is, wherever the key goes: no pin and no record of it passes for a host's."""
+
 MAX_PUBLIC_BYTES = 1024  # RSA-4096 with a policy is 600
 MAX_KEY_PART_BYTES = 512  # an RSA-4096 modulus
 MIN_RSA_BITS = 2048
@@ -54,6 +61,7 @@ class TpmPublic:
 
     Attributes:
         attributes: TPMA_OBJECT bits.
+        auth_policy: a digest; empty where the key has none.
         has_symmetric: True for a storage key (an EK), which wraps others.
         scheme: TPM_ALG_ID of the signing scheme; TPM_ALG_NULL where the key has none.
         scheme_hash: TPM_ALG_ID of the scheme's hash; 0 where it has none.
@@ -61,6 +69,7 @@ class TpmPublic:
 
     name: AkName
     attributes: int
+    auth_policy: bytes
     has_symmetric: bool
     scheme: int
     scheme_hash: int
@@ -87,7 +96,7 @@ def parse_public(data: bytes) -> TpmPublic:
     except ValueError:
         raise EvidenceFormatError("TPMT_PUBLIC has an unknown name algorithm") from None
     attributes = read.uint(4)
-    read.sized(64)  # authPolicy: a digest
+    auth_policy = read.sized(64)
     has_symmetric = read.uint(2) != TPM_ALG_NULL
     if has_symmetric:
         read.take(4)  # keyBits, mode
@@ -106,6 +115,7 @@ def parse_public(data: bytes) -> TpmPublic:
     return TpmPublic(
         name=AkName(name_alg.to_bytes(2, "big") + name_alg.digest(area)),
         attributes=attributes,
+        auth_policy=auth_policy,
         has_symmetric=has_symmetric,
         scheme=scheme,
         scheme_hash=scheme_hash,
@@ -150,9 +160,14 @@ def parse_ak(data: bytes) -> AttestationKey:
 
     Raises:
         EvidenceFormatError: see `parse_public`.
-        UntrustedAkError: attributes, scheme, hash or size are not those of an AK.
+        UntrustedAkError: attributes, scheme, hash or size are not those of an AK, or it is a bridge's.
     """
     public = parse_public(data)
+    if hmac.compare_digest(public.auth_policy, BRIDGE_POLICY):
+        raise UntrustedAkError(
+            "the key is that of a provider-proxy bridge, which answers for hosts and is none: give "
+            "the host's own AK, or the id under which the host itself is registered"
+        )
     missing = [name for name, bit in AK_MUST_HAVE.items() if not public.attributes & bit]
     if missing:
         raise UntrustedAkError("the key is not an attestation key: not " + ", ".join(missing))

@@ -5,7 +5,8 @@ for one quote: it cannot see that the tenant's nonce is a leaf under what was si
 signed PCR selection with what was asked. Our `Verifier` checks just that, always first, and hands on
 only what has passed: then `POST /v2.x/verify/evidence` with `nonce` = the qualifying data.
 
-Sources: Keylime 7.14, `VerifyEvidenceHandler` and `process_verify_attestation`; API 2.5 and 2.6.
+Sources: Keylime 7.14, `VerifyEvidenceHandler` and `process_verify_attestation`; API 2.5 or 2.6, as the
+verifier speaks. Earlier releases have no such question.
 Does not check: the host's clock at Keylime (our `Verifier` does); revocation.
 """
 
@@ -19,7 +20,6 @@ from dataclasses import dataclass
 
 import httpx
 
-from provider_proxy.common.http import IDENTITY, NO_ANSWER, read_body
 from provider_proxy.errors import KeylimeRefusedError, ReplyError, UsageError
 from provider_proxy.evidence import attestation
 from provider_proxy.evidence.model import Evidence, TrustedHost, VerifiedQuote, mask_of
@@ -29,10 +29,10 @@ from provider_proxy.evidence.verify import HostHistory, Verifier, new_challenge
 from provider_proxy.evidence.wire import encode_quote, parse_evidence
 from provider_proxy.tenant.client import ProxyClient
 from provider_proxy.tenant.replies import status_text
+from provider_proxy.tenant.verifier_api import FIRST_WITH_EVIDENCE, VerifierApi
 
 IMA_PCR = 10
 BOOT_PCRS = (*range(10), *range(11, 16))  # what Keylime's measured-boot policies may read
-API_VERSION = "2.6"  # 3.0 answers 500 (7.14.3)
 MAX_POLICY_BYTES = 64 * 1024 * 1024  # runtime policies of tens of thousands of files are 20 MB
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # it sends back all that it was sent
 MAX_REASONS = 64
@@ -88,8 +88,8 @@ class KeylimeVerifier:
     """
 
     def __init__(self, http: httpx.AsyncClient, base_url: str) -> None:
-        self._http = http
-        self._base_url = base_url.rstrip("/")
+        self._api = VerifierApi(http, base_url)
+        self._version: str | None = None
 
     async def judge(
         self, evidence: Evidence, policies: KeylimePolicies, *, ek_public: bytes, ak_public: bytes
@@ -103,15 +103,19 @@ class KeylimeVerifier:
 
         Raises:
             KeylimeRefusedError: it does not accept it.
+            NotSupportedError: it is older than 7.14, which cannot be asked.
             ReplyError: no answer, or none that can be understood.
         """
+        if self._version is None:
+            self._version = await self._api.negotiate(FIRST_WITH_EVIDENCE, "/verify/evidence")
         body = json.dumps(
             {
                 "type": "tpm",
                 "data": _request_data(evidence, policies, ek_public, ak_public),
             }
         ).encode("utf-8")
-        status, answer = await self._post(f"/v{API_VERSION}/verify/evidence", body)
+        path = f"/v{self._version}/verify/evidence"
+        status, answer = await self._api.call("POST", path, body, limit=MAX_ANSWER_BYTES)
         if status != 200:
             raise ReplyError(
                 f"the verifier answered {status}: {status_text(answer)}", status=status
@@ -119,20 +123,6 @@ class KeylimeVerifier:
         reasons = _parse_verdict(answer)
         if reasons is not None:
             raise KeylimeRefusedError(reasons)
-
-    async def _post(self, path: str, body: bytes) -> tuple[int, bytes]:
-        try:
-            async with self._http.stream(
-                "POST",
-                self._base_url + path,
-                content=body,
-                headers=IDENTITY | {"Content-Type": "application/json"},
-            ) as response:
-                received = await read_body(response, MAX_ANSWER_BYTES, "the verifier")
-        except NO_ANSWER as exc:
-            why = str(exc) or type(exc).__name__
-            raise ReplyError(f"the verifier gave no answer: {why}") from exc
-        return response.status_code, received
 
 
 def _request_data(

@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from provider_proxy.evidence import tpm_keys
-from provider_proxy.evidence.attestation import TPM_GENERATED, TPM_ST_ATTEST_QUOTE
 from provider_proxy.evidence.model import (
     AttestationKey,
     ClockState,
@@ -24,75 +23,7 @@ from provider_proxy.evidence.model import (
     Quote,
     pcrs_of,
 )
-
-AK_ATTRIBUTES = sum(tpm_keys.AK_MUST_HAVE.values()) | 1 << 6  # userWithAuth
-
-EK_ATTRIBUTES = 0x000300B2  # fixedTPM, fixedParent, origin, adminWithPolicy, restricted, decrypt
-EK_POLICY = bytes.fromhex("837197674484b3f81a90cc8d46a5d724fd52d76e06520b64f2a1da1b331469aa")
-
-
-def _tpm2b(data: bytes) -> bytes:
-    return len(data).to_bytes(2, "big") + data
-
-
-def encode_public(
-    key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey, attributes: int = AK_ATTRIBUTES
-) -> bytes:
-    """The TPM2B_PUBLIC of a P-256 ECDSA or an RSASSA signing key with these attributes."""
-    null = tpm_keys.TPM_ALG_NULL
-    if isinstance(key, ec.EllipticCurvePublicKey):
-        point = key.public_numbers()
-        kind, scheme = tpm_keys.TPM_ALG_ECC, tpm_keys.TPM_ALG_ECDSA
-        unique = _tpm2b(point.x.to_bytes(32, "big")) + _tpm2b(point.y.to_bytes(32, "big"))
-        detail = struct.pack(">HH", 3, null)
-    else:
-        kind, scheme = tpm_keys.TPM_ALG_RSA, tpm_keys.TPM_ALG_RSASSA
-        unique = _tpm2b(key.public_numbers().n.to_bytes(key.key_size // 8, "big"))
-        detail = struct.pack(">HI", key.key_size, 0)
-    area = struct.pack(">HHI", kind, HashAlg.SHA256, attributes) + _tpm2b(b"")
-    area += struct.pack(">HHH", null, scheme, HashAlg.SHA256) + detail + unique
-    return _tpm2b(area)
-
-
-def encode_ek(key: rsa.RSAPublicKey | ec.EllipticCurvePublicKey) -> bytes:
-    """The TPM2B_PUBLIC of an RSA-2048 or P-256 EK (TCG EK Credential Profile, templates L-1 and L-2)."""
-    null = tpm_keys.TPM_ALG_NULL
-    symmetric = struct.pack(">HHH", 0x0006, 128, 0x0043)  # AES-128 in CFB mode
-    if isinstance(key, ec.EllipticCurvePublicKey):
-        point = key.public_numbers()
-        kind, detail = tpm_keys.TPM_ALG_ECC, struct.pack(">HHH", null, 3, null)
-        unique = _tpm2b(point.x.to_bytes(32, "big")) + _tpm2b(point.y.to_bytes(32, "big"))
-    else:
-        kind, detail = tpm_keys.TPM_ALG_RSA, struct.pack(">HHI", null, key.key_size, 0)
-        unique = _tpm2b(key.public_numbers().n.to_bytes(key.key_size // 8, "big"))
-    area = struct.pack(">HHI", kind, HashAlg.SHA256, EK_ATTRIBUTES) + _tpm2b(EK_POLICY)
-    return _tpm2b(area + symmetric + detail + unique)
-
-
-def encode_attest(
-    *,
-    qualifying: bytes,
-    clock: ClockState,
-    bank: int,
-    mask: int,
-    pcr_digest: bytes,
-    magic: int = TPM_GENERATED,
-    kind: int = TPM_ST_ATTEST_QUOTE,
-    safe: int = 1,
-) -> bytes:
-    """A TPMS_ATTEST of type quote."""
-    signer = HashAlg.SHA256.to_bytes(2, "big") + bytes(32)
-    return b"".join(
-        (
-            struct.pack(">IH", magic, kind),
-            _tpm2b(signer),
-            _tpm2b(qualifying),
-            struct.pack(">QIIB", clock.clock_ms, clock.reset_count, clock.restart_count, safe),
-            struct.pack(">Q", 0x20191023_00163636),
-            struct.pack(">IHB", 1, bank, 3) + mask.to_bytes(3, "little"),
-            _tpm2b(pcr_digest),
-        )
-    )
+from provider_proxy.evidence.tpm_writer import encode_attest, encode_public, encode_rsassa, tpm2b
 
 
 class SoftTpm:
@@ -152,10 +83,10 @@ class SoftTpm:
         """A TPMT_SIGNATURE over any bytes: what a restricted key in a TPM would refuse."""
         if isinstance(self._key, rsa.RSAPrivateKey):
             value = self._key.sign(data, padding.PKCS1v15(), hashes.SHA256())
-            return struct.pack(">HH", tpm_keys.TPM_ALG_RSASSA, HashAlg.SHA256) + _tpm2b(value)
+            return encode_rsassa(value)
         r, s = decode_dss_signature(self._key.sign(data, ec.ECDSA(hashes.SHA256())))
         return (
             struct.pack(">HH", tpm_keys.TPM_ALG_ECDSA, HashAlg.SHA256)
-            + _tpm2b(r.to_bytes(32, "big"))
-            + _tpm2b(s.to_bytes(32, "big"))
+            + tpm2b(r.to_bytes(32, "big"))
+            + tpm2b(s.to_bytes(32, "big"))
         )

@@ -35,8 +35,9 @@ from verify_files import MASK, VALUE, VERIFY, Done, Files
 
 from provider_proxy.errors import QuoteError
 from provider_proxy.evidence.request_file import parse_request
+from provider_proxy.evidence.tpm_writer import encode_public
 from provider_proxy.host.config.tables import BatchTable, Config, Listen, Logs
-from provider_proxy.testing.soft_tpm import SoftTpm, encode_public
+from provider_proxy.testing.soft_tpm import SoftTpm
 
 GOOD, REFUSED, USAGE, ENVIRONMENT = 0, 1, 2, 3
 NOWHERE = Path("/nonexistent")

@@ -22,8 +22,9 @@ from tpm_helpers import AK_HANDLE, EK_HANDLE, Swtpm, plain_config, swtpm_at, too
 from provider_proxy.evidence.model import ClockState
 from provider_proxy.evidence.request_file import parse_request
 from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.evidence.tpm_writer import AK_ATTRIBUTES, encode_public
 from provider_proxy.host.tpm.doctor import Report
-from provider_proxy.testing.soft_tpm import AK_ATTRIBUTES, SoftTpm, encode_public
+from provider_proxy.testing.soft_tpm import SoftTpm
 from provider_proxy.trust.pins import PinStore
 
 GOOD, REFUSED, USAGE, ENVIRONMENT = 0, 1, 2, 3

@@ -14,7 +14,7 @@ from places import DOCS
 from soft_ek import DAY, Authority, ek_certificate, rsa_ek
 
 from provider_proxy.cli.ek_ca import SOON
-from provider_proxy.testing.soft_tpm import encode_ek
+from provider_proxy.evidence.tpm_writer import encode_ek
 from provider_proxy.trust.ek_store import utc_now
 
 ROOT = Authority("Infineon root")

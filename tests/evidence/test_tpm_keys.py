@@ -16,7 +16,7 @@ from vectors import ak_cases
 from provider_proxy.errors import EvidenceFormatError, UntrustedAkError
 from provider_proxy.evidence.model import HashAlg
 from provider_proxy.evidence.tpm_keys import insecure_ak_from_pem, parse_ak, parse_public
-from provider_proxy.testing.soft_tpm import AK_ATTRIBUTES, encode_public
+from provider_proxy.evidence.tpm_writer import AK_ATTRIBUTES, encode_public
 
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey | ed25519.Ed25519PublicKey
 

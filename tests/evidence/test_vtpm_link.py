@@ -37,10 +37,11 @@ from provider_proxy.evidence.model import HashAlg, Nonce, PcrMask, QuoteRequest,
 from provider_proxy.evidence.policy import UnsafeAcceptAny
 from provider_proxy.evidence.request_file import RequestRecord, encode_request
 from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.evidence.tpm_writer import encode_public
 from provider_proxy.evidence.verify import MemoryHistory
 from provider_proxy.evidence.vtpm_link import parse_claims
 from provider_proxy.evidence.wire import encode_quote
-from provider_proxy.testing.soft_tpm import SoftTpm, encode_public
+from provider_proxy.testing.soft_tpm import SoftTpm
 
 GOOD, REFUSED, USAGE, ENVIRONMENT = 0, 1, 2, 3
 EK_ATTRIBUTES = 0x000300B2  # an EK's of the TCG's template: restricted, decrypt

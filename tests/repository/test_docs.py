@@ -185,6 +185,8 @@ def test_toml_blocks_are_configurations(doc: Path, block: str) -> None:
     values = tomllib.loads(block)
     if doc.name == "watch.md":
         parse_watch_config(values)
+    elif doc.name == "bridge.md":
+        parse_watch_config(values, for_bridge=True)
     elif "pins" in values:
         hosts_file.parse_link_map(values, doc.parent)  # a tenant's, of docs/vtpm.md
     else:
@@ -194,6 +196,7 @@ def test_toml_blocks_are_configurations(doc: Path, block: str) -> None:
 def test_toml_blocks_are_there() -> None:
     assert {doc.name for doc, _ in TOML_BLOCKS} == {
         *("configuration.md", "keylime-agent.md", "registration.md", "vtpm.md", "watch.md"),
+        "bridge.md",
     }
 
 

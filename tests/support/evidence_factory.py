@@ -38,8 +38,9 @@ from provider_proxy.evidence.model import (
 )
 from provider_proxy.evidence.policy import Policy, UnsafeAcceptAny
 from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.evidence.tpm_writer import encode_attest
 from provider_proxy.evidence.verify import Challenge, MemoryHistory, Verifier
-from provider_proxy.testing.soft_tpm import SoftTpm, encode_attest
+from provider_proxy.testing.soft_tpm import SoftTpm
 
 # The first primes of 1024 bits after SHA-256 expanded from "provider-proxy/test-key/p" and ".../q".
 RSA_P = int(

@@ -7,12 +7,14 @@ Keylime's registrar cannot do without TLS on its second port; the first one is p
 from __future__ import annotations
 
 import os
+import re
 import signal
 import ssl
 import subprocess
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,11 +128,13 @@ webhook_url =
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Registrar:
-    """A running registrar. `directory` keeps its database and CA over a restart."""
+    """A running registrar. `directory` keeps its database and CA over a restart; `site` is where
+    another release of Keylime than that of `.venv-keylime` is installed."""
 
     directory: Path
     port: int
     tls_port: int
+    site: Path | None = None
 
     @property
     def http_url(self) -> str:
@@ -173,8 +177,12 @@ class KeylimeVerifier:
         return f"https://127.0.0.1:{self.port}"
 
 
-def keylime_environment(directory: Path) -> dict[str, str]:
-    """The environment of a Keylime program that keeps everything inside `directory`."""
+def keylime_environment(directory: Path, site: Path | None = None) -> dict[str, str]:
+    """The environment of a Keylime program that keeps everything inside `directory`.
+
+    Args:
+        site: of another release.
+    """
     assert PYTHON.exists(), "the real Keylime is missing: make keylime"
     config = directory / "ca.conf"
     config.write_text(CA_CONFIG)
@@ -183,11 +191,16 @@ def keylime_environment(directory: Path) -> dict[str, str]:
         "PATH": f"{PYTHON.parent}:{os.environ['PATH']}",
         "HOME": str(directory),
         "LANG": "C.UTF-8",
-        "PYTHONPATH": str(HERE / "stub"),
+        "PYTHONPATH": ":".join(map(str, filter(None, (site, HERE / "stub")))),
         "KEYLIME_DIR": str(directory),
         "KEYLIME_CA_CONFIG": str(config),
         "XDG_RUNTIME_DIR": str(directory / "run"),
     }
+
+
+def keylime_program(name: str, site: Path | None = None) -> list[Path]:
+    """The command of a Keylime program: "keylime_verifier"."""
+    return [PYTHON, site / "bin" / name] if site is not None else [PYTHON.parent / name]
 
 
 def make_keylime_ca(directory: Path) -> None:
@@ -205,31 +218,54 @@ def make_keylime_ca(directory: Path) -> None:
 
 @contextmanager
 def running_registrar(
-    directory: Path, *, port: int | None = None, tls_port: int | None = None
+    directory: Path,
+    *,
+    port: int | None = None,
+    tls_port: int | None = None,
+    site: Path | None = None,
 ) -> Iterator[Registrar]:
     """A registrar on loopback; the same directory and ports again are the same registrar restarted."""
     registrar = Registrar(
-        directory=directory, port=port or free_port(), tls_port=tls_port or free_port()
+        directory=directory,
+        port=port or free_port(),
+        tls_port=tls_port or free_port(),
+        site=site,
     )
     make_keylime_ca(directory)
     config = directory / "registrar.conf"
     config.write_text(REGISTRAR_CONFIG.format(port=registrar.port, tls_port=registrar.tls_port))
-    environment = keylime_environment(directory) | {"KEYLIME_REGISTRAR_CONFIG": str(config)}
-    program = PYTHON.parent / "keylime_registrar"
-    with running_keylime([program], directory, environment, registrar.http_url):
+    environment = keylime_environment(directory, site)
+    environment |= {"KEYLIME_REGISTRAR_CONFIG": str(config)}
+    program = keylime_program("keylime_registrar", site)
+    with running_keylime(program, directory, environment, registrar.http_url):
         yield registrar
 
 
 @contextmanager
-def running_verifier(registrar: Registrar) -> Iterator[KeylimeVerifier]:
-    """The tenant's own unmodified verifier, in the registrar's directory."""
-    verifier = KeylimeVerifier(port=free_port(), ca=registrar.ca)
+def running_verifier(
+    registrar: Registrar,
+    *,
+    port: int | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> Iterator[KeylimeVerifier]:
+    """The tenant's own unmodified verifier, in the registrar's directory and of its release.
+
+    Args:
+        settings: lines of its configuration that are other than `VERIFIER_CONFIG`.
+    """
+    verifier = KeylimeVerifier(port=port or free_port(), ca=registrar.ca)
     config = registrar.directory / "verifier.conf"
-    config.write_text(VERIFIER_CONFIG.format(port=verifier.port, registrar_port=registrar.tls_port))
-    environment = keylime_environment(registrar.directory)
+    text = VERIFIER_CONFIG.format(port=verifier.port, registrar_port=registrar.tls_port)
+    for key, value in (settings or {}).items():
+        text, count = re.subn(rf"(?m)^{key} =.*$", f"{key} = {value}", text)
+        assert count == 1, key
+    config.write_text(text)
+    environment = keylime_environment(registrar.directory, registrar.site)
     environment |= {"KEYLIME_VERIFIER_CONFIG": str(config)}
-    program = PYTHON.parent / "keylime_verifier"
-    with running_keylime([program], registrar.directory, environment, verifier.url):
+    program = keylime_program("keylime_verifier", registrar.site)
+    context = _trusting()
+    context.load_cert_chain(registrar.client_cert, registrar.client_key)
+    with running_keylime(program, registrar.directory, environment, verifier.url, context=context):
         yield verifier
 
 
@@ -272,6 +308,8 @@ def _await_version(
     while True:
         try:
             urllib.request.urlopen(f"{url}/version", timeout=2, context=context).close()
+        except urllib.error.HTTPError:
+            return  # a verifier in push mode has no such page
         except OSError:
             assert process.poll() is None, log_path.read_text()[-4000:]
             assert time.monotonic() < deadline, log_path.read_text()[-4000:]

@@ -24,7 +24,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
-from provider_proxy.testing.soft_tpm import SoftTpm, encode_ek
+from provider_proxy.evidence.tpm_writer import encode_ek
+from provider_proxy.testing.soft_tpm import SoftTpm
 from provider_proxy.trust.ek_chain import EK_PURPOSE
 
 MAGIC = struct.pack(">II", 0xBADCC0DE, 1)  # tpm2-tools' header of a credential

@@ -372,11 +372,11 @@ def test_open_files_are_enough_or_it_says_so(monkeypatch: pytest.MonkeyPatch) ->
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 4096))
     monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: asked.append(pair))
-    cli_watch._allow_connections(10)
-    cli_watch._allow_connections(2000)
+    cli_watch.allow_connections(10)
+    cli_watch.allow_connections(2000)
     assert asked == [(2100, 4096)]
     with pytest.raises(HostError, match="4000 hosts need 4100 open files, and the limit is 4096"):
-        cli_watch._allow_connections(4000)
+        cli_watch.allow_connections(4000)
 
 
 def test_the_five_minutes_run(tmp_path: Path) -> None:

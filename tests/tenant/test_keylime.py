@@ -13,6 +13,7 @@ from helpers import make_evidence
 from provider_proxy.errors import (
     InclusionError,
     KeylimeRefusedError,
+    NotSupportedError,
     QualifyingDataError,
     ReplyError,
     SignatureError,
@@ -86,6 +87,7 @@ class Site:
         self.tpm = SoftTpm(pcrs={0: b"boot"})
         self.verdict = httpx.Response(200, json={"results": {"valid": True, "failures": []}})
         self.asked: list[dict[str, str]] = []
+        self.versions = ["1.0", "2.0", "2.1", "2.5", "2.6", "3.0"]
         self.spoil: Callable[[bytes], bytes] = lambda body: body
         self.registered = RegisteredHost(
             host=TrustedHost(ak=self.tpm.ak),
@@ -98,7 +100,10 @@ class Site:
         if request.url.path == "/verifier/quote":
             asked = parse_quote_query(request.url.query.decode("ascii"))
             return httpx.Response(200, content=self.spoil(make_evidence(self.tpm, asked)))
-        assert (request.method, request.url.path) == ("POST", "/v2.6/verify/evidence")
+        if request.url.path == "/version":
+            return httpx.Response(200, json={"results": {"supported_versions": self.versions}})
+        best = max(version for version in self.versions if version < "3")
+        assert (request.method, request.url.path) == ("POST", f"/v{best}/verify/evidence")
         body = json.loads(request.content)
         assert body["type"] == "tpm"
         self.asked.append(body["data"])
@@ -125,6 +130,32 @@ async def test_good_where_both_are_content() -> None:
     assert len(data["nonce"]) == 32
     assert data["quote"].startswith("r")
     assert data["tpm_ek"] == "AARmYWtl"
+
+
+async def test_a_verifier_is_asked_in_its_own_version() -> None:
+    site = Site()
+    site.versions = ["2.4", "2.5"]
+    await site.check()
+    assert len(site.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("versions", "release"),
+    [
+        (["2.1", "2.4"], "Keylime 7.13 (API 2.4)"),
+        (["2.1", "2.3"], "Keylime 7.12 (API 2.3)"),
+        (["2.0", "2.1"], "Keylime before 7.12 (API 2.1)"),
+    ],
+)
+async def test_a_verifier_that_cannot_be_asked_says_which_it_is(
+    versions: list[str], release: str
+) -> None:
+    site = Site()
+    site.versions = versions
+    with pytest.raises(NotSupportedError, match=r"Keylime 7\.14\.0 or later") as caught:
+        await site.check()
+    assert release in str(caught.value)
+    assert site.asked == []
 
 
 VERDICTS: dict[str, tuple[httpx.Response, type[Exception], str]] = {

@@ -43,9 +43,10 @@ from provider_proxy.errors import (
 from provider_proxy.evidence.policy import UnsafeAcceptAny
 from provider_proxy.evidence.query import parse_quote_query
 from provider_proxy.evidence.tpm_keys import parse_public
+from provider_proxy.evidence.tpm_writer import AK_ATTRIBUTES, EK_ATTRIBUTES, encode_public
 from provider_proxy.evidence.verify import Verifier, new_challenge
 from provider_proxy.tenant.client import ProxyClient
-from provider_proxy.testing.soft_tpm import AK_ATTRIBUTES, EK_ATTRIBUTES, SoftTpm, encode_public
+from provider_proxy.testing.soft_tpm import SoftTpm
 from provider_proxy.trust import bindings
 from provider_proxy.trust import registrar as agent_records
 from provider_proxy.trust.bindings import (

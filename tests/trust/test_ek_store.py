@@ -27,7 +27,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from soft_ek import NOW, START, Authority, ek_certificate, rsa_ek
 
 from provider_proxy.errors import HostError, UntrustedEkError, UsageError
-from provider_proxy.testing.soft_tpm import encode_ek
+from provider_proxy.evidence.tpm_writer import encode_ek
 from provider_proxy.trust import ek_files, ek_store
 from provider_proxy.trust.ek_chain import EndorsementKey, Verdict, check_chain
 from provider_proxy.trust.ek_files import LoadedStore

@@ -35,8 +35,9 @@ from provider_proxy.errors import (
 )
 from provider_proxy.evidence.model import ClockState, VerifiedQuote
 from provider_proxy.evidence.policy import UnsafeAcceptAny
+from provider_proxy.evidence.tpm_writer import AK_ATTRIBUTES, encode_ek, encode_public
 from provider_proxy.evidence.verify import Challenge, Verifier, new_challenge
-from provider_proxy.testing.soft_tpm import AK_ATTRIBUTES, SoftTpm, encode_ek, encode_public
+from provider_proxy.testing.soft_tpm import SoftTpm
 from provider_proxy.trust.pins import PinnedHost, PinStore
 
 LABEL = "host-17"

@@ -20,7 +20,7 @@ from evidence_factory import (
 )
 
 from provider_proxy.evidence.model import ClockState, HashAlg, Nonce, PcrMask
-from provider_proxy.testing.soft_tpm import AK_ATTRIBUTES, encode_public
+from provider_proxy.evidence.tpm_writer import AK_ATTRIBUTES, encode_public
 from vectors.cases import Base, Case
 
 SIGNATURE = "SignatureError"

@@ -19,10 +19,12 @@ from provider_proxy.common.files import read_trusted
 from provider_proxy.common.settings.schema import read_table
 from provider_proxy.common.settings.values import fail
 from provider_proxy.errors import ConfigError
+from provider_proxy.evidence.model import HashAlg
 from provider_proxy.tenant.watch.tables import (
     HOST_NAME_RE,
     OWN_KEYS,
     TABLES,
+    BridgeTable,
     HostRules,
     RegistrarTable,
     WatchConfig,
@@ -35,8 +37,12 @@ MAX_DROP_INS = 20_000
 DROP_INS = "hosts.d"  # beside the file
 
 
-def load_watch_config(path: Path) -> WatchConfig:
+def load_watch_config(path: Path, *, for_bridge: bool = False) -> WatchConfig:
     """Read a file, and the hosts in `hosts.d/*.toml` beside it.
+
+    Args:
+        for_bridge: `bridge` is going to use it: `[bridge]` must be whole, and a host needs no policy
+            here, because Keylime has one.
 
     Raises:
         HostError: a file is missing or cannot be read.
@@ -58,7 +64,7 @@ def load_watch_config(path: Path) -> WatchConfig:
         hosts = hosts | more
     if hosts:
         data["hosts"] = hosts
-    return parse_watch_config(data, folder=path.parent)
+    return parse_watch_config(data, folder=path.parent, for_bridge=for_bridge)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -68,11 +74,14 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {exc}") from exc
 
 
-def parse_watch_config(data: Mapping[str, object], *, folder: Path = Path()) -> WatchConfig:
+def parse_watch_config(
+    data: Mapping[str, object], *, folder: Path = Path(), for_bridge: bool = False
+) -> WatchConfig:
     """Check a parsed TOML document.
 
     Args:
         folder: where relative paths begin.
+        for_bridge: see `load_watch_config`.
 
     Raises:
         ConfigError: the message names the key.
@@ -99,10 +108,12 @@ def parse_watch_config(data: Mapping[str, object], *, folder: Path = Path()) -> 
         found[name] = dataclasses.replace(
             config.defaults, **{setting: getattr(own, setting) for setting in table}
         )
-        _check_host(key, found[name])
+        _check_host(key, found[name], needs_policy=not for_bridge)
         if found[name].registrar is not None and found[name].registrar not in registrars:
             raise ConfigError(f"{key}.registrar is no [registrars.NAME]")
     _check_webhook(config.webhook)
+    if for_bridge:
+        _check_bridge(config.bridge, found, registrars)
     return dataclasses.replace(config, hosts=found, registrars=registrars)
 
 
@@ -126,7 +137,7 @@ def _read_registrars(data: object, folder: Path) -> Mapping[str, RegistrarTable]
     return found
 
 
-def _check_host(key: str, rules: HostRules) -> None:
+def _check_host(key: str, rules: HostRules, *, needs_policy: bool) -> None:
     """What one key of a host alone cannot tell."""
     if not rules.provider_ip:
         raise ConfigError(f"{key}.provider_ip is missing")
@@ -145,7 +156,7 @@ def _check_host(key: str, rules: HostRules) -> None:
     if rules.uefi and not rules.uefi_pcrs:
         raise ConfigError(f"{key}.uefi_pcrs must name at least one PCR")
     judged = rules.tpm_policy or rules.first_use_pcrs or rules.ima or rules.uefi
-    if not judged and not rules.insecure_any_state:
+    if needs_policy and not judged and not rules.insecure_any_state:
         raise ConfigError(
             f"{key} has no policy: set tpm_policy, ima or uefi (or insecure_trust_on_first_use, "
             "or insecure_any_state)"
@@ -160,6 +171,30 @@ def _check_host(key: str, rules: HostRules) -> None:
         raise ConfigError(f"{key}.registrar needs uuid, the host's id there")
     if rules.timeout_s > rules.max_age_s:
         raise ConfigError(f"{key}.timeout_s must be <= max_age_s")
+
+
+def _check_bridge(
+    bridge: BridgeTable,
+    hosts: Mapping[str, HostRules],
+    registrars: Mapping[str, RegistrarTable],
+) -> None:
+    """What `bridge` needs beyond what `watch` does."""
+    if bridge.registrar not in registrars:
+        raise ConfigError("bridge.registrar must name a [registrars.NAME]")
+    asked = {name: rules for name, rules in hosts.items() if rules.need_provider_quote}
+    if bridge.client_ca is None and any(rules.mode == "pull" for rules in asked.values()):
+        raise ConfigError("bridge.client_ca is missing: whose client certificates may ask?")
+    if bridge.verifier_url is None and any(rules.mode == "push" for rules in asked.values()):
+        raise ConfigError("bridge.verifier_url is missing: where do push hosts post?")
+    if bridge.first_port > bridge.last_port:
+        raise ConfigError("bridge.first_port must be <= bridge.last_port")
+    if (bridge.verifier_cert is None) != (bridge.verifier_key is None):
+        raise ConfigError("bridge.verifier_cert and verifier_key belong together")
+    if bridge.verifier_url is not None and not bridge.verifier_url.startswith("https://"):
+        raise ConfigError("bridge.verifier_url must be an https URL")
+    for name, rules in asked.items():
+        if rules.bank is not HashAlg.SHA256:
+            raise ConfigError(f'hosts.{name}.bank must be "sha256": Keylime is shown that bank')
 
 
 def _check_webhook(webhook: Webhook) -> None:

@@ -6,6 +6,7 @@ read here; `watch_config` does that. docs/watch.md lists the keys; a test holds 
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from provider_proxy.common.addresses import is_loopback, split_address
 from provider_proxy.common.settings.schema import setting, table_of
 from provider_proxy.common.settings.values import (
     fail,
@@ -20,6 +22,7 @@ from provider_proxy.common.settings.values import (
     number,
     one_of,
     read_agent_id,
+    read_contact,
     read_flag,
     read_host,
     read_path,
@@ -35,6 +38,20 @@ from provider_proxy.evidence.model import HashAlg, mask_of
 MAX_COMMAND_WORDS = 100
 HOST_NAME_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)  # also a pin's label
 DEFAULT_UEFI_PCRS = mask_of(range(8))  # the firmware's own; 8 and 9 are the boot loader's
+
+
+def _read_ip(key: str, value: object) -> str:
+    try:
+        return str(ipaddress.ip_address(read_text(key, value)))
+    except ValueError:
+        raise fail(key, "an IP address") from None
+
+
+def _read_admin(key: str, value: object) -> str:
+    text: str = read_contact(key, value)
+    if not is_loopback(split_address(text)[0]):
+        raise fail(key, "an address of loopback and a port")
+    return text
 
 
 def _read_bank(key: str, value: object) -> HashAlg:
@@ -143,6 +160,11 @@ class HostRules:
     vm_confirmed: bool = setting(
         read_flag, False, "Whether the host must have read that EK back from the VM's own vTPM."
     )
+    mode: str = setting(
+        one_of("pull", "push"),
+        "pull",
+        "For bridge: Keylime's verifier polls this host's agent, or the agent posts (experimental).",
+    )
 
 
 OWN_KEYS = ("provider_ip", "uuid", "pin", "vm", "vm_ek")
@@ -210,6 +232,71 @@ class MetricsTable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BridgeTable:
+    """`[bridge]`: the hosts as agents of your own Keylime; for `bridge` alone."""
+
+    registrar: str | None = setting(
+        _read_label,
+        None,
+        "A [registrars.NAME], with cert and key: there the agents register. Needed.",
+    )
+    client_ca: Path | None = setting(
+        read_path,
+        None,
+        "CA of the client certificates of your verifier and its tools, PEM. Needed for pull.",
+    )
+    listen_ip: str = setting(_read_ip, "127.0.0.1", "IP address at which the agents listen.")
+    contact_ip: str | None = setting(
+        _read_ip, None, "IP address at which your verifier reaches them; listen_ip by default."
+    )
+    first_port: int = setting(
+        integer(1, 65535), 20_000, "First of the agents' ports; outside the ephemeral ones."
+    )
+    last_port: int = setting(integer(1, 65535), 29_999, "Last of the agents' ports.")
+    state_dir: Path | None = setting(
+        read_path, None, "Where clock states, ports and keys are kept; bridge below state_dir."
+    )
+    keys: Path | None = setting(
+        read_path,
+        None,
+        "The bridge's keys, from `bridge make-keys`; made in its state_dir by default.",
+    )
+    hold_s: float = setting(
+        number(0.1, 50),
+        3.0,
+        "The longest that a poll is held for a host that answers; then 408, in seconds.",
+    )
+    after_crash: str = setting(
+        one_of("accept", "refuse"),
+        "accept",
+        "A TPM that lost power may show a clock that is a little behind (safe = 0).",
+    )
+    admin: str = setting(
+        _read_admin, "127.0.0.1:8897", "Where status, readiness and metrics answer; on loopback."
+    )
+    register_interval_s: float = setting(
+        number(10, 86_400), 300.0, "How often the agents' records are looked at, in seconds."
+    )
+    register_unread: bool = setting(
+        read_flag,
+        False,
+        "Register where a record cannot be read first and the registrar would let it be replaced.",
+    )
+    verifier_url: str | None = setting(
+        read_safe_url,
+        None,
+        "Your verifier, https, port 8881 as a rule: for push, and for reactivate.",
+    )
+    verifier_ca: Path | None = setting(
+        read_path, None, "CA of its certificate, PEM; the system's by default."
+    )
+    verifier_cert: Path | None = setting(
+        read_path, None, "Own certificate, PEM; for reactivate it demands one."
+    )
+    verifier_key: Path | None = setting(read_path, None, "Its private key, PEM.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WatchConfig:
     """The whole file."""
 
@@ -231,6 +318,7 @@ class WatchConfig:
     webhook: Webhook = table_of(Webhook)
     command: Command = table_of(Command)
     metrics: MetricsTable = table_of(MetricsTable)
+    bridge: BridgeTable = table_of(BridgeTable)
 
 
 TABLES: dict[str, type[Any]] = {
@@ -238,4 +326,5 @@ TABLES: dict[str, type[Any]] = {
     "webhook": Webhook,
     "command": Command,
     "metrics": MetricsTable,
+    "bridge": BridgeTable,
 }

@@ -36,6 +36,7 @@ from provider_proxy.tenant.watch.reports import (
     webhook_client,
     webhook_secret,
 )
+from provider_proxy.tenant.watch.saving import save, save_often
 from provider_proxy.tenant.watch.states import State
 from provider_proxy.tenant.watch.store import StateStore
 from provider_proxy.tenant.watch.tables import HostRules, WatchConfig
@@ -46,8 +47,13 @@ STARTS_PER_S = 200.0  # TLS handshakes with client certificates cost 2 ms each
 ReadConfig = Callable[[], WatchConfig]
 
 
-def make_settings(config: WatchConfig, aks: AkSource) -> Mapping[str, Setting]:
+def make_settings(
+    config: WatchConfig, aks: AkSource, *, judged_elsewhere: bool = False
+) -> Mapping[str, Setting]:
     """Everything that the hosts need, made and checked.
+
+    Args:
+        judged_elsewhere: see `HostPolicy`.
 
     Raises:
         UsageError: a policy file is wrong.
@@ -59,7 +65,8 @@ def make_settings(config: WatchConfig, aks: AkSource) -> Mapping[str, Setting]:
     for name, rules in config.hosts.items():
         endpoint = None
         if rules.need_provider_quote:
-            HostPolicy(rules, files)  # reads its files, and says now what is wrong with them
+            # Reads its files, and says now what is wrong with them.
+            HostPolicy(rules, files, judged_elsewhere=judged_elsewhere)
             endpoint = _endpoint(rules, contexts)
         settings[name] = Setting(rules=rules, files=files, aks=aks, endpoint=endpoint)
     return settings
@@ -164,7 +171,7 @@ class Watcher:
         finally:
             with trio.CancelScope(shield=True):
                 try:
-                    await self._save()
+                    await save(self._store, self.metrics.save_failures.inc)
                 finally:
                     self._store.close()
 
@@ -211,8 +218,13 @@ class Watcher:
     ) -> None:
         self._asking = trio.CapacityLimiter(self._config.max_concurrent)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._save_often)
             nursery.start_soon(memory.collect)
+            nursery.start_soon(
+                save_often,
+                self._store,
+                self._config.save_interval_s,
+                self.metrics.save_failures.inc,
+            )
             if self._config.metrics.textfile is not None:
                 nursery.start_soon(self._write_metrics_often)
             self._start(nursery, self._settings)
@@ -274,24 +286,6 @@ class Watcher:
         self._start(nursery, new)
         self._settings = settings
         log.info("reloaded: %d hosts", len(settings))
-
-    async def _save(self) -> None:
-        if self._store.is_dirty:
-            data = self._store.snapshot()
-            try:
-                await trio.to_thread.run_sync(self._store.write, data)
-            except HostError:
-                self._store.is_dirty = True
-                self.metrics.save_failures.inc()
-                raise
-
-    async def _save_often(self) -> None:
-        while True:
-            await trio.sleep(self._config.save_interval_s)
-            try:
-                await self._save()
-            except HostError as exc:
-                log.error("the state is not saved: %s", exc)
 
     async def _write_metrics_often(self) -> None:
         while True:

@@ -88,6 +88,7 @@ class Registration:
     Args:
         name: of the registrar, for people.
         open_http: makes its pooled client.
+        turn: entered around each round; bounds how many go on at the same time.
         tls_cert: PEM of the certificate that answers at the table's `contact`; None for a contact that
             is no agent.
         lock: keeps two processes of this host from answering each other's challenges.
@@ -106,6 +107,7 @@ class Registration:
         tpm: TpmIdentity,
         *,
         open_http: OpenHttp,
+        turn: Callable[[], AbstractAsyncContextManager[object]] = contextlib.nullcontext,
         tls_cert: str | None = None,
         lock: Path | None = None,
         now: Callable[[], float] = time.time,
@@ -115,6 +117,7 @@ class Registration:
         self.agent_id = agent_id
         self._tpm = tpm
         self._open_http = open_http
+        self._turn = turn
         self._tls_cert = tls_cert
         self._lock = lock
         self._contact = split_address(table.contact) if table.contact is not None else None
@@ -128,7 +131,8 @@ class Registration:
         async with self._open_http() as http:
             while True:
                 before = self.status
-                report = await self.round(http)
+                async with self._turn():
+                    report = await self.round(http)
                 self._log(before, report)
                 failed = 0 if report.state in GOOD else failed + 1
                 await trio.sleep(self._pause_s(report.state, failed))

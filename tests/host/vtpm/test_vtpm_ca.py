@@ -39,6 +39,7 @@ from provider_proxy.errors import (
 )
 from provider_proxy.evidence import der, tpm_keys
 from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.evidence.tpm_writer import encode_public
 from provider_proxy.evidence.vtpm_ca import (
     CA_MUST_HAVE,
     CA_QUALIFYING,
@@ -58,7 +59,6 @@ from provider_proxy.host.vtpm import profile
 from provider_proxy.host.vtpm.ca import CERTIFICATE_FILE, HostCa, open_host_ca
 from provider_proxy.host.vtpm.requests import CertificateRequest
 from provider_proxy.testing.disturb import Action
-from provider_proxy.testing.soft_tpm import encode_public
 
 HOST = uuid.UUID("11111111-2222-4333-8444-555555555555")
 CA_HANDLE = 0x81000101

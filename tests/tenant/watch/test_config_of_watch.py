@@ -47,7 +47,8 @@ def fields() -> dict[str, dataclasses.Field[Any]]:
     return found
 
 
-LISTED = rows("docs/watch.md", "Key", "Type", "Default", "Meaning")
+HEAD = ("Key", "Type", "Default", "Meaning")
+LISTED = rows("docs/watch.md", *HEAD) + rows("docs/bridge.md", *HEAD)
 
 
 def test_every_key_is_documented_and_none_too_many() -> None:

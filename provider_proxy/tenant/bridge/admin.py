@@ -1,0 +1,95 @@
+"""The bridge's admin listener, on loopback: health, readiness, metrics, and how each host stands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Protocol
+
+from provider_proxy.common.addresses import is_loopback
+from provider_proxy.evidence.wire import encode_envelope
+from provider_proxy.tenant.bridge.agents import HostAgent
+from provider_proxy.tenant.bridge.door import Answer, Asked
+from provider_proxy.tenant.bridge.keys import BridgeKeys
+from provider_proxy.tenant.bridge.metrics import BridgeMetrics
+from provider_proxy.trust.registration.state import GOOD
+
+METRICS_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+TEXT = b"text/plain; charset=utf-8"
+
+
+class Shown(Protocol):
+    """What is shown: `Bridge`."""
+
+    @property
+    def agents(self) -> Mapping[str, HostAgent]: ...
+    @property
+    def metrics(self) -> BridgeMetrics: ...
+    @property
+    def keys(self) -> BridgeKeys: ...
+
+
+class Admin:
+    """Answers of the listener."""
+
+    def __init__(self, bridge: Shown) -> None:
+        self._bridge = bridge
+
+    async def answer(self, asked: Asked) -> Answer:
+        """One answer. A web page that was led here by a name of its own gets none (ADR 0009)."""
+        if not is_loopback(_host(asked.host)):
+            return Answer(
+                status=421, body=encode_envelope(421, "ask by an address of loopback", {})
+            )
+        if asked.method != "GET":
+            return Answer(status=405, body=encode_envelope(405, "only GET is served here", {}))
+        match asked.target:
+            case "/healthz":
+                return Answer(status=200, body=b"ok\n", content_type=TEXT)
+            case "/readyz":
+                waiting = not_ready(self._bridge.agents)
+                text = f"waiting for {', '.join(waiting[:20])}\n" if waiting else "ready\n"
+                return Answer(
+                    status=503 if waiting else 200, body=text.encode("ascii"), content_type=TEXT
+                )
+            case "/metrics":
+                body = self._bridge.metrics.text()
+                return Answer(status=200, body=body, content_type=METRICS_TYPE)
+            case "/status":
+                return Answer(status=200, body=json.dumps(status(self._bridge)).encode("ascii"))
+        return Answer(status=404, body=encode_envelope(404, "no such path", {}))
+
+
+def _host(header: str) -> str:
+    name, _, port = header.rpartition(":")
+    return (name if port.isdecimal() and name else header).strip("[]")
+
+
+def not_ready(agents: Mapping[str, HostAgent]) -> list[str]:
+    """Hosts whose agent does not listen or is not registered."""
+    return [
+        name
+        for name, each in agents.items()
+        if each.registration.status.state not in GOOD or not (each.is_listening or each.is_push)
+    ]
+
+
+def status(bridge: Shown) -> dict[str, object]:
+    """All of it, as `bridge status --json` prints it."""
+    hosts = {}
+    for name, each in bridge.agents.items():
+        standing, registration = each.agent.standing, each.registration.status
+        hosts[name] = {
+            "agent_id": each.agent.agent_id,
+            "mode": "push" if each.is_push else "pull",
+            "port": each.port,
+            "listening": each.is_listening,
+            "registered": registration.state.value,
+            "registrar_error": registration.last_error,
+            "polls": standing.polls,
+            "last": standing.result,
+            "reason": standing.reason,
+            "last_at": standing.at,
+            "good_at": standing.good_at,
+        }
+    return {"ready": not not_ready(bridge.agents), "hosts": hosts}

@@ -1,0 +1,216 @@
+"""The bridge: hosts behind provider-proxy as agents of the tenant's own, unmodified Keylime.
+
+One nursery: an agent a host with its registration, the saving of clock states, the admin listener, and
+signals. A reload is made as a whole before any of it is used; where a part of it is bad, the old one goes
+on. It is the tenant's own program: who controls it controls the verdict, as with the verifier itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import ssl
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from provider_proxy.common import memory
+from provider_proxy.common.addresses import split_address
+from provider_proxy.errors import ConfigError, HostError, ProviderProxyError
+from provider_proxy.tenant.bridge.admin import Admin
+from provider_proxy.tenant.bridge.agent import Agent
+from provider_proxy.tenant.bridge.agents import HostAgent, RegistrarAccess, agent_registrar
+from provider_proxy.tenant.bridge.door import Door, listen
+from provider_proxy.tenant.bridge.keys import BridgeKeys, load_keys
+from provider_proxy.tenant.bridge.metrics import BridgeMetrics
+from provider_proxy.tenant.bridge.ports import PortBook
+from provider_proxy.tenant.watch.questions import HostQuestions, Setting
+from provider_proxy.tenant.watch.registrars import KnownAks, Registrars
+from provider_proxy.tenant.watch.saving import save, save_often
+from provider_proxy.tenant.watch.store import StateStore
+from provider_proxy.tenant.watch.tables import WatchConfig
+from provider_proxy.tenant.watch.watcher import make_settings
+from provider_proxy.trust.registration.client import http_client, tls_context
+
+log = logging.getLogger(__name__)
+
+ReadConfig = Callable[[], WatchConfig]
+KEYS_FILE = "keys.pem"
+EK_CA_FILE = "ek-ca.pem"  # for Keylime's tpm_cert_store
+
+
+def state_dir_of(config: WatchConfig) -> Path:
+    """Where the bridge keeps what it remembers."""
+    return config.bridge.state_dir or config.state_dir / "bridge"
+
+
+def keys_of(config: WatchConfig) -> BridgeKeys:
+    """The bridge's keys; made where there are none yet, and its own directory is where they belong.
+
+    Raises:
+        HostError: the file is missing, damaged, or readable by others.
+    """
+    bridge = config.bridge
+    path = bridge.keys or state_dir_of(config) / KEYS_FILE
+    make_for = None if bridge.keys else bridge.contact_ip or bridge.listen_ip
+    return load_keys(path, make_for=make_for)
+
+
+def asked_hosts(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+    """The hosts that get an agent."""
+    return {name: setting for name, setting in settings.items() if setting.endpoint is not None}
+
+
+class Bridge:
+    """All agents of a configuration. Reads files: not for trio's thread.
+
+    Raises:
+        UsageError, HostError: a file, the keys or the state cannot be used.
+    """
+
+    def __init__(self, config: WatchConfig) -> None:
+        self._config = config
+        self.metrics = BridgeMetrics()
+        self.keys = keys_of(config)
+        directory = state_dir_of(config)
+        (directory / EK_CA_FILE).write_bytes(self.keys.ek_ca)
+        self._store = StateStore(directory)
+        self._ports = PortBook(directory, config.bridge.first_port, config.bridge.last_port)
+        self._registrars = Registrars(config)
+        self._settings = make_settings(config, KnownAks(self._registrars), judged_elsewhere=True)
+        assert config.bridge.registrar is not None
+        self._registrar = config.registrars[config.bridge.registrar]
+        rules = agent_registrar(config.bridge, self._registrar, 1)
+        self._registrar_tls = tls_context(f"registrars.{config.bridge.registrar}", rules)
+        self._context: ssl.SSLContext | None = None
+        if config.bridge.client_ca is not None:
+            self._context = self.keys.server_context(config.bridge.client_ca)
+        self.agents: dict[str, HostAgent] = {}
+        self._seen_states: set[str] = set()
+
+    @property
+    def config(self) -> WatchConfig:
+        return self._config
+
+    async def run(
+        self,
+        read_config: ReadConfig | None = None,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until SIGTERM or SIGINT, or until cancelled; SIGHUP reads the hosts again.
+
+        Raises:
+            HostError: another bridge has the state, or it cannot be saved at the end.
+        """
+        self._store.open()
+        try:
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+                async with http_client(self._registrar_tls) as http, trio.open_nursery() as nursery:
+                    self._access = RegistrarAccess(http)
+                    nursery.start_soon(
+                        save_often,
+                        self._store,
+                        self._config.save_interval_s,
+                        self.metrics.save_failures.inc,
+                    )
+                    nursery.start_soon(memory.collect)
+                    await self._open_admin(nursery)
+                    self._start(nursery, asked_hosts(self._settings))
+                    log.info("%d hosts as agents of Keylime", len(self.agents))
+                    task_status.started()
+                    await self._heed(nursery, signals, read_config)
+                    log.info("stopping")
+                    nursery.cancel_scope.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._registrars.aclose()
+                try:
+                    await save(self._store, self.metrics.save_failures.inc)
+                finally:
+                    self._store.close()
+
+    async def _open_admin(self, nursery: trio.Nursery) -> None:
+        ip, port = split_address(self._config.bridge.admin)
+        try:
+            listener = await listen(ip, port)
+        except OSError as exc:
+            raise HostError(f"bridge.admin: cannot listen at {ip}:{port}: {exc.strerror}") from exc
+        nursery.start_soon(Door(Admin(self).answer, None).serve, listener)
+
+    async def _heed(
+        self,
+        nursery: trio.Nursery,
+        signals: AsyncIterator[int],
+        read_config: ReadConfig | None,
+    ) -> None:
+        """Return at a signal to end."""
+        async for number in signals:
+            if number != signal.SIGHUP:
+                return
+            if read_config is not None:
+                await self._reload(nursery, read_config)
+
+    def _start(self, nursery: trio.Nursery, settings: Mapping[str, Setting]) -> None:
+        bridge = self._config.bridge
+        ports = self._ports.ports_of(list(settings))
+        for name, setting in settings.items():
+            questions = HostQuestions(name, setting, self._store, judged_elsewhere=True)
+            agent = Agent(
+                name,
+                questions,
+                self.keys,
+                self.metrics,
+                hold_s=bridge.hold_s,
+                refuse_unsafe=bridge.after_crash == "refuse",
+            )
+            made = self.agents[name] = HostAgent(
+                agent,
+                ports[name],
+                bridge=bridge,
+                registrar=self._registrar,
+                access=self._access,
+                keys=self.keys,
+                context=self._context,
+            )
+            made.registration.observe = lambda state: self._count()
+            nursery.start_soon(partial(made.run, changed=self._count))
+
+    def _count(self) -> None:
+        agents = self.agents.values()
+        self.metrics.listening.set(sum(each.is_listening for each in agents))
+        states = Counter(each.registration.status.state.value for each in agents)
+        self._seen_states |= set(states)
+        for state in self._seen_states:
+            self.metrics.registrations.labels(state).set(states[state])
+
+    async def _reload(self, nursery: trio.Nursery, read_config: ReadConfig) -> None:
+        """Read the hosts again; what is wrong with them is logged, and nothing changes."""
+        try:
+            config = await trio.to_thread.run_sync(read_config)
+            for name in ("state_dir", "pins", "registrars", "bridge"):
+                if getattr(config, name) != getattr(self._config, name):
+                    raise ConfigError(f"{name} has changed, which takes a restart")
+            aks = KnownAks(self._registrars)
+            settings = await trio.to_thread.run_sync(_settings_again, config, aks)
+            asked = asked_hosts(settings)
+            await trio.to_thread.run_sync(self._ports.ports_of, list(asked))
+        except ProviderProxyError as exc:
+            log.error("reload refused, going on as before: %s", exc)
+            return
+        for name in set(self.agents) - set(asked):
+            self.agents.pop(name).stop()
+            self.metrics.forget_host(name)
+        for name in set(self.agents) & set(asked):
+            await self.agents[name].agent.take(asked[name])
+        self._start(nursery, {n: s for n, s in asked.items() if n not in self.agents})
+        self._config, self._settings = config, settings
+        self._count()
+        log.info("reloaded: %d hosts", len(asked))
+
+
+def _settings_again(config: WatchConfig, aks: KnownAks) -> Mapping[str, Setting]:
+    return make_settings(config, aks, judged_elsewhere=True)

@@ -1,0 +1,202 @@
+"""A small HTTP/1.1 server on trio and h11, for the agents' ports and the admin listener.
+
+Keylime's verifier opens a connection with TLS for each poll, so there is nothing to keep. Every wait on a
+client has a deadline, every size a bound, and connections are counted: one more than `MAX_OPEN` of a
+port is closed. What it is about is a `Handler`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import h11
+import trio
+
+log = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 16 * 1024
+MAX_BODY_BYTES = 2 * 1024 * 1024  # a payload, to be refused, has one
+RECEIVE_BYTES = 64 * 1024
+REQUEST_LIMIT_S = 10.0  # from a connection's begin, or its last answer, to the end of a request
+IDLE_LIMIT_S = 30.0
+SEND_LIMIT_S = 60.0
+SEND_BYTES_PER_S = 64 * 1024  # an IMA list of megabytes takes longer
+CLOSE_LIMIT_S = 1.0
+MAX_OPEN = 32  # of one port: a verifier has 10 connections a worker, and one for each agent
+BACKLOG = 64
+ACCEPT_AGAIN_S = 0.1  # where the process has no file left
+NO_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A request.
+
+    Attributes:
+        target: path and query, percent-encoded.
+        host: the Host header.
+    """
+
+    method: str
+    target: str
+    host: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What goes back."""
+
+    status: int
+    body: bytes
+    content_type: bytes = b"application/json"
+
+
+Handler = Callable[[Asked], Awaitable[Answer]]
+
+
+async def listen(ip: str, port: int) -> trio.SocketListener:
+    """Open a port.
+
+    Raises:
+        OSError: it is not to be opened: taken, or an address that is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        await sock.bind((ip, port))
+        sock.listen(BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return trio.SocketListener(sock)
+
+
+class Door:
+    """Serves one listener.
+
+    Args:
+        handler: answers; must raise nothing but cancellation.
+        context: of TLS; None for plaintext.
+    """
+
+    def __init__(self, handler: Handler, context: ssl.SSLContext | None) -> None:
+        self._handler = handler
+        self._context = context
+        self._open = 0
+
+    async def serve(self, listener: trio.SocketListener) -> None:
+        """Serve until cancelled; closes the listener."""
+        async with listener, trio.open_nursery() as nursery:
+            while True:
+                try:
+                    stream = await listener.accept()
+                except OSError as exc:
+                    if exc.errno not in NO_FILES:
+                        raise
+                    log.error("accepting a connection: %s", exc.strerror)
+                    await trio.sleep(ACCEPT_AGAIN_S)
+                    continue
+                if self._open >= MAX_OPEN:
+                    await trio.aclose_forcefully(stream)
+                    continue
+                self._open += 1
+                nursery.start_soon(self._connection, stream)
+
+    async def _connection(self, raw: trio.SocketStream) -> None:
+        stream: trio.abc.Stream = raw
+        if self._context is not None:
+            stream = trio.SSLStream(raw, self._context, server_side=True, https_compatible=True)
+        try:
+            await self._converse(stream)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError) as exc:
+            log.debug("a connection ended: %r", exc.__cause__ or exc)
+        except Exception:
+            # A bug that one connection meets must not end the service of all others.
+            log.exception("a connection ended with an unexpected error")
+        finally:
+            self._open -= 1
+            with trio.move_on_after(CLOSE_LIMIT_S) as scope:
+                scope.shield = True
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await stream.aclose()
+
+    async def _converse(self, stream: trio.abc.Stream) -> None:
+        http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+        limit_s = REQUEST_LIMIT_S  # for the first request TLS's handshake is in it
+        while True:
+            asked: Asked | None = None
+            answer: Answer | None = None
+            with trio.move_on_after(limit_s):
+                try:
+                    asked = await _read(http, stream)
+                except h11.RemoteProtocolError as exc:
+                    answer = Answer(status=exc.error_status_hint or 400, body=b"{}")
+            if asked is not None:
+                answer = await self._handler(asked)
+            if answer is None or not _may_send(http):
+                return
+            await _send(http, stream, answer)
+            if not _is_kept(http):
+                return
+            http.start_next_cycle()
+            limit_s = IDLE_LIMIT_S
+
+
+def _may_send(http: h11.Connection) -> bool:
+    return http.our_state in (h11.IDLE, h11.SEND_RESPONSE)
+
+
+def _is_kept(http: h11.Connection) -> bool:
+    return http.our_state is h11.DONE and http.their_state is h11.DONE
+
+
+async def _read(http: h11.Connection, stream: trio.abc.Stream) -> Asked | None:
+    """A whole request; None where the client has ended.
+
+    Raises:
+        h11.RemoteProtocolError: it is none, or its body is too large.
+    """
+    head: h11.Request | None = None
+    body = bytearray()
+    while True:
+        event = http.next_event()
+        if event is h11.NEED_DATA:
+            http.receive_data(bytes(await stream.receive_some(RECEIVE_BYTES)))
+        elif isinstance(event, h11.Request):
+            head = event
+        elif isinstance(event, h11.Data):
+            body += event.data
+            if len(body) > MAX_BODY_BYTES:
+                raise h11.RemoteProtocolError("too large a body", error_status_hint=413)
+        elif isinstance(event, h11.EndOfMessage) and head is not None:
+            hosts = [value for name, value in head.headers if name == b"host"]
+            return Asked(
+                method=head.method.decode("ascii"),
+                target=head.target.decode("ascii", "replace"),
+                host=hosts[0].decode("ascii", "replace") if hosts else "",
+                body=bytes(body),
+            )
+        else:
+            return None
+
+
+async def _send(http: h11.Connection, stream: trio.abc.Stream, answer: Answer) -> None:
+    head = h11.Response(
+        status_code=answer.status,
+        headers=[
+            (b"Content-Type", answer.content_type),
+            (b"Content-Length", b"%d" % len(answer.body)),
+        ],
+    )
+    data = (http.send(head) or b"") + (http.send(h11.Data(answer.body)) or b"")
+    data += http.send(h11.EndOfMessage()) or b""
+    with trio.fail_after(SEND_LIMIT_S + len(data) / SEND_BYTES_PER_S):
+        await stream.send_all(data)

@@ -1,0 +1,79 @@
+"""Which host's agent listens at which port: a file that outlives restarts and changes of the hosts.
+
+A verifier keeps asking at the port that it was told, so a port is never given to another host, not even
+when its host is gone: the file keeps what it has given away.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from provider_proxy.common.files import read_file, write_private
+from provider_proxy.errors import EvidenceFormatError, HostError
+from provider_proxy.evidence.strict_json import Fields, parse_json_object
+
+FORMAT = "provider-proxy/bridge-ports/1"
+FILE_NAME = "ports.json"
+MAX_FILE_BYTES = 8 * 1024 * 1024
+MAX_PORT = 65535
+
+
+class PortBook:
+    """The file of a state directory.
+
+    Args:
+        first, last: ports that may be given away from now on; those given before stay.
+
+    Raises:
+        HostError: the file is damaged.
+    """
+
+    def __init__(self, directory: Path, first: int, last: int) -> None:
+        self._path = directory / FILE_NAME
+        self._range = range(first, last + 1)
+        self._ports: dict[str, int] = {}
+        if self._path.exists():
+            self._ports = _parse(read_file(self._path, MAX_FILE_BYTES), self._path)
+
+    def ports_of(self, names: list[str]) -> dict[str, int]:
+        """A port for each host; new ones are on disk when this returns.
+
+        Raises:
+            HostError: no port is left, or the file cannot be written.
+        """
+        new = [name for name in names if name not in self._ports]
+        if new:
+            taken = set(self._ports.values())
+            free = (port for port in self._range if port not in taken)
+            for name in new:
+                port = next(free, None)
+                if port is None:
+                    raise HostError(
+                        f"no port is left for {name}: bridge.first_port to bridge.last_port are "
+                        f"{len(self._range)} ports, and {self._path} has given {len(taken)} away"
+                    )
+                self._ports[name] = port
+            data = {"format": FORMAT, "ports": self._ports}
+            write_private(self._path, json.dumps(data, indent=1).encode("ascii") + b"\n")
+        return {name: self._ports[name] for name in names}
+
+
+def _parse(data: bytes, path: Path) -> dict[str, int]:
+    try:
+        values = parse_json_object(data, "ports")
+        if Fields(values, "file").text("format", 64) != FORMAT:
+            raise EvidenceFormatError("an unknown format")
+        table = values.get("ports")
+        if not isinstance(table, dict):
+            raise EvidenceFormatError("no ports")
+        fields = Fields(table, "ports")
+        ports = {name: fields.integer(name, MAX_PORT) for name in table}
+        if len(set(ports.values())) != len(ports):
+            raise EvidenceFormatError("two hosts have one port")
+    except EvidenceFormatError as exc:
+        raise HostError(
+            f"{path} is damaged ({exc}); restore it: without it hosts get other ports than those that "
+            "your verifier asks at"
+        ) from exc
+    return ports

@@ -1,0 +1,126 @@
+"""The tenant's own Keylime verifier over HTTPS: its versions, and calls of its API.
+
+The caller's `httpx.AsyncClient` has the CA and, where a call needs one, the client certificate. Answers
+are the tenant's own, and bounded all the same. Which release speaks what: docs/keylime-releases.md.
+"""
+
+from __future__ import annotations
+
+import re
+
+import httpx
+
+from provider_proxy.common.http import IDENTITY, NO_ANSWER, read_body
+from provider_proxy.errors import EvidenceFormatError, NotSupportedError, ReplyError
+from provider_proxy.evidence.strict_json import parse_json_object
+from provider_proxy.tenant.replies import status_text
+
+Version = tuple[int, int]
+
+NEWEST: Version = (2, 6)  # 3.0 answers 500 to questions about evidence (7.14.3)
+FIRST_WITH_EVIDENCE: Version = (2, 5)  # Keylime 7.14.0
+FIRST_WITH_AGENTS: Version = (2, 1)
+VERSION_RE = re.compile(r"([0-9]{1,3})\.([0-9]{1,3})", re.ASCII)
+RELEASES = {
+    (2, 6): "7.14.3",
+    (2, 5): "7.14.0 to 7.14.2",
+    (2, 4): "7.13",
+    (2, 3): "7.12",
+    (2, 1): "7.0",
+}
+MAX_SMALL_BYTES = 1024 * 1024
+PUSH_STATUS = 410  # of a verifier in push mode to /version
+
+
+def release_of(version: Version) -> str:
+    """Which Keylime speaks an API version, for people."""
+    if version < (2, 3):
+        return "Keylime before 7.12"
+    return "Keylime " + RELEASES.get(version, "after 7.14.3")
+
+
+class VerifierApi:
+    """One verifier.
+
+    Args:
+        http: the caller's client; the caller closes it.
+        base_url: "https://verifier:8881".
+    """
+
+    def __init__(self, http: httpx.AsyncClient, base_url: str) -> None:
+        self._http = http
+        self._base_url = base_url.rstrip("/")
+
+    async def negotiate(self, least: Version, what: str) -> str:
+        """The newest API version that both sides speak.
+
+        Args:
+            least: the first that knows what is going to be asked.
+            what: is going to be asked, for the message.
+
+        Raises:
+            NotSupportedError: the verifier is too old.
+            ReplyError: no answer, or none of a verifier.
+        """
+        status, body = await self.call("GET", "/version", limit=MAX_SMALL_BYTES)
+        if status == PUSH_STATUS:
+            raise NotSupportedError(
+                f"your verifier runs in push mode, which has no {what}; set mode = pull there"
+            )
+        if status != 200:
+            raise ReplyError(f"the verifier answered {status} for its versions", status=status)
+        versions = _versions(body)
+        good = [version for version in versions if least <= version <= NEWEST]
+        if not good:
+            newest = max(versions)
+            raise NotSupportedError(
+                f"your verifier is {release_of(newest)} (API {newest[0]}.{newest[1]}), which has no "
+                f"{what}: that takes Keylime {RELEASES[least].partition(' ')[0]} or later"
+            )
+        return "{}.{}".format(*max(good))
+
+    async def call(
+        self, method: str, path: str, body: bytes | None = None, *, limit: int
+    ) -> tuple[int, bytes]:
+        """One exchange: status and body, of whatever status.
+
+        Raises:
+            ReplyError: no whole answer within `limit` bytes.
+        """
+        headers = IDENTITY if body is None else IDENTITY | {"Content-Type": "application/json"}
+        try:
+            async with self._http.stream(
+                method, self._base_url + path, content=body, headers=headers
+            ) as response:
+                received = await read_body(response, limit, "the verifier")
+        except NO_ANSWER as exc:
+            why = str(exc) or type(exc).__name__
+            raise ReplyError(f"the verifier gave no answer: {why}") from exc
+        return response.status_code, received
+
+    async def reactivate(self, agent_id: str) -> None:
+        """Let the verifier ask an agent again that it has given up.
+
+        Raises:
+            ReplyError: it does not, or gave no answer.
+            NotSupportedError: it is too old.
+        """
+        version = await self.negotiate(FIRST_WITH_AGENTS, "agents")
+        status, body = await self.call(
+            "PUT", f"/v{version}/agents/{agent_id}/reactivate", b"", limit=MAX_SMALL_BYTES
+        )
+        if status != 200:
+            raise ReplyError(f"the verifier answered {status}: {status_text(body)}", status=status)
+
+
+def _versions(body: bytes) -> list[Version]:
+    try:
+        results = parse_json_object(body, "the verifier's versions").get("results")
+    except EvidenceFormatError as exc:
+        raise ReplyError(str(exc)) from exc
+    listed = results.get("supported_versions") if isinstance(results, dict) else None
+    found = [VERSION_RE.fullmatch(v) for v in listed or () if isinstance(v, str)]
+    versions = [(int(match[1]), int(match[2])) for match in found if match is not None]
+    if not versions:
+        raise ReplyError("the verifier does not say which API versions it speaks")
+    return versions
