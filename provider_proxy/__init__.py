@@ -13,6 +13,11 @@ to trust (extra `client`); the daemon needs the extra `host`.
 
 from provider_proxy.errors import ProviderProxyError, ReplyError, UsageError, VerificationError
 from provider_proxy.evidence.deep_quote import ask_host, deep_nonce, deep_verify, new_deep_question
+from provider_proxy.evidence.logs.boot_policy import BootPolicy, parse_boot_policy
+from provider_proxy.evidence.logs.ima_judge import Violations
+from provider_proxy.evidence.logs.judge import AnswerLogs, LogJudge, LogPolicy
+from provider_proxy.evidence.logs.runtime_policy import RuntimePolicy
+from provider_proxy.evidence.logs.runtime_policy_file import parse_runtime_policy
 from provider_proxy.evidence.model import (
     AttestationKey,
     ClockState,
@@ -43,24 +48,30 @@ from provider_proxy.evidence.wire import parse_evidence
 
 __all__ = [
     "AllOf",
+    "AnswerLogs",
     "AttestationKey",
+    "BootPolicy",
     "Challenge",
     "ClockState",
     "Evidence",
     "HashAlg",
     "HostHistory",
+    "LogJudge",
+    "LogPolicy",
     "MemoryHistory",
     "PcrPolicy",
     "Policy",
     "ProviderProxyError",
     "QuoteRequest",
     "ReplyError",
+    "RuntimePolicy",
     "TrustedHost",
     "UnsafeAcceptAny",
     "UsageError",
     "VerificationError",
     "VerifiedQuote",
     "Verifier",
+    "Violations",
     "VtpmLink",
     "ask_host",
     "deep_nonce",
@@ -71,6 +82,8 @@ __all__ = [
     "new_challenge",
     "new_deep_question",
     "parse_ak",
+    "parse_boot_policy",
     "parse_evidence",
+    "parse_runtime_policy",
     "parse_tpm_policy",
 ]

@@ -12,11 +12,13 @@ from pathlib import Path
 from provider_proxy.common import addresses
 from provider_proxy.common.files import read_file
 from provider_proxy.errors import EvidenceFormatError, UsageError
+from provider_proxy.evidence.logs.ima_judge import Violations
 from provider_proxy.evidence.model import PCR_COUNT, AttestationKey, Quote, mask_of, parse_mask
 from provider_proxy.evidence.query import MAX_TIMEOUT_MS, MIN_TIMEOUT_MS
 from provider_proxy.evidence.tpm_keys import insecure_ak_from_pem, parse_ak, parse_public
 from provider_proxy.evidence.verify import DEFAULT_MAX_AGE_S
 from provider_proxy.evidence.wire import MAX_QUOTE_STRING, parse_quote
+from provider_proxy.tenant.policies import LogRules
 from provider_proxy.trust.pins import PinnedHost, PinStore
 
 DEFAULT_CONFIG = Path("/etc/provider-proxy/provider-proxy.toml")
@@ -147,6 +149,67 @@ def add_registrar_arguments(parser: argparse.ArgumentParser) -> None:
         "--insecure-no-ek",
         action="store_true",
         help="check no EK certificate; a TPM of software then passes for the host's",
+    )
+
+
+def add_log_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the host's IMA list must be; with `add_boot_arguments` for `log_rules`."""
+    parser.add_argument(
+        "--runtime-policy",
+        type=Path,
+        metavar="FILE",
+        help="files that IMA may have measured, Keylime's runtime policy",
+    )
+    parser.add_argument(
+        "--runtime-policy-key",
+        type=Path,
+        metavar="FILE",
+        help="PEM of the key that must have signed it",
+    )
+    parser.add_argument(
+        "--ima-violations",
+        choices=[choice.value for choice in Violations],
+        default=Violations.REFUSE.value,
+        help="files that were written to while IMA measured them (default: %(default)s)",
+    )
+
+
+def add_boot_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the firmware's event log must be."""
+    parser.add_argument(
+        "--boot-policy",
+        type=Path,
+        metavar="FILE",
+        help='digests that may be extended into a PCR, {"4": ["hex", …]}',
+    )
+    add_uefi_argument(parser, "the firmware's event log must lead to these PCRs")
+
+
+def add_uefi_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """`--uefi-pcrs`, for `parse_uefi_pcrs`."""
+    parser.add_argument("--uefi-pcrs", metavar="0,1,7", help=what)
+
+
+def parse_uefi_pcrs(args: argparse.Namespace) -> int:
+    """The mask of `--uefi-pcrs`; 0 where it is not given. Raises: UsageError."""
+    return 0 if args.uefi_pcrs is None else parse_pcr_list(args.uefi_pcrs)
+
+
+def log_rules(args: argparse.Namespace) -> LogRules:
+    """What the options demand of the logs.
+
+    Raises:
+        UsageError: they do not go together.
+    """
+    if args.runtime_policy_key is not None and args.runtime_policy is None:
+        raise UsageError("--runtime-policy-key needs --runtime-policy")
+    return LogRules(
+        ima=getattr(args, "ima", False),
+        runtime_policy=args.runtime_policy,
+        runtime_policy_key=args.runtime_policy_key,
+        violations=Violations(args.ima_violations),
+        uefi_mask=parse_uefi_pcrs(args),
+        boot_policy=args.boot_policy,
     )
 
 

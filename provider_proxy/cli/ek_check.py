@@ -18,7 +18,7 @@ from provider_proxy.cli import http
 from provider_proxy.cli.verify import link_line, link_values, load_policy
 from provider_proxy.common.files import demand_ours
 from provider_proxy.evidence.model import HashAlg
-from provider_proxy.evidence.policy import Policy
+from provider_proxy.evidence.policy import Policy, UnsafeAcceptAny
 from provider_proxy.tenant.client import ProxyClient
 from provider_proxy.tenant.ek_check import GoodAgent, ProvenHost, check_agent, read_environment
 from provider_proxy.tenant.hosts_file import HostEntry, LinkMap, load_link_map
@@ -64,12 +64,15 @@ def _demand_ours(known: LinkMap, agent_id: str) -> None:
     demand_ours(known.pins)
     for host in known.agent(agent_id).hosts:
         pin = pins.path_of(host.pinned) if pins.has(host.pinned) else None
-        for path in (pin, host.tpm_policy, host.ca, host.cert, host.key):
+        policies = (host.tpm_policy, host.logs.runtime_policy, host.logs.boot_policy)
+        for path in (pin, *policies, host.logs.runtime_policy_key, host.ca, host.cert, host.key):
             if path is not None:
                 demand_ours(path)
 
 
 def _policy_of(host: HostEntry) -> Policy:
+    if host.tpm_policy is None and not host.insecure_any_state:
+        return UnsafeAcceptAny()  # its logs are judged
     return load_policy(host.tpm_policy, any_state=host.insecure_any_state, bank=HashAlg.SHA256)
 
 
@@ -109,7 +112,10 @@ def _show(good: GoodAgent, *, as_json: bool) -> None:
 
 def _state_line(proven: ProvenHost) -> str:
     host = proven.host
-    if host.tpm_policy is None:
+    if host.insecure_any_state:
         return f"{host.name}: answered with a fresh quote; its state was not judged"
     pcrs = ", ".join(map(str, proven.quote.pcrs))
-    return f"{host.name}: good: fresh quote of PCRs {pcrs}, as {host.tpm_policy.name} allows"
+    files = (host.tpm_policy, host.logs.runtime_policy, host.logs.boot_policy)
+    names = " and ".join(path.name for path in files if path is not None)
+    allowed = f", as {names} allows" if names else ", its logs lead to them"
+    return f"{host.name}: good: fresh quote of PCRs {pcrs}{allowed}"

@@ -25,6 +25,8 @@ from provider_proxy.errors import (
     UsageError,
     VerificationError,
 )
+from provider_proxy.evidence.logs.ima_judge import Violations
+from provider_proxy.evidence.logs.judge import DEFAULT_UEFI_PCRS
 from provider_proxy.evidence.model import VerifiedQuote
 from provider_proxy.evidence.policy import UnsafeAcceptAny
 from provider_proxy.evidence.verify import Verifier
@@ -39,6 +41,7 @@ from provider_proxy.tenant.keylime import (
 from provider_proxy.trust.bindings import Binding
 from provider_proxy.trust.pins import PinStore
 
+MAX_KEY_BYTES = 64 * 1024
 NOT_ASKED, GOOD, REFUSED, NO_ANSWER = "not asked", "good", "refused", "no answer"
 EXIT_OF = {GOOD: 0, REFUSED: 1, NO_ANSWER: 3}
 
@@ -75,10 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verifier-key", type=Path, metavar="FILE", help="its private key, PEM")
     for name, what in (
         ("--tpm-policy", 'allowed PCR values, {"0": ["hex", …]}'),
-        ("--runtime-policy", "files that IMA may have measured"),
         ("--mb-policy", "measured-boot policy"),
     ):
         parser.add_argument(name, type=Path, metavar="FILE", help=f"for Keylime: {what}")
+    arguments.add_log_arguments(parser)
+    arguments.add_uefi_argument(
+        parser, "with --mb-policy: the event log must lead to these PCRs (default: 0 to 7)"
+    )
     arguments.add_pcr_arguments(parser, required=False)
     arguments.add_timeout_argument(parser)
     arguments.add_max_age_argument(parser)
@@ -136,6 +142,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load_policies(args: argparse.Namespace) -> KeylimePolicies:
+    key = args.runtime_policy_key
+    uefi_mask = arguments.parse_uefi_pcrs(args)
+    if uefi_mask and args.mb_policy is None:
+        raise UsageError("--uefi-pcrs needs --mb-policy")
     texts: list[str | None] = []
     for path in (args.tpm_policy, args.runtime_policy, args.mb_policy):
         try:
@@ -144,7 +154,14 @@ def _load_policies(args: argparse.Namespace) -> KeylimePolicies:
             raise UsageError(f"{path} is not UTF-8") from exc
         texts.append(text)
     tpm, runtime, measured_boot = texts
-    return KeylimePolicies(tpm=tpm, runtime=runtime, measured_boot=measured_boot)
+    return KeylimePolicies(
+        tpm=tpm,
+        runtime=runtime,
+        measured_boot=measured_boot,
+        runtime_key=None if key is None else read_file(key, MAX_KEY_BYTES),
+        violations=Violations(args.ima_violations),
+        uefi_mask=uefi_mask or DEFAULT_UEFI_PCRS,
+    )
 
 
 async def _judge(args: argparse.Namespace, policies: KeylimePolicies) -> Verdict:

@@ -19,13 +19,21 @@ from pathlib import Path
 from provider_proxy.cli import arguments
 from provider_proxy.common.files import read_file
 from provider_proxy.errors import UsageError
-from provider_proxy.evidence.model import AttestationKey, HashAlg, TrustedHost, VerifiedQuote
+from provider_proxy.evidence.logs.judge import AnswerLogs
+from provider_proxy.evidence.model import (
+    AttestationKey,
+    Evidence,
+    HashAlg,
+    TrustedHost,
+    VerifiedQuote,
+)
 from provider_proxy.evidence.policy import AllOf, Policy, UnsafeAcceptAny, parse_tpm_policy
 from provider_proxy.evidence.request_file import MAX_BYTES, parse_request
 from provider_proxy.evidence.strict_json import parse_own_json
 from provider_proxy.evidence.verify import Challenge, HostHistory, MemoryHistory, Verifier
 from provider_proxy.evidence.vtpm_link import ISSUERS, VtpmLink, ek_digest, parse_claims
-from provider_proxy.evidence.wire import MAX_EVIDENCE_WITH_LOGS_BYTES
+from provider_proxy.evidence.wire import MAX_EVIDENCE_WITH_LOGS_BYTES, parse_evidence
+from provider_proxy.tenant.policies import LogRules, unguarded_files
 
 MAX_POLICY_BYTES = 1 << 20
 
@@ -60,7 +68,7 @@ def add_judging_arguments(parser: argparse.ArgumentParser) -> None:
         "--pinned", metavar="HOST", help="the AK that is pinned for this host, and its clock"
     )
     arguments.add_pins_argument(parser)
-    policy = parser.add_mutually_exclusive_group(required=True)
+    policy = parser.add_mutually_exclusive_group()
     policy.add_argument(
         "--tpm-policy",
         type=Path,
@@ -72,6 +80,11 @@ def add_judging_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="accept whatever the PCRs hold; proves only that the host's TPM answered",
     )
+    arguments.add_log_arguments(parser)
+    parser.add_argument(
+        "--ima", action="store_true", help="the IMA list must lead to PCR 10, whatever it holds"
+    )
+    arguments.add_boot_arguments(parser)
     arguments.add_max_age_argument(parser)
 
 
@@ -102,14 +115,17 @@ class Judging:
     """What the options of `add_judging_arguments` name, read.
 
     Attributes:
+        policy: of PCRs and logs.
+        logs: the part of it that is about logs; None where nothing is demanded of them.
         age_s: of the nonce when the evidence was there.
     """
 
-    body: bytes
+    evidence: Evidence
     challenge: Challenge
     host: TrustedHost
     history: HostHistory
     policy: Policy
+    logs: AnswerLogs | None
     age_s: float
 
 
@@ -119,24 +135,47 @@ def load_judging(args: argparse.Namespace) -> Judging:
     Raises:
         UsageError, HostError, VerificationError: a file is missing, or not what it should be.
     """
+    rules = arguments.log_rules(args)
+    if (
+        args.tpm_policy is None
+        and not args.insecure_any_state
+        and rules == LogRules(violations=rules.violations)
+    ):
+        raise UsageError(
+            "what must the host be? --tpm-policy, --runtime-policy, --ima, --boot-policy or --uefi-pcrs "
+            "(or --insecure-any-state)"
+        )
     record = parse_request(read_file(args.request, MAX_BYTES))
     body = read_file(args.evidence, MAX_EVIDENCE_WITH_LOGS_BYTES)
+    evidence = parse_evidence(body)
     pinned = arguments.load_pin(args)
     host = pinned.host if pinned else TrustedHost(ak=_load_ak(args))
     history = pinned or MemoryHistory()
     history.open(record.request.nonce)
     # A request made without the pin noted no baseline: it is held against all that was accepted.
     baseline = record.baseline if record.pinned else history.newest()
+    policy, logs = _load_policies(args, rules, record.request.bank, evidence)
     return Judging(
-        body=body,
+        evidence=evidence,
         challenge=Challenge(request=record.request, made_at_s=0.0, baseline=baseline),
         host=host,
         history=history,
-        policy=load_policy(
-            args.tpm_policy, any_state=args.insecure_any_state, bank=record.request.bank
-        ),
+        policy=policy,
+        logs=logs,
         age_s=record.age_s(body, time.time()),
     )
+
+
+def _load_policies(
+    args: argparse.Namespace, rules: LogRules, bank: HashAlg, evidence: Evidence
+) -> tuple[Policy, AnswerLogs | None]:
+    demanded = unguarded_files().logs(rules, bank).policy
+    logs = AnswerLogs(demanded, evidence.logs) if demanded.needed_mask else None
+    if args.tpm_policy is None and not args.insecure_any_state:
+        assert logs is not None  # these rules demand something
+        return logs, logs
+    policy = load_policy(args.tpm_policy, any_state=args.insecure_any_state, bank=bank)
+    return (policy if logs is None else AllOf((policy, logs))), logs
 
 
 def link_of(args: argparse.Namespace) -> VtpmLink | None:
@@ -173,11 +212,11 @@ def run(args: argparse.Namespace) -> int:
     link = link_of(args)
     policy = judging.policy if link is None else AllOf((judging.policy, link))
     quote = Verifier(policy, max_age_s=args.max_age).verify(
-        judging.body, judging.challenge, judging.host, judging.history, now_s=judging.age_s
+        judging.evidence, judging.challenge, judging.host, judging.history, now_s=judging.age_s
     )
     if quote.claims is not None and link is None:
         print("warning: the claims about the VM were not judged: no --vm and --ek", file=sys.stderr)
-    _show(quote, link, as_json=args.json)
+    _show(quote, link, judging.logs, as_json=args.json)
     return 0
 
 
@@ -225,7 +264,9 @@ def link_line(values: Mapping[str, object], host: str = "the host") -> str:
     return f"linked: VM {values['vm']} runs on {host} with the EK {values['ek']} ({state}{came})"
 
 
-def _show(quote: VerifiedQuote, link: VtpmLink | None, *, as_json: bool) -> None:
+def _show(
+    quote: VerifiedQuote, link: VtpmLink | None, logs: AnswerLogs | None, *, as_json: bool
+) -> None:
     values: dict[str, object] = {
         "verified": True,
         "bank": quote.bank.label,
@@ -239,6 +280,8 @@ def _show(quote: VerifiedQuote, link: VtpmLink | None, *, as_json: bool) -> None
     }
     if link is not None:
         values["link"] = link_values(link, quote)
+    if logs is not None:
+        values["logs"] = {"violations": logs.violations, "other_lines": logs.other_lines}
     if as_json:
         print(json.dumps(values))
         return
@@ -251,5 +294,9 @@ def _show(quote: VerifiedQuote, link: VtpmLink | None, *, as_json: bool) -> None
     )
     if quote.was_reset:
         print("  the host has rebooted since it was last verified")
+    if logs is not None:
+        print(
+            f"  its logs lead to these PCRs and are as demanded; IMA violations: {logs.violations}"
+        )
     if link is not None:
         print(f"  {link_line(link_values(link, quote))}")

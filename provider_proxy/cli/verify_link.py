@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         if args.vtpm_policy is not None or args.insecure_any_vtpm_state:
             raise UsageError("--vtpm-quote is missing")
         quote = Verifier(AllOf((judging.policy, link)), max_age_s=args.max_age).verify(
-            judging.body, judging.challenge, judging.host, judging.history, now_s=judging.age_s
+            judging.evidence, judging.challenge, judging.host, judging.history, now_s=judging.age_s
         )
         return _show(link_values(link, quote), as_json=args.json)
     if any(part is None for part in deep):
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if args.vtpm_policy is None and not args.insecure_any_vtpm_state:
         raise UsageError("--vtpm-quote needs --vtpm-policy (or --insecure-any-vtpm-state)")
     verified = deep_verify(
-        judging.body,
+        judging.evidence,
         judging.challenge,
         judging.host,
         judging.history,

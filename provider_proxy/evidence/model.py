@@ -11,9 +11,9 @@ import hashlib
 import math
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NewType
+from typing import NewType, Protocol
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
@@ -43,6 +43,14 @@ MAX_TREE_SIZE = 1 << 20  # far above any batch (max_leaves is at most 65,536); b
 MAX_CLAIMS_BYTES = 16 * 1024  # a VM has a handful of EKs; one claim is about 500 bytes
 
 
+class Hash(Protocol):
+    """A hash object of hashlib."""
+
+    def digest(self) -> bytes: ...
+
+    def hexdigest(self) -> str: ...
+
+
 class HashAlg(enum.IntEnum):
     """A PCR bank or digest algorithm, by its TPM_ALG_ID (TPM 2.0 Part 2, table 9)."""
 
@@ -60,8 +68,13 @@ class HashAlg(enum.IntEnum):
     def digest_bytes(self) -> int:
         return _DIGEST_BYTES[self]
 
+    @property
+    def hasher(self) -> Callable[[bytes], Hash]:
+        """hashlib's own, for loops in which each call counts."""
+        return _HASHERS[self]
+
     def digest(self, data: bytes) -> bytes:
-        return hashlib.new(self.label, data).digest()
+        return _HASHERS[self](data).digest()
 
     @classmethod
     def from_label(cls, label: str) -> HashAlg:
@@ -70,6 +83,12 @@ class HashAlg(enum.IntEnum):
 
 
 _DIGEST_BYTES = {HashAlg.SHA1: 20, HashAlg.SHA256: 32, HashAlg.SHA384: 48, HashAlg.SHA512: 64}
+_HASHERS: Mapping[HashAlg, Callable[[bytes], Hash]] = {
+    HashAlg.SHA1: hashlib.sha1,
+    HashAlg.SHA256: hashlib.sha256,
+    HashAlg.SHA384: hashlib.sha384,
+    HashAlg.SHA512: hashlib.sha512,
+}
 _BY_LABEL = {alg.label: alg for alg in HashAlg}
 
 

@@ -98,8 +98,24 @@ class PcrPolicy:
                 raise PolicyError(f"PCR {pcr} is {value.hex()}, which the policy does not allow")
 
 
+def _of_bank(pcr: int, digests: list[bytes], bank: HashAlg) -> list[bytes]:
+    for digest in digests:
+        if all(len(digest) != alg.digest_bytes for alg in HashAlg):
+            raise UsageError(
+                f"the policy's PCR {pcr} has a value of {len(digest)} bytes, which is no bank's digest"
+            )
+    found = [digest for digest in digests if len(digest) == bank.digest_bytes]
+    if digests and not found:
+        raise UsageError(f"the policy's PCR {pcr} has no {bank.label} digest, only other banks'")
+    return found
+
+
 def parse_tpm_policy(values: Mapping[str, object], *, bank: HashAlg = HashAlg.SHA256) -> PcrPolicy:
     """Read Keylime's `tpm_policy`: `{"0": ["hex", …], "mask": "0x1"}`.
+
+    Values of other banks may stand beside those of this one, as in Keylime's documents: they match no
+    quote of this bank and are passed over. A PCR that has none of this bank is refused, and so is a
+    value that has the length of no bank's digest.
 
     A `mask` must be the mask of the PCRs named, or it is refused: Keylime adds it by itself, and
     a mask that says more than the values would look stricter than it is.
@@ -123,7 +139,7 @@ def parse_tpm_policy(values: Mapping[str, object], *, bank: HashAlg = HashAlg.SH
             raise UsageError(f"the policy's PCR {key} has an odd number of hex digits") from exc
         if int(key) in allowed:
             raise UsageError(f"the policy names PCR {int(key)} twice")
-        allowed[int(key)] = parsed
+        allowed[int(key)] = _of_bank(int(key), parsed, bank)
     policy = PcrPolicy(allowed, bank=bank)
     if "mask" in values:
         mask = values["mask"]

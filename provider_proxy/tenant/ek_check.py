@@ -32,13 +32,16 @@ from provider_proxy.errors import (
     VerificationError,
     VmNotRunningError,
 )
-from provider_proxy.evidence.model import VerifiedQuote
+from provider_proxy.evidence.logs.judge import LogJudge
+from provider_proxy.evidence.model import HashAlg, VerifiedQuote
 from provider_proxy.evidence.policy import AllOf, Policy
 from provider_proxy.evidence.tpm_keys import MAX_PUBLIC_BYTES
 from provider_proxy.evidence.verify import Verifier
 from provider_proxy.evidence.vtpm_link import VtpmLink, ek_digest, spki_digest
+from provider_proxy.tenant.asking import attest_whole
 from provider_proxy.tenant.client import ProxyClient
 from provider_proxy.tenant.hosts_file import AgentEntry, HostEntry, LinkMap
+from provider_proxy.tenant.policies import JudgedLogs, PolicyFiles
 from provider_proxy.trust.pins import PinnedHost, PinStore
 
 log = logging.getLogger(__name__)
@@ -137,12 +140,13 @@ async def check_agent(
     if entry.is_linked:
         link = VtpmLink(vm=entry.vm, ek=ek, confirmed=entry.confirmed, issuer=entry.ek_issuer)
     async with AsyncExitStack() as stack:
-        pins = PinStore(known.pins)
+        pins, files = PinStore(known.pins), PolicyFiles()
         hosts = [
             _Host(
                 entry=host,
                 pinned=pins.load(host.pinned),
                 policy=policy_of(host),
+                logs=files.logs(host.logs, HashAlg.SHA256),
                 proxy=await stack.enter_async_context(open_proxy(host)),
             )
             for host in entry.hosts
@@ -165,13 +169,20 @@ class _Host:
     """One host's part of a check. Ends with a quote, or with the error that is its last word."""
 
     def __init__(
-        self, *, entry: HostEntry, pinned: PinnedHost, policy: Policy, proxy: ProxyClient
+        self,
+        *,
+        entry: HostEntry,
+        pinned: PinnedHost,
+        policy: Policy,
+        logs: JudgedLogs,
+        proxy: ProxyClient,
     ) -> None:
         self.entry = entry
         self.quote: VerifiedQuote | None = None
         self.error: ProviderProxyError | None = None
         self._pinned = pinned
         self._policy = policy
+        self._logs = logs
         self._proxy = proxy
 
     async def judge(self, link: VtpmLink | None, settle: Callable[[], None]) -> None:
@@ -203,14 +214,18 @@ class _Host:
 
     async def _ask(self, link: VtpmLink | None) -> VerifiedQuote:
         policies = (self._policy,) if link is None else (self._policy, link)
-        return await self._proxy.attest(
+        needed = self._policy.needed_mask | self._logs.policy.needed_mask
+        attested = await attest_whole(
+            self._proxy,
             Verifier(AllOf(policies)),
             self._pinned.host,
             self._pinned,
-            mask=self._policy.needed_mask or ANY_STATE_MASK,
+            LogJudge(self._logs.policy, HashAlg.SHA256, lines=self._logs.lines),
+            mask=needed or ANY_STATE_MASK,
             vm=None if link is None else link.vm,
             now=time.monotonic,
         )
+        return attested.quote
 
 
 def _verdict(hosts: Sequence[_Host], link: VtpmLink | None, limit_s: float) -> ProviderProxyError:

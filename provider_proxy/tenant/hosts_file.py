@@ -16,8 +16,12 @@ from typing import Literal
 
 from provider_proxy.common.addresses import is_safe_url, parse_agent_id
 from provider_proxy.common.files import read_trusted
-from provider_proxy.errors import UsageError, WrongVmError
+from provider_proxy.common.settings.values import read_pcrs
+from provider_proxy.errors import ConfigError, UsageError, WrongVmError
+from provider_proxy.evidence.logs.ima_judge import Violations
+from provider_proxy.evidence.logs.judge import DEFAULT_UEFI_PCRS
 from provider_proxy.evidence.vtpm_link import ISSUERS
+from provider_proxy.tenant.policies import LogRules
 from provider_proxy.trust.pins import LABEL_RE
 
 MAX_BYTES = 4 * 1024 * 1024  # 10,000 agents of 200 bytes, and room
@@ -26,8 +30,12 @@ DEFAULT_LIMIT_S = (
     60.0  # whoever adds an agent waits for us; Keylime's tenant sets no limit of its own
 )
 MIN_LIMIT_S, MAX_LIMIT_S = 0.1, 600.0
+_LOG_KEYS = (
+    *("ima", "runtime_policy", "runtime_policy_key", "ima_violations"),
+    *("uefi", "uefi_pcrs", "boot_policy"),
+)
 _HOST_KEYS = frozenset(
-    ("url", "ca", "cert", "key", "pinned", "tpm_policy", "insecure_any_state", "claims")
+    ("url", "ca", "cert", "key", "pinned", "tpm_policy", "insecure_any_state", "claims", *_LOG_KEYS)
 )
 _AGENT_KEYS = frozenset(("vm", "hosts", "confirmed", "ek_issuer"))
 
@@ -39,7 +47,9 @@ class HostEntry:
     Attributes:
         pinned: its label in the directory of pins.
         ca, cert, key: TLS files for its proxy; None where not needed.
-        tpm_policy: file of the host's allowed PCR values; None only with `insecure_any_state`.
+        tpm_policy: file of the host's allowed PCR values; None where its logs are judged, or with
+            `insecure_any_state`.
+        logs: what its logs must be.
         claims: "never" where the quoter is a Keylime agent: that signs nonces as they come, so that
             whoever asks it can have claims of his own making signed. Such a host is judged by its state
             alone.
@@ -53,6 +63,7 @@ class HostEntry:
     key: Path | None
     tpm_policy: Path | None
     insecure_any_state: bool
+    logs: LogRules
     claims: Literal["link", "never"]
 
 
@@ -169,8 +180,13 @@ def _host(name: str, values: Mapping[str, object], base: Path) -> HostEntry:
         raise UsageError(f'{at}.claims must be "link" or "never"')
     any_state = _flag(values, "insecure_any_state", at)
     policy = _path(values, "tpm_policy", f"{at}.tpm_policy", base)
-    if any_state == (policy is not None):
-        raise UsageError(f"{at} must have tpm_policy, or insecure_any_state = true, and not both")
+    logs = _log_rules(values, at, base)
+    judged = policy is not None or logs != LogRules()
+    if any_state == judged:
+        raise UsageError(
+            f"{at} must have a policy (tpm_policy, ima, runtime_policy, uefi or boot_policy), or "
+            "insecure_any_state = true, and not both"
+        )
     return HostEntry(
         name=name,
         url=url,
@@ -180,7 +196,38 @@ def _host(name: str, values: Mapping[str, object], base: Path) -> HostEntry:
         key=key,
         tpm_policy=policy,
         insecure_any_state=any_state,
+        logs=logs,
         claims="never" if claims == "never" else "link",
+    )
+
+
+def _log_rules(values: Mapping[str, object], at: str, base: Path) -> LogRules:
+    """The keys of a host that are about its logs; they mean what they mean to `watch`."""
+    runtime, key, boot = (
+        _path(values, name, f"{at}.{name}", base)
+        for name in ("runtime_policy", "runtime_policy_key", "boot_policy")
+    )
+    if key is not None and runtime is None:
+        raise UsageError(f"{at}.runtime_policy_key needs runtime_policy")
+    choices = [choice.value for choice in Violations]
+    violations = values.get("ima_violations", Violations.REFUSE.value)
+    if violations not in choices:
+        raise UsageError(f"{at}.ima_violations must be one of {', '.join(choices)}")
+    pcrs = values.get("uefi_pcrs")
+    try:
+        uefi_mask = DEFAULT_UEFI_PCRS if pcrs is None else read_pcrs(f"{at}.uefi_pcrs", pcrs)
+    except ConfigError as exc:
+        raise UsageError(str(exc)) from exc
+    uefi = _flag(values, "uefi", at)
+    if (pcrs is not None or boot is not None) and not uefi:
+        raise UsageError(f"{at}.uefi_pcrs and boot_policy need uefi = true")
+    return LogRules(
+        ima=_flag(values, "ima", at),
+        runtime_policy=runtime,
+        runtime_policy_key=key,
+        violations=Violations(violations),
+        uefi_mask=uefi_mask if uefi else 0,
+        boot_policy=boot,
     )
 
 

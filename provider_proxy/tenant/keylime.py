@@ -2,8 +2,9 @@
 
 Two judges, one verdict. Keylime checks a quote and knows the tenant's policies, but it takes one nonce
 for one quote: it cannot see that the tenant's nonce is a leaf under what was signed, nor compare the
-signed PCR selection with what was asked. Our `Verifier` checks just that, always first, and hands on
-only what has passed: then `POST /v2.x/verify/evidence` with `nonce` = the qualifying data.
+signed PCR selection with what was asked. Our `Verifier` checks just that, and our `LogJudge` the logs,
+always first, and only what has passed is handed on: then `POST /v2.x/verify/evidence` with `nonce` = the
+qualifying data.
 
 Sources: Keylime 7.14, `VerifyEvidenceHandler` and `process_verify_attestation`; API 2.5 or 2.6, as the
 verifier speaks. Earlier releases have no such question.
@@ -16,22 +17,25 @@ import base64
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httpx
 
 from provider_proxy.errors import KeylimeRefusedError, ReplyError, UsageError
 from provider_proxy.evidence import attestation
-from provider_proxy.evidence.model import Evidence, TrustedHost, VerifiedQuote, mask_of
+from provider_proxy.evidence.logs.ima_judge import IMA_PCR, Violations
+from provider_proxy.evidence.logs.judge import DEFAULT_UEFI_PCRS, LogJudge, LogPolicy
+from provider_proxy.evidence.logs.runtime_policy_file import parse_runtime_policy
+from provider_proxy.evidence.model import Evidence, HashAlg, TrustedHost, VerifiedQuote, mask_of
 from provider_proxy.evidence.policy import parse_tpm_policy
 from provider_proxy.evidence.strict_json import parse_own_json
-from provider_proxy.evidence.verify import HostHistory, Verifier, new_challenge
-from provider_proxy.evidence.wire import encode_quote, parse_evidence
+from provider_proxy.evidence.verify import HostHistory, Verifier
+from provider_proxy.evidence.wire import encode_quote
+from provider_proxy.tenant.asking import attest_whole
 from provider_proxy.tenant.client import ProxyClient
 from provider_proxy.tenant.replies import status_text
 from provider_proxy.tenant.verifier_api import FIRST_WITH_EVIDENCE, VerifierApi
 
-IMA_PCR = 10
 BOOT_PCRS = (*range(10), *range(11, 16))  # what Keylime's measured-boot policies may read
 MAX_POLICY_BYTES = 64 * 1024 * 1024  # runtime policies of tens of thousands of files are 20 MB
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # it sends back all that it was sent
@@ -46,14 +50,23 @@ class KeylimePolicies:
         tpm: `tpm_policy`, {"0": ["hex", …]}.
         runtime: `runtime_policy`, for the IMA list.
         measured_boot: `mb_policy`, for the firmware's log.
+        runtime_key: PEM of the key that must have signed the runtime policy; None where nobody has.
+        violations: what becomes of files that were written to while IMA measured them.
+        uefi_mask: PCRs that the firmware's log must lead to before Keylime applies `mb_policy`.
+        logs: what we demand of the logs before Keylime does; made of these.
 
     Raises:
-        UsageError: none is there, or one is no JSON object, or above its size.
+        UsageError: none is there, or one is no JSON object, or above its size, or holds what is not
+            judged here.
     """
 
     tpm: str | None = None
     runtime: str | None = None
     measured_boot: str | None = None
+    runtime_key: bytes | None = None
+    violations: Violations = Violations.REFUSE
+    uefi_mask: int = DEFAULT_UEFI_PCRS
+    logs: LogPolicy = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         given = {"tpm": self.tpm, "runtime": self.runtime, "measured-boot": self.measured_boot}
@@ -62,8 +75,19 @@ class KeylimePolicies:
         for name, text in given.items():
             if text is not None and len(text) > MAX_POLICY_BYTES:
                 raise UsageError(f"the {name} policy is larger than {MAX_POLICY_BYTES} bytes")
-            if text is not None and name != "tpm":
-                parse_own_json(text, f"the {name} policy")
+        if self.measured_boot is not None:
+            parse_own_json(self.measured_boot, "the measured-boot policy")
+        runtime = None
+        if self.runtime is not None:
+            runtime = parse_runtime_policy(self.runtime.encode("utf-8"), key=self.runtime_key)
+        elif self.runtime_key is not None:
+            raise UsageError("a key of a runtime policy is named, and no runtime policy")
+        logs = LogPolicy(
+            runtime=runtime,
+            violations=self.violations,
+            uefi_mask=0 if self.measured_boot is None else self.uefi_mask,
+        )
+        object.__setattr__(self, "logs", logs)
         _ = self.mask  # reads the TPM policy
 
     @property
@@ -193,22 +217,27 @@ async def ask_host(
     timeout_ms: int | None = None,
     now: Callable[[], float] = time.monotonic,
 ) -> tuple[VerifiedQuote, Evidence]:
-    """The first half of `check_host`: what we have verified, for Keylime to judge.
+    """The first half of `check_host`: what we have verified and judged, for Keylime to judge.
+
+    A missing list is an empty one for Keylime, and a PCR 10 of zeros fits to any list, so its logs are
+    judged here first.
 
     Raises:
-        VerificationError: our checks refuse it.
+        VerificationError: our checks refuse it, those of its logs included.
         ReplyError: the proxy gave no answer.
     """
-    history = registered.history
-    challenge = new_challenge(
-        mask=mask | policies.mask, now_s=now(), history=history, timeout_ms=timeout_ms
+    judge = LogJudge(policies.logs, HashAlg.SHA256)
+    attested = await attest_whole(
+        proxy,
+        verifier,
+        registered.host,
+        registered.history,
+        judge,
+        mask=mask | policies.mask,
+        timeout_ms=timeout_ms,
+        now=now,
     )
-    try:
-        body = await proxy.fetch(challenge.request)
-        verified = verifier.verify(body, challenge, registered.host, history, now_s=now())
-    finally:
-        history.spend(challenge.request.nonce)  # unanswered or refused: never good again
-    return verified, parse_evidence(body)
+    return attested.quote, attested.evidence
 
 
 async def check_host(

@@ -278,7 +278,6 @@ def test_a_missing_key_or_policy_is_the_environments_fault(files: Files) -> None
         "nonsense",
         "verify",
         "verify e",
-        "verify e --request r --ak-tpm a",
         "verify e --request r --insecure-any-state",
         "verify e --request r --ak-tpm a --insecure-ak-pem b --insecure-any-state",
         "verify e --request r --ak-tpm a --tpm-policy p --insecure-any-state",

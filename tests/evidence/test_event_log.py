@@ -12,14 +12,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from provider_proxy.errors import LogError, UsageError
+from provider_proxy.evidence.logs.boot_policy import parse_boot_policy
 from provider_proxy.evidence.logs.event_log import (
     EV_NO_ACTION,
     MAX_LOG_BYTES,
-    check_boot_log,
-    parse_boot_policy,
     parse_event_log,
     replay,
 )
+from provider_proxy.evidence.logs.judge import check_boot_log
 from provider_proxy.evidence.model import AkName, ClockState, HashAlg, VerifiedQuote
 
 ALGORITHMS = {0x04: 20, 0x0B: 32, 0x0C: 48, 0x12: 32}  # 0x12: SM3, which we do not know
@@ -74,6 +74,7 @@ EVENTS = [
 ]
 BODY = b"".join(new(*event) for event in EVENTS)
 LOG = header() + locality(3) + BODY
+MEASURED = 0x93  # the PCRs of these events
 
 
 def expected(bank: HashAlg, begin: int = 0) -> dict[int, bytes]:
@@ -106,7 +107,7 @@ def test_a_crypto_agile_log(bank: HashAlg) -> None:
     assert [event.pcr for event in events if event.kind != EV_NO_ACTION] == [0, 1, 7, 0, 7, 4]
     assert replay(events, bank) == expected(bank, 3)
     assert replay(parse_event_log(header() + BODY), bank) == expected(bank)
-    check_boot_log(LOG, quote(bank), 0xFF)
+    check_boot_log(LOG, quote(bank), MEASURED)
 
 
 def test_a_log_of_sha_1_alone() -> None:
@@ -118,7 +119,7 @@ def test_a_log_of_sha_1_alone() -> None:
 
 def test_an_event_that_is_no_measurement_extends_nothing() -> None:
     log = LOG + new(0, EV_NO_ACTION, b"SP800-155 Event3") + new(0xFFFFFFFF, EV_NO_ACTION, b"x")
-    check_boot_log(log, quote(), 0xFF)
+    check_boot_log(log, quote(), MEASURED)
 
 
 @pytest.mark.parametrize(
@@ -135,14 +136,26 @@ def test_an_event_that_is_no_measurement_extends_nothing() -> None:
 )
 def test_a_tampered_log_is_refused(log: bytes | None) -> None:
     with pytest.raises(LogError):
-        check_boot_log(log, quote(), 0xFF)
+        check_boot_log(log, quote(), MEASURED)
 
 
 def test_only_the_pcrs_that_are_asked_for_must_come_out() -> None:
     other = quote(pcr4=HashAlg.SHA256.digest(b"kexec"))
-    check_boot_log(LOG, other, 0x8F)
+    check_boot_log(LOG, other, 0x83)
     with pytest.raises(LogError, match="PCR 4"):
         check_boot_log(LOG, other, 0x10)
+
+
+@pytest.mark.parametrize("mask", [0xFF, 0x04, 0x13 | 1 << 5])
+def test_a_pcr_that_was_never_extended_says_nothing(mask: int) -> None:
+    with pytest.raises(LogError, match=r"PCR [25] was never extended"):
+        check_boot_log(LOG, quote(), mask)
+
+
+def test_a_locality_alone_extends_nothing() -> None:
+    log = header() + locality(3)
+    with pytest.raises(LogError, match="PCR 0 was never extended"):
+        check_boot_log(log, quote(pcr0=bytes(31) + b"\3"), 0x01)
 
 
 @pytest.mark.parametrize(
@@ -182,19 +195,20 @@ def test_a_boot_policy() -> None:
     good = parse_boot_policy(
         json.dumps({"4": digests(4), "7": digests(7)}).encode(), bank=HashAlg.SHA256
     )
-    check_boot_log(LOG, quote(), 0xFF, good)
+    check_boot_log(LOG, quote(), MEASURED, good)
     bad = parse_boot_policy(json.dumps({"4": digests(7)}).encode(), bank=HashAlg.SHA256)
     with pytest.raises(LogError, match=r"PCR 4 was extended with .* 0x80000003"):
-        check_boot_log(LOG, quote(), 0xFF, bad)
+        check_boot_log(LOG, quote(), MEASURED, bad)
     unmeasured = header() + b"".join(new(*event) for event in EVENTS if event[0] != 4)
     with pytest.raises(LogError, match="PCR 4 was never extended"):  # a loader that nobody measured
         check_boot_log(
-            unmeasured, quote(PCR4=bytes(32), PCR0=expected(HashAlg.SHA256)[0]), 0xFF, good
+            unmeasured, quote(PCR4=bytes(32), PCR0=expected(HashAlg.SHA256)[0]), MEASURED, good
         )
-    check_boot_log(LOG, quote(), 0xFF, parse_boot_policy(b'{"3": []}', bank=HashAlg.SHA256))
+    untouched = parse_boot_policy(b'{"3": []}', bank=HashAlg.SHA256)
+    check_boot_log(LOG, quote(), MEASURED | 1 << 3, untouched)
     nothing = parse_boot_policy(b'{"1": []}', bank=HashAlg.SHA256)
     with pytest.raises(LogError, match="PCR 1"):
-        check_boot_log(LOG, quote(), 0xFF, nothing)
+        check_boot_log(LOG, quote(), MEASURED, nothing)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +226,7 @@ def test_any_bytes_give_typed_errors_alone(data: bytes, start: int, end: int) ->
     """Bytes alone, and in the middle of a good log."""
     for log in (data, LOG[:start] + data + LOG[end:]):
         try:
-            check_boot_log(log, quote(), 0xFF)
+            check_boot_log(log, quote(), MEASURED)
         except LogError:
             continue
         # What leads to the signed values extends the same, whatever else it says.

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from provider_proxy.errors import EvidenceFormatError, UsageError
-from provider_proxy.evidence.logs.event_log import parse_boot_policy
-from provider_proxy.evidence.logs.runtime_policy import parse_runtime_policy
+from provider_proxy.evidence.logs.boot_policy import parse_boot_policy
+from provider_proxy.evidence.logs.runtime_policy_file import parse_runtime_policy
 from provider_proxy.evidence.model import HashAlg
 from provider_proxy.evidence.policy import parse_tpm_policy
 from provider_proxy.evidence.strict_json import MAX_CONTAINERS, parse_json_object, parse_own_json
 from provider_proxy.tenant.keylime import KeylimePolicies
-from provider_proxy.tenant.watch.policy import PolicyFiles
+from provider_proxy.tenant.policies import PolicyFiles
 
 GOOD, BAD = "11" * 32, "22" * 32
 

@@ -17,10 +17,10 @@ from helpers import make_evidence
 from provider_proxy.errors import ProviderProxyError
 from provider_proxy.evidence.model import ClockState, QuoteRequest, TrustedHost
 from provider_proxy.evidence.query import parse_quote_query
+from provider_proxy.tenant.policies import PolicyFiles
 from provider_proxy.tenant.watch.host import HostWatch, Shared
 from provider_proxy.tenant.watch.http import Endpoint
 from provider_proxy.tenant.watch.metrics import WatchMetrics
-from provider_proxy.tenant.watch.policy import PolicyFiles
 from provider_proxy.tenant.watch.questions import Setting, Trust
 from provider_proxy.tenant.watch.reports import Report
 from provider_proxy.tenant.watch.store import StateStore

@@ -33,8 +33,10 @@ from tpm_helpers import daemon_over, plain_config, swtpm_at, tool
 from provider_proxy.common.settings.values import IDENTITY_RE, read_identities
 from provider_proxy.errors import (
     KeylimeRefusedError,
+    LogError,
     PolicyError,
     SignatureError,
+    UsageError,
     VerificationError,
 )
 from provider_proxy.evidence.model import HashAlg, TrustedHost, VerifiedQuote
@@ -173,11 +175,15 @@ async def test_the_real_verifier_and_the_policies_that_it_has(
 
         good = KeylimePolicies(tpm=tpm, runtime=runtime_policy(IMA_LINES))
         assert 10 in (await judged(tenant, url, good)).pcrs
-        with pytest.raises(KeylimeRefusedError, match="ima"):
+        # Ours judges the list first, and reads the policy before anybody is asked.
+        with pytest.raises(LogError, match="is not in the runtime policy"):
             await judged(tenant, url, KeylimePolicies(runtime=runtime_policy(IMA_LINES[:1])))
-
+        with pytest.raises(UsageError, match="does not know it"):
+            KeylimePolicies(runtime='{"no": "policy"}')
+        # A part that is missing allows nothing here; Keylime does not take such a policy.
+        digests = json.loads(runtime_policy(IMA_LINES))["digests"]
         with pytest.raises(KeylimeRefusedError, match="Quote validation failed"):
-            await judged(tenant, url, KeylimePolicies(runtime='{"no": "policy"}'))
+            await judged(tenant, url, KeylimePolicies(runtime=text({"digests": digests})))
 
         with pytest.raises(SignatureError):
             await judged(tenant, url, good, ak_public=SoftTpm().ak_public)

@@ -24,8 +24,9 @@ from typing import Any
 import pytest
 import trio
 from helpers import connect, free_port, make_certs, until
+from ima_helpers import text
 from test_docs import fenced
-from test_ima import HOST, text
+from test_ima import HOST
 from tpm_helpers import daemon_over, plain_config, swtpm_at, tool
 
 from provider_proxy.cli import watch as cli_watch

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import pytest
 from helpers import make_evidence
+from ima_helpers import GOOD as FILE
+from ima_helpers import Line, extended, line
+from ima_helpers import text as listed
+from test_event_log import LOG, MEASURED, expected
+from watch_helpers import b64
 
 from provider_proxy.errors import (
     InclusionError,
     KeylimeRefusedError,
+    LogError,
     NotSupportedError,
     QualifyingDataError,
     ReplyError,
@@ -20,7 +28,14 @@ from provider_proxy.errors import (
     UsageError,
     VerificationError,
 )
-from provider_proxy.evidence.model import TrustedHost, VerifiedQuote
+from provider_proxy.evidence.logs.ima_judge import Violations
+from provider_proxy.evidence.model import (
+    HashAlg,
+    PcrValues,
+    QuoteRequest,
+    TrustedHost,
+    VerifiedQuote,
+)
 from provider_proxy.evidence.policy import UnsafeAcceptAny
 from provider_proxy.evidence.query import parse_quote_query
 from provider_proxy.evidence.verify import MemoryHistory, Verifier
@@ -35,7 +50,6 @@ from provider_proxy.testing.soft_tpm import SoftTpm
 
 GOOD = {"0": ["00" * 32]}
 EK = b"\x00\x04fake"
-IMA_LINES = [("/usr/bin/one", b"one"), ("/usr/bin/two", b"two")]
 
 
 def text(values: object) -> str:
@@ -70,11 +84,29 @@ def test_the_pcrs_that_policies_read(policies: KeylimePolicies, mask: int) -> No
         ({"measured_boot": "no"}, "not JSON"),
         ({"tpm": "{}"}, "at least one PCR"),
         ({"tpm": text({"24": "00" * 32})}, "PCR 24"),
+        ({"runtime": text({"hashes": {}})}, "older Keylime"),
+        ({"runtime": "{}", "runtime_key": b"x"}, "not signed"),
+        ({"tpm": text(GOOD), "runtime_key": b"x"}, "no runtime policy"),
     ],
 )
-def test_policies_that_are_none(given: dict[str, str], message: str) -> None:
+def test_policies_that_are_none(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         KeylimePolicies(**given)
+
+
+class ListedTpm(SoftTpm):
+    """PCR 10 as a list leads to it; the boot PCRs as the log of test_event_log does."""
+
+    def __init__(self, lines: Sequence[Line]) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def read(self, bank: HashAlg, mask: int) -> PcrValues:
+        values = dict(super().read(bank, mask).values) | {10: extended(self.lines, bank.label)}
+        values |= expected(bank, 3)
+        return PcrValues(
+            bank=bank, values=tuple((n, v) for n, v in sorted(values.items()) if mask >> n & 1)
+        )
 
 
 # --- both judges, with answers of our own -----------------------------------------------------------
@@ -89,6 +121,8 @@ class Site:
         self.asked: list[dict[str, str]] = []
         self.versions = ["1.0", "2.0", "2.1", "2.5", "2.6", "3.0"]
         self.spoil: Callable[[bytes], bytes] = lambda body: body
+        self.logs: Callable[[QuoteRequest], dict[str, object]] = lambda request: {}
+        self.questions: list[QuoteRequest] = []
         self.registered = RegisteredHost(
             host=TrustedHost(ak=self.tpm.ak),
             history=MemoryHistory(),
@@ -99,7 +133,10 @@ class Site:
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/verifier/quote":
             asked = parse_quote_query(request.url.query.decode("ascii"))
-            return httpx.Response(200, content=self.spoil(make_evidence(self.tpm, asked)))
+            self.questions.append(asked)
+            values = json.loads(make_evidence(self.tpm, asked))
+            values["results"] |= self.logs(asked)
+            return httpx.Response(200, content=self.spoil(json.dumps(values).encode()))
         if request.url.path == "/version":
             return httpx.Response(200, json={"results": {"supported_versions": self.versions}})
         best = max(version for version in self.versions if version < "3")
@@ -264,3 +301,118 @@ async def test_a_nonce_is_never_left_open() -> None:
     with pytest.raises(QualifyingDataError):
         await site.check()
     assert not history._open
+
+
+# --- logs: ours judges first --------------------------------------------------------------------------
+
+LINES = [line("boot_aggregate"), *(line(f"/usr/bin/{n}") for n in range(40))]
+RUNTIME = text({"digests": {one.text.split(" ")[4]: [FILE] for one in LINES}})
+
+
+def listing(lines: Sequence[Line], part: int = 1000) -> Callable[[QuoteRequest], dict[str, object]]:
+    """Answers with so many lines at most."""
+
+    def logs(request: QuoteRequest) -> dict[str, object]:
+        start = request.ima_ml_entry if request.ima_ml_entry <= len(lines) else 0
+        return {
+            "ima_measurement_list": listed(lines[start : start + part]),
+            "ima_measurement_list_entry": start,
+        }
+
+    return logs
+
+
+def ima_site(lines: Sequence[Line] = LINES) -> Site:
+    site = Site()
+    site.tpm = ListedTpm(lines)
+    site.registered = replace(site.registered, host=TrustedHost(ak=site.tpm.ak))
+    site.logs = listing(lines)
+    return site
+
+
+async def test_keylime_gets_the_list_that_was_proven() -> None:
+    site = ima_site()
+    site.logs = listing([*LINES, line("/later")])
+    await site.check(KeylimePolicies(runtime=RUNTIME))
+    assert site.asked[0]["ima_measurement_list"] == listed(LINES)
+
+
+async def test_a_long_list_is_fetched_to_its_end() -> None:
+    site = ima_site()
+    site.logs = listing(LINES, part=7)
+    await site.check(KeylimePolicies(runtime=RUNTIME))
+    assert [request.ima_ml_entry for request in site.questions] == [0, 7, 14, 21, 28, 35]
+    assert site.asked[0]["ima_measurement_list"] == listed(LINES)
+
+
+async def test_a_list_whose_end_does_not_come_is_no_verdict() -> None:
+    site = ima_site()
+    logs = listing(LINES, part=7)
+
+    def then_silence(request: QuoteRequest) -> dict[str, object]:
+        if request.ima_ml_entry >= 21:
+            raise httpx.ConnectError("gone")
+        return logs(request)
+
+    site.logs = then_silence
+    with pytest.raises(ReplyError, match="gone"):
+        await site.check(KeylimePolicies(runtime=RUNTIME))
+    assert site.asked == []
+
+
+MEASURES_NOTHING: dict[str, dict[str, object]] = {
+    "no list": {},
+    "an empty one": {"ima_measurement_list": "", "ima_measurement_list_entry": 0},
+    "a violation": {
+        "ima_measurement_list": listed([line("/x", violation=True)]),
+        "ima_measurement_list_entry": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", MEASURES_NOTHING)
+@pytest.mark.parametrize("violations", list(Violations))
+async def test_a_host_that_measures_nothing_is_refused(name: str, violations: Violations) -> None:
+    site = ima_site([])
+    site.logs = lambda request: MEASURES_NOTHING[name]
+    with pytest.raises(LogError):
+        await site.check(KeylimePolicies(runtime=RUNTIME, violations=violations))
+    assert site.asked == []
+
+
+async def test_what_the_runtime_policy_does_not_allow_is_refused_first() -> None:
+    site = ima_site([*LINES, line("/evil")])
+    with pytest.raises(LogError, match="/evil is not in"):
+        await site.check(KeylimePolicies(runtime=RUNTIME))
+    assert site.asked == []
+
+
+async def test_violations_may_be_counted() -> None:
+    site = ima_site([*LINES, line("/x", violation=True)])
+    with pytest.raises(LogError, match="/x was written to"):
+        await site.check(KeylimePolicies(runtime=RUNTIME))
+    await site.check(KeylimePolicies(runtime=RUNTIME, violations=Violations.COUNT))
+    assert len(site.asked) == 1
+
+
+def _same(answer: dict[str, object], _: QuoteRequest) -> dict[str, object]:
+    return answer
+
+
+async def test_a_measured_boot_policy_needs_a_log_that_fits() -> None:
+    policies = KeylimePolicies(measured_boot="{}", uefi_mask=MEASURED)
+    for log, why in (
+        (None, "no firmware event log"),
+        (LOG[:-40], "ends early|does not lead"),
+    ):
+        site = ima_site()
+        answer: dict[str, object] = {} if log is None else {"mb_measurement_list": b64(log)}
+        site.logs = functools.partial(_same, answer)
+        with pytest.raises(LogError, match=why):
+            await site.check(policies)
+        assert site.asked == []
+    site.logs = lambda request: {"mb_measurement_list": b64(LOG)}
+    await site.check(policies)
+    assert site.asked[0]["mb_log"] == b64(LOG)
+    with pytest.raises(LogError, match="PCR 2 was never extended"):
+        await site.check(replace(policies, uefi_mask=0xFF))

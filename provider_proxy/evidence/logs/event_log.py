@@ -10,16 +10,14 @@ index for it, which an ADR weighs.
 
 from __future__ import annotations
 
-import hmac
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from provider_proxy.errors import LogError, UsageError
-from provider_proxy.evidence.model import PCR_COUNT, HashAlg, VerifiedQuote, pcrs_of
-from provider_proxy.evidence.strict_json import parse_own_json
+from provider_proxy.errors import LogError
+from provider_proxy.evidence.model import PCR_COUNT, HashAlg, mask_of
 
 MAX_LOG_BYTES = 4 * 1024 * 1024  # samples have 50 kB; the proxy sends 1 MiB at most
 MAX_EVENTS = 50_000  # samples have 100
@@ -165,79 +163,6 @@ def _initial_pcr0(data: bytes, bank: HashAlg, begun: bool) -> bytes:
     return bytes(bank.digest_bytes - 1) + locality
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BootPolicy:
-    """Which digests may have been extended into the boot PCRs, in any order.
-
-    Attributes:
-        allowed: PCR number to digests, of which at least one must have been extended; PCRs that are
-            not named are replayed only.
-    """
-
-    allowed: Mapping[int, frozenset[bytes]]
-
-    def check(self, events: Iterable[BootEvent], bank: HashAlg) -> None:
-        """Raises: LogError naming the first event that is not allowed, or a PCR without any: firmware
-        that measures nothing leads to zeros, and says nothing of what ran."""
-        unmeasured = {pcr for pcr, digests in self.allowed.items() if digests}
-        for event in events:
-            if event.kind == EV_NO_ACTION or event.pcr not in self.allowed:
-                continue
-            unmeasured.discard(event.pcr)
-            digest = event.digests[bank]
-            if digest not in self.allowed[event.pcr]:
-                raise LogError(
-                    f"PCR {event.pcr} was extended with {digest.hex()} (event type "
-                    f"{event.kind:#010x}), which the boot policy does not allow"
-                )
-        if unmeasured:
-            raise LogError(
-                f"PCR {min(unmeasured)} was never extended, and the boot policy names it"
-            )
-
-
-def parse_boot_policy(data: bytes, *, bank: HashAlg) -> BootPolicy:
-    """Read `{"4": ["hex", …]}`: digests of the bank that may be extended into a PCR.
-
-    Raises:
-        UsageError: not such an object.
-    """
-    values = parse_own_json(data, "the boot policy")
-    names = {str(pcr): pcr for pcr in range(PCR_COUNT)}
-    if not values or not set(values) <= set(names):
-        raise UsageError("the boot policy is not an object of PCR numbers")
-    allowed = {}
-    for name, digests in values.items():
-        if not isinstance(digests, list) or not all(isinstance(text, str) for text in digests):
-            raise UsageError(f"the boot policy's PCR {name} is not a list of hex")
-        try:
-            allowed[names[name]] = frozenset(bytes.fromhex(text) for text in digests)
-        except ValueError as exc:
-            raise UsageError(f"the boot policy's PCR {name} is not a list of hex") from exc
-        if any(len(digest) != bank.digest_bytes for digest in allowed[names[name]]):
-            raise UsageError(f"the boot policy's PCR {name} has what is no {bank.label} digest")
-    return BootPolicy(allowed=allowed)
-
-
-def check_boot_log(
-    log: bytes | None, quote: VerifiedQuote, mask: int, policy: BootPolicy | None = None
-) -> None:
-    """Replay a log to the signed values of some PCRs, and judge its events.
-
-    Args:
-        log: untrusted; None where the answer has none.
-        mask: the PCRs that must come out; all of them requested.
-
-    Raises:
-        LogError: no log, a damaged one, one that leads to other values, an event not allowed.
-    """
-    if log is None:
-        raise LogError("the answer has no firmware event log")
-    events = parse_event_log(log)
-    values = replay(events, quote.bank)
-    for pcr in pcrs_of(mask):
-        expected = values.get(pcr, bytes(quote.bank.digest_bytes))
-        if not hmac.compare_digest(expected, quote.pcrs[pcr]):
-            raise LogError(f"the firmware's event log does not lead to the signed PCR {pcr}")
-    if policy is not None:
-        policy.check(events, quote.bank)
+def extended_mask(events: Iterable[BootEvent]) -> int:
+    """The PCRs that a log extends at least once."""
+    return mask_of({event.pcr for event in events if event.kind != EV_NO_ACTION})

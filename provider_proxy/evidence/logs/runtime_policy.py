@@ -1,21 +1,47 @@
-"""Which files IMA may have measured: Keylime's runtime policy, the part without signatures.
+"""Which files IMA may have measured: Keylime's runtime policy, judged line by line as Keylime judges.
 
-Judges one entry of the list at a time; `ima` says which entries are proven. What would need signatures
-or device-mapper rules is refused when the policy is read: to leave it out would judge other than
-Keylime does. The policy is the tenant's own file, its patterns included; the paths come from the host.
+Judges one entry of the list at a time; `ima` says which entries are proven, and `runtime_policy_file`
+reads the policy. A host that measures a key into a listed keyring teaches it: files that this key signed
+are good from that line on. The policy is the tenant's own file, its patterns included; names, digests,
+signatures and keys in the list come from the host.
+What differs from Keylime 7.14.3 on purpose stands in docs/policies.md.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from provider_proxy.errors import UsageError
-from provider_proxy.evidence.logs.ima import BUFFER, ImaEntry, shown
-from provider_proxy.evidence.strict_json import parse_own_json
+from provider_proxy.errors import LogError
+from provider_proxy.evidence.logs.ima_keys import (
+    MAX_KEYS,
+    NO_KEYS,
+    FileKey,
+    KeySet,
+    is_signed,
+    key_in_buffer,
+)
+from provider_proxy.evidence.logs.ima_line import BUFFER, ImaEntry, shown
 
-BOOT_AGGREGATE = "boot_aggregate"
+EVERY_KEYRING = "*"
+_SIGNED_TEMPLATES = frozenset(("ima-sig", "ima-sigv2", "ima-modsig"))
+
+DigestLists = Mapping[str, frozenset[str]]
+"""Names to the digests that are good, in lower-case hex."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a policy says of one entry.
+
+    Attributes:
+        problem: why it is not allowed; None where it is.
+        keys: what the host's keys are behind it.
+    """
+
+    problem: str | None
+    keys: KeySet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,98 +49,92 @@ class RuntimePolicy:
     """Which files may have been measured.
 
     Attributes:
-        digests: path to the digests that are good.
-        excludes: paths that are not judged; matched from the beginning, as Keylime does.
-        buffers: the same for names of `ima-buf` lines (keys that were loaded).
-        ignored_keyrings: names of `ima-buf` lines that are not judged; "*" for all.
+        digests: paths to the digests that are good.
+        excludes: names that are not judged; matched from the beginning, as Keylime does.
+        keyrings: the same as `digests` for keys that were loaded, by the keyring's name.
+        buffers: the same for what else was measured from memory.
+        ignored_keyrings: keyrings whose keys are not judged, and not learned; "*" for all.
+        keys: that may have signed files.
     """
 
-    digests: Mapping[str, frozenset[bytes]]
+    digests: DigestLists
     excludes: re.Pattern[str] | None = None
-    buffers: Mapping[str, frozenset[bytes]] = field(default_factory=dict)
+    keyrings: DigestLists = field(default_factory=dict)
+    buffers: DigestLists = field(default_factory=dict)
     ignored_keyrings: frozenset[str] = frozenset()
+    keys: KeySet = NO_KEYS
 
-    def problem(self, entry: ImaEntry, index: int) -> str | None:
-        """Why an entry is not allowed; None where it is.
+    def judge(self, entry: ImaEntry, keys: KeySet) -> Verdict:
+        """What is wrong with an entry, and what it teaches.
 
-        The first entry may be the boot aggregate: the kernel writes it before anything runs, and the
-        boot PCRs say the same.
+        Does not check: whether it is a violation, whose name and digest mean nothing.
+
+        Args:
+            keys: those of the policy, and those that the host has measured before.
         """
-        if index == 0 and entry.path == BOOT_AGGREGATE:
-            return None
         if entry.template == BUFFER:
-            if entry.path in self.ignored_keyrings or "*" in self.ignored_keyrings:
-                return None
-            allowed = self.buffers.get(entry.path)
-        else:
-            if self.excludes is not None and self.excludes.match(entry.path):
-                return None
-            allowed = self.digests.get(entry.path)
+            return self._judge_buffer(entry, keys)
+        return Verdict(problem=self._file_problem(entry, keys), keys=keys)
+
+    def depends_on_keys(self, entry: ImaEntry) -> bool:
+        """Whether the verdict may be another with other keys."""
+        return bool(entry.extra)
+
+    def unsigned_problem(self, name: str, digest: str) -> str | None:
+        """Why a file that nobody signed is not allowed; None where it is.
+
+        Args:
+            digest: in hex.
+        """
+        return self._list_problem(name, digest, self.digests)
+
+    def _file_problem(self, entry: ImaEntry, keys: KeySet) -> str | None:
+        problem = self.unsigned_problem(entry.path, entry.digest.hex())
+        if problem is None or entry.template not in _SIGNED_TEMPLATES or not entry.extra:
+            return problem
+        if is_signed(entry.extra, entry.digest, entry.algorithm, keys):
+            return None
+        return f"{problem}, and no key that is trusted has signed it"
+
+    def _judge_buffer(self, entry: ImaEntry, keys: KeySet) -> Verdict:
+        try:
+            key = key_in_buffer(entry.extra)
+        except LogError as exc:
+            return Verdict(problem=f"{shown(entry.path)}: {exc}", keys=keys)
+        if key is None:
+            return Verdict(problem=self._buffer_problem(entry, self.buffers), keys=keys)
+        if EVERY_KEYRING in self.ignored_keyrings or entry.path in self.ignored_keyrings:
+            return Verdict(problem=None, keys=keys)
+        problem = self._buffer_problem(entry, self.keyrings)
+        if problem is not None:
+            return Verdict(problem=problem, keys=keys)
+        return self._learn(key, keys)
+
+    def _learn(self, key: FileKey, keys: KeySet) -> Verdict:
+        if len(keys) >= MAX_KEYS and key not in keys:
+            return Verdict(problem=f"more than {MAX_KEYS} keys were loaded", keys=keys)
+        return Verdict(problem=None, keys=keys | {key})
+
+    def _buffer_problem(self, entry: ImaEntry, lists: DigestLists) -> str | None:
+        return self._list_problem(entry.path, entry.digest.hex(), lists)
+
+    def _list_problem(self, name: str, digest: str, lists: DigestLists) -> str | None:
+        if self.excludes is not None and self.excludes.match(name):
+            return None
+        allowed = lists.get(name)
         if allowed is None:
-            return f"{shown(entry.path)} is not in the runtime policy"
-        if entry.violation:
-            return f"{shown(entry.path)} was written to while it was measured"
-        if entry.digest not in allowed:
-            return f"{shown(entry.path)} has the digest {entry.digest.hex()}, which is not allowed"
+            return f"{shown(name)} is not in the runtime policy{self._where(lists)}"
+        if digest not in allowed:
+            return f"{shown(name)} has the digest {digest}, which is not allowed"
         return None
 
+    def _where(self, lists: DigestLists) -> str:
+        if lists is self.keyrings:
+            return "'s keyrings"
+        return "'s ima-buf" if lists is self.buffers else ""
 
-_POLICY_KEYS = {
-    *("meta", "release", "digests", "excludes", "keyrings", "ima", "ima-buf"),
-    "verification-keys",
-}
-
-
-def parse_runtime_policy(data: bytes) -> RuntimePolicy:
-    """Read Keylime's runtime policy (JSON).
-
-    Raises:
-        UsageError: not such a policy, or one that needs signatures or device-mapper rules, which are
-            not judged here: to leave them out would accept or refuse other files than Keylime does.
-    """
-    values = parse_own_json(data, "the runtime policy")
-    if not set(values) <= _POLICY_KEYS:
-        raise UsageError("the runtime policy is not an object of Keylime's keys")
-    options = values.get("ima") or {}
-    if not isinstance(options, dict):
-        raise UsageError("the runtime policy's ima is not an object")
-    if values.get("verification-keys") or options.get("dm_policy"):
-        raise UsageError("the runtime policy has verification-keys or dm_policy: not judged here")
-    ignored = options.get("ignored_keyrings") or []
-    excludes = values.get("excludes") or []
-    if not _all_text(ignored) or not _all_text(excludes):
-        raise UsageError("the runtime policy's excludes or ignored_keyrings are not lists of text")
-    try:
-        pattern = re.compile("|".join(f"(?:{text})" for text in excludes)) if excludes else None
-    except re.error as exc:
-        raise UsageError(f"the runtime policy's excludes: {exc}") from exc
-    buffers = {
-        **_digest_lists(values.get("keyrings"), "keyrings"),
-        **_digest_lists(values.get("ima-buf"), "ima-buf"),
-    }
-    return RuntimePolicy(
-        digests=_digest_lists(values.get("digests"), "digests"),
-        excludes=pattern,
-        buffers=buffers,
-        ignored_keyrings=frozenset(ignored),
-    )
-
-
-def _all_text(values: object) -> bool:
-    return isinstance(values, list) and all(isinstance(text, str) for text in values)
-
-
-def _digest_lists(values: object, what: str) -> dict[str, frozenset[bytes]]:
-    found: dict[str, frozenset[bytes]] = {}
-    if values is None:
-        return found
-    if not isinstance(values, dict):
-        raise UsageError(f"the runtime policy's {what} is not an object")
-    for path, digests in values.items():
-        if not _all_text(digests):
-            raise UsageError(f"the runtime policy's {what} of {shown(path)} is not a list of hex")
-        try:
-            found[path] = frozenset(bytes.fromhex(text) for text in digests)
-        except ValueError as exc:
-            raise UsageError(f"the runtime policy's {what} of {shown(path)}: no hex") from exc
-    return found
+    def names(self) -> Iterator[str]:
+        """Every name that has a list of digests."""
+        yield from self.digests
+        yield from self.keyrings
+        yield from self.buffers

@@ -151,6 +151,8 @@ def _check_host(key: str, rules: HostRules, *, needs_policy: bool) -> None:
         raise ConfigError(f"{key}.first_use_pcrs and insecure_trust_on_first_use belong together")
     if rules.runtime_policy is not None and not rules.ima:
         raise ConfigError(f"{key}.runtime_policy needs ima")
+    if rules.runtime_policy_key is not None and rules.runtime_policy is None:
+        raise ConfigError(f"{key}.runtime_policy_key needs runtime_policy")
     if rules.boot_policy is not None and not rules.uefi:
         raise ConfigError(f"{key}.boot_policy needs uefi")
     if rules.uefi and not rules.uefi_pcrs:

@@ -6,91 +6,18 @@ mean nothing before the PCRs are verified. Policy files are the tenant's own and
 
 from __future__ import annotations
 
-import base64
-import binascii
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import TypeVar
-from uuid import UUID
+from collections.abc import Iterator, Mapping
 
-from provider_proxy.common.files import read_trusted
-from provider_proxy.errors import PolicyError, UsageError, VerificationError
-from provider_proxy.evidence.logs.event_log import BootPolicy, check_boot_log, parse_boot_policy
-from provider_proxy.evidence.logs.ima import IMA_PCR, ImaReplay, Outcome
-from provider_proxy.evidence.logs.runtime_policy import RuntimePolicy, parse_runtime_policy
-from provider_proxy.evidence.model import HashAlg, HostLogs, VerifiedQuote, mask_of
-from provider_proxy.evidence.policy import (
-    AllOf,
-    PcrPolicy,
-    Policy,
-    UnsafeAcceptAny,
-    parse_tpm_policy,
-)
-from provider_proxy.evidence.strict_json import parse_own_json
-from provider_proxy.evidence.vtpm_link import VtpmLink, ek_digest
+from provider_proxy.errors import PolicyError
+from provider_proxy.evidence.logs.ima import ReplayState
+from provider_proxy.evidence.logs.ima_judge import IMA_PCR
+from provider_proxy.evidence.logs.judge import LogJudge
+from provider_proxy.evidence.model import HostLogs, VerifiedQuote, mask_of
+from provider_proxy.evidence.policy import AllOf, Policy, UnsafeAcceptAny
+from provider_proxy.tenant.policies import JudgedLogs, LogRules, PolicyFiles
 from provider_proxy.tenant.watch.tables import HostRules
 
-T = TypeVar("T")
-
-MAX_PUBLIC_BYTES = 64 * 1024
-MAX_POLICY_BYTES = 1024 * 1024
-MAX_RUNTIME_POLICY_BYTES = 256 * 1024 * 1024  # ones of 20 MB are in use
 ANY_STATE_MASK = 1  # insecure_any_state asks for PCR 0, for a quote needs one
-
-
-class PolicyFiles:
-    """Policy files, each read and parsed once for all hosts that name it."""
-
-    def __init__(self) -> None:
-        self._read: dict[tuple[Path, HashAlg | None], object] = {}
-
-    def tpm(self, path: Path, bank: HashAlg) -> PcrPolicy:
-        """Raises: UsageError, HostError."""
-
-        def parse(data: bytes) -> PcrPolicy:
-            return parse_tpm_policy(parse_own_json(data, "the policy"), bank=bank)
-
-        return self._once(path, bank, MAX_POLICY_BYTES, parse, PcrPolicy)
-
-    def runtime(self, path: Path) -> RuntimePolicy:
-        """Raises: UsageError, HostError."""
-        return self._once(path, None, MAX_RUNTIME_POLICY_BYTES, parse_runtime_policy, RuntimePolicy)
-
-    def boot(self, path: Path, bank: HashAlg) -> BootPolicy:
-        """Raises: UsageError, HostError."""
-
-        def parse(data: bytes) -> BootPolicy:
-            return parse_boot_policy(data, bank=bank)
-
-        return self._once(path, bank, MAX_POLICY_BYTES, parse, BootPolicy)
-
-    def link(self, vm: UUID, ek: Path, *, confirmed: bool) -> VtpmLink:
-        """The link of a VM to its host, the EK of its vTPM in a file. Raises: UsageError, HostError."""
-        data = read_trusted(ek, MAX_PUBLIC_BYTES)
-        with contextlib.suppress(binascii.Error):  # raw, then
-            data = base64.b64decode(data.strip(), validate=True)
-        try:
-            return VtpmLink(vm=vm, ek=ek_digest(data), confirmed=confirmed)
-        except VerificationError as exc:
-            raise UsageError(f"{ek}: {exc}") from exc
-
-    def _once(
-        self,
-        path: Path,
-        bank: HashAlg | None,
-        limit: int,
-        parse: Callable[[bytes], T],
-        kind: type[T],
-    ) -> T:
-        made = self._read.get((path, bank))
-        if not isinstance(made, kind):
-            try:
-                made = parse(read_trusted(path, limit))
-            except UsageError as exc:
-                raise UsageError(f"{path}: {exc}") from exc
-            self._read[path, bank] = made
-        return made
 
 
 class FirstUsePolicy:
@@ -138,9 +65,12 @@ class HostPolicy:
         judged_elsewhere: another verifier has policies for the host, so that it needs none here; an
             IMA list that came with a signed PCR 10 is replayed even where `ima` is not set.
 
+        state: how far an earlier run with the same rules had got in the host's IMA list.
+
     Attributes:
         mask: the PCRs that these policies read.
         on_pcrs: what the `Verifier` judges.
+        judged_logs: what is demanded of its logs.
 
     Raises:
         UsageError: a policy file is wrong.
@@ -154,15 +84,11 @@ class HostPolicy:
         known: Mapping[int, bytes] | None = None,
         *,
         judged_elsewhere: bool = False,
+        state: ReplayState | None = None,
     ) -> None:
-        self._uefi_mask = rules.uefi_pcrs if rules.uefi else 0
-        self._boot = files.boot(rules.boot_policy, rules.bank) if rules.boot_policy else None
-        if self._boot is not None and mask_of(self._boot.allowed) & ~self._uefi_mask:
-            raise UsageError(f"{rules.boot_policy}: names a PCR that is not among uefi_pcrs")
-        self._ima: ImaReplay | None = None
-        if rules.ima or judged_elsewhere:
-            runtime = files.runtime(rules.runtime_policy) if rules.runtime_policy else None
-            self._ima = ImaReplay(rules.bank, runtime)
+        judged = files.logs(log_rules(rules, replays_ima=judged_elsewhere), rules.bank)
+        self.judged_logs: JudgedLogs = judged
+        self._judge = LogJudge(judged.policy, rules.bank, lines=judged.lines, state=state)
         policies: list[Policy] = []
         if rules.tpm_policy is not None:
             policies.append(files.tpm(rules.tpm_policy, rules.bank))
@@ -172,7 +98,7 @@ class HostPolicy:
             policies.append(self.first_use)
         if rules.vm is not None and rules.vm_ek is not None:
             policies.append(files.link(rules.vm, rules.vm_ek, confirmed=rules.vm_confirmed))
-        log_mask = self._uefi_mask | (1 << IMA_PCR if rules.ima else 0)
+        log_mask = judged.policy.uefi_mask | (1 << IMA_PCR if rules.ima else 0)
         if log_mask or rules.insecure_any_state or judged_elsewhere:
             policies.append(UnsafeAcceptAny())  # the logs are judged after the PCRs, below
         self.on_pcrs: Policy = AllOf(policies)
@@ -185,28 +111,41 @@ class HostPolicy:
     @property
     def ima_ml_entry(self) -> int:
         """Which part of the IMA list to ask for."""
-        return self._ima.next_entry if self._ima is not None else 0
+        return self._judge.ima_ml_entry
 
     @property
     def violations(self) -> int:
         """IMA entries so far of files that were written to while they were measured."""
-        return self._ima.violations if self._ima is not None else 0
+        return self._judge.violations
+
+    @property
+    def ima_state(self) -> ReplayState | None:
+        """How far the IMA list is proven; None where nothing is yet."""
+        return self._judge.state
 
     def judge(self, quote: VerifiedQuote, logs: HostLogs) -> Iterator[bool]:
-        """Replay the logs to the quote; pauses between chunks of a long one.
-
-        Yields:
-            False at a pause; at the end True once where the host is as wanted, or nothing where more
-            of the IMA list is needed: then ask again, with a new nonce.
+        """Replay the logs to the quote; see `LogJudge.judge`.
 
         Raises:
             LogError: a log does not fit the signed PCRs, or holds what is not allowed.
         """
-        if self._uefi_mask:
-            check_boot_log(logs.uefi, quote, self._uefi_mask, self._boot)
-        if self._ima is not None and IMA_PCR in quote.pcrs:
-            for _ in self._ima.offer(logs.ima, logs.ima_entry, quote.pcrs[IMA_PCR]):
-                yield False
-            if self._ima.outcome is not Outcome.MATCHED:
-                return
-        yield True
+        if IMA_PCR not in quote.pcrs:  # another verifier did not ask for it this time
+            yield from self._judge.without_ima(quote, logs)
+        else:
+            yield from self._judge.judge(quote, logs)
+
+
+def log_rules(rules: HostRules, *, replays_ima: bool = False) -> LogRules:
+    """What a host's rules say of its logs.
+
+    Args:
+        replays_ima: its IMA list is replayed, whatever the rules say.
+    """
+    return LogRules(
+        ima=rules.ima or replays_ima,
+        runtime_policy=rules.runtime_policy,
+        runtime_policy_key=rules.runtime_policy_key,
+        violations=rules.ima_violations,
+        uefi_mask=rules.uefi_pcrs if rules.uefi else 0,
+        boot_policy=rules.boot_policy,
+    )

@@ -33,10 +33,11 @@ from provider_proxy.evidence.model import (
 from provider_proxy.evidence.query import encode_quote_query
 from provider_proxy.evidence.verify import HostHistory, Verifier, new_challenge
 from provider_proxy.evidence.wire import parse_evidence
+from provider_proxy.tenant.ima_tail import ImaTail
+from provider_proxy.tenant.policies import PolicyFiles
 from provider_proxy.tenant.replies import body_limit
 from provider_proxy.tenant.watch.http import Endpoint, ProxyConnection
-from provider_proxy.tenant.watch.ima_tail import ImaTail
-from provider_proxy.tenant.watch.policy import HostPolicy, PolicyFiles
+from provider_proxy.tenant.watch.policy import HostPolicy
 from provider_proxy.tenant.watch.store import StateStore
 from provider_proxy.tenant.watch.tables import HostRules
 from provider_proxy.trust.pins import PinStore

@@ -33,11 +33,12 @@ from provider_proxy.common.settings.values import (
     read_uuid,
     read_webhook_url,
 )
-from provider_proxy.evidence.model import HashAlg, mask_of
+from provider_proxy.evidence.logs.ima_judge import Violations
+from provider_proxy.evidence.logs.judge import DEFAULT_UEFI_PCRS
+from provider_proxy.evidence.model import HashAlg
 
 MAX_COMMAND_WORDS = 100
 HOST_NAME_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)  # also a pin's label
-DEFAULT_UEFI_PCRS = mask_of(range(8))  # the firmware's own; 8 and 9 are the boot loader's
 
 
 def _read_ip(key: str, value: object) -> str:
@@ -56,6 +57,10 @@ def _read_admin(key: str, value: object) -> str:
 
 def _read_bank(key: str, value: object) -> HashAlg:
     return HashAlg.from_label(one_of(*(alg.label for alg in HashAlg))(key, value))
+
+
+def _read_violations(key: str, value: object) -> Violations:
+    return Violations(one_of(*(choice.value for choice in Violations))(key, value))
 
 
 def _read_argv(key: str, value: object) -> tuple[str, ...]:
@@ -145,6 +150,14 @@ class HostRules:
     ima: bool = setting(read_flag, False, "Whether PCR 10 is asked for and the IMA list replayed.")
     runtime_policy: Path | None = setting(
         read_path, None, "Files that IMA may have measured, Keylime's runtime policy JSON; a file."
+    )
+    runtime_policy_key: Path | None = setting(
+        read_path, None, "Key that must have signed runtime_policy (DSSE), PEM; a file."
+    )
+    ima_violations: Violations = setting(
+        _read_violations,
+        Violations.REFUSE,
+        "A file that was written to while IMA measured it: refuse, or count.",
     )
     uefi: bool = setting(read_flag, False, "Whether the firmware's event log is replayed.")
     uefi_pcrs: int = setting(read_pcrs, DEFAULT_UEFI_PCRS, "PCRs that the event log must lead to.")

@@ -20,10 +20,11 @@ import trio
 
 from provider_proxy.common import memory
 from provider_proxy.errors import ConfigError, HostError, ProviderProxyError, first_of
+from provider_proxy.tenant.policies import PolicyFiles
 from provider_proxy.tenant.watch.host import HostWatch, Shared
 from provider_proxy.tenant.watch.http import Endpoint
 from provider_proxy.tenant.watch.metrics import WatchMetrics, write_textfile
-from provider_proxy.tenant.watch.policy import HostPolicy, PolicyFiles
+from provider_proxy.tenant.watch.policy import HostPolicy
 from provider_proxy.tenant.watch.questions import AkSource, Setting
 from provider_proxy.tenant.watch.registrars import KnownAks, Registrars
 from provider_proxy.tenant.watch.reports import (

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from ima_helpers import text
 from test_host_of_watch import ImaTpm, ima_proxy
-from test_ima import HOST, text
+from test_ima import HOST
 from watch_helpers import FakeProxy, Rig
 
 from provider_proxy.errors import UsageError

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from test_event_log import EVENTS, LOG
-from test_ima import HOST, pcr10, text
+from ima_helpers import GOOD, line, text
+from test_event_log import EVENTS, LOG, MEASURED
+from test_ima import HOST, pcr10
 from watch_helpers import FakeProxy, Rig, b64, response
 
 from provider_proxy.errors import HostError, PinChangedError, ReplyError, UsageError
+from provider_proxy.evidence.logs.ima_judge import Violations
 from provider_proxy.evidence.model import ClockState, HashAlg, PcrValues, QuoteRequest
 from provider_proxy.evidence.wire import encode_envelope
 from provider_proxy.tenant.watch.states import State
@@ -469,7 +471,7 @@ async def test_the_runtime_policy_is_judged(
     autojump_clock: Jumping, ima_rig: Rig, tmp_path: Path
 ) -> None:
     path = tmp_path / "runtime.json"
-    path.write_text(json.dumps({"digests": {}}))
+    path.write_text(json.dumps({"digests": {"boot_aggregate": [GOOD]}}))
     assert await ima_rig.host(ima=True, runtime_policy=path).round() is State.INVALID_QUOTE
     assert "entry 1: /usr/lib/systemd/systemd is not in" in ima_rig.reports[-1]["reason"]
 
@@ -495,11 +497,67 @@ async def test_the_event_log_is_replayed(
     rig.proxy.logs = {"mb_measurement_list": b64(LOG)}
     boot_policy = tmp_path / "boot.json"
     boot_policy.write_text(json.dumps({"4": [sha256(b"loader").hexdigest()]}))
-    host = rig.host(uefi=True, boot_policy=boot_policy)
+    host = rig.host(uefi=True, boot_policy=boot_policy, uefi_pcrs=MEASURED)
     assert await host.round() is State.TRUSTED
-    assert rig.proxy.asked[0][1].mask == 0xFF
+    assert rig.proxy.asked[0][1].mask == MEASURED
     rig.proxy.logs = {"mb_measurement_list": b64(LOG[:-40])}
     assert await host.round() is State.INVALID_QUOTE
     rig.proxy.logs = {}
     assert await host.round() is State.INVALID_QUOTE
     assert rig.reports[-1]["error"] == "LogError"
+
+
+async def test_the_firmware_s_pcrs_must_have_been_extended(
+    tmp_path: Path, nursery: trio.Nursery, autojump_clock: Jumping
+) -> None:
+    rig = Rig(tmp_path, proxy=FakeProxy(BootTpm()))
+    rig.proxy.serve_in(nursery)
+    rig.proxy.logs = {"mb_measurement_list": b64(LOG)}
+    host = rig.host(uefi=True)
+    assert await host.round() is State.INVALID_QUOTE
+    assert rig.proxy.asked[0][1].mask == 0xFF
+    assert "PCR 2 was never extended" in rig.reports[-1]["reason"]
+
+
+@pytest.mark.parametrize(
+    "logs",
+    [
+        {},
+        {"ima_measurement_list": "", "ima_measurement_list_entry": 0},
+        {"ima_measurement_list": text(HOST[:1]), "ima_measurement_list_entry": 0},
+        {
+            "ima_measurement_list": text([line("/x", violation=True)]),
+            "ima_measurement_list_entry": 0,
+        },
+    ],
+)
+@pytest.mark.parametrize("with_policy", [False, True])
+async def test_a_host_that_measures_nothing_is_invalid(
+    autojump_clock: Jumping,
+    ima_rig: Rig,
+    tmp_path: Path,
+    logs: dict[str, object],
+    with_policy: bool,
+) -> None:
+    ima_rig.proxy.tpm = SoftTpm()  # zeros
+    ima_rig.aks.tpm = ima_rig.proxy.tpm
+    ima_rig.proxy.logs = logs
+    ima_rig.proxy.answer = ima_rig.proxy.good
+    rules: dict[str, object] = {"ima": True}
+    if with_policy:
+        path = tmp_path / "runtime.json"
+        path.write_text(json.dumps({"digests": {"boot_aggregate": [GOOD]}, "excludes": [".*"]}))
+        rules |= {"runtime_policy": path}
+    assert await ima_rig.host(**rules).round() is State.INVALID_QUOTE
+    assert ima_rig.reports[-1]["error"] == "LogError"
+
+
+@pytest.mark.parametrize("choice", list(Violations))
+async def test_violations_are_refused_or_counted(
+    autojump_clock: Jumping, ima_rig: Rig, tmp_path: Path, choice: Violations
+) -> None:
+    path = tmp_path / "runtime.json"
+    path.write_text(json.dumps({"digests": {}, "excludes": [".*", ".builtin"]}))
+    host = ima_rig.host(ima=True, runtime_policy=path, ima_violations=choice)
+    good = choice is Violations.COUNT
+    assert await host.round() is (State.TRUSTED if good else State.INVALID_QUOTE)

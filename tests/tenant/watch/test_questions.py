@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from ima_helpers import text
 from test_host_of_watch import ImaTpm, ima_proxy
-from test_ima import HOST, text
+from test_ima import HOST
 from watch_helpers import Rig
 
 from provider_proxy.errors import LogError, PolicyError
 from provider_proxy.evidence.model import ClockState, HostLogs, Nonce
-from provider_proxy.tenant.watch.ima_tail import ImaTail
+from provider_proxy.tenant.ima_tail import ImaTail
 from provider_proxy.tenant.watch.questions import HostQuestions, Wanted
 
 PCR_10 = 1 << 10

@@ -1,0 +1,98 @@
+"""Asks a proxy until its host is judged whole: PCRs by the `Verifier`, then the logs by the `LogJudge`.
+
+A long IMA list comes in parts, each with a nonce and a quote of its own; the last part's quote is the one
+that all of the list leads to. Where the parts do not come to an end there is no verdict.
+`watch` and `bridge` ask in a way of their own (connections that they keep, places among many hosts).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import anyio.lowlevel
+
+from provider_proxy.errors import ReplyError
+from provider_proxy.evidence.logs.ima import MAX_PARTS
+from provider_proxy.evidence.logs.judge import LogJudge
+from provider_proxy.evidence.model import Evidence, HashAlg, HostLogs, TrustedHost, VerifiedQuote
+from provider_proxy.evidence.verify import HostHistory, Verifier, new_challenge
+from provider_proxy.evidence.wire import parse_evidence
+from provider_proxy.tenant.client import ProxyClient
+from provider_proxy.tenant.ima_tail import ImaTail
+
+MAX_ASKS = 2 * MAX_PARTS  # an IMA list twice, in parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attested:
+    """A host that passed every check.
+
+    Attributes:
+        evidence: the last answer; where its host has an IMA list that was judged, `evidence.logs` holds
+            the list from its first entry to the last one that was proven.
+    """
+
+    quote: VerifiedQuote
+    evidence: Evidence
+
+
+async def attest_whole(
+    proxy: ProxyClient,
+    verifier: Verifier,
+    host: TrustedHost,
+    history: HostHistory,
+    judge: LogJudge,
+    *,
+    mask: int,
+    bank: HashAlg = HashAlg.SHA256,
+    vm: uuid.UUID | None = None,
+    timeout_ms: int | None = None,
+    now: Callable[[], float] = time.monotonic,
+) -> Attested:
+    """Ask, verify, judge the logs: good where it returns.
+
+    Args:
+        judge: of a policy whose PCRs are asked for beside `mask`.
+
+    Raises:
+        VerificationError: an answer was refused.
+        ReplyError: no answer, or a list without an end.
+    """
+    collected = ImaTail(0)
+    for _ in range(MAX_ASKS):
+        entry = judge.ima_ml_entry
+        challenge = new_challenge(
+            mask=mask | judge.policy.needed_mask,
+            now_s=now(),
+            history=history,
+            bank=bank,
+            vm=vm,
+            ima_ml_entry=entry,
+            timeout_ms=timeout_ms,
+        )
+        try:
+            evidence = parse_evidence(await proxy.fetch(challenge.request))
+            quote = verifier.verify(evidence, challenge, host, history, now_s=now())
+        finally:
+            history.spend(challenge.request.nonce)  # unanswered or refused: never good again
+        logs = evidence.logs
+        if judge.policy.wants_ima and logs.ima is not None:
+            logs = collected.add(logs, asked=entry, replayed=entry)
+        if await _judged(judge, quote, logs):
+            if judge.policy.wants_ima:
+                logs, _ = collected.whole(logs, judge.ima_ml_entry)
+            return Attested(quote=quote, evidence=dataclasses.replace(evidence, logs=logs))
+    raise ReplyError(f"the IMA list has no end after {MAX_ASKS} answers")
+
+
+async def _judged(judge: LogJudge, quote: VerifiedQuote, logs: HostLogs) -> bool:
+    """False where more of the IMA list is needed."""
+    done = False
+    for done in judge.judge(quote, logs):
+        if not done:
+            await anyio.lowlevel.checkpoint()
+    return done
