@@ -22,7 +22,7 @@ from provider_proxy.tenant.watch.host import HostWatch, Shared
 from provider_proxy.tenant.watch.http import Endpoint
 from provider_proxy.tenant.watch.metrics import WatchMetrics
 from provider_proxy.tenant.watch.questions import Setting, Trust
-from provider_proxy.tenant.watch.reports import Report
+from provider_proxy.tenant.watch.reports import Report, Settled
 from provider_proxy.tenant.watch.store import StateStore
 from provider_proxy.tenant.watch.tables import HostRules
 from provider_proxy.testing.soft_tpm import SoftTpm
@@ -133,6 +133,7 @@ class Rig:
     directory: Path
     proxy: FakeProxy = field(default_factory=FakeProxy)
     reports: list[dict[str, Any]] = field(default_factory=list)
+    settled: list[Settled] = field(default_factory=list)
     metrics: WatchMetrics = field(default_factory=WatchMetrics)
 
     def __post_init__(self) -> None:
@@ -154,19 +155,25 @@ class Rig:
             endpoint=endpoint if made.need_provider_quote else None,
         )
 
-    def host(self, **rules: Any) -> HostWatch:
+    def host(self, *, last: Any = None, **rules: Any) -> HostWatch:
         shared = Shared(
             store=self.store,
             metrics=self.metrics,
             tell=self._tell,
+            settled=self._settled,
             asking=trio.CapacityLimiter(10),
             rng=random.Random(1),
             now=lambda: 1_800_000_000.0,
         )
-        return HostWatch("h", self.setting(**rules), shared)
+        return HostWatch("h", self.setting(**rules), shared, last=last)
 
     def _tell(self, report: Report) -> None:
         self.reports.append(json.loads(json.dumps(report)))
+
+    def _settled(self, settled: Settled) -> None:
+        self.settled.append(settled)
+        if settled.report is not None:
+            self._tell(settled.report)
 
     def states(self) -> list[str]:
         return [report["state"] for report in self.reports if report["kind"] == "verdict"]

@@ -27,9 +27,9 @@ from provider_proxy.evidence.model import ClockState
 from provider_proxy.evidence.wire import clock_values
 from provider_proxy.tenant.watch.metrics import WatchMetrics
 from provider_proxy.tenant.watch.questions import HostQuestions, Setting
-from provider_proxy.tenant.watch.reports import Report
+from provider_proxy.tenant.watch.reports import Report, Settled, Verdict
 from provider_proxy.tenant.watch.states import Event, Progress, State, advance, retry_wait_s
-from provider_proxy.tenant.watch.store import StateStore
+from provider_proxy.tenant.watch.store import HostRecords
 from provider_proxy.tenant.watch.tables import HostRules
 
 log = logging.getLogger(__name__)
@@ -43,12 +43,15 @@ class Shared:
 
     Attributes:
         asking: bounds how many are asked at once.
+        settled: told of each round's end, with the report where the verdict has changed.
+        tell: told of what happened beside verdicts.
         now: seconds since the epoch, for reports.
     """
 
-    store: StateStore
+    store: HostRecords
     metrics: WatchMetrics
     tell: Callable[[Report], None]
+    settled: Callable[[Settled], None]
     asking: trio.CapacityLimiter
     rng: random.Random
     now: Callable[[], float] = time.time
@@ -57,17 +60,23 @@ class Shared:
 class HostWatch:
     """A host's task.
 
+    Args:
+        last: the verdict that was told last of this host, by whom ever; None where there is none.
+
     Attributes:
         state: where it stands.
         verdict: the last state that a round ended with; None before the first.
         error: why the verdict is not TRUSTED.
     """
 
-    def __init__(self, name: str, setting: Setting, shared: Shared) -> None:
+    def __init__(
+        self, name: str, setting: Setting, shared: Shared, *, last: Verdict | None = None
+    ) -> None:
         self.name = name
         self.verdict: State | None = None
         self.error: ProviderProxyError | None = None
         self._shared = shared
+        self._last = last
         self._progress = Progress()
         self._wake = trio.Event()
         self._next: Setting | None = None
@@ -108,7 +117,8 @@ class HostWatch:
                     continue
                 await self._take_next()
                 if not self._questions.is_asked:  # any more
-                    self._progress, self.verdict, self._due = Progress(), None, math.inf
+                    self._progress, self._due = Progress(), math.inf
+                    self.verdict = self._last = None
                     continue
                 await self.round()
                 self._plan()
@@ -184,7 +194,8 @@ class HostWatch:
             return Event.BROKEN, HostError("an unexpected error; see the log")
         self._clock = judged.quote.clock
         if judged.was_reset:
-            self._tell("reset", reason="the host's TPM was reset: the host has rebooted")
+            reason = "the host's TPM was reset: the host has rebooted"
+            self._shared.tell(self._report("reset", reason=reason))
         return Event.GOOD, None
 
     @asynccontextmanager
@@ -197,34 +208,52 @@ class HostWatch:
 
     def _settle(self, error: ProviderProxyError | None) -> None:
         """A round is over: count, and tell where something changed."""
-        before, before_error = self.verdict, self.error
         self.verdict, self.error = self.state, error
+        last, verdict = (
+            self._last,
+            Verdict(self.state, None if error is None else type(error).__name__),
+        )
+        self._last = verdict
+        reason = None if error is None else str(error)
         metrics = self._shared.metrics
         trusted = self.verdict is State.TRUSTED
         metrics.host_trusted.labels(self.name).set(trusted)
         if trusted:
             metrics.host_verified.labels(self.name).set(self._shared.now())
-        if before is self.verdict and type(before_error) is type(error):
-            return
-        self._tell("verdict", previous=before, reason=None if error is None else str(error))
+        report = None
+        if verdict != last:
+            previous = None if last is None else last.state
+            report = self._report("verdict", reason=reason, error=error, previous=previous)
+        settled = Settled(self.name, verdict, reason, good_for_s(self.rules), report)
+        self._shared.settled(settled)
 
-    def _tell(self, kind: str, *, reason: str | None, previous: State | None = None) -> None:
-        error = self.error if kind == "verdict" else None
+    def _report(
+        self,
+        kind: str,
+        *,
+        reason: str | None,
+        error: ProviderProxyError | None = None,
+        previous: State | None = None,
+    ) -> Report:
         rules, ak_name = self.rules, self._questions.ak_name
-        self._shared.tell(
-            {
-                "id": str(uuid.uuid4()),
-                "time": datetime.fromtimestamp(self._shared.now(), UTC).isoformat(),
-                "kind": kind,
-                "host": self.name,
-                "uuid": rules.uuid,
-                "provider": authority(rules.provider_ip, rules.provider_port),
-                "state": self.state.value,
-                "previous": previous.value if previous else None,
-                "error": type(error).__name__ if error is not None else None,
-                "check": error.check if isinstance(error, VerificationError) else None,
-                "reason": reason[:MAX_REASON_CHARS] if reason else None,
-                "ak_name": ak_name.hex() if ak_name else None,
-                "clock": clock_values(self._clock) if self._clock else None,
-            }
-        )
+        return {
+            "id": str(uuid.uuid4()),
+            "time": datetime.fromtimestamp(self._shared.now(), UTC).isoformat(),
+            "kind": kind,
+            "host": self.name,
+            "uuid": rules.uuid,
+            "provider": authority(rules.provider_ip, rules.provider_port),
+            "state": self.state.value,
+            "previous": previous.value if previous else None,
+            "error": type(error).__name__ if error is not None else None,
+            "check": error.check if isinstance(error, VerificationError) else None,
+            "reason": reason[:MAX_REASON_CHARS] if reason else None,
+            "ak_name": ak_name.hex() if ak_name else None,
+            "clock": clock_values(self._clock) if self._clock else None,
+        }
+
+
+def good_for_s(rules: HostRules) -> float:
+    """How long a verdict may stand for a host, in seconds: by then the next round has ended."""
+    tries = rules.max_retries + 1
+    return rules.interval_s * (1 + rules.jitter) + tries * (rules.timeout_s + rules.max_retry_s)

@@ -38,7 +38,7 @@ from provider_proxy.tenant.policies import PolicyFiles
 from provider_proxy.tenant.replies import body_limit
 from provider_proxy.tenant.watch.http import Endpoint, ProxyConnection
 from provider_proxy.tenant.watch.policy import HostPolicy
-from provider_proxy.tenant.watch.store import StateStore
+from provider_proxy.tenant.watch.store import HostRecords
 from provider_proxy.tenant.watch.tables import HostRules
 from provider_proxy.trust.pins import PinStore
 
@@ -154,7 +154,7 @@ class HostQuestions:
         self,
         name: str,
         setting: Setting,
-        store: StateStore,
+        store: HostRecords,
         *,
         turn: Callable[[], AbstractAsyncContextManager[object]] = contextlib.nullcontext,
         judged_elsewhere: bool = False,

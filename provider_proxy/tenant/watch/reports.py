@@ -20,6 +20,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import httpx
@@ -29,7 +30,7 @@ from provider_proxy.common.files import read_secret
 from provider_proxy.common.http import NO_ANSWER, no_cookies
 from provider_proxy.errors import HostError
 from provider_proxy.tenant.watch.metrics import WatchMetrics
-from provider_proxy.tenant.watch.states import retry_wait_s
+from provider_proxy.tenant.watch.states import State, retry_wait_s
 from provider_proxy.tenant.watch.tables import Command, Webhook
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,35 @@ SIGNATURE_HEADER = "X-Provider-Proxy-Signature"
 COMMAND_ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 
 Report = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a round ended with.
+
+    Attributes:
+        error: the class of the error; None where the host is trusted.
+    """
+
+    state: State
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The end of a host's round.
+
+    Attributes:
+        reason: of the error, in words.
+        good_for_s: how long the verdict may be shown as the host's, in seconds, where no other follows.
+        report: where the verdict differs from the one before.
+    """
+
+    host: str
+    verdict: Verdict
+    reason: str | None
+    good_for_s: float
+    report: Report | None
 
 
 class Sink(Protocol):
@@ -85,6 +115,11 @@ class Reporter:
             except trio.WouldBlock:
                 self._metrics.reports.labels(sink.name, "dropped").inc()
                 log.error("a report was dropped: %d wait for %s already", MAX_QUEUED, sink.name)
+
+    def settled(self, settled: Settled) -> None:
+        """Queue what a round's end has to report, if anything."""
+        if settled.report is not None:
+            self.tell(settled.report)
 
     async def run(self) -> None:
         """Deliver, until `close` was called and all is told.

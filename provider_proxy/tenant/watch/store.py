@@ -48,34 +48,30 @@ class HostRecord:
 class WatchedHistory(MemoryHistory):
     """One host's history; says when it has something to save."""
 
-    def __init__(self, store: StateStore, name: str, newest: ClockState | None) -> None:
+    def __init__(self, records: HostRecords, name: str, newest: ClockState | None) -> None:
         super().__init__(newest)
-        self._store = store
+        self._records = records
         self._name = name
 
     def accept(self, state: ClockState) -> None:
-        """Remember a state; on disk with the next save."""
+        """Remember a state; it is saved with the next save."""
         newest = self.newest()
         if newest is None or state > newest:
             super().accept(state)
-            self._store.touch(self._name)
+            self._records.touch(self._name)
 
 
-class StateStore:
-    """The file of a state directory, and the lock that keeps a second watcher out of it.
+class HostRecords:
+    """What is known of the hosts, in memory: as it was read, and as it is now. Saves nothing itself.
 
     Attributes:
-        is_dirty: something was accepted since the last snapshot.
+        is_dirty: something was accepted since the last `take_changed`.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._path = directory / FILE_NAME
-        self._lock = FileLock(directory / LOCK_NAME)
+    def __init__(self) -> None:
         self._records: dict[str, HostRecord] = {}
         self._histories: dict[str, tuple[AkName, WatchedHistory]] = {}
         self._first_use: dict[tuple[str, AkName], Mapping[int, bytes]] = {}
-        self._parts: dict[str, bytes] = {}  # of the file, a host each
         self._touched: set[str] = set()
         self.is_dirty = False
 
@@ -83,29 +79,6 @@ class StateStore:
         """A host's record has changed."""
         self._touched.add(name)
         self.is_dirty = True
-
-    def open(self) -> None:
-        """Lock the directory and read what is there.
-
-        Raises:
-            HostError: another watcher has it, or the file is damaged or unreadable.
-        """
-        if not self._lock.take():
-            raise HostError(f"{self._directory}: another watcher has this state_dir")
-        try:
-            self._read()
-        except BaseException:
-            self.close()
-            raise
-
-    def _read(self) -> None:
-        if self._path.exists():
-            self._records = parse_state(read_file(self._path, MAX_STATE_BYTES), self._path)
-            self._parts = {name: encode_record(name, r) for name, r in self._records.items()}
-
-    def close(self) -> None:
-        """Let others have the directory. Does not save."""
-        self._lock.release()
 
     def history(self, name: str, ak_name: AkName, newest: ClockState | None) -> WatchedHistory:
         """The history of a host under one AK; the same object as long as the AK is the same.
@@ -134,7 +107,7 @@ class StateStore:
         return mine
 
     def was_pinned_anew(self, name: str, ak_name: AkName) -> bool:
-        """True where what is on disk is about another AK."""
+        """True where what was saved is about another AK."""
         record = self._records.get(name)
         return record is not None and record.ak_name != ak_name
 
@@ -144,22 +117,62 @@ class StateStore:
             self._first_use[name, ak_name] = dict(values)
             self.touch(name)
 
+    def take_changed(self) -> Mapping[str, HostRecord]:
+        """The records that changed since the last time; what is accepted from here on is dirty again."""
+        self.is_dirty = False
+        changed = {}
+        for name in self._touched:
+            ak_name, history = self._histories[name]
+            changed[name] = self._records[name] = HostRecord(
+                ak_name=ak_name,
+                newest=history.newest(),
+                first_use=self.first_use(name, ak_name) or {},
+            )
+        self._touched.clear()
+        return changed
+
+
+class StateStore(HostRecords):
+    """The file of a state directory, and the lock that keeps a second watcher out of it."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self._directory = directory
+        self._path = directory / FILE_NAME
+        self._lock = FileLock(directory / LOCK_NAME)
+        self._parts: dict[str, bytes] = {}  # of the file, a host each
+
+    def open(self) -> None:
+        """Lock the directory and read what is there.
+
+        Raises:
+            HostError: another watcher has it, or the file is damaged or unreadable.
+        """
+        if not self._lock.take():
+            raise HostError(f"{self._directory}: another watcher has this state_dir")
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self) -> None:
+        if self._path.exists():
+            self._records = parse_state(read_file(self._path, MAX_STATE_BYTES), self._path)
+            self._parts = {name: encode_record(name, r) for name, r in self._records.items()}
+
+    def close(self) -> None:
+        """Let others have the directory. Does not save."""
+        self._lock.release()
+
     def snapshot(self) -> bytes:
         """The file as it should be now; what is accepted from here on is dirty again.
 
         Only what has changed is encoded: a thousand hosts at once would be felt by all that are due.
         Hosts that are no longer watched stay in it: one that comes back must not begin afresh.
         """
-        self.is_dirty = False
-        for name in self._touched:
-            ak_name, history = self._histories[name]
-            record = self._records[name] = HostRecord(
-                ak_name=ak_name,
-                newest=history.newest(),
-                first_use=self.first_use(name, ak_name) or {},
-            )
+        for name, record in self.take_changed().items():
             self._parts[name] = encode_record(name, record)
-        self._touched.clear()
         return _HEAD + b",".join(self._parts.values()) + _TAIL
 
     def write(self, data: bytes) -> None:

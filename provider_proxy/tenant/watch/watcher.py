@@ -196,6 +196,7 @@ class Watcher:
             store=self._store,
             metrics=self.metrics,
             tell=reporter.tell,
+            settled=reporter.settled,
             asking=self._asking,
             rng=self._rng,
         )

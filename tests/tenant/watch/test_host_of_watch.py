@@ -20,6 +20,7 @@ from provider_proxy.errors import HostError, PinChangedError, ReplyError, UsageE
 from provider_proxy.evidence.logs.ima_judge import Violations
 from provider_proxy.evidence.model import ClockState, HashAlg, PcrValues, QuoteRequest
 from provider_proxy.evidence.wire import encode_envelope
+from provider_proxy.tenant.watch.reports import Verdict
 from provider_proxy.tenant.watch.states import State
 from provider_proxy.testing.soft_tpm import SoftTpm
 
@@ -561,3 +562,22 @@ async def test_violations_are_refused_or_counted(
     host = ima_rig.host(ima=True, runtime_policy=path, ima_violations=choice)
     good = choice is Violations.COUNT
     assert await host.round() is (State.TRUSTED if good else State.INVALID_QUOTE)
+
+
+async def test_each_round_settles_and_only_a_change_reports(
+    autojump_clock: Jumping, rig: Rig, tmp_path: Path
+) -> None:
+    """Also where another process told the last verdict: it is not told twice."""
+    policy = policy_file(tmp_path)
+    host = rig.host(tpm_policy=policy)
+    await host.round()
+    await host.round()
+    assert [each.report is not None for each in rig.settled] == [True, False]
+    assert rig.settled[0].verdict == Verdict(State.TRUSTED)
+    assert rig.settled[0].good_for_s > host.rules.interval_s
+    taken_over = rig.host(last=rig.settled[-1].verdict, tpm_policy=policy)
+    await taken_over.round()
+    assert rig.settled[-1].report is None
+    changed = rig.host(last=Verdict(State.INVALID_QUOTE, "PolicyError"), tpm_policy=policy)
+    await changed.round()
+    assert rig.reports[-1]["previous"] == "INVALID_QUOTE"
