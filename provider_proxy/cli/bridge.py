@@ -133,9 +133,9 @@ def _reactivate(args: argparse.Namespace) -> int:
 async def _ask_verifier(config: WatchConfig, ids: Mapping[str, str]) -> None:
     bridge = config.bridge
     tls = (bridge.verifier_ca, bridge.verifier_cert, bridge.verifier_key)
-    options = "bridge.verifier_ca, verifier_cert, verifier_key"
+    names = ("bridge.verifier_ca", "bridge.verifier_cert", "bridge.verifier_key")
     assert bridge.verifier_url is not None
-    async with open_client(*tls, options=options) as http:
+    async with open_client(*tls, names=names) as http:
         verifier = VerifierApi(http, bridge.verifier_url)
         for name, agent_id in ids.items():
             await verifier.reactivate(agent_id)

@@ -78,8 +78,8 @@ def _policy_of(host: HostEntry) -> Policy:
 
 @asynccontextmanager
 async def _open_proxy(host: HostEntry) -> AsyncIterator[ProxyClient]:
-    options = f"hosts.{host.name}: ca, cert, key"
-    async with http.open_client(host.ca, host.cert, host.key, options=options) as client:
+    names = (f"hosts.{host.name}.ca", f"hosts.{host.name}.cert", f"hosts.{host.name}.key")
+    async with http.open_client(host.ca, host.cert, host.key, names=names) as client:
         yield ProxyClient(client, host.url)
 
 

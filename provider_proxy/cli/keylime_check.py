@@ -168,10 +168,10 @@ async def _judge(args: argparse.Namespace, policies: KeylimePolicies) -> Verdict
     verdict = Verdict()
     mask, timeout_ms = arguments.parse_pcrs(args), arguments.parse_timeout_ms(args)
     tls = (args.verifier_ca, args.verifier_cert, args.verifier_key)
-    options = "--verifier-ca, --verifier-cert, --verifier-key"
+    names = ("--verifier-ca", "--verifier-cert", "--verifier-key")
     async with (
         http.make_client(args) as proxy_http,
-        http.open_client(*tls, options=options) as keylime_http,
+        http.open_client(*tls, names=names) as keylime_http,
         open_bindings(args, ek_by_hand=_ek_by_hand(args)) as bindings,
     ):
         try:

@@ -51,9 +51,9 @@ async def open_bindings(
         UsageError, HostError: an option or a file is wrong.
     """
     judge = _judge(args, ek_by_hand)
-    options = "--registrar-ca, --registrar-cert, --registrar-key"
+    names = ("--registrar-ca", "--registrar-cert", "--registrar-key")
     tls = (args.registrar_ca, args.registrar_cert, args.registrar_key)
-    async with open_client(*tls, options=options) as http:
+    async with open_client(*tls, names=names) as http:
         yield RegistrarBindings(http, args.registrar, pins=PinStore(args.pins), eks=judge, ttl_s=0)
 
 

@@ -8,8 +8,8 @@ import time
 
 from provider_proxy.cli.arguments import add_config_argument
 from provider_proxy.cli.ask_admin import AdminClient, configured
+from provider_proxy.common.failures import printable
 from provider_proxy.errors import ReplyError
-from provider_proxy.trust.registration.client import printable
 
 MAX_BODY_BYTES = 4 * 1024 * 1024  # some thousands of registrations
 

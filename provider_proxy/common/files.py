@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from provider_proxy.errors import HostError, UsageError
@@ -20,9 +21,44 @@ def read_file(path: Path, limit: int) -> bytes:
         HostError: it cannot be read.
         UsageError: it is larger than `limit` bytes.
     """
+    return _read(path, limit, lambda _: None)
+
+
+def read_private(path: Path, limit: int) -> bytes:
+    """Read a file that others must not read: a key, a secret.
+
+    PostgreSQL's rule: it belongs to this user and only its owner may read it (0600), or it belongs to
+    root and a group may read it, too (0640). A credential of systemd's is the unit's by an ACL, whose
+    mask stands in the place of the group's bits.
+
+    Raises:
+        HostError: it cannot be read, or others can read it.
+        UsageError: it is larger than `limit` bytes.
+    """
+
+    def check(status: os.stat_result) -> None:
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode)):
+            raise HostError(f"{path} must be a plain file")
+        is_credential = path.parent == credentials_directory()
+        if status.st_uid not in (0, os.geteuid()) and os.geteuid() != 0:
+            raise HostError(
+                f"{path} belongs to user {status.st_uid}: it must be this user's, or root's"
+            )
+        others = 0o007 if is_credential else 0o037 if status.st_uid == 0 else 0o077
+        if status.st_mode & others:
+            mode = "0640" if status.st_uid == 0 else "0600"
+            raise HostError(f"{path} must not be readable by others: chmod {mode} {path}")
+
+    return _read(path, limit, check)
+
+
+def _read(path: Path, limit: int, check: Callable[[os.stat_result], None]) -> bytes:
     try:
         with path.open("rb") as file:
+            check(os.fstat(file.fileno()))
             data = file.read(limit + 1)
+    except IsADirectoryError as exc:
+        raise HostError(f"cannot read {path}: it is a folder") from exc
     except OSError as exc:
         raise HostError(f"cannot read {path}: {exc.strerror}") from exc
     if len(data) > limit:
@@ -182,18 +218,11 @@ def read_secret(key: str, path: Path | None, *, limit: int = MAX_SECRET_BYTES) -
     """Read a secret by its path, without a final newline; empty where there is no path.
 
     Raises:
-        HostError: it cannot be read, others can read it, or it is no plain file.
+        HostError: it cannot be read, is too large, or others can read it.
     """
     if path is None:
         return b""
     try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            # systemd gives a credential to the unit's user by an ACL, whose mask stands in the
-            # place of the group's bits.
-            others = 0o007 if path.parent == credentials_directory() else 0o077
-            if not stat.S_ISREG(status.st_mode) or status.st_mode & others:
-                raise HostError(f"{key}: {path} must be a plain file that only its owner can read")
-            return file.read(limit).removesuffix(b"\n")
-    except OSError as exc:
-        raise HostError(f"{key}: cannot read {path}: {exc.strerror}") from exc
+        return read_private(path, limit).removesuffix(b"\n")
+    except (HostError, UsageError) as exc:
+        raise HostError(f"{key}: {exc}") from exc

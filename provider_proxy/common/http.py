@@ -7,24 +7,82 @@ few bytes of it can be gigabytes.
 
 from __future__ import annotations
 
+import contextlib
+import ssl
+from collections.abc import Callable, Iterator
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import anyio
 import httpx
 
+from provider_proxy.common.failures import why
 from provider_proxy.errors import ReplyError
 
+CONNECT_LIMIT_S = 10.0
 IDENTITY = {"Accept-Encoding": "identity"}
 """Headers of a request whose answer `read_body` reads."""
 
-NO_ANSWER = (httpx.HTTPError, httpx.InvalidURL, UnicodeError)
+NO_ANSWER = (httpx.HTTPError, httpx.InvalidURL, UnicodeError, OSError)
 """What a request raises where the other side is at fault. httpx parses a Location that it does not
-follow (InvalidURL, idna's UnicodeError), and stumbles over cookies that are no ASCII on sending them."""
+follow (InvalidURL, idna's UnicodeError), and stumbles over cookies that are no ASCII on sending them.
+A server of TLS 1.3 refuses a client's certificate after the handshake: then the `ssl.SSLError`, an
+OSError, comes out of a read, where httpcore under asyncio does not translate it."""
 
 
 def no_cookies() -> CookieJar:
     """A jar that stays empty: else a server's cookies grow for as long as its client lives."""
     return CookieJar(DefaultCookiePolicy(allowed_domains=()))
+
+
+def http_client(
+    context: ssl.SSLContext | None,
+    *,
+    read_limit_s: float,
+    connect_limit_s: float = CONNECT_LIMIT_S,
+    pool: int | None = None,
+    tls_name: str | None = None,
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> httpx.AsyncClient:
+    """A client that asks nobody but whom it is told to: no cookies, no proxies and netrc of the
+    environment, no redirects, no compressed answers.
+
+    Args:
+        context: see `tls.client_context`; None where the URL is http://: should TLS be spoken, nobody
+            is trusted.
+        read_limit_s: for each wait, in seconds; the whole of an exchange is the caller's to bound.
+        tls_name: what the other side's certificate must be for, where it is not the URL's host.
+        pool: connections at most, one of which is kept; None for httpx's own numbers.
+        transport: what carries requests; tests put theirs there.
+    """
+
+    async def name_the_server(request: httpx.Request) -> None:
+        request.extensions["sni_hostname"] = tls_name
+
+    limits = httpx.Limits(max_connections=pool, max_keepalive_connections=1)
+    return httpx.AsyncClient(
+        verify=context or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
+        transport=transport,
+        trust_env=False,
+        cookies=no_cookies(),
+        timeout=httpx.Timeout(read_limit_s, connect=min(connect_limit_s, read_limit_s)),
+        limits=limits if pool is not None else httpx.Limits(),
+        headers=IDENTITY,
+        event_hooks={"request": [name_the_server] if tls_name is not None else []},
+    )
+
+
+@contextlib.contextmanager
+def no_answer(who: str, error: Callable[[str], Exception] = ReplyError) -> Iterator[None]:
+    """Turn what a request raises where the other side is at fault into an error of ours.
+
+    Args:
+        who: was asked: "the proxy".
+        error: makes it, of a message that says why.
+    """
+    try:
+        yield
+    except NO_ANSWER as exc:
+        raise error(f"{who} gave no answer: {why(exc)}") from exc
 
 
 async def read_body(response: httpx.Response, limit: int, who: str) -> bytes:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import anyio
 import httpx
 
-from provider_proxy.common.http import IDENTITY, NO_ANSWER, read_body
+from provider_proxy.common.http import IDENTITY, no_answer, read_body
 from provider_proxy.errors import EvidenceFormatError, ReplyError
 from provider_proxy.evidence.model import HashAlg, QuoteRequest, TrustedHost, VerifiedQuote
 from provider_proxy.evidence.query import encode_quote_query
@@ -151,15 +151,13 @@ class ProxyClient:
 
     async def _get(self, path: str, limit: int) -> bytes:
         try:
-            with anyio.fail_after(ANSWER_LIMIT_S):
+            with anyio.fail_after(ANSWER_LIMIT_S), no_answer("the proxy"):
                 async with self._http.stream(
                     "GET", self._base_url + path, headers=IDENTITY
                 ) as response:
                     body = await read_body(response, limit, "the proxy")
         except TimeoutError as exc:
             raise ReplyError(f"the proxy gave no whole answer within {ANSWER_LIMIT_S:g} s") from exc
-        except NO_ANSWER as exc:
-            raise ReplyError(f"the proxy gave no answer: {str(exc) or type(exc).__name__}") from exc
         if response.status_code != 200:
             retry_after = response.headers.get("retry-after", "")
             raise refused(response.status_code, body, retry_after)

@@ -10,7 +10,7 @@ import re
 
 import httpx
 
-from provider_proxy.common.http import IDENTITY, NO_ANSWER, read_body
+from provider_proxy.common.http import IDENTITY, no_answer, read_body
 from provider_proxy.errors import EvidenceFormatError, NotSupportedError, ReplyError
 from provider_proxy.evidence.strict_json import parse_json_object
 from provider_proxy.tenant.replies import status_text
@@ -88,14 +88,11 @@ class VerifierApi:
             ReplyError: no whole answer within `limit` bytes.
         """
         headers = IDENTITY if body is None else IDENTITY | {"Content-Type": "application/json"}
-        try:
+        with no_answer("the verifier"):
             async with self._http.stream(
                 method, self._base_url + path, content=body, headers=headers
             ) as response:
                 received = await read_body(response, limit, "the verifier")
-        except NO_ANSWER as exc:
-            why = str(exc) or type(exc).__name__
-            raise ReplyError(f"the verifier gave no answer: {why}") from exc
         return response.status_code, received
 
     async def reactivate(self, agent_id: str) -> None:

@@ -13,7 +13,7 @@ import anyio
 import httpx
 
 from provider_proxy.common.addresses import parse_agent_id, parse_safe_url
-from provider_proxy.common.http import IDENTITY, NO_ANSWER, read_body
+from provider_proxy.common.http import IDENTITY, no_answer, read_body
 from provider_proxy.errors import (
     BindingError,
     EvidenceFormatError,
@@ -107,14 +107,11 @@ class AgentRecords:
         return self._version
 
     async def _get(self, path: str) -> tuple[int, bytes]:
-        try:
+        with no_answer("the registrar"):
             try:
                 return await self._get_once(path)
             except STALE:
                 return await self._get_once(path)  # on a new connection; a GET may be repeated
-        except NO_ANSWER as exc:
-            why = str(exc) or type(exc).__name__
-            raise ReplyError(f"the registrar gave no answer: {why}") from exc
 
     async def _get_once(self, path: str) -> tuple[int, bytes]:
         async with self._http.stream("GET", self._base_url + path, headers=IDENTITY) as response:

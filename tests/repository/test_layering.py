@@ -43,7 +43,7 @@ HOST_FLOORS = (
 THIRD_PARTY: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "evidence": frozenset({"cryptography"}),
-    "common": frozenset({"httpx", "anyio", "trio"}),
+    "common": frozenset({"cryptography", "httpx", "anyio", "trio"}),
     "trust": frozenset({"cryptography", "httpx", "anyio"}),
     "trust.registration": frozenset({"cryptography", "trio", "httpx"}),
     "tenant": frozenset({"cryptography", "httpx", "anyio"}),
@@ -52,7 +52,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "host": frozenset({"cryptography", "trio", "prometheus_client"}),
     "host.config": frozenset(),
     "host.tpm": frozenset({"cryptography", "trio", "tpm2_pytss"}),
-    "host.quoters": frozenset({"cryptography", "trio", "httpx", "tpm2_pytss"}),
+    "host.quoters": frozenset({"trio", "httpx", "tpm2_pytss"}),
     "host.batching": frozenset({"trio", "merklelib"}),
     "host.http": frozenset({"trio", "h11"}),
     "host.api": frozenset({"cryptography", "trio"}),

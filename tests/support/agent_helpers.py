@@ -24,8 +24,9 @@ from keylime_helpers import (
 from places import ROOT
 from tpm_helpers import Swtpm
 
+from provider_proxy.common.tls import TlsFiles, pinned_context
 from provider_proxy.evidence.tpm_keys import parse_ak
-from provider_proxy.host.quoters.agent_http import AgentClient, pinned_context
+from provider_proxy.host.quoters.agent_http import AgentClient
 from provider_proxy.host.quoters.keylime_agent import AgentBinding, Bind
 from provider_proxy.host.quoters.tpm_opener import HostIdentity
 
@@ -175,8 +176,9 @@ def binding_of(agent: Agent, registrar: Registrar) -> Bind:
         if agent.mtls:
             context = pinned_context(
                 record["mtls_cert"].encode("ascii"),
-                str(registrar.client_cert),
-                str(registrar.client_key),
+                TlsFiles(
+                    cert=registrar.client_cert, key=registrar.client_key, names=("", "cert", "key")
+                ),
             )
         ak_public = base64.b64decode(record["aik_tpm"])
         return AgentBinding(

@@ -16,6 +16,7 @@ import trio
 
 from provider_proxy.common.addresses import is_loopback, split_address
 from provider_proxy.common.streams import SocketStream
+from provider_proxy.common.tls import TlsFiles, server_context
 from provider_proxy.errors import ConfigError, HostError
 from provider_proxy.host.config.tables import Listen
 
@@ -246,35 +247,20 @@ def tls_context(listen: Listen) -> ssl.SSLContext | None:
     """The door's TLS: 1.2 at least, clients' certificates where `client_ca` is set.
 
     Raises:
-        HostError: a file is missing, is no PEM, or the key is not the certificate's.
+        HostError: a file is wrong; the message says which and why.
     """
-    if listen.tls_cert is None or listen.tls_key is None:
+    if listen.tls_cert is None:
         return None
-    _check_private(listen.tls_key)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context = server_context(listen_files(listen))
     context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(listen.tls_cert, listen.tls_key, password=_no_password)
-    except (OSError, ssl.SSLError, ValueError) as exc:
-        raise HostError(f"listen.tls_cert, listen.tls_key: {exc}") from exc
-    if listen.client_ca is not None:
-        try:
-            context.load_verify_locations(cafile=listen.client_ca)
-        except (OSError, ssl.SSLError) as exc:
-            raise HostError(f"listen.client_ca: {exc}") from exc
-        context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 
-def _no_password() -> str:
-    raise ValueError("the key is encrypted; a daemon has nobody to ask for the password")
-
-
-def _check_private(path: Path) -> None:
-    try:
-        mode = path.stat().st_mode
-    except OSError as exc:
-        raise HostError(f"listen.tls_key: cannot read {path}: {exc.strerror}") from exc
-    if mode & 0o007:
-        raise HostError(f"listen.tls_key: {path} must not be readable by others")
+def listen_files(listen: Listen) -> TlsFiles:
+    """The files of the tenants' door."""
+    return TlsFiles(
+        ca=listen.client_ca,
+        cert=listen.tls_cert,
+        key=listen.tls_key,
+        names=("listen.client_ca", "listen.tls_cert", "listen.tls_key"),
+    )

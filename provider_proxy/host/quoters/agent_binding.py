@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import httpx
-
+from provider_proxy.common.http import http_client
+from provider_proxy.common.tls import TlsFiles, client_context, pinned_context
 from provider_proxy.errors import (
     AkChangedError,
     HostError,
@@ -27,7 +27,7 @@ from provider_proxy.evidence.model import HashAlg
 from provider_proxy.host.config.tables import KeylimeAgent
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters import keylime_agent
-from provider_proxy.host.quoters.agent_http import AgentClient, pinned_context
+from provider_proxy.host.quoters.agent_http import AgentClient
 from provider_proxy.host.quoters.keylime_agent import AgentBinding, AgentQuoter
 from provider_proxy.host.quoters.tpm_opener import HostIdentity, uuid_of_ek
 from provider_proxy.trust.bindings import Binding, RegistrarBindings
@@ -89,9 +89,8 @@ async def _bind(
     assert settings.agent_id is not None
     assert settings.url is not None
     try:
-        async with httpx.AsyncClient(
-            verify=_registrar_context(settings), timeout=REGISTRAR_S, trust_env=False
-        ) as http:
+        context = client_context(registrar_files(settings))
+        async with http_client(context, read_limit_s=REGISTRAR_S) as http:
             bindings = RegistrarBindings(
                 http, settings.registrar_url, pins=PinStore(pins), eks=judge, ttl_s=0
             )
@@ -113,16 +112,27 @@ async def _bind(
     )
 
 
-def _registrar_context(settings: KeylimeAgent) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=settings.registrar_ca)
-        if settings.registrar_cert is not None:
-            context.load_cert_chain(settings.registrar_cert, settings.registrar_key)
-    except (OSError, ssl.SSLError) as exc:
-        raise HostError(
-            f"keylime_agent.registrar_ca, registrar_cert, registrar_key: {exc}"
-        ) from exc
-    return context
+def registrar_files(settings: KeylimeAgent) -> TlsFiles:
+    """The TLS files towards the provider's registrar."""
+    return TlsFiles(
+        ca=settings.registrar_ca,
+        cert=settings.registrar_cert,
+        key=settings.registrar_key,
+        names=(
+            "keylime_agent.registrar_ca",
+            "keylime_agent.registrar_cert",
+            "keylime_agent.registrar_key",
+        ),
+    )
+
+
+def agent_files(settings: KeylimeAgent) -> TlsFiles:
+    """The TLS files towards the agent, whose own certificate the registrar knows."""
+    return TlsFiles(
+        cert=settings.client_cert,
+        key=settings.client_key,
+        names=("", "keylime_agent.client_cert", "keylime_agent.client_key"),
+    )
 
 
 def _agent_context(settings: KeylimeAgent, binding: Binding) -> ssl.SSLContext | None:
@@ -131,4 +141,4 @@ def _agent_context(settings: KeylimeAgent, binding: Binding) -> ssl.SSLContext |
         return None
     if binding.tls_cert is None:
         raise HostError("the agent's record at the registrar names no TLS certificate")
-    return pinned_context(binding.tls_cert, str(settings.client_cert), str(settings.client_key))
+    return pinned_context(binding.tls_cert, agent_files(settings))

@@ -16,10 +16,9 @@ import ssl
 from dataclasses import dataclass
 
 import httpx
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
-from provider_proxy.common.http import IDENTITY, NO_ANSWER, no_cookies, read_body
+from provider_proxy.common.failures import is_certificate_refused, why
+from provider_proxy.common.http import NO_ANSWER, http_client, read_body
 from provider_proxy.errors import EvidenceFormatError, HostError, ReplyError
 from provider_proxy.evidence.model import Quote
 from provider_proxy.evidence.strict_json import Fields, parse_json_object
@@ -32,7 +31,6 @@ MAX_QUOTE_BYTES = 160 * 1024 * 1024  # the whole IMA list once, escaped
 MAX_QUOTE_CHARS = 64 * 1024  # a quote string; 24 PCRs and RSA-4096 are 4 kB
 MAX_UEFI_BYTES = 1024 * 1024
 MAX_IMA_ENTRIES = 10_000_000
-MAX_CAUSES = 16  # httpx, httpcore, anyio and trio each wrap once
 CONNECT_S = 5.0
 ANSWER_S = 60.0  # Keylime's own request_timeout: an agent on a slow TPM with a queue before it
 STEP_OF_STATUS = {
@@ -93,14 +91,8 @@ class AgentClient:
     ) -> None:
         self._url = url.rstrip("/")
         self._version: str | None = None
-        self._http = httpx.AsyncClient(
-            verify=context or True,
-            transport=transport,
-            trust_env=False,
-            cookies=no_cookies(),
-            timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
-            limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
-            headers=IDENTITY,
+        self._http = http_client(
+            context, read_limit_s=ANSWER_S, connect_limit_s=CONNECT_S, pool=1, transport=transport
         )
 
     async def close(self) -> None:
@@ -168,49 +160,13 @@ class AgentClient:
             raise AgentError(str(exc), step=Step.FATAL, cause="TOO_LARGE") from exc
         except NO_ANSWER as exc:
             self._version = None  # another agent may come up in its place
-            is_stranger = _is_certificate_refused(exc)  # only the registrar can tell who it is now
+            is_stranger = is_certificate_refused(exc)  # only the registrar can tell who it is now
             raise AgentError(
-                f"no answer from the agent: {str(exc) or type(exc).__name__}",
+                f"no answer from the agent: {why(exc)}",
                 step=Step.FATAL if is_stranger else Step.CLEAN,
                 cause="CERTIFICATE" if is_stranger else "IO",
             ) from exc
         return response.status_code, body
-
-
-def pinned_context(server_cert: bytes, client_cert: str, client_key: str) -> ssl.SSLContext:
-    """TLS to a server whose certificate is known beforehand, whatever its names say.
-
-    Args:
-        server_cert: PEM, from the registrar's record; agents sign their own.
-
-    Raises:
-        HostError: a file is missing or is no certificate or key.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # this one certificate is the anchor
-    try:
-        pem = x509.load_pem_x509_certificate(server_cert).public_bytes(Encoding.PEM)
-        context.load_verify_locations(cadata=pem.decode("ascii"))
-    except (ValueError, ssl.SSLError) as exc:
-        raise HostError("the agent's certificate at the registrar is none") from exc
-    try:
-        context.load_cert_chain(client_cert, client_key)
-    except (OSError, ssl.SSLError) as exc:
-        raise HostError(f"keylime_agent.client_cert, client_key: {exc}") from exc
-    return context
-
-
-def _is_certificate_refused(error: BaseException | None) -> bool:
-    """True where the agent did not show the certificate of its record."""
-    for _ in range(MAX_CAUSES):
-        if error is None:
-            break
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _parse_versions(body: bytes) -> set[str]:

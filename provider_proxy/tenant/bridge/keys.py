@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import os
 import re
 import ssl
 import struct
@@ -29,6 +28,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from provider_proxy.common.files import read_secret, write_private
+from provider_proxy.common.tls import TlsFiles, server_context, show_pem
 from provider_proxy.errors import EvidenceFormatError, HostError
 from provider_proxy.evidence.model import HashAlg
 from provider_proxy.evidence.tpm_keys import BRIDGE_POLICY, SIGN
@@ -108,21 +108,9 @@ class BridgeKeys:
         Raises:
             HostError: that file cannot be used.
         """
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.verify_mode = ssl.CERT_REQUIRED
+        context = server_context(TlsFiles(ca=client_ca, names=("bridge.client_ca", "", "")))
         context.num_tickets = 0  # Keylime's verifier never comes back with one
-        try:
-            context.load_verify_locations(cafile=client_ca)
-        except (OSError, ssl.SSLError) as exc:
-            raise HostError(f"bridge.client_ca: {client_ca} cannot be used: {exc}") from exc
-        fd = os.memfd_create("provider-proxy-bridge", os.MFD_CLOEXEC)  # ssl reads files only
-        try:
-            with os.fdopen(os.dup(fd), "wb") as file:
-                file.write(self.tls_pem)
-            context.load_cert_chain(f"/proc/self/fd/{fd}")
-        finally:
-            os.close(fd)
+        show_pem(context, self.tls_pem)
         return context
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import h11
 import trio
 
+from provider_proxy.common.failures import CLOSED, why
 from provider_proxy.common.streams import SocketStream
 from provider_proxy.errors import ReplyError
 from provider_proxy.tenant.replies import refused
@@ -23,7 +24,6 @@ CONNECT_LIMIT_S = 10.0
 MAX_HEAD_BYTES = 16 * 1024  # the proxy's has 200 bytes
 RECEIVE_BYTES = 64 * 1024
 MAX_ERROR_BYTES = 16 * 1024  # Keylime's envelope with one line of text
-NO_ANSWER = "the proxy closed the connection without an answer"
 
 Connect = Callable[[], Awaitable[trio.abc.Stream]]
 """Opens a stream to the proxy. Raises OSError or ssl.SSLError."""
@@ -94,7 +94,7 @@ class ProxyConnection:
                 except _NothingCameError as exc:
                     await self._drop()
                     if not again:
-                        raise ReplyError(NO_ANSWER) from exc
+                        raise ReplyError(f"the proxy gave no answer: {why(exc)}") from exc
             raise AssertionError("unreachable")
         finally:
             if self._http.our_state is not h11.IDLE:
@@ -119,7 +119,7 @@ class ProxyConnection:
         except trio.TooSlowError as exc:
             raise ReplyError(f"no connection within {CONNECT_LIMIT_S:g} s") from exc
         except (OSError, trio.BrokenResourceError) as exc:  # ssl.SSLError is an OSError
-            raise ReplyError(f"no connection: {_reason(exc)}") from exc
+            raise ReplyError(f"no connection: {why(exc)}") from exc
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         return self._stream
 
@@ -133,12 +133,12 @@ class ProxyConnection:
         http.send(h11.EndOfMessage())
         try:
             await stream.send_all(head)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            raise _NothingCameError from None
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+            raise _NothingCameError from exc
         try:
             response, body = await self._answer(stream, limit)
         except h11.RemoteProtocolError as exc:
-            raise ReplyError(f"the proxy's answer is no HTTP: {exc}") from exc
+            raise ReplyError(f"the proxy's answer is no HTTP: {why(exc)}") from exc
         if response.status_code != 200:
             retry_after = dict(response.headers).get(b"retry-after", b"")
             raise refused(response.status_code, body, retry_after.decode("ascii", "replace"))
@@ -158,10 +158,10 @@ class ProxyConnection:
                     data = bytes(await stream.receive_some(RECEIVE_BYTES))
                 except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
                     if not came:
-                        raise _NothingCameError from None
+                        raise _NothingCameError from exc
                     raise ReplyError("the connection broke within the answer") from exc
                 if not data and not came:
-                    raise _NothingCameError
+                    raise _NothingCameError(CLOSED)
                 came = True
                 http.receive_data(data)
             elif isinstance(event, h11.Response):
@@ -184,13 +184,3 @@ class ProxyConnection:
 
 class _NothingCameError(Exception):
     """The connection ended before the first byte of an answer; never leaves this module."""
-
-
-def _reason(exc: BaseException) -> str:
-    """Why a connection failed, for people: the cause below trio's own words."""
-    cause = exc.__cause__ if isinstance(exc, trio.BrokenResourceError) and exc.__cause__ else exc
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return f"its certificate is not good: {cause.verify_message}"
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror
-    return str(cause) or type(cause).__name__

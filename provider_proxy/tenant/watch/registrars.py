@@ -7,13 +7,12 @@ registrar gets its AK from there; all others have theirs pinned by hand.
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Mapping
 
 import httpx
 
-from provider_proxy.common.http import no_cookies
-from provider_proxy.errors import HostError
+from provider_proxy.common.http import http_client
+from provider_proxy.common.tls import TlsFiles, client_context
 from provider_proxy.tenant.watch.questions import PinnedAks, Trust
 from provider_proxy.tenant.watch.tables import HostRules, RegistrarTable, WatchConfig
 from provider_proxy.trust.bindings import Binding, RegistrarBindings
@@ -58,16 +57,10 @@ class Registrars:
 
 
 def open_client(*, name: str, table: RegistrarTable) -> httpx.AsyncClient:
-    """A client for one registrar. Raises: HostError where a TLS file is missing or no PEM."""
-    try:
-        context = ssl.create_default_context(cafile=table.ca)
-        if table.cert is not None:
-            context.load_cert_chain(table.cert, table.key)
-    except OSError as exc:  # ssl.SSLError included
-        raise HostError(f"registrars.{name}: {exc}") from exc
-    return httpx.AsyncClient(
-        verify=context, timeout=TIMEOUT_S, trust_env=False, cookies=no_cookies()
-    )
+    """A client for one registrar. Raises: HostError where a TLS file is wrong."""
+    names = (f"registrars.{name}.ca", f"registrars.{name}.cert", f"registrars.{name}.key")
+    files = TlsFiles(ca=table.ca, cert=table.cert, key=table.key, names=names)
+    return http_client(client_context(files), read_limit_s=TIMEOUT_S)
 
 
 class KnownAks:

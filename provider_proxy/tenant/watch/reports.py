@@ -16,7 +16,6 @@ import hmac
 import json
 import logging
 import random
-import ssl
 import subprocess
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -26,8 +25,10 @@ from typing import Protocol
 import httpx
 import trio
 
+from provider_proxy.common.failures import why
 from provider_proxy.common.files import read_secret
-from provider_proxy.common.http import NO_ANSWER, no_cookies
+from provider_proxy.common.http import NO_ANSWER, http_client
+from provider_proxy.common.tls import TlsFiles, client_context
 from provider_proxy.errors import HostError
 from provider_proxy.tenant.watch.metrics import WatchMetrics
 from provider_proxy.tenant.watch.states import State, retry_wait_s
@@ -247,7 +248,7 @@ class WebhookSink:
         except trio.TooSlowError:
             return f"no answer within {self._settings.timeout_s:g} s"
         except NO_ANSWER as exc:
-            return str(exc) or type(exc).__name__
+            return f"it gave no answer: {why(exc)}"
 
 
 def webhook_secret(settings: Webhook) -> bytes:
@@ -260,13 +261,8 @@ def webhook_secret(settings: Webhook) -> bytes:
 
 def webhook_client(settings: Webhook) -> httpx.AsyncClient:
     """A client for the webhook. Raises: HostError where its CA is no PEM file."""
-    try:
-        context = ssl.create_default_context(cafile=settings.ca)
-    except OSError as exc:  # ssl.SSLError included
-        raise HostError(f"webhook.ca: {exc}") from exc
-    return httpx.AsyncClient(
-        verify=context, timeout=settings.timeout_s, trust_env=False, cookies=no_cookies()
-    )
+    files = TlsFiles(ca=settings.ca, names=("webhook.ca", "", ""))
+    return http_client(client_context(files), read_limit_s=settings.timeout_s)
 
 
 class CommandSink:

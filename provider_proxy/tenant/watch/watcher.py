@@ -19,6 +19,7 @@ from pathlib import Path
 import trio
 
 from provider_proxy.common import memory
+from provider_proxy.common.tls import TlsFiles, client_context
 from provider_proxy.errors import ConfigError, HostError, ProviderProxyError, first_of
 from provider_proxy.tenant.policies import PolicyFiles
 from provider_proxy.tenant.watch.host import HostWatch, Shared
@@ -68,12 +69,24 @@ def make_settings(
         if rules.need_provider_quote:
             # Reads its files, and says now what is wrong with them.
             HostPolicy(rules, files, judged_elsewhere=judged_elsewhere)
-            endpoint = _endpoint(rules, contexts)
+            endpoint = _endpoint(name, rules, contexts)
         settings[name] = Setting(rules=rules, files=files, aks=aks, endpoint=endpoint)
     return settings
 
 
+def tls_files(name: str, rules: HostRules) -> TlsFiles:
+    """The TLS files of a host, by the names of their keys."""
+    key = f"hosts.{name}"
+    return TlsFiles(
+        ca=rules.tls_ca,
+        cert=rules.tls_cert,
+        key=rules.tls_key,
+        names=(f"{key}.tls_ca", f"{key}.tls_cert", f"{key}.tls_key"),
+    )
+
+
 def _endpoint(
+    name: str,
     rules: HostRules,
     contexts: dict[tuple[Path | None, Path | None, Path | None], ssl.SSLContext],
 ) -> Endpoint:
@@ -81,12 +94,7 @@ def _endpoint(
     if not rules.insecure_plaintext:
         key = (rules.tls_ca, rules.tls_cert, rules.tls_key)
         if key not in contexts:
-            try:
-                contexts[key] = ssl.create_default_context(cafile=rules.tls_ca)
-                if rules.tls_cert is not None:
-                    contexts[key].load_cert_chain(rules.tls_cert, rules.tls_key)
-            except OSError as exc:  # ssl.SSLError included
-                raise HostError(f"tls_ca, tls_cert, tls_key: {exc}") from exc
+            contexts[key] = client_context(tls_files(name, rules))
         context = contexts[key]
     return Endpoint(
         host=rules.provider_ip,

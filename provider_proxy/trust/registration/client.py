@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import re
 import ssl
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,11 @@ from typing import Protocol
 import httpx
 import trio
 
-from provider_proxy.common.http import IDENTITY, NO_ANSWER, no_cookies, read_body
-from provider_proxy.errors import EvidenceFormatError, HostError, RegistrarError, ReplyError
+from provider_proxy.common import http
+from provider_proxy.common.failures import printable
+from provider_proxy.common.http import no_answer, read_body
+from provider_proxy.common.tls import TlsFiles, client_context
+from provider_proxy.errors import EvidenceFormatError, RegistrarError, ReplyError
 from provider_proxy.evidence.strict_json import Fields, parse_json_object
 from provider_proxy.trust.registration.credential import MAX_BLOB_BYTES
 
@@ -34,7 +36,6 @@ NEWEST = (2, 6)  # of the versions that were tried; 3.0 answers 500 in Keylime 7
 OLDEST = (2, 1)
 VERSION_RE = re.compile(r"(\d{1,3})\.(\d{1,3})", re.ASCII)
 MAX_VERSIONS = 64
-SHOWN_CHARS = 300
 
 
 class RegistrarRules(Protocol):
@@ -99,42 +100,28 @@ def tls_context(key: str, table: RegistrarRules) -> ssl.SSLContext | None:
         key: "registrars.NAME", for messages.
 
     Raises:
-        HostError: a file is missing, is no PEM, or others can read the key.
+        HostError: a file is wrong; the message says which and why.
     """
     if table.insecure_plaintext:
         return None
-    try:
-        context = ssl.create_default_context(cafile=table.ca)
-    except (OSError, ssl.SSLError) as exc:
-        raise HostError(f"{key}.ca: cannot be used: {exc}") from exc
-    if table.client_cert is None or table.client_key is None:
-        return context
-    try:
-        mode = table.client_key.stat().st_mode
-        if not stat.S_ISREG(mode) or mode & 0o007:
-            raise HostError(f"{key}.client_key: {table.client_key} must not be readable by others")
-        context.load_cert_chain(table.client_cert, table.client_key, password=_no_password)
-    except (OSError, ssl.SSLError, ValueError) as exc:
-        raise HostError(f"{key}.client_cert, {key}.client_key: cannot be used: {exc}") from exc
-    return context
+    return client_context(tls_files(key, table))
 
 
-def _no_password() -> str:
-    raise ValueError("the key is encrypted; a daemon has nobody to ask for the password")
-
-
-def http_client(context: ssl.SSLContext | None) -> httpx.AsyncClient:
-    """The pooled client of one registrar."""
-    return httpx.AsyncClient(
-        # Where the URL is http:// no TLS is spoken; should it be, it trusts nobody.
-        verify=context or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-        trust_env=False,
-        cookies=no_cookies(),
-        follow_redirects=False,
-        timeout=httpx.Timeout(CALL_LIMIT_S, connect=CONNECT_LIMIT_S),
-        limits=httpx.Limits(max_connections=2, max_keepalive_connections=1),
-        headers={"Accept": "application/json", **IDENTITY},
+def tls_files(key: str, table: RegistrarRules) -> TlsFiles:
+    """The TLS files towards a registrar, by the names of their keys."""
+    return TlsFiles(
+        ca=table.ca,
+        cert=table.client_cert,
+        key=table.client_key,
+        names=(f"{key}.ca", f"{key}.client_cert", f"{key}.client_key"),
     )
+
+
+def http_client(
+    context: ssl.SSLContext | None, *, tls_name: str | None = None
+) -> httpx.AsyncClient:
+    """The pooled client of one registrar."""
+    return http.http_client(context, read_limit_s=CALL_LIMIT_S, pool=2, tls_name=tls_name)
 
 
 class RegistrarClient:
@@ -231,13 +218,10 @@ class RegistrarClient:
             RegistrarError: no answer in time, too large an answer, or another status.
         """
         try:
-            with trio.fail_after(CALL_LIMIT_S):
+            with trio.fail_after(CALL_LIMIT_S), no_answer("the registrar", RegistrarError):
                 async with self._http.stream(method, self._url + path, json=body) as response:
                     status = response.status_code
                     data = await read_body(response, MAX_BODY_BYTES, "the registrar")
-        except (*NO_ANSWER, OSError) as exc:
-            why = printable(str(exc)) or type(exc).__name__
-            raise RegistrarError(f"the registrar gave no answer: {why}") from exc
         except trio.TooSlowError as exc:
             raise RegistrarError(
                 f"the registrar gave no answer: none within {CALL_LIMIT_S:g} s"
@@ -292,8 +276,3 @@ def _status_text(body: bytes) -> str:
     except EvidenceFormatError:
         text = None
     return printable(text) if isinstance(text, str) and text else "no reason given"
-
-
-def printable(text: str) -> str:
-    """Foreign text as one short line."""
-    return "".join(c if c.isprintable() else "?" for c in text[:SHOWN_CHARS])

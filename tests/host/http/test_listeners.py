@@ -330,11 +330,12 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> Non
     certs.key.chmod(mode)
     with pytest.raises(HostError) as caught:
         tls_context(listen_with(certs))
-    assert str(caught.value) == f"listen.tls_key: {certs.key} must not be readable by others"
+    words = f"listen.tls_key: {certs.key} must not be readable by others: chmod 06"
+    assert str(caught.value).startswith(words)
 
 
-@pytest.mark.parametrize("mode", [0o400, 0o600, 0o640])
-def test_a_key_for_owner_and_group_is_fine(tmp_path: Path, mode: int) -> None:
+@pytest.mark.parametrize("mode", [0o400, 0o600])
+def test_a_key_for_its_owner_is_fine(tmp_path: Path, mode: int) -> None:
     certs = make_certs(tmp_path)
     certs.key.chmod(mode)
     assert tls_context(listen_with(certs)) is not None
@@ -360,7 +361,7 @@ def test_files_that_are_none(tmp_path: Path, which: str, damage: str) -> None:
 def test_a_key_of_another_certificate(tmp_path: Path) -> None:
     certs = make_certs(tmp_path)
     trustme.CA().issue_cert("localhost").private_key_pem.write_to_path(str(certs.key))
-    with pytest.raises(HostError, match=r"listen\.tls_cert, listen\.tls_key"):
+    with pytest.raises(HostError, match="is not the key of the certificate"):
         tls_context(listen_with(certs))
 
 

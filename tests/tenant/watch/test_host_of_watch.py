@@ -192,7 +192,7 @@ async def test_a_kept_connection_that_was_closed_is_no_failure(
 async def test_refused_connections_fail(autojump_clock: Jumping, rig: Rig) -> None:
     rig.proxy.refuses = True
     assert await rig.host(max_retries=0).round() is State.FAILED
-    assert rig.reports[0]["reason"] == "no connection: Connection refused"
+    assert rig.reports[0]["reason"] == "no connection: connection refused: nothing listens there"
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,13 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from helpers import LIMIT_S, make_certs
 
+from provider_proxy.common.failures import SHOWN_CHARS, printable
 from provider_proxy.errors import HostError, RegistrarError
 from provider_proxy.host.config.tables import RegistrarTable
 from provider_proxy.trust.registration import client
 from provider_proxy.trust.registration.client import (
     RegistrarClient,
     http_client,
-    printable,
     tls_context,
 )
 
@@ -107,7 +107,7 @@ async def test_the_environments_proxies_are_not_used(monkeypatch: pytest.MonkeyP
 
 def test_foreign_text_is_one_short_line() -> None:
     assert printable("a\x1b[31m\nb\u202e") == "a?[31m?b?"
-    assert len(printable("x" * 10_000)) == client.SHOWN_CHARS
+    assert len(printable("x" * 10_000)) == SHOWN_CHARS
 
 
 # --- TLS files ----------------------------------------------------------------------------------------
@@ -130,14 +130,14 @@ def test_tls_files_that_cannot_be_used(tmp_path: Path) -> None:
     )
     cert, key = certs.client_cert, certs.client_key
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"ca": nowhere}, "registrars.r.ca: cannot be used"),
-        ({"ca": empty}, "registrars.r.ca: cannot be used"),
-        ({"client_cert": cert, "client_key": nowhere}, "cannot be used"),
-        ({"client_cert": nowhere, "client_key": key}, "cannot be used"),
+        ({"ca": nowhere}, "registrars.r.ca: cannot read"),
+        ({"ca": empty}, "registrars.r.ca: .* is empty"),
+        ({"client_cert": cert, "client_key": nowhere}, "r.client_key: cannot read"),
+        ({"client_cert": nowhere, "client_key": key}, "r.client_cert: cannot read"),
         ({"client_cert": cert, "client_key": open_key}, "must not be readable by others"),
-        ({"client_cert": cert, "client_key": certs.key}, "cannot be used"),
-        ({"client_cert": cert, "client_key": locked}, "the key is encrypted"),
-        ({"client_cert": cert, "client_key": tmp_path}, "must not be readable by others"),
+        ({"client_cert": cert, "client_key": certs.key}, "is not the key of"),
+        ({"client_cert": cert, "client_key": locked}, "is encrypted"),
+        ({"client_cert": cert, "client_key": tmp_path}, "it is a folder"),
     )
     for changes, message in cases:
         table = RegistrarTable(url="https://r", **changes)
