@@ -39,6 +39,8 @@ MASK_RE = re.compile(r"0x[0-9a-fA-F]{1,8}", re.ASCII)
 SALT_BYTES = 16
 HASH_BYTES = 32
 _HASH_LENGTH = frozenset((HASH_BYTES,))
+IMA_MASK = 1 << 10  # the PCR that brings the IMA list
+BOOT_MASK = 0xFBFF  # PCRs 0 to 9 and 11 to 15 bring the firmware's: Keylime's policies read them
 MAX_TREE_SIZE = 1 << 20  # far above any batch (max_leaves is at most 65,536); bounds the path to 20
 MAX_CLAIMS_BYTES = 16 * 1024  # a VM has a handful of EKs; one claim is about 500 bytes
 
@@ -152,6 +154,7 @@ class QuoteRequest:
         vm: whose link to the host is asked for; None where none is.
         ima_ml_entry: first entry of the IMA list that is wanted, from 0.
         timeout_ms: how long the tenant is ready to wait.
+        logs: False where the answer shall bring no log, whatever the mask.
     """
 
     nonce: Nonce
@@ -160,6 +163,17 @@ class QuoteRequest:
     vm: uuid.UUID | None = None
     ima_ml_entry: int = 0
     timeout_ms: int | None = None
+    logs: bool = True
+
+    @property
+    def wants_ima(self) -> bool:
+        """True where the answer may bring the IMA list."""
+        return self.logs and bool(self.mask & IMA_MASK)
+
+    @property
+    def wants_boot_log(self) -> bool:
+        """True where the answer may bring the firmware's log."""
+        return self.logs and bool(self.mask & BOOT_MASK)
 
     def __post_init__(self) -> None:
         if not MIN_NONCE_CHARS <= len(self.nonce) <= MAX_NONCE_CHARS:

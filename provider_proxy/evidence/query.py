@@ -16,6 +16,7 @@ from provider_proxy.evidence.model import HashAlg, QuoteRequest, parse_bank, par
 
 T = TypeVar("T")
 
+NO_LOGS = "none"
 MAX_QUERY_CHARS = 512  # all parameters at their longest are 220
 MAX_IMA_ENTRY = 1 << 31
 MIN_TIMEOUT_MS = 1
@@ -62,6 +63,8 @@ def encode_quote_query(request: QuoteRequest) -> str:
         pairs["vm"] = str(request.vm)
     if request.timeout_ms is not None:
         pairs["timeout_ms"] = str(request.timeout_ms)
+    if not request.logs:
+        pairs["logs"] = NO_LOGS
     return urlencode(pairs)
 
 
@@ -91,6 +94,12 @@ def _parse_vm(text: str) -> uuid.UUID:
     return value
 
 
+def _parse_logs(text: str) -> bool:
+    if text != NO_LOGS:
+        raise ParameterError("logs", f"must be {NO_LOGS} where it is given")
+    return False
+
+
 _PARSERS: dict[str, Callable[[str], object]] = {
     "nonce": parse_nonce,
     "mask": parse_mask,
@@ -98,4 +107,5 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "ima_ml_entry": _number("ima_ml_entry", 0, MAX_IMA_ENTRY),
     "vm": _parse_vm,
     "timeout_ms": _number("timeout_ms", MIN_TIMEOUT_MS, MAX_TIMEOUT_MS),
+    "logs": _parse_logs,
 }

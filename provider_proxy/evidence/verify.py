@@ -128,6 +128,7 @@ def new_challenge(
     vm: uuid.UUID | None = None,
     ima_ml_entry: int = 0,
     timeout_ms: int | None = None,
+    logs: bool = True,
 ) -> Challenge:
     """Make a fresh nonce and open it in the host's history.
 
@@ -149,6 +150,7 @@ def new_challenge(
             vm=vm,
             ima_ml_entry=ima_ml_entry,
             timeout_ms=timeout_ms,
+            logs=logs,
         ),
         made_at_s=now_s,
         baseline=history.newest(),

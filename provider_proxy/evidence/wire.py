@@ -37,7 +37,7 @@ from provider_proxy.evidence.strict_json import Fields, from_base64, parse_json_
 
 FORMAT = 1
 MAX_EVIDENCE_BYTES = 64 * 1024  # a quote, 24 SHA-512 PCRs, a path of 20 and claims make 35 kB
-MAX_EVIDENCE_WITH_LOGS_BYTES = 48 * 1024 * 1024  # an IMA list of 300,000 lines
+MAX_EVIDENCE_WITH_LOGS_BYTES = 10 * 1024 * 1024  # 7 MiB of IMA list, 1 MiB of event log in base64
 MAX_QUOTE_STRING = 16 * 1024
 MAX_UINT32 = (1 << 32) - 1
 MAX_UINT64 = (1 << 64) - 1

@@ -8,6 +8,7 @@ meaning without that replay. What a tenant gets is bounded; it asks for the rest
 from __future__ import annotations
 
 import logging
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 
 import trio
@@ -16,9 +17,7 @@ from provider_proxy.evidence.model import HostLogs, QuoteRequest
 
 log = logging.getLogger(__name__)
 
-IMA_PCR = 10
-BOOT_PCRS = 0xFBFF  # PCRs 0 to 9 and 11 to 15: what Keylime's measured-boot policies read
-MAX_IMA_BYTES = 7 * 1024 * 1024  # 50,000 lines; sixfold, all of it escaped, a tenant still takes it
+MAX_IMA_BYTES = 7 * 1024 * 1024  # as JSON, in one answer; some 70,000 lines
 MAX_LIST_BYTES = 128 * 1024 * 1024  # of the kernel's whole list
 MAX_UEFI_BYTES = 1024 * 1024  # samples have 50 kB
 
@@ -37,8 +36,8 @@ class HostLogFiles:
 
     async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[HostLogs | None, ...]:
         """For each request the logs that its mask asks for; None where it asks for none."""
-        wants_ima = any(request.mask >> IMA_PCR & 1 for request in requests)
-        wants_uefi = any(request.mask & BOOT_PCRS for request in requests)
+        wants_ima = any(request.wants_ima for request in requests)
+        wants_uefi = any(request.wants_boot_log for request in requests)
         lines: list[str] | None = None
         uefi: bytes | None = None
         if wants_ima and (data := await self._read_file(self._ima, MAX_LIST_BYTES)) is not None:
@@ -89,9 +88,9 @@ def _logs_of(
     uefi: bytes | None,
     parts: dict[int, tuple[str, int]],
 ) -> HostLogs | None:
-    wants_uefi = uefi is not None and request.mask & BOOT_PCRS
+    wants_uefi = uefi is not None and request.wants_boot_log
     own_uefi = uefi if wants_uefi else None
-    if lines is None or not request.mask >> IMA_PCR & 1:
+    if lines is None or not request.wants_ima:
         return HostLogs(uefi=own_uefi) if wants_uefi else None
     if request.ima_ml_entry not in parts:
         parts[request.ima_ml_entry] = _from_entry(lines, request.ima_ml_entry)
@@ -105,7 +104,7 @@ def _from_entry(lines: list[str], entry: int) -> tuple[str, int]:
     start = entry if entry <= len(lines) else 0
     size = 0
     for end in range(start, len(lines)):
-        size += len(lines[end])
+        size += len(encode_basestring_ascii(lines[end])) - len('""')
         if size > MAX_IMA_BYTES:
             return "".join(lines[start:end]), start
     return "".join(lines[start:]), start

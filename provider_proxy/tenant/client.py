@@ -80,7 +80,7 @@ class ProxyClient:
             ReplyError: no answer, an HTTP error, or too large an answer.
         """
         target = f"/verifier/quote?{encode_quote_query(request)}"
-        return await self._get(target, body_limit(request.mask))
+        return await self._get(target, body_limit(request))
 
     async def identity(self) -> ClaimedIdentity:
         """Ask for the host's keys.

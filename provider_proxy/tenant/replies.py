@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from provider_proxy.errors import EvidenceFormatError, ReplyError
+from provider_proxy.evidence.model import QuoteRequest
 from provider_proxy.evidence.strict_json import parse_json_object
 from provider_proxy.evidence.wire import MAX_EVIDENCE_BYTES, MAX_EVIDENCE_WITH_LOGS_BYTES
 
-LOG_PCRS = 0xFFFF  # PCR 10 brings the IMA log, boot PCRs the firmware's
 MAX_RETRY_AFTER_S = 3600.0
 MAX_STATUS_CHARS = 200
 
 
-def body_limit(mask: int) -> int:
-    """How many bytes a good answer to a request of this mask may have."""
-    return MAX_EVIDENCE_WITH_LOGS_BYTES if mask & LOG_PCRS else MAX_EVIDENCE_BYTES
+def body_limit(request: QuoteRequest) -> int:
+    """How many bytes a good answer to this request may have."""
+    with_logs = request.wants_ima or request.wants_boot_log
+    return MAX_EVIDENCE_WITH_LOGS_BYTES if with_logs else MAX_EVIDENCE_BYTES
 
 
 def refused(status: int, body: bytes, retry_after: str) -> ReplyError:

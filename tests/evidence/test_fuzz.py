@@ -352,7 +352,9 @@ query_text = st.text(
     alphabet=st.characters(exclude_categories=()) | st.sampled_from("&=%+0123456789abcdefx~-._"),
     max_size=120,
 )
-names = st.sampled_from(["nonce", "mask", "bank", "vm", "ima_ml_entry", "timeout_ms", "x", ""])
+names = st.sampled_from(
+    ["nonce", "mask", "bank", "vm", "ima_ml_entry", "timeout_ms", "logs", "x", ""]
+)
 some_values = query_text | st.sampled_from(["n" * 16, "0x1", "sha256", str(VM), "0", "1"])
 
 
@@ -383,6 +385,7 @@ requests = st.builds(
     vm=st.none() | st.uuids(),
     ima_ml_entry=st.integers(min_value=0, max_value=1 << 31),
     timeout_ms=st.none() | st.integers(min_value=1, max_value=600_000),
+    logs=st.booleans(),
 )
 
 

@@ -36,6 +36,7 @@ def test_everything_at_once_comes_back() -> None:
         vm=uuid.UUID(VM),
         ima_ml_entry=1 << 31,
         timeout_ms=600_000,
+        logs=False,
     )
     query = encode_quote_query(request)
     assert parse_quote_query(query) == request
@@ -162,6 +163,15 @@ def test_other_banks_are_refused(bank: str) -> None:
 )
 def test_a_vm_has_one_writing(vm: str) -> None:
     assert refused(f"{GOOD}&vm={vm}") == "vm"
+
+
+@pytest.mark.parametrize("text", ["", "no", "None", "NONE", "all", "0", "none "])
+def test_logs_are_left_out_in_one_spelling(text: str) -> None:
+    assert parse_quote_query(GOOD).logs
+    assert not parse_quote_query(f"{GOOD}&logs=none").logs
+    with pytest.raises(ParameterError) as caught:
+        parse_quote_query(f"{GOOD}&logs={text}")
+    assert caught.value.parameter == "logs"
 
 
 @pytest.mark.parametrize(

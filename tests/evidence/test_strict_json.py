@@ -12,7 +12,7 @@ from provider_proxy.evidence.logs.boot_policy import parse_boot_policy
 from provider_proxy.evidence.logs.runtime_policy_file import parse_runtime_policy
 from provider_proxy.evidence.model import HashAlg
 from provider_proxy.evidence.policy import parse_tpm_policy
-from provider_proxy.evidence.strict_json import MAX_CONTAINERS, parse_json_object, parse_own_json
+from provider_proxy.evidence.strict_json import MAX_PARTS, parse_json_object, parse_own_json
 from provider_proxy.tenant.keylime import KeylimePolicies
 from provider_proxy.tenant.policies import PolicyFiles
 
@@ -45,10 +45,25 @@ def test_both_readers_refuse_the_same(data: bytes, words: str) -> None:
 
 
 def test_what_comes_over_a_network_has_few_parts() -> None:
-    data = json.dumps({"a": [[]] * MAX_CONTAINERS}).encode()
+    data = json.dumps({"a": [[]] * MAX_PARTS}).encode()
     with pytest.raises(EvidenceFormatError, match="too many parts"):
         parse_json_object(data, "the answer")
-    assert len(parse_own_json(data, "the policy")["a"]) == MAX_CONTAINERS
+    assert len(parse_own_json(data, "the policy")["a"]) == MAX_PARTS
+
+
+@pytest.mark.parametrize("part", ["1", "{}", '""', '","', "[]"])
+def test_parts_of_every_kind_are_counted(part: str) -> None:
+    data = ('{"a": [' + ",".join([part] * (MAX_PARTS + 1)) + "]}").encode()
+    with pytest.raises(EvidenceFormatError, match="too many parts"):
+        parse_json_object(data, "the answer")
+    few = ('{"a": [' + ",".join([part] * (MAX_PARTS // 3)) + "]}").encode()
+    assert len(parse_json_object(few, "the answer")["a"]) == MAX_PARTS // 3  # type: ignore[arg-type]
+
+
+def test_text_is_one_part_whatever_it_holds() -> None:
+    """Names of files in an IMA list: commas, braces, quotes and backslashes."""
+    text = '/mail/cur/1.host:2,S {"[\\"\\' * MAX_PARTS
+    assert parse_json_object(json.dumps({"a": text}).encode(), "the answer") == {"a": text}
 
 
 @pytest.mark.parametrize("data", [b"\xef\xbb\xbf{}", "\ufeff{}"])

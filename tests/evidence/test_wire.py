@@ -172,7 +172,7 @@ def test_the_largest_answer_without_logs_is_within_its_limit() -> None:
 
 def test_limits_are_the_documented_ones() -> None:
     assert wire.MAX_EVIDENCE_BYTES == 65_536
-    assert wire.MAX_EVIDENCE_WITH_LOGS_BYTES == 50_331_648
+    assert wire.MAX_EVIDENCE_WITH_LOGS_BYTES == 10_485_760
     assert wire.MAX_QUOTE_STRING == 16_384
     assert wire.PATH_LIMIT == 20
     assert MAX_CLAIMS_BYTES == 16_384

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,9 +132,29 @@ async def test_bytes_that_are_no_utf_8_are_kept_apart(ima: Path, uefi: Path) -> 
 async def test_whole_lines_within_the_limit(
     ima: Path, uefi: Path, monkeypatch: pytest.MonkeyPatch, room: int, lines: int
 ) -> None:
-    monkeypatch.setattr(hostlogs, "MAX_IMA_BYTES", 3 * len(LINES[10]) + room)
+    monkeypatch.setattr(hostlogs, "MAX_IMA_BYTES", 3 * len(json.dumps(LINES[10])[1:-1]) + room)
     logs = await read_one(HostLogFiles(ima, uefi), IMA, 10)
     assert logs == HostLogs(ima="".join(LINES[10 : 10 + lines]), ima_entry=10)
+
+
+async def test_the_limit_is_of_what_is_sent(
+    ima: Path, uefi: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As JSON a name may be six times as long as in the list."""
+    put(ima, "".join(f"10 {n:040x} {'é' * 50}\n" for n in range(100)).encode())
+    monkeypatch.setattr(hostlogs, "MAX_IMA_BYTES", 4000)
+    logs = await read_one(HostLogFiles(ima, uefi), IMA)
+    assert logs is not None
+    assert 3000 < len(json.dumps(logs.ima)) <= 4000 + len('""')
+
+
+async def test_no_log_where_none_is_wanted(ima: Path, uefi: Path) -> None:
+    files = HostLogFiles(ima, uefi)
+    without = replace(ask(IMA | BOOT), logs=False)
+    assert await files.read((without, ask(IMA))) == (None, HostLogs(ima="".join(LINES)))
+    ima.unlink()
+    uefi.unlink()
+    assert await files.read((without,)) == (None,)  # and nothing is read
 
 
 async def test_a_tenant_reaches_the_end_of_a_long_list(

@@ -48,7 +48,7 @@ from provider_proxy.host.config import tables as config_tables
 from provider_proxy.host.http import messages
 from provider_proxy.host.http import server as http1
 from provider_proxy.host.metrics import Metrics
-from provider_proxy.tenant import hosts_file, replies
+from provider_proxy.tenant import hosts_file
 from provider_proxy.tenant.watch.config import parse_watch_config
 from provider_proxy.testing.soft_tpm import SoftTpm
 
@@ -355,7 +355,7 @@ def test_documented_limits_are_the_code_s() -> None:
     kib = wire.MAX_EVIDENCE_BYTES >> 10
     assert limits["body"].startswith(f"{mib} MiB; the client reads {kib} KiB")
     assert "below 16" in limits["body"]
-    assert replies.LOG_PCRS == 0xFFFF
+    assert model.IMA_MASK | model.BOOT_MASK == 0xFFFF
     assert limits["`quote`"].startswith(f"{wire.MAX_QUOTE_STRING:,} characters")
     assert limits["`tree_size`"] == f"2^{model.MAX_TREE_SIZE.bit_length() - 1}"
     assert limits["`path`"] == f"{wire.PATH_LIMIT} entries"

@@ -30,7 +30,6 @@ from provider_proxy.host.http.messages import Peer, Request, Response
 from provider_proxy.host.status.recent import STRANGERS
 
 API_VERSION = "1.0"
-IMA_PCR = 10
 
 
 class Submit(Protocol):
@@ -143,7 +142,7 @@ class TenantDoor:
         timeout_ms = asked.timeout_ms or self._default_timeout_ms
         if timeout_ms > self._max_timeout_ms:
             raise ParameterError("timeout_ms", f"must be at most {self._max_timeout_ms}")
-        quota = self._quotas.enter(tenant, wants_logs=bool(asked.mask >> IMA_PCR & 1))
+        quota = self._quotas.enter(tenant, wants_logs=asked.wants_ima)
         body: tuple[bytes, ...] = ()
         deadline = trio.current_time() + timeout_ms / 1000
         try:

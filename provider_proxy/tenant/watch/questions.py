@@ -247,12 +247,13 @@ class HostQuestions:
                 bank=rules.bank,
                 vm=rules.vm,
                 ima_ml_entry=entry if tail is None else min(entry, tail.next_entry),
+                logs=rules.ima or rules.uefi or self._judged_elsewhere,
             )
             request = challenge.request
             try:
                 with trio.fail_after(rules.timeout_s):
                     body = await connection.get(
-                        f"/verifier/quote?{encode_quote_query(request)}", body_limit(request.mask)
+                        f"/verifier/quote?{encode_quote_query(request)}", body_limit(request)
                     )
                 evidence = parse_evidence(body)
                 quote = self._verifier.verify(

@@ -278,6 +278,9 @@ BOUNDARIES: list[tuple[str, str, bool]] = [
     ("timeout_ms", "600000", True),
     ("timeout_ms", "600001", False),
     ("timeout_ms", "1e3", False),
+    ("logs", "none", True),
+    ("logs", "all", False),
+    ("logs", "", False),
     ("vm", VM, True),
     ("vm", "00000000-0000-0000-0000-000000000000", True),
     ("vm", VM.upper(), False),
@@ -318,6 +321,7 @@ async def test_unknown_and_repeated_parameters_are_refused_as_described() -> Non
     description = DOC["info"]["description"]
     assert "unknown, given twice or ill-formed" in description
     values = {**MINIMAL, "bank": "sha256", "ima_ml_entry": "0", "vm": VM, "timeout_ms": "1"}
+    values |= {"logs": "none"}
     assert set(values) == set(PARAMETERS)
     async with connected(make_door(no_submit)) as wire:
         for name, value in {**values, "new": "1"}.items():

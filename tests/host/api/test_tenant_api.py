@@ -157,6 +157,7 @@ BAD_PARAMETERS: list[tuple[str, str]] = [
     (f"nonce={NONCE}&mask=0x1&timeout_ms=60001", "timeout_ms"),
     (f"nonce={NONCE}&mask=0x1&timeout_ms=600001", "timeout_ms"),
     (f"nonce={NONCE}&mask=0x1&timeout_ms=1e3", "timeout_ms"),
+    (f"nonce={NONCE}&mask=0x1&logs=all", "logs"),
     (f"nonce={NONCE}&mask=0x1&nonce={NONCE}", "nonce"),
     (f"nonce={NONCE}&mask=0x1&mask=0x1", "mask"),
     (f"nonce={NONCE}&mask=0x1&partial=1", "partial"),
