@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-import trio
-
 from provider_proxy.cli.arguments import add_config_argument
+from provider_proxy.cli.trio_run import run_to_the_end
 from provider_proxy.common import log
-from provider_proxy.errors import ProviderProxyError, first_of
 from provider_proxy.host import daemon
 from provider_proxy.host.config.load import load_config
 
@@ -27,11 +25,5 @@ def run(args: argparse.Namespace) -> int:
     """
     config = load_config(args.config)
     log.set_up(args.log_level or config.log.level, config.log.format)
-    try:
-        trio.run(partial(daemon.run, config, read_config=partial(load_config, args.config)))
-    except BaseExceptionGroup as group:
-        ours, others = group.split(ProviderProxyError)
-        if others is not None or ours is None:
-            raise
-        raise first_of(ours) from group  # several at once happen only while stopping
+    run_to_the_end(partial(daemon.run, config, read_config=partial(load_config, args.config)))
     return 0

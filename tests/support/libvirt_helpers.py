@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import trio
 from helpers import LIMIT_S, get, until_answered, wait_until
-from vtpm_helpers import EKHOOK, VMHOOK, setup_config
+from vtpm_helpers import EKHOOK, VMHOOK, running_helper, setup_config
 
 OPT_IN = [
     pytest.mark.real,
@@ -90,8 +90,10 @@ class LibvirtHost:
         self.socket = folder / "sock" / "hooks"
         self.socket.parent.mkdir()
         hook_config = Path("/etc/provider-proxy/vtpm-hook.toml")
+        self.marks = folder / "marks"
         hook_config.write_text(
             f'socket = "{self.socket}"\nlocalca_config = "{config}"\nlimit_s = 60\n'
+            f'marks = "{self.marks}"\n'
         )
         self._xdg = folder / "xdg"
         self._xdg.mkdir()
@@ -114,7 +116,8 @@ class LibvirtHost:
         return (
             f'state_dir = "{self.folder}/state"\n[listen]\n{listen}'
             f'[admin]\naddress = "unix:{self.folder}/admin"\n[tpm]\ntcti = "embedded"\n'
-            f'[vtpm]\nenabled = true\nsocket = "{self.socket}"\n{vtpm}{tenants}'
+            f'[vtpm]\nenabled = true\nsocket = "{self.socket}"\n'
+            f'helper = "{self.folder}/helper"\n{vtpm}{tenants}'
         )
 
     @contextmanager
@@ -134,6 +137,18 @@ class LibvirtHost:
         finally:
             process.terminate()
             process.wait(LIMIT_S)
+
+    @contextmanager
+    def helper(self) -> Iterator[subprocess.Popen[bytes]]:
+        """provider-proxy-vtpm runs, as root."""
+        with running_helper(
+            self.folder / "helper",
+            status_root=Path("/run/libvirt/qemu"),
+            marks=self.marks,
+            work=self.folder / "work",
+            swtpm_user="tss",
+        ) as process:
+            yield process
 
     async def listed(self) -> dict[uuid.UUID, dict[str, Any]]:
         """The registry, by VM."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import socket
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +21,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from helpers import LIMIT_S, wait_until
 from places import HOOKS
 
+from provider_proxy.host.vtpm.entries import Ek, Origin, ek_of
 from provider_proxy.host.vtpm.requests import CertificateRequest, EkPublicKey
+from provider_proxy.host.vtpm.sightings import Holds, Reading, Sighting
 
 EKHOOK = HOOKS / "provider-proxy-ekhook"
 VMHOOK = HOOKS / "provider-proxy-vmhook"
@@ -107,10 +111,30 @@ def certify(key: EkPublicKey, *, vm: uuid.UUID = VM, name: str = "web", **more: 
     return json.dumps(values).encode() + b"\n"
 
 
-def event(name: str, *, vm: uuid.UUID = VM, **more: Any) -> bytes:
-    """The line of provider-proxy-vmhook."""
-    values = {"version": 1, "op": "event", "event": name, "vm": str(vm), "name": "web", **more}
-    return json.dumps(values).encode() + b"\n"
+def ek_of_number(number: int = 0) -> Ek:
+    """Different ECC EKs for different numbers."""
+    return ek_of(ecc_key(number))
+
+
+def sighting(
+    *,
+    vm: uuid.UUID = VM,
+    run: str = "b/1/1",
+    runs: bool = True,
+    origin: Origin = "here",
+    eks: Sequence[Ek] = (),
+    reading: Reading | None = None,
+) -> Sighting:
+    """What provider-proxy-vtpm says of a VM."""
+    reading = reading or ("read" if eks else "unread")
+    return Sighting(
+        vm=vm,
+        name="web",
+        run=run,
+        runs=runs,
+        origin=origin,
+        holds=Holds(reading=reading, eks=tuple(sorted(eks, key=lambda ek: ek.alg))),
+    )
 
 
 def ask(path: Path, line: bytes, *, launcher: Sequence[str] = ()) -> dict[str, Any]:
@@ -141,6 +165,33 @@ def ask(path: Path, line: bytes, *, launcher: Sequence[str] = ()) -> dict[str, A
 # --- libvirt's side ---------------------------------------------------------------------------------
 
 
+QEMU = """
+import fcntl, os, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.write(str(os.getpid()))
+file.flush()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def status_xml(
+    state: str, reason: str, pid: int, *, vm: uuid.UUID = VM, name: str = "web", backend: str = ""
+) -> bytes:
+    """libvirt's status file of a domain, as libvirt 9.0 writes it, without what nobody here reads."""
+    return (
+        "<!--\nWARNING: THIS IS AN AUTO-GENERATED FILE.\n-->\n\n"
+        f"<domstatus state='{state}' reason='{reason}' pid='{pid}'>\n"
+        "  <monitor path='/var/lib/libvirt/qemu/domain-1-web/monitor.sock' type='unix'/>\n"
+        f"  <domain type='kvm' id='1'>\n    <name>{name}</name>\n    <uuid>{vm}</uuid>\n"
+        "    <metadata><app:uuid xmlns:app='urn:x'>no</app:uuid></metadata>\n    <devices>\n"
+        "      <tpm model='tpm-crb'>\n        <backend type='emulator' version='2.0'>"
+        f"{backend}</backend>\n        <alias name='tpm0'/>\n      </tpm>\n    </devices>\n"
+        "  </domain>\n</domstatus>\n"
+    ).encode()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Libvirt:
     """The folders that libvirt has, and what it does with them; run by whoever runs the tests."""
@@ -152,8 +203,53 @@ class Libvirt:
         return self.root / "swtpm"
 
     @property
-    def run_root(self) -> Path:
-        return self.root / "run"
+    def status_root(self) -> Path:
+        return self.root / "qemu"
+
+    @property
+    def marks(self) -> Path:
+        return self.root / "marks"
+
+    def say(
+        self,
+        state: str,
+        reason: str,
+        pid: int,
+        *,
+        vm: uuid.UUID = VM,
+        name: str = "web",
+        backend: str = "",
+    ) -> Path:
+        """libvirtd writes the domain's status file."""
+        path = self.status_root / f"{name}.xml"
+        part = path.with_suffix(".xml.new")
+        part.write_bytes(status_xml(state, reason, pid, vm=vm, name=name, backend=backend))
+        part.chmod(0o600)
+        part.replace(path)
+        return path
+
+    @contextmanager
+    def qemu(
+        self, vm: uuid.UUID = VM, *, name: str = "web", state: str = "running booted"
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """A process that holds the lock on its pid file, as a QEMU under libvirt does, and its status."""
+        pid_file = self.status_root / f"{name}.pid"
+        process = subprocess.Popen(
+            [sys.executable, "-c", QEMU, str(pid_file)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            word, _, reason = state.partition(" ")
+            self.say(word, reason, process.pid, vm=vm, name=name)
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+            for path in (pid_file, self.status_root / f"{name}.xml"):
+                path.unlink(missing_ok=True)
 
     def state(self, vm: uuid.UUID) -> Path:
         return self.state_root / str(vm) / "tpm2"
@@ -189,11 +285,16 @@ class Libvirt:
 
     @contextmanager
     def running(
-        self, vm: uuid.UUID, *, name: str = "web", user: str | None = None
+        self,
+        vm: uuid.UUID,
+        *,
+        name: str = "web",
+        user: str | None = None,
+        state: str = "running booted",
     ) -> Iterator[str]:
-        """The VM's swtpm as libvirt runs it; its TCTI."""
-        path = self.run_root / f"{str(vm)[-4:]}.sock"
-        pid_file = self.run_root / f"1-{name}-{str(vm)[-4:]}-swtpm.pid"
+        """The VM's QEMU, as far as anybody sees it, and its swtpm as libvirt runs it; its TCTI."""
+        path = self.root / "run" / f"{str(vm)[-4:]}.sock"
+        pid_file = self.root / "run" / f"1-{name}-{str(vm)[-4:]}-swtpm.pid"
         control = Path(f"{path}.ctrl")
         process = subprocess.Popen(
             [
@@ -209,10 +310,44 @@ class Libvirt:
         )
         try:
             wait_until(lambda: control.exists() and path.exists(), "the VM's swtpm")
-            yield f"swtpm:path={path}"
+            with self.qemu(vm, name=name, state=state):
+                yield f"swtpm:path={path}"
         finally:
             process.kill()
             process.wait()
+
+
+@contextmanager
+def running_helper(
+    socket_path: Path,
+    *,
+    status_root: Path,
+    marks: Path,
+    work: Path,
+    swtpm_user: str,
+    state_root: Path | None = None,
+    launcher: Sequence[str] = (),
+    log: Path | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """provider-proxy-vtpm as a process; it answers whoever runs the tests."""
+    work.mkdir(exist_ok=True)
+    words = [*launcher, sys.executable, "-m", "provider_proxy", "vtpm-helper"]
+    words += ["--socket", str(socket_path), "--status-root", str(status_root)]
+    words += ["--marks", str(marks), "--work", str(work)]
+    words += ["--swtpm-user", swtpm_user, "--daemon-user", pwd.getpwuid(os.getuid()).pw_name]
+    if state_root is not None:
+        words += ["--state-root", str(state_root)]
+    log = log or socket_path.with_suffix(".log")
+    with log.open("ab") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=file, process_group=0)
+    try:
+        wait_until(lambda: socket_path.exists() or process.poll() is not None, "the helper")
+        assert process.poll() is None, log.read_text()
+        yield process
+    finally:
+        process.terminate()
+        process.wait(LIMIT_S)
+        socket_path.unlink(missing_ok=True)
 
 
 def as_user(user: str | None) -> tuple[str, ...]:
@@ -222,8 +357,8 @@ def as_user(user: str | None) -> tuple[str, ...]:
 
 def make_libvirt(root: Path) -> Libvirt:
     made = Libvirt(root=root)
-    made.state_root.mkdir(parents=True)
-    made.run_root.mkdir()
+    for folder in (made.state_root, made.status_root, made.marks, root / "run"):
+        folder.mkdir(parents=True)
     return made
 
 
@@ -231,7 +366,7 @@ def vtpm_toml(libvirt: Libvirt, *, user: str, tables: str = "", more: str = "") 
     """The tables of a daemon that keeps the link."""
     return (
         f'[vtpm]\nenabled = true\nsocket = "{libvirt.root}/hooks"\nswtpm_user = "{user}"\n'
-        f'state_root = "{libvirt.state_root}"\nrun_root = "{libvirt.run_root}"\n{more}{tables}'
+        f'helper = "{libvirt.root}/helper"\nstate_root = "{libvirt.state_root}"\n{more}{tables}'
     )
 
 

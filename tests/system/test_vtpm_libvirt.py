@@ -62,7 +62,7 @@ async def test_a_domain_s_life(host: LibvirtHost) -> None:
     """define, start, save, restore, kill -9 of the daemon, libvirtd's restart, destroy, a new vTPM."""
     domain = host.folder / "domain.xml"
     domain.write_text(DOMAIN)
-    with host.libvirtd():
+    with host.libvirtd(), host.helper():
         async with serving(host.folder, config_of(host)) as serve:
             await run("define", domain)
             await run("start", NAME)
@@ -91,7 +91,7 @@ async def test_a_domain_s_life(host: LibvirtHost) -> None:
             assert second["generation"] == 2
             assert not {str(ek) for ek in first["eks"]} & {str(ek) for ek in second["eks"]}
     async with serving(host.folder, config_of(host)):
-        with host.libvirtd():
+        with host.helper(), host.libvirtd():
             assert (await host.until_confirmed(VM))["eks"] == second["eks"]
             wait_until(lambda: "running" in virsh("domstate", NAME), "the domain's reconnection")
             await run("destroy", NAME)

@@ -280,7 +280,10 @@ class Vtpm:
 
     enabled: bool = setting(read_flag, False, "Whether vTPMs are registered and claims are made.")
     socket: Path = setting(
-        read_path, Path("/run/provider-proxy/vtpm.sock"), "Where the two hooks come in."
+        read_path, Path("/run/provider-proxy/vtpm.sock"), "Where provider-proxy-ekhook comes in."
+    )
+    helper: Path = setting(
+        read_path, Path("/run/provider-proxy-vtpm.sock"), "Where provider-proxy-vtpm listens."
     )
     issuer: str = setting(
         one_of("delegate", "tpm"),
@@ -292,13 +295,6 @@ class Vtpm:
     )
     state_root: Path = setting(
         read_path, Path("/var/lib/libvirt/swtpm"), "libvirt's folder of vTPMs, one for each VM."
-    )
-    run_root: Path = setting(
-        read_path, Path("/run/libvirt/qemu/swtpm"), "libvirt's folder of swtpm's *.pid files."
-    )
-    confirm: bool = setting(read_flag, True, "Whether EKs are read back from the vTPM's state.")
-    confirm_limit_s: float = setting(
-        number(0.1, 600), 15.0, "How long reading one back may take, in seconds."
     )
     max_vms: int = setting(integer(1, 100_000), 4096, "VMs that the registry holds at most.")
     ca_handle: int = setting(

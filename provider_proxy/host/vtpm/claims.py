@@ -21,10 +21,10 @@ Look = Callable[[uuid.UUID], Entry | None]
 
 
 class Claims:
-    """A `batcher.ClaimsSource` over the registry.
+    """A `batcher.ClaimsSource` over what is known of VMs.
 
     Args:
-        look: what is known of a VM, as of now: `Registry.get`.
+        look: the entry of a VM that runs here now; None of every other: `Keeper.running_entry`.
     """
 
     def __init__(self, look: Look) -> None:
@@ -39,7 +39,7 @@ class Claims:
         assert request.vm is not None
         entry = self._look(request.vm)
         is_own = request.vm in tenant.vms
-        if entry is None or not is_own or not entry.running or not entry.eks:
+        if entry is None or not is_own or not entry.eks:
             raise NotFoundError(NO_SUCH_VM)
         return encode_claims(entry)
 
@@ -50,6 +50,7 @@ def encode_claims(entry: Entry) -> bytes:
         "vm": str(entry.vm),
         "eks": [{"alg": ek.alg, "spki_sha256": ek.spki_sha256} for ek in entry.eks],
         "running": entry.running,
+        "state": entry.state,
         "confirmed": entry.state == CONFIRMED,
         "issuer": entry.issuer,
         "migrated": entry.migrated,
@@ -62,4 +63,4 @@ def encode_claims(entry: Entry) -> bytes:
 def entry_values(entry: Entry) -> dict[str, object]:
     """An entry for the operator: the claims, and what tenants do not see."""
     values: dict[str, object] = json.loads(encode_claims(entry))
-    return {"name": entry.name, **values, "state": entry.state, "changed_at": entry.changed_at}
+    return {"name": entry.name, **values, "changed_at": entry.changed_at}

@@ -1,9 +1,10 @@
 """What the registry knows of one VM, and how each word about it changes that.
 
-Pure: an entry and a word in, the next entry out. Three sources speak: swtpm_setup's hook (`registered`:
-a claim of the swtpm user), libvirt's hook (`happened`: root's word) and the vTPM's own state file
-(`read_back`: what its TPM says). Invariants: an entry has at most an RSA and an ECC key; "confirmed"
-holds only for exactly the keys that were read back; what arrives from elsewhere starts as nothing.
+Pure: an entry and a word in, the next entry out. Two sources speak: swtpm_setup's hook, in the moment
+in which root has it make a vTPM (`registered`), and provider-proxy-vtpm (`saw`): where the VM is, by
+root's word, and what its vTPM's state holds (`read_back`). Invariants: an entry has at most an RSA and
+an ECC key; "confirmed" holds only for exactly the keys that were read, and in the life of the VM in
+which they were; what comes in from elsewhere starts as nothing.
 """
 
 from __future__ import annotations
@@ -21,13 +22,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from provider_proxy.host.vtpm.requests import EkPublicKey
 
 CLAIMED: Final = "claimed"
+REGISTERED: Final = "registered"
 CONFIRMED: Final = "confirmed"
-State = Literal["claimed", "confirmed"]
+State = Literal["claimed", "registered", "confirmed"]
 UNKNOWN_ISSUER: Final = "unknown"  # nothing of the EK's certificate went through this host's hook
-STARTS = frozenset({"started", "reconnect", "attach"})
-STOPS = frozenset({"prepare", "stopped", "release"})
-COMES_IN = "migrate"
-EVENTS = STARTS | STOPS | {COMES_IN}
+Origin = Literal["here", "elsewhere", "unknown"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +61,11 @@ class Entry:
     Attributes:
         name: the VM's, for people; never a key to anything.
         eks: by their `alg`; empty where none is known (yet).
-        state: "confirmed" once exactly these EKs were read back from the vTPM's state.
-        running: libvirt says that the VM runs here, or its swtpm was seen.
+        state: "confirmed" once exactly these EKs were read from the vTPM's state while the VM ran;
+            "registered" where they came through swtpm_setup while root had it make the vTPM; "claimed"
+            where they are known from before only.
+        running: provider-proxy-vtpm sees the VM run here.
+        run: the life of the VM's QEMU that these EKs and this state belong to.
         making: swtpm_setup is at work: another EK of this vTPM may still come.
         generation: rises each time that a vTPM was made, or came in, under this UUID.
         issuer: who certified the EKs when they were made: "delegate", "tpm" or "unknown".
@@ -77,6 +79,7 @@ class Entry:
     eks: tuple[Ek, ...] = ()
     state: State = CLAIMED
     running: bool = False
+    run: str = ""
     making: bool = False
     generation: int = 0
     issuer: str = UNKNOWN_ISSUER
@@ -88,7 +91,7 @@ class Entry:
 def registered(old: Entry | None, vm: uuid.UUID, name: str, ek: Ek, *, issuer: str) -> Entry:
     """swtpm_setup made a key: it joins those of the same making, or begins a new vTPM.
 
-    Does not check: that the VM does not run, for then nobody makes it a vTPM; the registry does.
+    Does not check: that root has it do so now; the keeper does.
     """
     entry = old or Entry(vm=vm)
     if ek in entry.eks:
@@ -101,26 +104,34 @@ def registered(old: Entry | None, vm: uuid.UUID, name: str, ek: Ek, *, issuer: s
         vm=vm,
         name=name,
         eks=(ek,),
+        state=REGISTERED,
         making=True,
         generation=entry.generation + 1,
         issuer=issuer,
     )
 
 
-def happened(old: Entry | None, vm: uuid.UUID, name: str, event: str) -> Entry | None:
-    """libvirt says what it does with the VM; None where that is nothing to remember."""
-    if event in STOPS:
-        return old and dataclasses.replace(old, running=False)
+def saw(old: Entry | None, vm: uuid.UUID, name: str, *, run: str, origin: Origin) -> Entry:
+    """The VM's QEMU is here, in this life of it. What was known of an earlier life may be wrong now."""
     entry = old or Entry(vm=vm)
-    if event in STARTS:
-        # Another state file may lie there than at the last start: it is read again.
-        state = CLAIMED if event == "started" else entry.state
-        return dataclasses.replace(entry, name=name, running=True, making=False, state=state)
-    assert event == COMES_IN
-    if entry.running:  # libvirt refuses it in a moment: that VM is here already
+    if entry.run == run:
+        return dataclasses.replace(entry, name=name, making=False)
+    if origin == "elsewhere":
+        # Another host has sent the vTPM: none of what was known under this UUID is about it.
+        return Entry(vm=vm, name=name, run=run, generation=entry.generation + 1, migrated=True)
+    began = dataclasses.replace(lowered(entry), name=name, run=run, making=False)
+    if origin == "here":
+        return began
+    # Nobody saw how this life began: it may have come in.
+    return dataclasses.replace(began, eks=(), state=CLAIMED, issuer=UNKNOWN_ISSUER)
+
+
+def lowered(entry: Entry) -> Entry:
+    """The same EKs, which nobody has read in this life of the VM, or not again."""
+    if entry.state != CONFIRMED:
         return entry
-    # Another host sends the vTPM: whatever was known of one under this UUID may be wrong.
-    return Entry(vm=vm, name=name, generation=entry.generation + 1, migrated=True)
+    state: State = CLAIMED if entry.issuer == UNKNOWN_ISSUER else REGISTERED
+    return dataclasses.replace(entry, state=state)
 
 
 def read_back(entry: Entry, eks: Sequence[Ek]) -> Entry:
@@ -149,8 +160,8 @@ def without(entry: Entry, eks: Sequence[Ek]) -> Entry:
 
 
 def stamped(entry: Entry, old: Entry | None, now: int) -> Entry:
-    """A changed entry with its times; the same one where nothing changed."""
-    if entry == old:
-        return entry
+    """A changed entry with its times; the old one where nothing changed."""
+    if old is not None and entry == old:
+        return old
     registered_at = (entry.registered_at or now) if entry.eks else 0
     return dataclasses.replace(entry, registered_at=registered_at, changed_at=now)

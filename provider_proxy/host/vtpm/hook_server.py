@@ -1,8 +1,7 @@
 """The hooks' door: a unix socket, one line in, one line out.
 
-Lets in root and the swtpm user, by what the kernel says of the peer, and takes events from root alone.
-Every wait has a deadline and every user a number of connections; nothing here touches the registry,
-which the handler does.
+Lets in root and the swtpm user, by what the kernel says of the peer. Every wait has a deadline and
+every user a number of connections; nothing here touches the registry, which the handler does.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ from typing import Any, NoReturn, Protocol
 
 import trio
 
-from provider_proxy.errors import ProviderProxyError, VtpmError
+from provider_proxy.errors import ProviderProxyError
 from provider_proxy.host.vtpm.messages import (
     MAX_LINE_BYTES,
-    VmEvent,
     encode_error,
     encode_good,
     parse_message,
@@ -76,17 +74,12 @@ class Handler(Protocol):
         """
         ...
 
-    async def happened(self, event: VmEvent) -> None:
-        """Take libvirt's word. Raises: HostError, VtpmError."""
-        ...
-
 
 class HookDoor:
     """Serves hooks' connections.
 
     Args:
         uid: of the swtpm user.
-        event_uid: who may send events; root, but in tests.
         observe: counts messages, by operation and outcome.
     """
 
@@ -96,11 +89,9 @@ class HookDoor:
         *,
         uid: int,
         observe: Callable[[str, str], None],
-        event_uid: int = 0,
     ) -> None:
         self._handler = handler
-        self._uids = {uid, event_uid}
-        self._event_uid = event_uid
+        self._uids = {uid, 0}
         self._observe = observe
         self._open: Counter[int] = Counter()
 
@@ -118,7 +109,7 @@ class HookDoor:
                     return
                 self._open[uid] += 1
                 try:
-                    await self._converse(stream, uid)
+                    await self._converse(stream)
                 finally:
                     self._open[uid] -= 1
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
@@ -128,7 +119,7 @@ class HookDoor:
                 log.exception("hooks: a connection ended with an unexpected error")
                 self._observe("connect", "bug")
 
-    async def _converse(self, stream: HookStream, uid: int) -> None:
+    async def _converse(self, stream: HookStream) -> None:
         line = b""
         with trio.move_on_after(LINE_LIMIT_S):
             line = await read_line(stream)
@@ -136,17 +127,17 @@ class HookDoor:
             self._observe("connect", "no line")
             return
         with trio.move_on_after(SEND_LIMIT_S + ANSWER_LIMIT_S):
-            answer = await self._answer(line, uid)
+            answer = await self._answer(line)
             with trio.move_on_after(SEND_LIMIT_S):
                 await stream.send_all(answer)
 
-    async def _answer(self, line: bytes, uid: int) -> bytes:
+    async def _answer(self, line: bytes) -> bytes:
         op = "message"
         try:
-            message = parse_message(line)
-            op = "event" if isinstance(message, VmEvent) else "certify"
+            request = parse_message(line)
+            op = "certify"
             with trio.fail_after(ANSWER_LIMIT_S):
-                answer = encode_good(await self._handle(message, uid))
+                answer = encode_good(await self._handler.certify(request))
         except ProviderProxyError as exc:
             self._observe(op, type(exc).__name__)
             log.warning("hooks: %s refused: %s", op, exc)
@@ -158,14 +149,6 @@ class HookDoor:
         self._observe(op, "ok")
         return answer
 
-    async def _handle(self, message: CertificateRequest | VmEvent, uid: int) -> bytes | None:
-        if isinstance(message, CertificateRequest):
-            return await self._handler.certify(message)
-        if uid != self._event_uid:
-            raise VtpmError("events are taken from root alone")
-        await self._handler.happened(message)
-        return None
-
 
 def peer_uid(stream: HookStream) -> int:
     """Who connected, by the kernel. Raises: OSError where the peer is gone."""
@@ -175,11 +158,11 @@ def peer_uid(stream: HookStream) -> int:
     return uid
 
 
-async def read_line(stream: HookStream) -> bytes:
-    """Bytes up to a newline, `MAX_LINE_BYTES` at the most; what comes behind it is dropped."""
+async def read_line(stream: HookStream, limit: int = MAX_LINE_BYTES) -> bytes:
+    """Bytes up to a newline, `limit` at the most; what comes behind it is dropped."""
     line = b""
-    while b"\n" not in line and len(line) < MAX_LINE_BYTES:
-        part = await stream.receive_some(MAX_LINE_BYTES - len(line))
+    while b"\n" not in line and len(line) < limit:
+        part = await stream.receive_some(limit - len(line))
         if not part:
             break
         line += part

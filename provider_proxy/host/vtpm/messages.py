@@ -1,4 +1,4 @@
-"""What the two hooks say to the daemon, and what it answers: one line of JSON each way, strict.
+"""What provider-proxy-ekhook says to the daemon, and what it answers: one line of JSON each way, strict.
 
 The bytes come from processes of other users: every field has a form and a bound, and what is unknown
 is refused. Nothing here knows sockets or the registry.
@@ -11,14 +11,12 @@ import json
 import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from provider_proxy.errors import EvidenceFormatError, VtpmError
 from provider_proxy.evidence.strict_json import Fields, parse_json_object
-from provider_proxy.host.vtpm.entries import EVENTS
 from provider_proxy.host.vtpm.requests import MAX_VMID_CHARS, CertificateRequest, EkPublicKey
 
 VERSION = 1
@@ -37,19 +35,9 @@ _CERTIFY = frozenset(
         *("manufacturer", "model", "tpm_version"),
     }
 )
-_EVENT = frozenset({"event", "vm", "name"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VmEvent:
-    """libvirt does something with a VM that has a vTPM; `event` is one of `entries.EVENTS`."""
-
-    vm: uuid.UUID
-    name: str
-    event: str
-
-
-def parse_message(line: bytes) -> CertificateRequest | VmEvent:
+def parse_message(line: bytes) -> CertificateRequest:
     """Read a hook's line.
 
     Raises:
@@ -64,12 +52,9 @@ def parse_message(line: bytes) -> CertificateRequest | VmEvent:
         if op == "certify":
             _only(values, _COMMON | _CERTIFY)
             return _certificate_request(fields)
-        if op == "event":
-            _only(values, _COMMON | _EVENT)
-            return _event(fields)
     except EvidenceFormatError as exc:
         raise VtpmError(str(exc)) from exc
-    raise VtpmError("message.op is neither certify nor event")
+    raise VtpmError("message.op is not certify")
 
 
 def _only(values: Mapping[str, object], known: frozenset[str]) -> None:
@@ -97,14 +82,6 @@ def _certificate_request(fields: Fields) -> CertificateRequest:
         )
     except ValueError as exc:
         raise VtpmError(f"message: {exc}") from exc
-
-
-def _event(fields: Fields) -> VmEvent:
-    event, name = fields.text("event", MAX_WORD_CHARS), fields.text("name", MAX_VMID_CHARS)
-    if event not in EVENTS:
-        raise VtpmError("message.event is unknown")
-    shown = "".join(c if c.isprintable() else "?" for c in name)  # it goes to logs and tables
-    return VmEvent(vm=_vm(fields.text("vm", MAX_WORD_CHARS)), name=shown, event=event)
 
 
 def _vm(text: str) -> uuid.UUID:

@@ -34,10 +34,8 @@ async def open_keeper(
         return
     registry = Registry(state_dir / REGISTRY_FILE, max_vms=settings.max_vms)
     try:
-        # Copies of state files lie beside the socket: /run is memory, and no copy survives there.
-        work = settings.socket.parent
         uid = _swtpm_user(settings).pw_uid
-        yield Keeper(settings, registry, metrics, uid=uid, work=work, issuer=issuer)
+        yield Keeper(settings, registry, metrics, uid=uid, issuer=issuer)
     finally:
         registry.close()
 

@@ -1,51 +1,53 @@
 """The registry of vTPMs: in memory to be looked up, in SQLite to survive.
 
-A change is committed before it can be seen, in one transaction, and synced to the disk: whoever got
-an answer may rely on it, whatever kills the process then. Methods that change block for a disk's
-write and are not for two threads at once; `get` is one look-up in a dict and never waits.
+A change is committed before it can be seen, in one transaction, and synced to the disk: whoever got an
+answer may rely on it, whatever kills the process then. Methods that change block for a disk's write
+and are not for two threads at once; `get` is one look-up in a dict and never waits. That a VM runs is
+kept for people and to see copies; what tenants are told of it is the keeper's.
 
 Invariants: an EK belongs to one VM; no more VMs than `max_vms`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from provider_proxy.errors import HostError, VtpmError
 from provider_proxy.host.vtpm import entries
 from provider_proxy.host.vtpm.entries import Ek, Entry
 from provider_proxy.host.vtpm.requests import CertificateRequest
+from provider_proxy.host.vtpm.sightings import Sighting
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = """
 CREATE TABLE vms (
     vm TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, running INTEGER NOT NULL,
     making INTEGER NOT NULL, generation INTEGER NOT NULL, issuer TEXT NOT NULL,
-    migrated INTEGER NOT NULL, registered_at INTEGER NOT NULL, changed_at INTEGER NOT NULL
+    migrated INTEGER NOT NULL, registered_at INTEGER NOT NULL, changed_at INTEGER NOT NULL,
+    run TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE TABLE eks (
     spki_sha256 TEXT PRIMARY KEY, alg TEXT NOT NULL,
     vm TEXT NOT NULL REFERENCES vms ON DELETE CASCADE
 ) STRICT;
 """
+# Version 1 took EKs at any time: they stay "claimed" until they are read.
+UPGRADES = {1: "ALTER TABLE vms ADD COLUMN run TEXT NOT NULL DEFAULT ''"}
 VM_COLUMNS = (
     *("vm", "name", "state", "running", "making", "generation", "issuer", "migrated"),
-    *("registered_at", "changed_at"),
+    *("registered_at", "changed_at", "run"),
 )
 PRUNE_AFTER_S = 3600  # libvirt makes a vTPM's folder some time before swtpm_setup runs
 
 
 class CloneError(VtpmError):
     """Two VMs hold the same EK: the state file of one is a copy of the other's."""
-
-
-class RunningError(VtpmError):
-    """A running VM has its vTPM; nobody makes it another."""
 
 
 class Registry:
@@ -88,6 +90,11 @@ class Registry:
             self._db.executescript(
                 f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
             )
+        elif version in UPGRADES:
+            self._db.executescript(
+                f"BEGIN IMMEDIATE; {UPGRADES[version]}; PRAGMA user_version = {SCHEMA_VERSION};"
+                " COMMIT;"
+            )
         elif version != SCHEMA_VERSION:
             raise ValueError(f"it is of version {version}, this program reads {SCHEMA_VERSION}")
         eks: dict[str, list[Ek]] = {}
@@ -114,69 +121,62 @@ class Registry:
         return tuple(self._entries.copy().values())
 
     def register(self, request: CertificateRequest, *, issuer: str) -> Entry:
-        """Take a new EK of a VM that does not run.
+        """Take a new EK of a VM whose vTPM is being made.
+
+        Does not check: that root has it made now; the keeper does.
 
         Raises:
-            RunningError: the VM runs.
             CloneError: the EK is another VM's.
-            VtpmError: there is no room.
+            VtpmError: there is no room, or the VM runs.
         """
         old, ek = self.get(request.vm), entries.ek_of(request.public_key)
         holder = self._holder.get(ek.spki_sha256)
         if holder not in (None, request.vm):
             raise CloneError("this EK is registered for another VM")
-        if old is not None and old.running and ek not in old.eks:
-            raise RunningError("this VM runs, with another EK")
+        if old is not None and old.running:
+            raise VtpmError("this VM runs, and has its vTPM")
         name = request.vmid.rpartition(":")[0]
         return self._put(old, entries.registered(old, request.vm, name, ek, issuer=issuer))
 
-    def happened(self, vm: uuid.UUID, name: str, event: str) -> Entry | None:
-        """Take libvirt's word about a VM; its entry, where it has one now.
+    def saw(self, sighting: Sighting) -> Entry:
+        """Take what provider-proxy-vtpm sees of a VM; its entry now.
 
         Raises:
+            CloneError: an EK of it is that of another VM that runs: this one's are forgotten.
             VtpmError: there is no room.
         """
+        vm, holds = sighting.vm, sighting.holds
         old = self.get(vm)
-        new = entries.happened(old, vm, name, event)
-        return None if new is None else self._put(old, new)
-
-    def read_back(self, seen: Entry, eks: Sequence[Ek]) -> Entry | None:
-        """Take what was read from a running VM's vTPM.
-
-        Args:
-            seen: the entry as it was before the reading.
-
-        Returns:
-            The entry now; None where it has changed meanwhile, so that this says nothing.
-
-        Raises:
-            CloneError: an EK is that of another VM that runs: this one's are forgotten.
-        """
-        old = self.get(seen.vm)
-        if old is None or not old.running or old.generation != seen.generation:
-            return None
-        holders = {self._holder.get(ek.spki_sha256) for ek in eks} - {None, seen.vm}
+        if not sighting.runs:  # it waits, or leaves: what is known of its vTPM stays as it is
+            waiting = old or Entry(vm=vm, name=sighting.name)
+            return self._put(old, dataclasses.replace(waiting, running=False))
+        new = entries.saw(old, vm, sighting.name, run=sighting.run, origin=sighting.origin)
+        new = dataclasses.replace(new, running=True)
+        if holds.reading == "unread":
+            return self._put(old, new)
+        if holds.reading != "read":
+            return self._put(old, entries.lowered(new))
+        holders = {self._holder.get(ek.spki_sha256) for ek in holds.eks} - {None, vm}
         others = [other for other in map(self.get, filter(None, holders)) if other is not None]
         if any(other.running for other in others):
-            self._put(old, entries.without(old, old.eks))
+            self._put(old, entries.without(new, new.eks))
             names = ", ".join(str(other.vm) for other in others)
             raise CloneError(f"its vTPM is a copy of that of {names}")
-        changed = [(other, entries.without(other, eks)) for other in others]
-        new = entries.read_back(old, eks)
-        self._save([*(self._stamp(*pair) for pair in changed), self._stamp(old, new)])
-        return self.get(seen.vm)
+        changed = [(other, entries.without(other, holds.eks)) for other in others]
+        entry = self._stamp(old, entries.read_back(new, holds.eks))
+        if entry != old or changed:
+            removed = self._make_room() if old is None else ()
+            self._save([*(self._stamp(*pair) for pair in changed), entry], removed)
+        return entry
 
-    def stop(self, seen: Iterable[Entry]) -> list[Entry]:
-        """Mark VMs as not running, but for those about which something was heard since `seen`."""
-        return self._set_running([e for e in seen if self.get(e.vm) is e and e.running], False)
-
-    def reconcile(self, running: Collection[uuid.UUID]) -> list[Entry]:
-        """At start: exactly these VMs run; the entries that this changed."""
-        stopped = [e for e in self.all() if e.running and e.vm not in running]
-        started = [e for e in self.all() if not e.running and e.vm in running]
-        room = max(0, self._max_vms - len(self._entries))
-        new = [Entry(vm=vm) for vm in running if vm not in self._entries][:room]
-        return self._set_running(stopped, False) + self._set_running(started + new, True)
+    def stop(self, vms: Iterable[uuid.UUID]) -> list[Entry]:
+        """Mark VMs as not running here; the entries that this changed."""
+        olds = [entry for entry in map(self.get, vms) if entry is not None and entry.running]
+        if not olds:
+            return []
+        news = [self._stamp(old, dataclasses.replace(old, running=False)) for old in olds]
+        self._save(news)
+        return news
 
     def prune(self, is_there: Callable[[uuid.UUID], bool]) -> list[Entry]:
         """Forget VMs that do not run and whose vTPM's folder is gone.
@@ -193,17 +193,6 @@ class Registry:
         if gone:
             self._save([], removed=gone)
         return gone
-
-    def _set_running(self, changed: Sequence[Entry], running: bool) -> list[Entry]:
-        event = "started" if running else "stopped"
-        saved = []
-        for old in changed:
-            new = entries.happened(old, old.vm, old.name, event)
-            assert new is not None
-            saved.append(self._stamp(old, new))
-        if saved:
-            self._save(saved)
-        return saved
 
     def _stamp(self, old: Entry | None, new: Entry) -> Entry:
         return entries.stamped(new, old, int(self._now()))

@@ -1,20 +1,21 @@
-"""Keeps the registry of vTPMs true: takes the hooks' words, reads EKs back, sees what stopped.
+"""Keeps the registry of vTPMs true: takes the EK hook's words and what provider-proxy-vtpm sees.
 
-    run ─┬─ hooks      a task a connection of a hook
-         ├─ confirm    reads running vTPMs back, one at a time, some times each
-         └─ watch      marks VMs whose swtpm has ended, and forgets those that are gone
+    run ─┬─ hooks      a task a connection of provider-proxy-ekhook
+         ├─ follow     which VMs are here, and what their vTPMs hold, from provider-proxy-vtpm
+         └─ prune      forgets VMs that are gone
 
-The registry's writes happen in a worker thread, one at a time; tenants' look-ups never wait for them.
+A VM has claims while the follower says that it runs, and only of the life of the VM that its entry is
+about. The registry's writes happen in a worker thread, one at a time; tenants' look-ups never wait for
+them.
 """
 
 from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import trio
 
@@ -22,33 +23,20 @@ from provider_proxy.common.log import Event
 from provider_proxy.errors import HostError, ProviderProxyError, VtpmError
 from provider_proxy.host.config.tables import Vtpm
 from provider_proxy.host.metrics import Metrics
-from provider_proxy.host.vtpm import readback
 from provider_proxy.host.vtpm.claims import Claims, entry_values
-from provider_proxy.host.vtpm.entries import CONFIRMED, STARTS, Ek, Entry
+from provider_proxy.host.vtpm.entries import Entry, ek_of
+from provider_proxy.host.vtpm.follower import Follower
 from provider_proxy.host.vtpm.hook_server import HookDoor, HookListener
-from provider_proxy.host.vtpm.messages import VmEvent
-from provider_proxy.host.vtpm.registry import CloneError, Registry, RunningError
+from provider_proxy.host.vtpm.registry import CloneError, Registry
 from provider_proxy.host.vtpm.requests import MAX_CERTIFICATE_BYTES, CertificateRequest, Issuer
-from provider_proxy.host.vtpm.running import running_vms
+from provider_proxy.host.vtpm.sightings import Gone, Sighting, Window
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-WATCH_S = 10.0  # how long a VM whose end nobody told may count as running
-# After its start a vTPM is read at once. One that comes in from another host has its EK only once the
-# migration is over, of which libvirt says nothing: it is read at the last interval until it has one.
-CONFIRM_AFTER_S = (0.0, 2.0, 10.0, 60.0, 300.0)
-
-
-class ReadEks(Protocol):
-    """Reads a vTPM's EKs: `readback.read_eks`."""
-
-    async def __call__(
-        self, state_root: Path, vm: uuid.UUID, *, uid: int, work: Path, limit_s: float
-    ) -> tuple[Ek, ...]:
-        """The EKs. Raises: VtpmError, HostError."""
-        ...
+PRUNE_S = 60.0
+STATES = ("confirmed", "registered", "claimed", "stopped")
 
 
 class Keeper:
@@ -56,13 +44,12 @@ class Keeper:
 
     Args:
         uid: of the swtpm user.
-        work: a directory for copies of state files, best in memory.
         issuer: makes certificates; None where swtpm_localca does.
-        read_eks: reads a vTPM back.
 
     Attributes:
         claims: what the batcher asks.
         door: what serves the hooks.
+        follower: what provider-proxy-vtpm sees.
         issuer: as it was given.
     """
 
@@ -73,29 +60,21 @@ class Keeper:
         metrics: Metrics,
         *,
         uid: int,
-        work: Path,
         issuer: Issuer | None = None,
-        read_eks: ReadEks = readback.read_eks,
-        event_uid: int = 0,
     ) -> None:
         self._settings = settings
         self._registry = registry
         self._metrics = metrics
-        self._uid = uid
-        self._work = work
         self.issuer = issuer
-        self._read_eks = read_eks
         self._one = trio.Lock()
-        self._due: dict[uuid.UUID, tuple[float, int]] = {}
-        self._wake = trio.Event()
-        self.claims = Claims(registry.get)
+        self.follower = Follower(settings.helper, self.take, max_vms=settings.max_vms)
+        self.claims = Claims(self.running_entry)
         self.door = HookDoor(
             self,
             uid=uid,
-            event_uid=event_uid,
             observe=lambda op, outcome: metrics.vtpm_messages.labels(op, outcome).inc(),
         )
-        for state in ("confirmed", "claimed", "stopped"):
+        for state in STATES:
             metrics.vtpm_vms.labels(state).set_function(partial(self._count, state))
 
     def _count(self, state: str) -> int:
@@ -106,40 +85,37 @@ class Keeper:
         found = sorted(self._registry.all(), key=lambda entry: (entry.name, entry.vm))
         return [entry_values(entry) for entry in found]
 
+    def running_entry(self, vm: uuid.UUID) -> Entry | None:
+        """What is known of a VM that runs here now; None of every other."""
+        sighting = self.follower.current(vm)
+        entry = self._registry.get(vm)
+        if sighting is None or entry is None or not sighting.runs or entry.run != sighting.run:
+            return None
+        return entry
+
     async def start(self) -> None:
-        """Hold the registry against what runs.
+        """Until provider-proxy-vtpm has said otherwise, nothing runs.
 
         Raises:
-            HostError: it cannot be seen, or the registry cannot be written.
+            HostError: the registry cannot be written.
         """
-        await trio.to_thread.run_sync(readback.remove_copies, self._work)
-        running = await trio.to_thread.run_sync(self._running)
-        changed = await self._do(lambda: self._registry.reconcile(running))
-        for entry in changed:
-            _log(logging.INFO, entry.vm, "runs" if entry.running else "does not run")
-        for entry in self._registry.all():
-            if entry.running:
-                self._schedule(entry.vm)
+        await self._do(lambda: self._registry.stop(entry.vm for entry in self._registry.all()))
 
     async def run(self, hooks: Sequence[HookListener]) -> None:
-        """Serve hooks, confirm and watch, until cancelled."""
+        """Serve hooks, follow and prune, until cancelled."""
         async with trio.open_nursery() as nursery:
             for listener in hooks:
                 nursery.start_soon(listener.serve, self.door.serve)
-            nursery.start_soon(self._watch)
-            if self._settings.confirm:
-                nursery.start_soon(self._confirm_all)
+            nursery.start_soon(self.follower.run)
+            nursery.start_soon(self._prune)
 
-    # --- the hooks' words ---------------------------------------------------------------------------
+    # --- the EK hook --------------------------------------------------------------------------------
 
     async def certify(self, request: CertificateRequest) -> bytes | None:
-        """Register an EK and, where this host issues, certify it; see `door.Handler`."""
-        try:
-            entry = await self._register(request)
-        except RunningError:
-            # Its stop was not told, for the hook has a second at most: does it run?
-            await self._stop_ended(only=request.vm)
-            entry = await self._register(request)
+        """Register an EK and, where this host issues, certify it; see `hook_server.Handler`."""
+        _check_window(await self.follower.check(request.vm), request)
+        issuer = self._settings.issuer
+        entry = await self._do(lambda: self._registry.register(request, issuer=issuer))
         _log(
             logging.INFO,
             entry.vm,
@@ -155,112 +131,69 @@ class Keeper:
             raise HostError(f"the certificate is longer than {MAX_CERTIFICATE_BYTES} bytes")
         return certificate
 
-    async def _register(self, request: CertificateRequest) -> Entry:
-        issuer = self._settings.issuer
-        return await self._do(lambda: self._registry.register(request, issuer=issuer))
-
-    async def happened(self, event: VmEvent) -> None:
-        """Take libvirt's word; see `door.Handler`."""
-        await self._do(lambda: self._registry.happened(event.vm, event.name, event.event))
-        _log(logging.INFO, event.vm, event.event, name=event.name)
-        if event.event in STARTS:
-            self._schedule(event.vm)
-        else:
-            self._due.pop(event.vm, None)
-
     async def _do(self, change: Callable[[], T]) -> T:
-        """Change the registry, alone. A change that has begun is finished, whoever is cancelled."""
+        """Change the registry, alone. A change that has begun is finished, even if it is cancelled."""
         async with self._one:
             return await trio.to_thread.run_sync(change)
 
-    # --- reading back -------------------------------------------------------------------------------
+    # --- what provider-proxy-vtpm sees --------------------------------------------------------------
 
-    def _schedule(self, vm: uuid.UUID, attempt: int = 0) -> None:
-        delay_s = CONFIRM_AFTER_S[min(attempt, len(CONFIRM_AFTER_S) - 1)]
-        self._due[vm] = (trio.current_time() + delay_s, attempt)
-        self._wake.set()
-
-    async def _confirm_all(self) -> None:
-        while True:
-            if not self._due:
-                self._wake = trio.Event()
-                await self._wake.wait()
-            vm = min(self._due, key=lambda vm: self._due[vm][0])
-            when, attempt = self._due[vm]
-            if when > trio.current_time():
-                self._wake = trio.Event()
-                with trio.move_on_at(when):
-                    await self._wake.wait()
-                continue
-            del self._due[vm]
-            entry = self._registry.get(vm)
-            if entry is None or not entry.running:
-                continue
-            outcome = await self._confirm(entry)
-            self._metrics.vtpm_confirmations.labels(outcome).inc()
-            goes_on = attempt + 1 < len(CONFIRM_AFTER_S) or not entry.eks
-            if outcome == "failed" and goes_on and vm not in self._due:
-                self._schedule(vm, attempt + 1)
-
-    async def _confirm(self, entry: Entry) -> str:
-        """Read one vTPM back; what came of it."""
-        settings = self._settings
+    async def take(self, word: Sighting | Gone) -> None:
+        """Bring the registry up to date; claims have heeded the word already."""
         try:
-            eks = await self._read_eks(
-                settings.state_root,
-                entry.vm,
-                uid=self._uid,
-                work=self._work,
-                limit_s=settings.confirm_limit_s,
-            )
-            now = await self._do(lambda: self._registry.read_back(entry, eks))
-        except readback.EncryptedError as exc:
-            _log(logging.INFO, entry.vm, "stays claimed", why=exc)
-            return "encrypted"
+            if isinstance(word, Sighting):
+                await self._saw(word)
+                return
+            await self._do(lambda: self._registry.stop([word.vm]))
+            _log(logging.INFO, word.vm, "is gone")
+            for other in self.follower.sightings():  # a copy of its vTPM may count now
+                entry = self._registry.get(other.vm)
+                if other.runs and other.holds.eks and entry is not None and not entry.eks:
+                    await self._saw(other)
+        except (HostError, VtpmError) as exc:
+            log.error("the registry of vTPMs: %s", exc)
+
+    async def _saw(self, sighting: Sighting) -> None:
+        old = self._registry.get(sighting.vm)
+        try:
+            now = await self._do(lambda: self._registry.saw(sighting))
         except CloneError as exc:
-            _log(logging.ERROR, entry.vm, "has no link", why=exc)
-            return "clone"
-        except (VtpmError, HostError) as exc:
-            _log(logging.WARNING, entry.vm, "not confirmed", why=exc)
-            return "failed"
-        if now is None:
-            return "outdated"
-        if entry.eks and now.generation != entry.generation:
-            _log(logging.WARNING, entry.vm, "corrected", why="another EK was registered")
-            return "corrected"
-        _log(logging.INFO, entry.vm, "confirmed")
-        return "confirmed"
+            self._metrics.vtpm_confirmations.labels("clone").inc()
+            _log(logging.ERROR, sighting.vm, "has no link", why=exc)
+            return
+        if old is None or (old.run, old.running) != (now.run, now.running):
+            what = "runs" if now.running else "waits"
+            _log(logging.INFO, now.vm, what, name=now.name, origin=sighting.origin)
+        if not sighting.runs or sighting.holds.reading == "unread":
+            return
+        self._report(old, now, sighting)
 
-    # --- what runs ----------------------------------------------------------------------------------
+    def _report(self, old: Entry | None, now: Entry, sighting: Sighting) -> None:
+        """Count and log what came of reading a vTPM."""
+        holds = sighting.holds
+        if holds.reading != "read":
+            self._metrics.vtpm_confirmations.labels(holds.reading).inc()
+            level = logging.INFO if holds.reading == "encrypted" else logging.WARNING
+            _log(level, now.vm, "not confirmed", state=now.state, why=holds.why)
+        elif old is not None and old.eks and now.generation != old.generation and old.run:
+            self._metrics.vtpm_confirmations.labels("corrected").inc()
+            _log(logging.WARNING, now.vm, "corrected", why="another EK was registered")
+        elif old is None or (old.state, old.run) != (now.state, now.run):
+            self._metrics.vtpm_confirmations.labels("confirmed").inc()
+            _log(logging.INFO, now.vm, "confirmed")
 
-    def _running(self) -> frozenset[uuid.UUID]:
-        settings = self._settings
-        return running_vms(settings.run_root, settings.state_root, self._uid)
+    # --- what is gone -------------------------------------------------------------------------------
 
-    async def _watch(self) -> None:
+    async def _prune(self) -> None:
         while True:
-            await trio.sleep(WATCH_S)
+            await trio.sleep(PRUNE_S)
             try:
-                await self._stop_ended()
                 gone = await self._do(lambda: self._registry.prune(self._is_there))
             except ProviderProxyError as exc:
                 log.error("the registry of vTPMs: %s", exc)
                 continue
             for entry in gone:
                 _log(logging.INFO, entry.vm, "forgotten", why="its vTPM is gone")
-
-    async def _stop_ended(self, only: uuid.UUID | None = None) -> None:
-        """Mark VMs that count as running and whose swtpm has ended. Never the other way round: a
-        process can call itself anything, and libvirt's word is root's."""
-        seen: Iterable[Entry] = [
-            entry for entry in self._registry.all() if entry.running and only in (None, entry.vm)
-        ]
-        if not seen:
-            return
-        running = await trio.to_thread.run_sync(self._running)
-        ended = [entry for entry in seen if entry.vm not in running]
-        for entry in await self._do(lambda: self._registry.stop(ended)) if ended else ():
-            _log(logging.WARNING, entry.vm, "does not run", why="its swtpm has ended untold")
 
     def _is_there(self, vm: uuid.UUID) -> bool:
         """Whether a VM's vTPM has its folder; True where that cannot be seen."""
@@ -273,10 +206,29 @@ class Keeper:
         return True
 
 
+def _check_window(window: Window, request: CertificateRequest) -> None:
+    """Whether swtpm_setup makes this VM's vTPM now, and has made this EK, as far as can be seen.
+
+    Raises:
+        VtpmError: not, or it cannot be seen although the state is not encrypted.
+    """
+    if not window.open:
+        raise VtpmError(
+            "libvirt's hook has not told that this VM's vTPM is being made now; is "
+            "provider-proxy-vmhook in /etc/libvirt/hooks/qemu.d, and was libvirtd restarted since?"
+        )
+    if window.holds.reading == "encrypted":
+        return
+    if window.holds.reading != "read":
+        raise VtpmError(f"the vTPM's state cannot be read: {window.holds.why}")
+    if ek_of(request.public_key) not in window.holds.eks:
+        raise VtpmError("the vTPM's state does not hold this EK")
+
+
 def _state_of(entry: Entry) -> str:
     if not entry.running:
         return "stopped"
-    return "confirmed" if entry.state == CONFIRMED else "claimed"
+    return entry.state
 
 
 def _log(level: int, vm: uuid.UUID, what: str, **more: object) -> None:

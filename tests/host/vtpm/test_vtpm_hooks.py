@@ -13,6 +13,7 @@ import stat
 import subprocess
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ import pytest
 from helpers import LIMIT_S
 from vtpm_helpers import EKHOOK, VM, VMHOOK, ecc_key, ek_argument, key_fields, rsa_key
 
-from provider_proxy.host.vtpm.messages import VmEvent, parse_message
+from provider_proxy.host.vtpm.helper.status import StatePlace
+from provider_proxy.host.vtpm.helper.window import Mark, read_mark
+from provider_proxy.host.vtpm.messages import parse_message
 from provider_proxy.host.vtpm.requests import CertificateRequest, EkPublicKey
 
 pytestmark = pytest.mark.real
@@ -68,7 +71,7 @@ class Daemon:
                     if answer is not None:
                         peer.sendall(answer)
 
-    def message(self) -> CertificateRequest | VmEvent:
+    def message(self) -> CertificateRequest:
         """The one line, as the real daemon reads it."""
         (line,) = self.lines
         return parse_message(line)
@@ -429,84 +432,135 @@ XML = """<domain type='kvm' id='1'>
   <devices>{tpm}</devices>
 </domain>
 """
-TPM = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
+SECRET = uuid.UUID("aaaaaaaa-0000-4000-8000-00000000000a")
 
 
-def vmhook(
-    host: Host,
-    operation: str,
-    sub: str,
-    *,
-    xml: str | None = None,
-    stdin: Any = None,
-    config: Path | None = None,
-) -> subprocess.CompletedProcess[bytes]:
-    words = [str(VMHOOK), "web", operation, sub, "-", str(config or host.config)]
-    data = (XML.format(vm=VM, tpm=TPM) if xml is None else xml).encode()
-    given: dict[str, Any] = {"stdin": stdin} if stdin is not None else {"input": data}
-    return subprocess.run(words, **given, capture_output=True, timeout=LIMIT_S, env={}, check=False)
+def tpm(inside: str = "", *, kind: str = "emulator", version: str = "2.0") -> str:
+    backend = f"<backend type='{kind}' version='{version}'>{inside}</backend>"
+    return f"<tpm model='tpm-crb'>{backend}</tpm>"
+
+
+class VmHook:
+    """libvirt's hook as root runs it, with folders of the test's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.marks = folder / "marks"
+        self.state_root = folder / "swtpm"
+        self.config = folder / "vm-hook.toml"
+        self.config.write_text(f'marks = "{self.marks}"\nstate_root = "{self.state_root}"\n')
+
+    def run(
+        self,
+        operation: str,
+        sub: str = "begin",
+        *,
+        xml: str | None = None,
+        stdin: Any = None,
+        config: Path | None = None,
+    ) -> None:
+        """Run it; it says nothing, and is good, whatever it meets."""
+        words = [str(VMHOOK), "web", operation, sub, "-", str(config or self.config)]
+        data = (XML.format(vm=VM, tpm=tpm()) if xml is None else xml).encode()
+        given: dict[str, Any] = {"stdin": stdin} if stdin is not None else {"input": data}
+        begin = time.monotonic()
+        done = subprocess.run(
+            words, **given, capture_output=True, timeout=LIMIT_S, env={}, check=False
+        )
+        assert time.monotonic() - begin < LIMIT_S / 2  # 0.9 s, and what a busy machine takes
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+    def mark(self) -> Mark | None:
+        return read_mark(self.marks, VM, owner=os.geteuid())
+
+
+@pytest.fixture
+def vmhook(tmp_path: Path) -> VmHook:
+    return VmHook(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("operation", "sub"),
-    [
-        ("prepare", "begin"),
-        ("started", "begin"),
-        ("stopped", "end"),
-        ("release", "end"),
-        ("migrate", "begin"),
-        ("reconnect", "begin"),
-        ("attach", "begin"),
-    ],
+    [("start", "begin"), ("started", "begin"), ("stopped", "end"), ("release", "end")],
 )
-def test_events(host: Host, daemon: Daemon, operation: str, sub: str) -> None:
-    done = vmhook(host, operation, sub)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-    assert daemon.message() == VmEvent(vm=VM, name="web", event=operation)
+def test_the_window_is_open_from_prepare_to_start(vmhook: VmHook, operation: str, sub: str) -> None:
+    assert vmhook.mark() is None
+    vmhook.run("prepare")
+    assert vmhook.mark() == Mark(place=StatePlace(), secret=None)
+    assert [path.name for path in vmhook.marks.iterdir()] == [str(VM)]
+    for other in ("migrate", "reconnect", "attach", "restore"):
+        vmhook.run(other)
+        assert vmhook.mark() is not None
+    vmhook.run(operation, sub)
+    assert vmhook.mark() is None
+    vmhook.run(operation, sub)  # once more, as libvirt does
+
+
+def test_a_vm_that_has_a_vtpm_opens_no_window(vmhook: VmHook) -> None:
+    """Its folder is root's, and lies in root's: no process of the swtpm user can take it away."""
+    vmhook.run("prepare")
+    (vmhook.state_root / str(VM) / "tpm2").mkdir(parents=True)
+    vmhook.run("prepare")
+    assert vmhook.mark() is None
+
+
+def test_a_migration_s_beginning_alone_marks_nothing(vmhook: VmHook) -> None:
+    vmhook.run("migrate")
+    assert vmhook.mark() is None
+
+
+@pytest.mark.parametrize("kind", ["dir", "file"])
+def test_a_place_and_a_secret_of_libvirt_s(vmhook: VmHook, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "elsewhere"
+    inside = f"<encryption secret='{SECRET}'/><source type='{kind}' path='{path}'/>"
+    xml = XML.format(vm=VM, tpm=tpm(inside))
+    vmhook.run("prepare", xml=xml)
+    made = Mark(place=StatePlace(path=path, is_file=kind == "file"), secret=SECRET)
+    assert vmhook.mark() == made
+    if kind == "dir":
+        path.mkdir()
+    else:
+        path.touch()
+    vmhook.run("prepare", xml=xml)
+    assert vmhook.mark() == made  # empty: nothing was made yet
+    (path / "tpm2-00.permall" if kind == "dir" else path).write_text("x")
+    vmhook.run("prepare", xml=xml)
+    assert vmhook.mark() is None
 
 
 @pytest.mark.parametrize(
-    ("operation", "xml"),
+    "xml",
     [
-        ("start", None),
-        ("restore", None),
-        ("started", XML.format(vm=VM, tpm="")),
-        ("started", XML.format(vm=VM, tpm=TPM.replace("emulator", "passthrough"))),
-        ("started", XML.format(vm=VM, tpm=TPM.replace("2.0", "1.2"))),
-        ("started", "no XML"),
-        ("started", ""),
+        XML.format(vm=VM, tpm=""),
+        XML.format(vm=VM, tpm=tpm(kind="passthrough")),
+        XML.format(vm=VM, tpm=tpm(version="1.2")),
+        XML.format(vm="../../etc/passwd", tpm=tpm()),
+        XML.format(vm="", tpm=tpm()),
+        "no XML",
+        "",
     ],
 )
-def test_what_is_no_event_of_a_vtpm(
-    host: Host, daemon: Daemon, operation: str, xml: str | None
-) -> None:
-    done = vmhook(host, operation, "begin", xml=xml)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-    assert daemon.lines == []
+def test_what_opens_no_window(vmhook: VmHook, xml: str) -> None:
+    vmhook.run("prepare", xml=xml)
+    assert not vmhook.marks.exists() or list(vmhook.marks.iterdir()) == []
 
 
-def test_libvirt_never_waits_and_never_hears(host: Host) -> None:
-    """No daemon, a daemon that hangs, an stdin that never ends, a configuration that is none."""
-
-    def quick(**given: Any) -> None:
-        begin = time.monotonic()
-        done = vmhook(host, "started", "begin", **given)
-        assert time.monotonic() - begin < 1.5  # 0.9 s and what a busy machine takes to start it
-        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-
-    quick()
-    with Daemon(host.socket) as daemon:
-        daemon.delay_s = 3.0
-        quick()
-        assert len(daemon.lines) == 1  # it was told all the same
+def test_libvirt_never_waits_and_never_hears(vmhook: VmHook) -> None:
+    """An stdin that never ends, a folder that cannot be made, a configuration that is none."""
     read, write = os.pipe()
     try:
-        quick(stdin=read)
+        vmhook.run("prepare", stdin=read)
     finally:
         os.close(read)
         os.close(write)
-    bad = host.folder / "bad.toml"
+    bad = vmhook.config.with_name("bad.toml")
     bad.write_text("no toml")
-    quick(config=bad)
+    vmhook.run("prepare", config=bad)
+    bad.write_text(f'marks = "{bad}/marks"\n')
+    vmhook.run("prepare", config=bad)
     usage = subprocess.run([str(VMHOOK)], capture_output=True, check=False, timeout=LIMIT_S)
     assert (usage.returncode, usage.stdout, usage.stderr) == (0, b"", b"")
+
+
+def test_both_hooks_have_one_configuration(host: Host, daemon: Daemon) -> None:
+    host.configure('marks = "/run/elsewhere"\nstate_root = "/srv/swtpm"\n')
+    assert host.run(host.arguments(ek_argument(ecc_key()))).returncode == 0

@@ -10,20 +10,22 @@ import stat
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vtpm_helpers import OTHER_VM, VM, certificate_request, ecc_key, rsa_key
+from vtpm_helpers import OTHER_VM, VM, certificate_request, ecc_key, rsa_key, sighting
 
 from provider_proxy.errors import HostError, NotFoundError, VtpmError
 from provider_proxy.evidence.model import HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
 from provider_proxy.host.vtpm import entries
 from provider_proxy.host.vtpm.claims import Claims, encode_claims
-from provider_proxy.host.vtpm.entries import CLAIMED, CONFIRMED, Ek, Entry, ek_of
-from provider_proxy.host.vtpm.registry import PRUNE_AFTER_S, CloneError, Registry, RunningError
+from provider_proxy.host.vtpm.entries import CLAIMED, CONFIRMED, REGISTERED, Ek, Entry, ek_of
+from provider_proxy.host.vtpm.registry import PRUNE_AFTER_S, CloneError, Registry
+from provider_proxy.host.vtpm.sightings import Reading
 
 RSA = ek_of(rsa_key())
 ECC = ek_of(ecc_key())
@@ -72,8 +74,20 @@ def make(registry: Registry, vm: uuid.UUID = VM, number: int = 0) -> Entry:
     return registry.register(certificate_request(ecc_key(number), vm=vm), issuer="delegate")
 
 
-def start(registry: Registry, vm: uuid.UUID = VM) -> Entry:
-    entry = registry.happened(vm, "web", "started")
+def start(registry: Registry, vm: uuid.UUID = VM, *, run: str = "b/1/1", **more: Any) -> Entry:
+    """It is seen to run."""
+    return registry.saw(sighting(vm=vm, run=run, **more))
+
+
+def read(
+    registry: Registry, eks: Sequence[Ek], vm: uuid.UUID = VM, *, run: str = "b/1/1", **more: Any
+) -> Entry:
+    """Its vTPM was read while it runs."""
+    return registry.saw(sighting(vm=vm, run=run, eks=eks, **more))
+
+
+def entry_of(registry: Registry, vm: uuid.UUID = VM) -> Entry:
+    entry = registry.get(vm)
     assert entry is not None
     return entry
 
@@ -97,7 +111,7 @@ def test_a_vtpm_is_made(registry: Registry, clock: Clock) -> None:
         vm=VM,
         name="web",
         eks=tuple(sorted((RSA, ECC), key=lambda ek: ek.alg)),
-        state=CLAIMED,
+        state=REGISTERED,
         making=True,
         generation=1,
         issuer="delegate",
@@ -123,7 +137,7 @@ def test_another_key_is_another_vtpm(registry: Registry, clock: Clock) -> None:
 def test_a_key_that_comes_after_the_start_is_not_of_the_same_making(registry: Registry) -> None:
     registry.register(certificate_request(rsa_key()), issuer="delegate")
     start(registry)
-    registry.happened(VM, "web", "stopped")
+    registry.stop([VM])
     entry = registry.register(certificate_request(ecc_key()), issuer="delegate")
     assert (entry.eks, entry.generation) == ((ECC,), 2)
 
@@ -131,110 +145,115 @@ def test_a_key_that_comes_after_the_start_is_not_of_the_same_making(registry: Re
 def test_a_running_vm_is_made_no_other_vtpm(registry: Registry) -> None:
     make(registry)
     before = start(registry)
-    with pytest.raises(RunningError):
+    with pytest.raises(VtpmError, match="runs"):
         registry.register(certificate_request(rsa_key(1)), issuer="delegate")
     assert registry.get(VM) is before
-    registry.register(certificate_request(rsa_key()), issuer="delegate")  # its own, again
-    assert registry.get(VM) is before
 
 
-@pytest.mark.parametrize("event", sorted(entries.STARTS))
-def test_it_runs(registry: Registry, event: str) -> None:
+def test_it_runs_waits_and_stops(registry: Registry) -> None:
     make(registry)
-    entry = registry.happened(VM, "web", event)
-    assert entry is not None
-    assert (entry.running, entry.making) == (True, False)
+    entry = start(registry)
+    assert (entry.running, entry.making, entry.run) == (True, False, "b/1/1")
+    assert not start(registry, runs=False).running
+    assert start(registry).running
+    assert [changed.running for changed in registry.stop([VM, OTHER_VM])] == [False]
+    assert registry.stop([VM]) == []
+    assert set(entry_of(registry).eks) == {RSA, ECC}
 
 
-@pytest.mark.parametrize("event", sorted(entries.STOPS))
-def test_it_runs_no_more(registry: Registry, event: str) -> None:
+def test_what_waits_changes_nothing_of_what_is_known(registry: Registry) -> None:
+    """A VM that may be about to come in, or about to be restored: nobody knows yet."""
     make(registry)
-    start(registry)
-    entry = registry.happened(VM, "web", event)
-    assert entry is not None
-    assert not entry.running
-    assert set(entry.eks) == {RSA, ECC}
+    read(registry, keys())
+    registry.stop([VM])
+    before = entry_of(registry)
+    assert start(registry, run="b/2/2", runs=False, origin="unknown") is before
 
 
-@pytest.mark.parametrize("event", sorted(entries.STOPS))
-def test_the_stop_of_an_unknown_vm_is_nothing(registry: Registry, event: str) -> None:
-    assert registry.happened(VM, "web", event) is None
-    assert registry.all() == ()
-
-
-def test_confirmed_is_what_was_read_back(registry: Registry) -> None:
+def test_confirmed_is_what_was_read(registry: Registry) -> None:
     make(registry)
-    entry = registry.read_back(start(registry), keys())
-    assert entry is not None
+    assert start(registry).state == REGISTERED
+    entry = read(registry, keys())
     assert (entry.state, entry.generation, entry.issuer) == (CONFIRMED, 1, "delegate")
+    assert entry.running
 
 
-def test_a_start_has_it_read_again(registry: Registry) -> None:
+def test_each_life_has_it_read_again(registry: Registry) -> None:
     make(registry)
-    registry.read_back(start(registry), keys())
-    registry.happened(VM, "web", "reconnect")
-    assert registry.all()[0].state == CONFIRMED  # libvirtd's restart is not the VM's
-    registry.happened(VM, "web", "stopped")
-    assert start(registry).state == CLAIMED
+    confirmed = read(registry, keys())
+    assert start(registry) is confirmed  # a helper that was started again has not read it yet
+    registry.stop([VM])
+    entry = start(registry, run="b/2/2")
+    assert (entry.state, set(entry.eks)) == (REGISTERED, {RSA, ECC})
+
+
+@pytest.mark.parametrize("reading", ["encrypted", "failed"])
+def test_what_can_no_longer_be_read_is_no_longer_confirmed(
+    registry: Registry, reading: Reading
+) -> None:
+    make(registry)
+    read(registry, keys())
+    assert start(registry, reading=reading).state == REGISTERED
+
+
+def test_what_was_only_ever_read_is_claimed_where_it_cannot_be_read(registry: Registry) -> None:
+    read(registry, keys())  # made before the hooks were there
+    assert start(registry, reading="failed").state == CLAIMED
 
 
 def test_a_key_that_is_not_there_is_taken_out(registry: Registry) -> None:
     make(registry)
-    entry = registry.read_back(start(registry), [RSA])
-    assert entry is not None
+    start(registry)
+    entry = read(registry, [RSA])
     assert (entry.eks, entry.state, entry.generation) == ((RSA,), CONFIRMED, 1)
 
 
 def test_a_false_claim_is_corrected(registry: Registry, clock: Clock) -> None:
     make(registry, number=1)
-    seen = start(registry)
+    start(registry)
     clock.now += 5
-    entry = registry.read_back(seen, keys())
-    assert entry is not None
+    entry = read(registry, keys())
     assert set(entry.eks) == {RSA, ECC}
     assert (entry.state, entry.generation, entry.issuer) == (CONFIRMED, 2, "unknown")
     assert entry.registered_at == int(clock.now)
 
 
 def test_a_vm_that_was_there_before_the_hooks(registry: Registry) -> None:
-    entry = registry.read_back(start(registry), keys())
-    assert entry is not None
+    start(registry)
+    entry = read(registry, keys())
     assert (entry.generation, entry.issuer, entry.migrated) == (1, "unknown", False)
 
 
-def test_what_was_read_of_a_vtpm_that_is_no_more_says_nothing(registry: Registry) -> None:
-    make(registry)
-    seen = start(registry)
-    registry.happened(VM, "web", "stopped")
-    assert registry.read_back(seen, keys()) is None
-    make(registry, number=1)
-    start(registry)
-    assert registry.read_back(seen, keys()) is None
-    entry = registry.get(VM)
-    assert entry is not None
-    assert set(entry.eks) == set(keys(1))
-    assert entry.state == CLAIMED
-
-
 def test_a_vm_comes_in(registry: Registry) -> None:
-    make(registry)  # was here, long ago
-    registry.happened(VM, "web", "migrate")
-    seen = start(registry)
-    assert (seen.eks, seen.migrated, seen.generation) == ((), True, 2)
-    entry = registry.read_back(seen, keys(1))
-    assert entry is not None
+    """A vTPM that was here before, under the same UUID, is not what has come in."""
+    make(registry)
+    read(registry, keys())
+    registry.stop([VM])
+    waiting = start(registry, run="b/2/2", runs=False, origin="unknown")
+    assert not waiting.running
+    seen = start(registry, run="b/2/2", origin="elsewhere")
+    assert (seen.eks, seen.state, seen.migrated, seen.generation) == ((), CLAIMED, True, 2)
+    entry = read(registry, keys(1), run="b/2/2", origin="elsewhere")
     assert (set(entry.eks), entry.state) == (set(keys(1)), CONFIRMED)
     assert (entry.generation, entry.migrated, entry.issuer) == (2, True, "unknown")
 
 
-def test_nothing_comes_in_over_a_vm_that_runs(registry: Registry) -> None:
+def test_an_encrypted_vm_that_comes_in_has_no_ek(registry: Registry) -> None:
     make(registry)
-    before = start(registry)
-    assert registry.happened(VM, "web", "migrate") is before
+    registry.stop([VM])
+    entry = start(registry, run="b/2/2", origin="elsewhere", reading="encrypted")
+    assert (entry.eks, entry.state) == ((), CLAIMED)
+
+
+def test_a_life_whose_beginning_nobody_saw_forgets_what_was_registered(registry: Registry) -> None:
+    make(registry)
+    entry = start(registry, origin="unknown", reading="encrypted")
+    assert (entry.eks, entry.state, entry.generation) == ((), CLAIMED, 1)
 
 
 def test_a_vtpm_made_here_is_not_migrated(registry: Registry) -> None:
-    registry.happened(VM, "web", "migrate")
+    start(registry, origin="elsewhere")
+    registry.stop([VM])
     entry = make(registry)
     assert (entry.migrated, entry.generation) == (False, 2)
 
@@ -251,12 +270,11 @@ def test_an_ek_of_another_vm_is_not_registered(registry: Registry) -> None:
 
 def test_a_copy_of_a_running_vtpm_has_no_link(registry: Registry) -> None:
     make(registry)
-    registry.read_back(start(registry), keys())
-    before = registry.get(VM)
+    before = read(registry, keys())
+    start(registry, OTHER_VM, run="b/2/2")
     with pytest.raises(CloneError, match=str(VM)):
-        registry.read_back(start(registry, OTHER_VM), keys())
-    copy = registry.get(OTHER_VM)
-    assert copy is not None
+        read(registry, keys(), OTHER_VM, run="b/2/2")
+    copy = entry_of(registry, OTHER_VM)
     assert (copy.eks, copy.state) == ((), CLAIMED)
     assert registry.get(VM) is before
 
@@ -265,13 +283,10 @@ def test_a_vtpm_that_moved_to_another_vm_is_the_other_s(
     registry: Registry, opened: Callable[[], Registry]
 ) -> None:
     make(registry)
-    entry = registry.read_back(start(registry, OTHER_VM), keys())
-    assert entry is not None
+    entry = read(registry, keys(), OTHER_VM)
     assert set(entry.eks) == {RSA, ECC}
     again = opened()
-    old = again.get(VM)
-    assert old is not None
-    assert old.eks == ()
+    assert entry_of(again).eks == ()
     assert again.get(OTHER_VM) == entry
 
 
@@ -288,11 +303,11 @@ def test_claims_of_the_swtpm_user_cannot_fill_the_registry(
             certificate_request(ecc_key(number), vm=uuid.UUID(int=number)), issuer="delegate"
         )
     clock.now += 1
-    assert registry.happened(VM, "web", "started") is not None
+    start(registry)
     assert registry.get(uuid.UUID(int=0)) is None  # the oldest went
     assert len(registry.all()) == 3
     clock.now += 1
-    registry.happened(VM, "web", "stopped")
+    registry.stop([VM])
     registry.register(certificate_request(ecc_key(4), vm=OTHER_VM), issuer="delegate")
     assert registry.get(VM) is None  # what does not run and is not being made goes first
 
@@ -305,10 +320,10 @@ def test_the_oldest_that_does_not_run_makes_room(registry: Registry, clock: Cloc
         start(registry, vm)
     with pytest.raises(VtpmError, match="max_vms = 3"):
         make(registry, vms[3], 3)
-    registry.happened(vms[1], "", "stopped")
+    registry.stop([vms[1]])
     make(registry, vms[3], 3)
     assert {entry.vm for entry in registry.all()} == {vms[0], vms[2], vms[3]}
-    registry.happened(vms[0], "", "stopped")
+    registry.stop([vms[0]])
     registry.register(certificate_request(rsa_key(1), vm=vms[1]), issuer="delegate")  # it is free
 
 
@@ -323,40 +338,14 @@ def test_a_vm_without_its_vtpm_is_forgotten(registry: Registry, clock: Clock) ->
     assert [entry.vm for entry in registry.all()] == [OTHER_VM]
 
 
-def test_what_runs_at_the_start(registry: Registry) -> None:
-    make(registry)
-    start(registry)
-    make(registry, OTHER_VM, 1)
-    new = uuid.UUID(int=7)
-    changed = registry.reconcile({OTHER_VM, new, uuid.UUID(int=8)})
-    assert {entry.vm for entry in registry.all() if entry.running} >= {OTHER_VM}
-    assert len(registry.all()) == 3  # and no more
-    entry = registry.get(VM)
-    assert entry is not None
-    assert not entry.running
-    assert len(changed) == 3
-
-
-def test_a_vm_about_which_something_was_heard_meanwhile_goes_on(registry: Registry) -> None:
-    make(registry)
-    seen = start(registry)
-    registry.happened(VM, "web", "stopped")
-    start(registry)
-    assert registry.stop([seen]) == []
-    now = registry.get(VM)
-    assert now is not None
-    assert now.running
-    assert [entry.vm for entry in registry.stop([now])] == [VM]
-
-
 # --- the file ---------------------------------------------------------------------------------------
 
 
 def test_it_survives(registry: Registry, opened: Callable[[], Registry]) -> None:
     make(registry)
-    registry.read_back(start(registry), keys())
+    read(registry, keys())
     make(registry, OTHER_VM, 1)
-    registry.happened(uuid.UUID(int=5), "in", "migrate")
+    start(registry, uuid.UUID(int=5), origin="elsewhere")
     before = sorted(registry.all(), key=lambda entry: entry.vm)
     again = opened()
     assert sorted(again.all(), key=lambda entry: entry.vm) == before
@@ -400,7 +389,7 @@ KILLED = """
 import os, sys
 sys.path[:0] = sys.argv[2].split(":")
 from pathlib import Path
-from vtpm_helpers import VM, certificate_request, ecc_key
+from vtpm_helpers import VM, certificate_request, ecc_key, sighting
 from provider_proxy.host.vtpm.registry import Registry
 request = certificate_request(ecc_key())
 
@@ -415,7 +404,7 @@ def live(folder, die_at):
     registry._db.set_trace_callback(count)
     registry.register(request, issuer="delegate")
     (folder / "registered").touch()
-    registry.happened(VM, "web", "started")
+    registry.saw(sighting())
     (folder / "started").touch()
     os._exit(0)
 
@@ -473,7 +462,7 @@ def tenant(*vms: uuid.UUID) -> Tenant:
 
 def test_claims(registry: Registry, clock: Clock) -> None:
     make(registry)
-    registry.read_back(start(registry), keys())
+    read(registry, keys())
     claims = json.loads(Claims(registry.get)(tenant(VM), request()))
     assert claims == {
         "vm": str(VM),
@@ -482,6 +471,7 @@ def test_claims(registry: Registry, clock: Clock) -> None:
             {"alg": "rsa2048", "spki_sha256": RSA.spki_sha256},
         ],
         "running": True,
+        "state": "confirmed",
         "confirmed": True,
         "issuer": "delegate",
         "migrated": False,
@@ -496,7 +486,12 @@ def test_no_claims_have_one_reason(registry: Registry) -> None:
     make(registry, OTHER_VM, 1)  # does not run
     without_ek = uuid.UUID(int=3)
     start(registry, without_ek)
-    claims = Claims(registry.get)
+
+    def running(vm: uuid.UUID) -> Entry | None:
+        entry = registry.get(vm)
+        return entry if entry is not None and entry.running else None
+
+    claims = Claims(running)
     assert claims(tenant(VM), request())
     own = tenant(VM, OTHER_VM, without_ek, uuid.UUID(int=4))
     reasons = set()
@@ -524,8 +519,11 @@ def test_claims_fit_their_limit(registry: Registry) -> None:
 WORDS = st.lists(
     st.one_of(
         st.tuples(st.just("register"), st.integers(0, 2), st.booleans()),
-        st.tuples(st.just("event"), st.sampled_from(sorted(entries.EVENTS)), st.none()),
+        st.tuples(
+            st.just("saw"), st.integers(0, 2), st.sampled_from(["here", "elsewhere", "unknown"])
+        ),
         st.tuples(st.just("read"), st.integers(0, 2), st.booleans()),
+        st.tuples(st.just("lowered"), st.none(), st.none()),
     ),
     max_size=12,
 )
@@ -533,18 +531,25 @@ WORDS = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(WORDS)
-def test_whatever_is_said_the_entry_is_sound(words: list[tuple[str, object, object]]) -> None:
+def test_whatever_is_said_the_entry_is_sound(words: list[tuple[str, Any, Any]]) -> None:
     entry: Entry | None = None
     generation = 0
     for word, what, more in words:
         if word == "register":
-            key = keys(int(str(what)))[int(bool(more))]
-            if entry is None or not entry.running:
-                entry = entries.registered(entry, VM, "web", key, issuer="delegate")
-        elif word == "event":
-            entry = entries.happened(entry, VM, "web", str(what))
-        elif entry is not None and entry.running:
-            found = keys(int(str(what)))[: 1 if more else 2]
+            key = keys(what)[int(more)]
+            entry = entries.registered(entry, VM, "web", key, issuer="delegate")
+        elif word == "saw":
+            run = f"b/{what}/1"
+            is_new = entry is None or entry.run != run
+            entry = entries.saw(entry, VM, "web", run=run, origin=more)
+            assert not (is_new and entry.state == CONFIRMED)
+            assert not (is_new and more != "here" and entry.eks)
+            assert not entry.making
+        elif entry is not None and word == "lowered":
+            entry = entries.lowered(entry)
+            assert entry.state != CONFIRMED
+        elif entry is not None:
+            found = keys(what)[: 1 if more else 2]
             entry = entries.read_back(entry, found)
             assert (set(entry.eks), entry.state) == (set(found), CONFIRMED)
         if entry is None:
@@ -552,8 +557,28 @@ def test_whatever_is_said_the_entry_is_sound(words: list[tuple[str, object, obje
         assert len({ek.family for ek in entry.eks}) == len(entry.eks) <= 2
         assert entry.generation >= generation
         assert entry.eks or entry.state == CLAIMED
-        assert not (entry.running and entry.making)
         generation = entry.generation
+
+
+def test_a_registry_of_version_1_is_read(tmp_path: Path) -> None:
+    """Its EKs could be registered at any time: none of them is "registered" for that."""
+    path = tmp_path / "vtpm.sqlite"
+    registry = Registry(path, max_vms=3)
+    make(registry)
+    registry.close()
+    old = sqlite3.connect(path)
+    old.executescript(
+        "ALTER TABLE vms DROP COLUMN run; UPDATE vms SET state = 'claimed'; PRAGMA user_version = 1"
+    )
+    old.close()
+    for _ in range(2):
+        registry = Registry(path, max_vms=3)
+        entry = entry_of(registry)
+        assert (entry.run, entry.state, set(entry.eks)) == ("", CLAIMED, {RSA, ECC})
+        registry.close()
+    registry = Registry(path, max_vms=3)
+    assert start(registry).state == CLAIMED
+    registry.close()
 
 
 def test_the_database_is_not_world_readable_whatever_the_umask(tmp_path: Path) -> None:

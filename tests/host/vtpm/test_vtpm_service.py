@@ -1,59 +1,44 @@
-"""The hooks' door and the keeper behind it: who may say what, what is read back when, and how little a
-hostile peer, file or process can do."""
+"""The EK hook's door and the keeper behind it: who may say what and when, and how little a hostile peer
+or process can do."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import pwd
-import shutil
 import socket
-import subprocess
-import sys
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 from tpm_helpers import sample
-from vtpm_helpers import (
-    OTHER_VM,
-    VM,
-    Libvirt,
-    certificate_request,
-    certify,
-    ecc_key,
-    event,
-    make_libvirt,
-    rsa_key,
-)
+from vtpm_helpers import OTHER_VM, VM, certificate_request, certify, ecc_key, rsa_key, sighting
 
 from provider_proxy.cli import main as cli
 from provider_proxy.common.streams import SocketStream
-from provider_proxy.errors import HostError, VtpmError
+from provider_proxy.errors import HostError, NotFoundError, VtpmError
+from provider_proxy.evidence.model import Nonce, PcrMask, QuoteRequest, Tenant
 from provider_proxy.host.api.admin import AdminDoor
 from provider_proxy.host.config.tables import Vtpm
 from provider_proxy.host.http import messages, server
 from provider_proxy.host.http.listeners import open_listeners
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.vtpm import hook_server as door_module
-from provider_proxy.host.vtpm import readback, running
-from provider_proxy.host.vtpm import service as keeper_module
 from provider_proxy.host.vtpm.claims import entry_values
 from provider_proxy.host.vtpm.entries import CONFIRMED, Ek, Entry, ek_of
+from provider_proxy.host.vtpm.follower import Follower
 from provider_proxy.host.vtpm.hook_server import CONNECTIONS_A_USER, LINE_LIMIT_S, HookDoor
-from provider_proxy.host.vtpm.messages import MAX_LINE_BYTES, VmEvent, parse_message
+from provider_proxy.host.vtpm.messages import MAX_LINE_BYTES, parse_message
 from provider_proxy.host.vtpm.open_service import share_socket
-from provider_proxy.host.vtpm.readback import EncryptedError, copy_state
 from provider_proxy.host.vtpm.registry import Registry
 from provider_proxy.host.vtpm.requests import CertificateRequest
-from provider_proxy.host.vtpm.running import running_vms
-from provider_proxy.host.vtpm.service import CONFIRM_AFTER_S, WATCH_S, Keeper
+from provider_proxy.host.vtpm.service import PRUNE_S, Keeper
+from provider_proxy.host.vtpm.sightings import LEASE_S, Gone, Holds, Sighting, Window
 
 ME = os.geteuid()
 SWTPM_USER = 12345
@@ -66,7 +51,6 @@ def test_a_request_of_each_kind_of_key() -> None:
     for key in (rsa_key(), rsa_key(0, 3072), ecc_key(), ecc_key(0, "secp256r1")):
         message = parse_message(certify(key))
         assert message == certificate_request(key)
-    assert parse_message(event("started")) == VmEvent(vm=VM, name="web", event="started")
 
 
 def changed(line: bytes, **values: Any) -> bytes:
@@ -83,13 +67,9 @@ GOOD = {"type": "ecc", "curve": "secp384r1", "x": "1", "y": "2"}
         b"[]",
         b"{}",
         b'{"version": 1, "version": 1}',
-        changed(event("started"), version=2),
-        changed(event("started"), op="stop"),
-        changed(event("started"), event="start"),
-        changed(event("started"), vm=str(VM).upper()),
-        changed(event("started"), vm="../../etc"),
-        changed(event("started"), more=1),
-        changed(event("started"), name="x" * 600),
+        changed(certify(ecc_key()), version=2),
+        changed(certify(ecc_key()), op="event"),
+        changed(certify(ecc_key()), more=1),
         changed(certify(ecc_key()), kind="iak"),
         changed(certify(ecc_key()), vmid="web"),
         changed(certify(ecc_key()), vmid=f"\n:{VM}"),
@@ -118,7 +98,6 @@ class Heard:
     """A handler that writes down what it hears."""
 
     def __init__(self) -> None:
-        self.events: list[VmEvent] = []
         self.requests: list[CertificateRequest] = []
         self.certificate: bytes | None = None
         self.delay_s = 0.0
@@ -130,9 +109,6 @@ class Heard:
             raise self.bug
         self.requests.append(request)
         return self.certificate
-
-    async def happened(self, event: VmEvent) -> None:
-        self.events.append(event)
 
 
 class AtDoor:
@@ -178,14 +154,6 @@ async def test_root_and_the_swtpm_user_register(at_door: AtDoor, uid: int) -> No
     assert at_door.heard.requests == [certificate_request(ecc_key())]
     at_door.heard.certificate = b"\1\2"
     assert (await at_door.ask(certify(ecc_key()), uid=uid))["certificate"] == "AQI="
-
-
-async def test_events_are_root_s_alone(at_door: AtDoor) -> None:
-    answer = await at_door.ask(event("started"), uid=SWTPM_USER)
-    assert (answer["ok"], at_door.heard.events) == (False, [])
-    assert "root alone" in answer["error"]
-    assert await at_door.ask(event("started")) == {"ok": True}
-    assert len(at_door.heard.events) == 1
 
 
 async def test_nobody_else_comes_in(at_door: AtDoor) -> None:
@@ -245,51 +213,37 @@ async def test_one_user_does_not_crowd_out_the_other(at_door: AtDoor) -> None:
         await trio.testing.wait_all_tasks_blocked()
         assert await at_door.ask(certify(ecc_key()), uid=SWTPM_USER) == {}
         assert ("connect", "too many") in at_door.seen
-        assert await at_door.ask(event("started")) == {"ok": True}
+        assert await at_door.ask(certify(ecc_key())) == {"ok": True}
         nursery.cancel_scope.cancel()
 
 
 # --- the keeper -------------------------------------------------------------------------------------
 
 
-class Reader:
-    """Stands in for `read_eks`: what each vTPM holds, or why it cannot be read."""
+class Helper:
+    """Stands in for provider-proxy-vtpm at the other end of the keeper's follower."""
 
     def __init__(self) -> None:
-        self.holds: dict[uuid.UUID, tuple[Ek, ...] | Exception] = {}
-        self.reads: list[tuple[float, uuid.UUID]] = []
-        self.at_once = 0
-        self.most_at_once = 0
+        self.window = Window(open=True, holds=Holds(reading="read", eks=eks()))
 
-    async def __call__(
-        self, state_root: Path, vm: uuid.UUID, *, uid: int, work: Path, limit_s: float
-    ) -> tuple[Ek, ...]:
-        self.reads.append((trio.current_time(), vm))
-        self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
-        await trio.sleep(0.1)
-        self.at_once -= 1
-        found = self.holds.get(vm, VtpmError("the vTPM has no EK yet"))
-        if isinstance(found, Exception):
-            raise found
-        return found
+    async def check(self, vm: uuid.UUID) -> Window:
+        await trio.lowlevel.checkpoint()
+        return self.window
 
 
 class Kept:
     """A keeper over a registry of its own; threads run inline, so that the clock may jump."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.libvirt = make_libvirt(folder / "libvirt")
+        self.state_root = folder / "swtpm"
+        self.state_root.mkdir()
         self.registry = Registry(folder / "vtpm.sqlite", max_vms=10)
         self.metrics = Metrics()
-        self.reader = Reader()
+        self.helper = Helper()
         self.issued: list[CertificateRequest] = []
-        self.settings = Vtpm(
-            enabled=True, state_root=self.libvirt.state_root, run_root=self.libvirt.run_root
-        )
-        self.running: set[uuid.UUID] = set()
+        self.settings = Vtpm(enabled=True, state_root=self.state_root, helper=folder / "helper")
         monkeypatch.setattr(trio.to_thread, "run_sync", self._inline)
-        monkeypatch.setattr(keeper_module, "running_vms", lambda *_: frozenset(self.running))
+        monkeypatch.setattr(Follower, "check", lambda _, vm: self.helper.check(vm))
         self.keeper = self.make()
 
     @staticmethod
@@ -298,15 +252,7 @@ class Kept:
         return function(*args)
 
     def make(self, issuer: Any = None) -> Keeper:
-        self.keeper = Keeper(
-            self.settings,
-            self.registry,
-            self.metrics,
-            uid=ME,
-            work=self.libvirt.root,
-            issuer=issuer,
-            read_eks=self.reader,
-        )
+        self.keeper = Keeper(self.settings, self.registry, self.metrics, uid=ME, issuer=issuer)
         return self.keeper
 
     def entry(self, vm: uuid.UUID = VM) -> Entry:
@@ -314,18 +260,26 @@ class Kept:
         assert found is not None
         return found
 
-    async def tell(self, what: str, vm: uuid.UUID = VM) -> None:
-        if what == "started":
-            self.running.add(vm)
-        await self.keeper.happened(VmEvent(vm=vm, name="web", event=what))
+    async def hear(self, *words: Sighting | Gone) -> None:
+        """The follower's words, as it would take them."""
+        follower = self.keeper.follower
+        for word in words:
+            if isinstance(word, Sighting):
+                follower._sightings[word.vm] = word
+            else:
+                follower._sightings.pop(word.vm, None)
+            follower._counts_until = trio.current_time() + LEASE_S
+            await self.keeper.take(word)
 
-    @asynccontextmanager
-    async def at_work(self) -> AsyncIterator[None]:
-        await self.keeper.start()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.keeper.run, ())
-            yield
-            nursery.cancel_scope.cancel()
+    def claims(self, vm: uuid.UUID = VM) -> dict[str, Any] | None:
+        """What a tenant of both VMs is told."""
+        tenant = Tenant(name="acme", pcr_allow=1, vms=frozenset((VM, OTHER_VM)))
+        question = QuoteRequest(nonce=Nonce(b"n" * 16), mask=PcrMask(1), vm=vm)
+        try:
+            found: dict[str, Any] = json.loads(self.keeper.claims(tenant, question))
+        except NotFoundError:
+            return None
+        return found
 
 
 @pytest.fixture
@@ -337,147 +291,144 @@ def eks(number: int = 0) -> tuple[Ek, ...]:
     return (ek_of(ecc_key(number)),)
 
 
-async def test_a_vm_s_first_start(autojump_clock: trio.testing.MockClock, kept: Kept) -> None:
-    kept.reader.holds[VM] = eks()
-    async with kept.at_work():
-        await kept.tell("prepare")
-        assert await kept.keeper.certify(certificate_request(ecc_key())) is None
-        assert kept.keeper.listed()[0]["state"] == "claimed"
-        await kept.tell("started")
-        await trio.sleep(1)
-        assert kept.entry().state == CONFIRMED
-        assert sample(kept.metrics, "vtpm_vms", {"state": "confirmed"}) == 1
-        await kept.tell("stopped")
-        assert sample(kept.metrics, "vtpm_vms", {"state": "stopped"}) == 1
+async def test_a_vm_s_life(autojump_clock: trio.testing.MockClock, kept: Kept) -> None:
+    assert await kept.keeper.certify(certificate_request(ecc_key())) is None
+    assert kept.keeper.listed()[0]["state"] == "registered"
+    assert kept.claims() is None
+    await kept.hear(sighting(runs=False))
+    assert kept.claims() is None
+    await kept.hear(sighting())
+    claims = kept.claims()
+    assert claims is not None
+    assert (claims["state"], claims["confirmed"]) == ("registered", False)
+    await kept.hear(sighting(eks=eks()))
+    assert kept.entry().state == CONFIRMED
+    claims = kept.claims()
+    assert claims is not None
+    assert (claims["state"], claims["confirmed"], claims["issuer"]) == (
+        "confirmed",
+        True,
+        "delegate",
+    )
+    assert sample(kept.metrics, "vtpm_vms", {"state": "confirmed"}) == 1
+    await kept.hear(sighting(runs=False, eks=eks()))  # it leaves
+    assert kept.claims() is None
+    await kept.hear(sighting(eks=eks()))  # the migration was given up
+    assert kept.claims() == claims
+    await kept.hear(Gone(vm=VM))
+    assert kept.claims() is None
+    assert sample(kept.metrics, "vtpm_vms", {"state": "stopped"}) == 1
     assert sample(kept.metrics, "vtpm_confirmations_total", {"outcome": "confirmed"}) == 1
 
 
-async def test_an_ek_that_nobody_has_stays_claimed_until_corrected(
+async def test_claims_end_with_the_heartbeat(
     autojump_clock: trio.testing.MockClock, kept: Kept
 ) -> None:
-    """Any process of the swtpm user may register: what the vTPM holds counts."""
-    kept.reader.holds[VM] = eks(1)
-    async with kept.at_work():
-        await kept.keeper.certify(certificate_request(ecc_key()))
-        await kept.tell("started")
-        await trio.sleep(1)
+    await kept.hear(sighting(eks=eks()))
+    await trio.sleep(LEASE_S - 0.1)
+    assert kept.claims() is not None
+    await trio.sleep(0.2)
+    assert kept.claims() is None
+
+
+async def test_claims_are_of_the_life_of_the_vm_that_they_are_about(
+    autojump_clock: trio.testing.MockClock, kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the sight of a new life and the registry's next word nothing is claimed."""
+    await kept.hear(sighting(eks=eks()))
+    follower = kept.keeper.follower
+    follower._sightings[VM] = sighting(run="b/2/2", origin="elsewhere")
+    assert kept.claims() is None
+    await kept.hear(sighting(run="b/2/2", origin="elsewhere"))
+    assert kept.claims() is None  # it has come in: no EK is known
+    await kept.hear(sighting(run="b/2/2", origin="elsewhere", eks=eks(1)))
+    claims = kept.claims()
+    assert claims is not None
+    assert (claims["eks"][0]["spki_sha256"], claims["migrated"]) == (eks(1)[0].spki_sha256, True)
+
+
+async def test_an_ek_that_nobody_has_is_corrected(
+    autojump_clock: trio.testing.MockClock, kept: Kept
+) -> None:
+    """Any process of the swtpm user may speak in root's window: what the vTPM holds counts."""
+    await kept.keeper.certify(certificate_request(ecc_key()))
+    await kept.hear(sighting(), sighting(eks=eks(1)))
     assert (kept.entry().eks, kept.entry().issuer) == (eks(1), "unknown")
+    assert sample(kept.metrics, "vtpm_confirmations_total", {"outcome": "corrected"}) == 1
 
 
-async def test_encrypted_state_stays_claimed_and_is_read_once(
+async def test_encrypted_state_stays_registered(
     autojump_clock: trio.testing.MockClock, kept: Kept
 ) -> None:
-    kept.reader.holds[VM] = EncryptedError("the vTPM's state is encrypted")
-    async with kept.at_work():
+    kept.helper.window = Window(open=True, holds=Holds(reading="encrypted"))
+    await kept.keeper.certify(certificate_request(ecc_key()))
+    await kept.hear(sighting(reading="encrypted"))
+    assert (kept.entry().state, kept.entry().eks) == ("registered", eks())
+    claims = kept.claims()
+    assert claims is not None
+    assert (claims["state"], claims["confirmed"]) == ("registered", False)
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        (Window(open=False, holds=Holds()), "being made now"),
+        (
+            Window(open=False, holds=Holds(reading="read", eks=(ek_of(ecc_key()),))),
+            "being made now",
+        ),
+        (Window(open=True, holds=Holds(reading="failed", why="no EK yet")), "no EK yet"),
+        (Window(open=True, holds=Holds()), "cannot be read"),
+        (Window(open=True, holds=Holds(reading="read", eks=(ek_of(ecc_key(1)),))), "this EK"),
+    ],
+)
+async def test_what_is_not_registered(
+    autojump_clock: trio.testing.MockClock, kept: Kept, window: Window, message: str
+) -> None:
+    """Outside root's window, or against what the state holds; and the CA is never asked."""
+
+    class Signing:
+        async def issue(self, request: CertificateRequest) -> bytes:
+            raise AssertionError("it was asked")
+
+    kept.helper.window = window
+    keeper = kept.make(Signing())
+    with pytest.raises(VtpmError, match=message):
+        await keeper.certify(certificate_request(ecc_key()))
+    assert kept.registry.all() == ()
+
+
+async def test_a_running_vm_gets_no_other_ek_even_in_a_window(
+    autojump_clock: trio.testing.MockClock, kept: Kept
+) -> None:
+    await kept.hear(sighting(eks=eks(1)))
+    with pytest.raises(VtpmError, match="runs"):
         await kept.keeper.certify(certificate_request(ecc_key()))
-        await kept.tell("started")
-        await trio.sleep(1000)
-    assert len(kept.reader.reads) == 1
-    assert kept.entry().state == "claimed"
-    assert kept.entry().eks == eks()
+    assert kept.entry().eks == eks(1)
 
 
-async def test_what_cannot_be_read_is_tried_some_times(
-    autojump_clock: trio.testing.MockClock, kept: Kept
-) -> None:
-    """A vTPM that comes in from another host has its EK only when the migration is over."""
-    async with kept.at_work():
-        await kept.tell("migrate")
-        await kept.tell("started")
-        await trio.sleep(5)
-        kept.reader.holds[VM] = eks()
-        await trio.sleep(10)
-        assert (kept.entry().state, kept.entry().migrated) == (CONFIRMED, True)
-        await kept.keeper.certify(certificate_request(ecc_key(1), vm=OTHER_VM))
-        await kept.tell("started", OTHER_VM)
-        before = len(kept.reader.reads)
-        await trio.sleep(10_000)
-        assert len(kept.reader.reads) - before == len(CONFIRM_AFTER_S)
-
-
-async def test_a_migration_may_take_hours(
-    autojump_clock: trio.testing.MockClock, kept: Kept
-) -> None:
-    async with kept.at_work():
-        await kept.tell("migrate")
-        await kept.tell("started")
-        await trio.sleep(20_000)
-        assert len(kept.reader.reads) < 20_000 / CONFIRM_AFTER_S[-1] + len(CONFIRM_AFTER_S)
-        kept.reader.holds[VM] = eks()
-        await trio.sleep(CONFIRM_AFTER_S[-1] + 1)
-        assert kept.entry().state == CONFIRMED
-        before = len(kept.reader.reads)
-        await trio.sleep(10_000)
-        assert len(kept.reader.reads) == before
-
-
-async def test_one_at_a_time(autojump_clock: trio.testing.MockClock, kept: Kept) -> None:
-    vms = [uuid.UUID(int=number) for number in range(1, 9)]
-    async with kept.at_work():
-        for vm in vms:
-            await kept.tell("started", vm)
-        await trio.sleep(1000)
-    assert kept.reader.most_at_once == 1
-    assert {vm for _, vm in kept.reader.reads} == set(vms)
-
-
-async def test_a_copy_is_an_error_in_the_log(
+async def test_a_copy_is_an_error_in_the_log_until_the_other_is_gone(
     autojump_clock: trio.testing.MockClock, kept: Kept, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kept.reader.holds = {VM: eks(), OTHER_VM: eks()}
-    async with kept.at_work():
-        await kept.tell("started")
-        await trio.sleep(1)
-        await kept.tell("started", OTHER_VM)
-        await trio.sleep(1)
+    await kept.hear(sighting(eks=eks()), sighting(vm=OTHER_VM, run="b/2/2", eks=eks()))
     assert kept.entry(OTHER_VM).eks == ()
     assert kept.entry().state == CONFIRMED
+    assert kept.claims(OTHER_VM) is None
     assert any("copy" in record.getMessage() for record in caplog.records)
     assert sample(kept.metrics, "vtpm_confirmations_total", {"outcome": "clone"}) == 1
+    await kept.hear(Gone(vm=VM))
+    assert kept.entry(OTHER_VM).eks == eks()
+    assert kept.claims(OTHER_VM) is not None
 
 
-async def test_a_vm_whose_end_nobody_told_ends_all_the_same(
+async def test_after_a_start_nothing_runs_until_it_is_said(
     autojump_clock: trio.testing.MockClock, kept: Kept
 ) -> None:
-    async with kept.at_work():
-        await kept.tell("started")
-        await trio.sleep(WATCH_S * 2)
-        assert kept.entry().running
-        kept.running.clear()
-        await trio.sleep(WATCH_S * 1.5)
-        assert not kept.entry().running
-
-
-async def test_watching_starts_nothing(autojump_clock: trio.testing.MockClock, kept: Kept) -> None:
-    """A process can call itself anything; that a VM runs is root's word."""
-    async with kept.at_work():
-        await kept.keeper.certify(certificate_request(ecc_key()))
-        kept.running.add(VM)
-        await trio.sleep(WATCH_S * 3)
-        assert not kept.entry().running
-
-
-async def test_a_start_of_the_daemon_sees_what_runs(
-    autojump_clock: trio.testing.MockClock, kept: Kept
-) -> None:
-    await kept.keeper.certify(certificate_request(ecc_key()))
-    kept.running.add(VM)
-    kept.reader.holds[VM] = eks()
-    async with kept.at_work():
-        await trio.sleep(1)
-        assert (kept.entry().running, kept.entry().state) == (True, CONFIRMED)
-
-
-async def test_a_new_vtpm_after_a_stop_that_nobody_told(
-    autojump_clock: trio.testing.MockClock, kept: Kept
-) -> None:
-    await kept.keeper.certify(certificate_request(ecc_key()))
-    await kept.tell("started")
-    with pytest.raises(VtpmError, match="runs, with another EK"):
-        await kept.keeper.certify(certificate_request(ecc_key(1)))
-    kept.running.clear()
-    await kept.keeper.certify(certificate_request(ecc_key(1)))
-    assert (kept.entry().eks, kept.entry().generation) == (eks(1), 2)
+    await kept.hear(sighting(eks=eks()))
+    again = kept.make()
+    await again.start()
+    assert not kept.entry().running
+    assert kept.claims() is None
 
 
 async def test_a_vm_that_is_undefined_is_forgotten(
@@ -485,24 +436,19 @@ async def test_a_vm_that_is_undefined_is_forgotten(
 ) -> None:
     await kept.keeper.certify(certificate_request(ecc_key()))
     kept.registry._now = lambda: 1e11  # much later
-    async with kept.at_work():
-        (kept.libvirt.state_root / str(VM)).mkdir()
-        await trio.sleep(WATCH_S * 2)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(kept.keeper._prune)
+        (kept.state_root / str(VM)).mkdir()
+        await trio.sleep(PRUNE_S * 2)
         assert kept.registry.get(VM) is not None
-        (kept.libvirt.state_root / str(VM)).rmdir()
-        await trio.sleep(WATCH_S * 2)
+        (kept.state_root / str(VM)).rmdir()
+        kept.state_root.rename(kept.state_root.with_name("away"))  # an unmounted one says nothing
+        await trio.sleep(PRUNE_S * 2)
+        assert kept.registry.get(VM) is not None
+        kept.state_root.mkdir()
+        await trio.sleep(PRUNE_S * 2)
         assert kept.registry.get(VM) is None
-
-
-async def test_a_folder_that_is_not_mounted_forgets_nobody(
-    autojump_clock: trio.testing.MockClock, kept: Kept
-) -> None:
-    await kept.keeper.certify(certificate_request(ecc_key()))
-    kept.registry._now = lambda: 1e11
-    kept.libvirt.state_root.rmdir()
-    async with kept.at_work():
-        await trio.sleep(WATCH_S * 2)
-    assert kept.registry.get(VM) is not None
+        nursery.cancel_scope.cancel()
 
 
 async def test_trouble_with_the_disk_ends_nothing(
@@ -511,9 +457,14 @@ async def test_trouble_with_the_disk_ends_nothing(
     def full(*_: object) -> None:
         raise HostError("the disk is full")
 
-    async with kept.at_work():
-        monkeypatch.setattr(kept.registry, "prune", full)
-        await trio.sleep(WATCH_S * 3)
+    monkeypatch.setattr(kept.registry, "prune", full)
+    monkeypatch.setattr(kept.registry, "saw", full)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(kept.keeper._prune)
+        await trio.sleep(PRUNE_S * 3)
+        await kept.hear(sighting(eks=eks()))
+        assert kept.claims() is None
+        nursery.cancel_scope.cancel()
 
 
 async def test_an_issuer_certifies_what_is_registered(
@@ -530,234 +481,10 @@ async def test_an_issuer_certifies_what_is_registered(
     signing = Signing()
     keeper = kept.make(signing)
     assert await keeper.certify(certificate_request(ecc_key())) == bytes(2048)
-    await kept.tell("started")
-    with pytest.raises(VtpmError):
-        await keeper.certify(certificate_request(ecc_key(1)))
     assert len(kept.issued) == 1
     signing.length = 2049
     with pytest.raises(HostError, match="longer than 2048"):
         await keeper.certify(certificate_request(ecc_key()))
-
-
-# --- hostile files ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def libvirt(tmp_path: Path) -> Libvirt:
-    made = make_libvirt(tmp_path / "libvirt")
-    made.state(VM).mkdir(parents=True)
-    (made.state(VM) / readback.STATE_FILE).write_bytes(STATE)
-    return made
-
-
-STATE = b"\2\1\0\x0a\0\0\0\0\0\x64" + bytes(90)
-
-
-def copied(libvirt: Libvirt, uid: int = ME) -> bytes:
-    folder = copy_state(libvirt.state_root, VM, uid, libvirt.root)
-    data = (folder / readback.STATE_FILE).read_bytes()
-    assert folder.stat().st_mode & 0o777 == 0o700
-    readback.remove_copies(libvirt.root)
-    assert not folder.exists()
-    return data
-
-
-def test_a_plain_state_file_is_copied(libvirt: Libvirt) -> None:
-    assert copied(libvirt) == STATE
-
-
-def test_a_copy_that_fails_leaves_no_secrets_behind(
-    libvirt: Libvirt, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(path: Path, data: bytes) -> NoReturn:
-        with path.open("wb") as file:
-            file.write(data[:100])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(HostError, match="No space"):
-        copied(libvirt)
-    assert not list(libvirt.root.glob(readback.COPY_PREFIX + "*"))
-
-
-async def test_no_more_files_is_the_hosts_trouble(
-    libvirt: Libvirt, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(*_: object) -> NoReturn:
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    monkeypatch.setattr(socket, "socketpair", refused)
-    with pytest.raises(HostError, match="Too many open files"):
-        await readback.read_eks(libvirt.state_root, VM, uid=ME, work=libvirt.root, limit_s=5)
-    assert not list(libvirt.root.glob(readback.COPY_PREFIX + "*"))
-
-
-def test_encrypted_state_is_seen_as_such(libvirt: Libvirt) -> None:
-    (libvirt.state(VM) / readback.STATE_FILE).write_bytes(STATE[:5] + b"\1" + STATE[6:])
-    with pytest.raises(EncryptedError):
-        copied(libvirt)
-
-
-def _elsewhere(libvirt: Libvirt) -> Path:
-    """Another VM's state."""
-    path = libvirt.state(OTHER_VM) / readback.STATE_FILE
-    path.parent.mkdir(parents=True)
-    path.write_bytes(STATE)
-    return path
-
-
-def _link_file(libvirt: Libvirt, path: Path) -> None:
-    path.unlink()
-    path.symlink_to(_elsewhere(libvirt))
-
-
-def _hard_link(libvirt: Libvirt, path: Path) -> None:
-    path.unlink()
-    path.hardlink_to(_elsewhere(libvirt))
-
-
-def _link_folder(libvirt: Libvirt, path: Path) -> None:
-    shutil.rmtree(path.parent)
-    path.parent.symlink_to(_elsewhere(libvirt).parent)
-
-
-def _link_vm(libvirt: Libvirt, path: Path) -> None:
-    shutil.rmtree(path.parent.parent)
-    path.parent.parent.symlink_to(_elsewhere(libvirt).parent.parent)
-
-
-def _pipe(libvirt: Libvirt, path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        _link_file,
-        _hard_link,
-        _link_folder,
-        _link_vm,
-        _pipe,
-        lambda _, path: path.write_bytes(b""),
-        lambda _, path: path.write_bytes(bytes(readback.MAX_STATE_BYTES + 1)),
-        lambda _, path: path.unlink(),
-        lambda _, path: (path.unlink(), path.mkdir()),
-    ],
-    ids=["link", "hard link", "folder", "VM's folder", "pipe", "empty", "large", "none", "dir"],
-)
-def test_state_files_that_are_not_read(
-    libvirt: Libvirt, spoil: Callable[[Libvirt, Path], None]
-) -> None:
-    spoil(libvirt, libvirt.state(VM) / readback.STATE_FILE)
-    with pytest.raises(VtpmError):
-        copied(libvirt)
-    assert not list(libvirt.root.glob(readback.COPY_PREFIX + "*"))
-
-
-def test_another_user_s_file_is_not_read(libvirt: Libvirt) -> None:
-    with pytest.raises(VtpmError, match="not a plain file of the swtpm user"):
-        copied(libvirt, uid=ME + 1)
-
-
-# --- what runs --------------------------------------------------------------------------------------
-
-
-def pid_file(libvirt: Libvirt, text: str, name: str = "1-web-swtpm.pid") -> Path:
-    path = libvirt.run_root / name
-    path.write_text(text)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        ("", "empty"),
-        ("x", "no number"),
-        ("-1", "no number"),
-        ("99999999999999999999", "too long"),
-        ("4194304", "nobody"),
-        (str(os.getpid()), "not a swtpm"),
-        ("1", "not a swtpm"),
-    ],
-)
-def test_pid_files_that_say_nothing(libvirt: Libvirt, text: str, why: str) -> None:
-    pid_file(libvirt, text)
-    assert running_vms(libvirt.run_root, libvirt.state_root, ME) == frozenset(), why
-
-
-@pytest.mark.parametrize(
-    ("program", "folder", "uid", "runs"),
-    [
-        ("/usr/bin/swtpm", "{vm}/tpm2", ME, True),
-        ("/usr/bin/swtpm", "{vm}/tpm2,mode=0600", ME, True),
-        ("/usr/bin/swtpm", "{vm}/tpm2x", ME, False),
-        ("/usr/bin/swtpm", "{vm}/tpm2", ME + 1, False),  # another user's
-        ("/usr/bin/qemu", "{vm}/tpm2", ME, False),
-    ],
-)
-def test_the_process_must_be_that_vm_s_swtpm(
-    libvirt: Libvirt, program: str, folder: str, uid: int, runs: bool
-) -> None:
-    words = ["-c", "import sys; print(1, flush=True); sys.stdin.read()", "--tpmstate"]
-    words.append(f"dir={libvirt.state_root}/{folder.format(vm=VM)}")
-    with subprocess.Popen(
-        [program, *words],
-        executable=sys.executable,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdin is not None
-        process.stdout.readline()
-        pid_file(libvirt, f"{process.pid}\n")
-        found = running_vms(libvirt.run_root, libvirt.state_root, uid)
-        process.stdin.close()
-    assert found == ({VM} if runs else set())
-    assert running_vms(libvirt.run_root, libvirt.state_root, ME) == frozenset()  # it has ended
-
-
-def test_links_and_pipes_among_pid_files(libvirt: Libvirt) -> None:
-    (libvirt.run_root / "a.pid").symlink_to("/etc/hostname")
-    os.mkfifo(libvirt.run_root / "b.pid")
-    (libvirt.run_root / "c.pid").mkdir()
-    assert running_vms(libvirt.run_root, libvirt.state_root, ME) == frozenset()
-
-
-def test_where_libvirt_never_ran_nothing_runs(tmp_path: Path) -> None:
-    assert running_vms(tmp_path / "none", tmp_path, ME) == frozenset()
-
-
-def test_a_hidden_process_is_an_error(
-    libvirt: Libvirt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """ProtectProc=invisible would have every VM stopped."""
-
-    def not_yours(pid: int, number: int) -> None:
-        raise PermissionError
-
-    pid_file(libvirt, "12345")
-    monkeypatch.setattr(running, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(os, "kill", not_yours)
-    with pytest.raises(HostError, match="ProtectProc"):
-        running_vms(libvirt.run_root, libvirt.state_root, ME)
-
-
-@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
-@pytest.mark.parametrize("what", ["pid file", "process"])
-def test_that_nothing_can_be_opened_does_not_say_that_nothing_runs(
-    libvirt: Libvirt, monkeypatch: pytest.MonkeyPatch, code: int, what: str
-) -> None:
-    """Else a flood of connections would end the links of all VMs."""
-
-    def refused(*_: object, **__: object) -> NoReturn:
-        raise OSError(code, os.strerror(code))
-
-    pid_file(libvirt, str(os.getpid()))
-    owner: object = os if what == "pid file" else Path
-    monkeypatch.setattr(owner, "open", refused)
-    with pytest.raises(HostError):
-        running_vms(libvirt.run_root, libvirt.state_root, ME)
 
 
 # --- the socket and the command ---------------------------------------------------------------------

@@ -1,0 +1,168 @@
+"""provider-proxy-vtpm's socket: one daemon asks, a line or a stream of lines answers.
+
+The socket is systemd's (`provider-proxy-vtpm.socket`, for the daemon's user alone) or a path of our
+own. Who connects is checked by the kernel's word besides. Every wait has a deadline, every line a
+bound, and there are never more than a few connections.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pwd
+import socket
+import stat
+import uuid
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from provider_proxy.errors import HostError, ProviderProxyError
+from provider_proxy.host import systemd
+from provider_proxy.host.vtpm.helper.eyes import Eyes
+from provider_proxy.host.vtpm.hook_server import peer_uid, read_line
+from provider_proxy.host.vtpm.sightings import (
+    HEARTBEAT_S,
+    MAX_QUESTION_BYTES,
+    Alive,
+    Gone,
+    Holds,
+    Sighting,
+    Window,
+    encode_word,
+    parse_question,
+)
+
+log = logging.getLogger(__name__)
+
+QUESTION_LIMIT_S = 5.0
+SEND_LIMIT_S = 5.0  # a daemon that does not read is let go, and asks again
+CHECK_LIMIT_S = 17.0  # below what the hook's door waits for
+MAX_CONNECTIONS = 32
+BACKLOG = 32
+
+
+class Server:
+    """Serves the daemon's connections.
+
+    Args:
+        uids: of users that may ask.
+    """
+
+    def __init__(self, eyes: Eyes, uids: Collection[int]) -> None:
+        self._eyes = eyes
+        self._uids = frozenset(uids)
+        self._open = 0
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """Serve one connection and close it."""
+        async with stream:
+            try:
+                uid = peer_uid(stream)
+                if uid not in self._uids:
+                    log.warning("user %d may not ask", uid)
+                    return
+                if self._open >= MAX_CONNECTIONS:
+                    log.warning("more than %d connections", MAX_CONNECTIONS)
+                    return
+                self._open += 1
+                try:
+                    await self._converse(stream)
+                finally:
+                    self._open -= 1
+            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+                return
+            except ProviderProxyError as exc:
+                log.warning("a question was not answered: %s", exc)
+
+    async def _converse(self, stream: trio.SocketStream) -> None:
+        with trio.fail_after(QUESTION_LIMIT_S):
+            line = await read_line(stream, MAX_QUESTION_BYTES)
+        question = parse_question(line)
+        if question != "watch":
+            await _send(stream, encode_word(await self._check(question)))
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_until_gone, stream, nursery.cancel_scope)
+            await self._tell(stream)
+
+    async def _check(self, vm: uuid.UUID) -> Window:
+        with trio.move_on_after(CHECK_LIMIT_S):
+            return await self._eyes.check(vm)
+        return Window(open=False, holds=Holds(reading="failed", why="it took too long"))
+
+    async def _tell(self, stream: trio.SocketStream) -> None:
+        told: dict[uuid.UUID, Sighting] = {}
+        while True:
+            seen = self._eyes.seen
+            lines = [encode_word(word) for vm, word in seen.items() if told.get(vm) != word]
+            lines += [encode_word(Gone(vm=vm)) for vm in told if vm not in seen]
+            await _send(stream, b"".join([*lines, encode_word(Alive())]))
+            told = seen
+            with trio.move_on_after(HEARTBEAT_S):
+                while self._eyes.seen is told:
+                    await self._eyes.changed()
+
+
+async def _send(stream: trio.SocketStream, data: bytes) -> None:
+    with trio.fail_after(SEND_LIMIT_S):
+        await stream.send_all(data)
+
+
+async def _until_gone(stream: trio.SocketStream, scope: trio.CancelScope) -> None:
+    """The daemon has nothing more to say: what comes is its end, or a fault."""
+    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+        await stream.receive_some(1)
+    scope.cancel()
+
+
+def open_socket(path: Path | None) -> socket.socket:
+    """The socket that systemd handed over, or one of our own at `path`, for its owner and group.
+
+    Raises:
+        HostError: there is neither, or the path cannot be used.
+    """
+    inherited = systemd.take_listen_sockets()
+    if inherited:
+        if len(inherited) != 1 or inherited[0].family != socket.AF_UNIX:
+            raise HostError("systemd handed over something else than one unix socket")
+        return inherited[0]
+    if path is None:
+        raise HostError("systemd handed over no socket, and --socket is not given")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.exists() and stat.S_ISSOCK(path.lstat().st_mode):
+            path.unlink()
+        sock.bind(str(path))
+        path.chmod(0o660)
+        sock.listen(BACKLOG)
+    except OSError as exc:
+        sock.close()
+        raise HostError(f"cannot listen at {path}: {exc.strerror}") from exc
+    return sock
+
+
+def uid_of(name: str, what: str) -> int:
+    """A user's number. Raises: HostError: there is no such user."""
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except (KeyError, ValueError) as exc:
+        raise HostError(f"{what}: there is no user {name!r}") from exc
+
+
+async def run(eyes: Eyes, sock: socket.socket, *, daemon_uid: int) -> None:
+    """Look, read and answer, until cancelled.
+
+    Raises:
+        HostError: this process can no longer look.
+    """
+    sock.setblocking(False)
+    listener: trio.abc.Listener[Any] = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+    server = Server(eyes, {daemon_uid, 0, os.geteuid()})
+    async with trio.open_nursery() as nursery:
+        await nursery.start(eyes.run)
+        systemd.notify("READY=1")
+        nursery.start_soon(trio.serve_listeners, server.serve, [listener])
