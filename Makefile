@@ -31,7 +31,7 @@ KEYLIME_VENV := .venv-keylime
 WHEEL_VENV := .venv-wheel
 # For the daemon, and for tpm2-pytss, which has to be compiled.
 DEBIAN := swtpm libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv
-DEBIAN_TESTS := swtpm-tools tpm2-tools util-linux openssl systemd man-db
+DEBIAN_TESTS := swtpm-tools tpm2-tools util-linux openssl systemd systemd-container man-db
 # A browser for the status page, and what reads manuals and completions. Where one cannot be had, its tests are skipped.
 DEBIAN_OPTIONAL := chromium chromium-driver mandoc zsh fish git
 DEBIAN_BUILD := build-essential debhelper dpkg-dev fakeroot lintian

@@ -166,7 +166,7 @@ def test_documented_bounds_are_the_code_s() -> None:
         if row[1].startswith("whole"):
             with pytest.raises(ConfigError):
                 read_value("key", float(bounds[1]) + 0.5)
-    assert seen == 17
+    assert seen == 16
 
 
 def test_documented_duty_bounds_are_the_code_s() -> None:

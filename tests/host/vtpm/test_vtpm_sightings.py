@@ -434,8 +434,8 @@ async def test_what_is_said_counts_from_the_first_heartbeat_on(following: Follow
         await following.settle(lambda: follower.current(VM) == sighting())
         assert follower.is_up
         await say(stream, Gone(vm=VM))
-        await following.settle(lambda: follower.current(VM) is None)
-        assert following.taken[-1] == Gone(vm=VM)
+        await following.settle(lambda: following.taken[-1] == Gone(vm=VM))
+        assert follower.current(VM) is None
 
 
 @pytest.mark.parametrize("end", [b"", b"nonsense\n", b"x" * (MAX_LINE_BYTES + 2)])
