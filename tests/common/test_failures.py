@@ -24,6 +24,7 @@ from provider_proxy.errors import RegistrarError, ReplyError
 from provider_proxy.host.quoters.agent_http import AgentClient, AgentError
 from provider_proxy.tenant.client import ProxyClient
 from provider_proxy.tenant.verifier_api import VerifierApi
+from provider_proxy.tenant.watch.budget import Budget
 from provider_proxy.tenant.watch.http import Endpoint, ProxyConnection
 from provider_proxy.tenant.watch.reports import WebhookSink
 from provider_proxy.tenant.watch.tables import Webhook
@@ -149,7 +150,7 @@ def watcher_says(port: int, files: TlsFiles, *, tls: bool, name: str) -> str:
         endpoint = Endpoint(host="127.0.0.1", port=port, context=context, server_name=name)
         connection = ProxyConnection(endpoint.connect, "x")
         try:
-            return await connection.get("/", 1000)
+            return await connection.get("/", 1000, Budget().room("x"))
         finally:
             await connection.aclose()
 

@@ -18,6 +18,7 @@ from provider_proxy.errors import ProviderProxyError
 from provider_proxy.evidence.model import ClockState, QuoteRequest, TrustedHost
 from provider_proxy.evidence.query import parse_quote_query
 from provider_proxy.tenant.policies import PolicyFiles
+from provider_proxy.tenant.watch.budget import Budget
 from provider_proxy.tenant.watch.host import HostWatch, Shared
 from provider_proxy.tenant.watch.http import Endpoint
 from provider_proxy.tenant.watch.metrics import WatchMetrics
@@ -46,6 +47,8 @@ class FakeProxy:
         connections: opened so far.
         refuses: connections are refused.
         kept: it keeps connections open between requests.
+        delay_s: before each answer.
+        drip_s: between two bytes of one; 0 to send it at once.
     """
 
     def __init__(self, tpm: SoftTpm | None = None) -> None:
@@ -54,6 +57,8 @@ class FakeProxy:
         self.connections = 0
         self.refuses = False
         self.kept = True
+        self.delay_s = 0.0
+        self.drip_s = 0.0
         self.logs: dict[str, Any] = {}
         self.answer: Callable[[QuoteRequest], bytes | None] = self.good
         self._nursery: trio.Nursery | None = None
@@ -94,6 +99,11 @@ class FakeProxy:
                 reply = self.answer(request)
                 if reply is None:
                     await trio.sleep_forever()
+                await trio.sleep(self.delay_s)
+                if self.drip_s:
+                    for byte in reply or b"":
+                        await stream.send_all(bytes([byte]))
+                        await trio.sleep(self.drip_s)
                 await stream.send_all(reply or b"")
                 if not reply or not self.kept:
                     await stream.aclose()
@@ -135,6 +145,7 @@ class Rig:
     reports: list[dict[str, Any]] = field(default_factory=list)
     settled: list[Settled] = field(default_factory=list)
     metrics: WatchMetrics = field(default_factory=WatchMetrics)
+    budget: Budget = field(default_factory=lambda: Budget(in_worker=inline))
 
     def __post_init__(self) -> None:
         self.aks = FakeAks(self.proxy.tpm)
@@ -161,7 +172,7 @@ class Rig:
             metrics=self.metrics,
             tell=self._tell,
             settled=self._settled,
-            asking=trio.CapacityLimiter(10),
+            budget=self.budget,
             rng=random.Random(1),
             now=lambda: 1_800_000_000.0,
         )
@@ -185,6 +196,12 @@ class Rig:
             )
             or 0.0
         )
+
+
+async def inline(work: Callable[..., Any], *args: object) -> Any:
+    """In place of a thread, which an autojump clock does not wait for."""
+    await trio.lowlevel.checkpoint()
+    return work(*args)
 
 
 def b64(data: bytes) -> str:

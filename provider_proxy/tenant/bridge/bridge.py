@@ -27,6 +27,7 @@ from provider_proxy.tenant.bridge.door import Door, listen
 from provider_proxy.tenant.bridge.keys import BridgeKeys, load_keys
 from provider_proxy.tenant.bridge.metrics import BridgeMetrics
 from provider_proxy.tenant.bridge.ports import PortBook
+from provider_proxy.tenant.watch.budget import Budget
 from provider_proxy.tenant.watch.questions import HostQuestions, Setting
 from provider_proxy.tenant.watch.registrars import KnownAks, Registrars
 from provider_proxy.tenant.watch.saving import save, save_often
@@ -78,6 +79,7 @@ class Bridge:
         directory = state_dir_of(config)
         (directory / EK_CA_FILE).write_bytes(self.keys.ek_ca)
         self._store = StateStore(directory)
+        self._budget = Budget()
         self._ports = PortBook(directory, config.bridge.first_port, config.bridge.last_port)
         self._registrars = Registrars(config)
         self._settings = make_settings(config, KnownAks(self._registrars), judged_elsewhere=True)
@@ -158,7 +160,9 @@ class Bridge:
         bridge = self._config.bridge
         ports = self._ports.ports_of(list(settings))
         for name, setting in settings.items():
-            questions = HostQuestions(name, setting, self._store, judged_elsewhere=True)
+            questions = HostQuestions(
+                name, setting, self._store, budget=self._budget, judged_elsewhere=True
+            )
             agent = Agent(
                 name,
                 questions,

@@ -14,8 +14,7 @@ import math
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -25,6 +24,7 @@ from provider_proxy.common.addresses import authority
 from provider_proxy.errors import HostError, ProviderProxyError, ReplyError, VerificationError
 from provider_proxy.evidence.model import ClockState
 from provider_proxy.evidence.wire import clock_values
+from provider_proxy.tenant.watch.budget import Budget
 from provider_proxy.tenant.watch.metrics import WatchMetrics
 from provider_proxy.tenant.watch.questions import HostQuestions, Setting
 from provider_proxy.tenant.watch.reports import Report, Settled, Verdict
@@ -42,7 +42,7 @@ class Shared:
     """What all hosts of a watcher share.
 
     Attributes:
-        asking: bounds how many are asked at once.
+        budget: large answers wait for room in it.
         settled: told of each round's end, with the report where the verdict has changed.
         tell: told of what happened beside verdicts.
         now: seconds since the epoch, for reports.
@@ -52,7 +52,7 @@ class Shared:
     metrics: WatchMetrics
     tell: Callable[[Report], None]
     settled: Callable[[Settled], None]
-    asking: trio.CapacityLimiter
+    budget: Budget
     rng: random.Random
     now: Callable[[], float] = time.time
 
@@ -80,10 +80,11 @@ class HostWatch:
         self._progress = Progress()
         self._wake = trio.Event()
         self._next: Setting | None = None
+        self._tried: ProviderProxyError | None = None  # what came of this round's last try
         self._due = math.inf
         self._is_spread = False
         self._clock: ClockState | None = None
-        self._questions = HostQuestions(name, setting, shared.store, turn=self._turn)
+        self._questions = HostQuestions(name, setting, shared.store, budget=shared.budget)
 
     @property
     def state(self) -> State:
@@ -157,17 +158,32 @@ class HostWatch:
             self._next = None
 
     async def round(self) -> State:
-        """Ask, with retries, until there is a verdict."""
+        """Ask, with retries, until there is a verdict; the whole of it has a deadline."""
         rules = self.rules
         self._progress = advance(self._progress, Event.DUE, max_retries=rules.max_retries)
+        if not math.isinf(self._due):
+            self._shared.metrics.lateness.observe(max(0.0, trio.current_time() - self._due))
+        with trio.move_on_after(rules.round_limit_s) as whole:
+            await self._ask_on(rules)
+        if whole.cancelled_caught:
+            tried = f"; the last try: {self._tried}" if self._tried is not None else ""
+            late = ReplyError(f"no verdict within {rules.round_limit_s:g} s{tried}")
+            self._shared.metrics.checks.labels(type(late).__name__).inc()
+            self._progress = advance(self._progress, Event.UNANSWERED, max_retries=0)
+            self._settle(late)
+        return self.state
+
+    async def _ask_on(self, rules: HostRules) -> None:
+        self._tried = None
         while True:
             event, error = await self._attempt()
+            self._tried = error
             result = "ok" if error is None else type(error).__name__
             self._shared.metrics.checks.labels(result).inc()
             self._progress = advance(self._progress, event, max_retries=rules.max_retries)
             if self.state is not State.GET_PROVIDER_QUOTE_RETRY:
                 self._settle(error)
-                return self.state
+                return
             retry_after_s = error.retry_after_s if isinstance(error, ReplyError) else None
             await trio.sleep(
                 retry_wait_s(
@@ -197,14 +213,6 @@ class HostWatch:
             reason = "the host's TPM was reset: the host has rebooted"
             self._shared.tell(self._report("reset", reason=reason))
         return Event.GOOD, None
-
-    @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """A place among those who are asked at the same time, around each question."""
-        async with self._shared.asking:
-            if not math.isinf(self._due) and self.state is State.GET_PROVIDER_QUOTE:
-                self._shared.metrics.lateness.observe(max(0.0, trio.current_time() - self._due))
-            yield
 
     def _settle(self, error: ProviderProxyError | None) -> None:
         """A round is over: count, and tell where something changed."""
@@ -255,5 +263,4 @@ class HostWatch:
 
 def good_for_s(rules: HostRules) -> float:
     """How long a verdict may stand for a host, in seconds: by then the next round has ended."""
-    tries = rules.max_retries + 1
-    return rules.interval_s * (1 + rules.jitter) + tries * (rules.timeout_s + rules.max_retry_s)
+    return rules.interval_s * (1 + rules.jitter) + rules.round_limit_s

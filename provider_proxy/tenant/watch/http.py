@@ -19,6 +19,7 @@ from provider_proxy.common.failures import CLOSED, why
 from provider_proxy.common.streams import SocketStream
 from provider_proxy.errors import ReplyError
 from provider_proxy.tenant.replies import refused
+from provider_proxy.tenant.watch.budget import SMALL_BYTES, Room
 
 CONNECT_LIMIT_S = 10.0
 MAX_HEAD_BYTES = 16 * 1024  # the proxy's has 200 bytes
@@ -73,7 +74,7 @@ class ProxyConnection:
         self._stream: trio.abc.Stream | None = None
         self._http = h11.Connection(h11.CLIENT)
 
-    async def get(self, target: str, limit: int) -> bytes:
+    async def get(self, target: str, limit: int, room: Room) -> bytes:
         """The body of a good answer.
 
         A connection that was kept may have been closed meanwhile: the request is sent once more on a
@@ -82,6 +83,7 @@ class ProxyConnection:
         Args:
             target: path and query.
             limit: of the body, in bytes.
+            room: taken before more than a small part of the body is read.
 
         Raises:
             ReplyError: no answer, an HTTP error, or too large an answer.
@@ -90,7 +92,7 @@ class ProxyConnection:
         try:
             for again in tries:
                 try:
-                    return await self._exchange(target, limit)
+                    return await self._exchange(target, limit, room)
                 except _NothingCameError as exc:
                     await self._drop()
                     if not again:
@@ -123,7 +125,7 @@ class ProxyConnection:
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
         return self._stream
 
-    async def _exchange(self, target: str, limit: int) -> bytes:
+    async def _exchange(self, target: str, limit: int, room: Room) -> bytes:
         stream = await self._open()
         http = self._http
         head = http.send(
@@ -136,7 +138,7 @@ class ProxyConnection:
         except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
             raise _NothingCameError from exc
         try:
-            response, body = await self._answer(stream, limit)
+            response, body = await self._answer(stream, limit, room)
         except h11.RemoteProtocolError as exc:
             raise ReplyError(f"the proxy's answer is no HTTP: {why(exc)}") from exc
         if response.status_code != 200:
@@ -144,7 +146,9 @@ class ProxyConnection:
             raise refused(response.status_code, body, retry_after.decode("ascii", "replace"))
         return body
 
-    async def _answer(self, stream: trio.abc.Stream, limit: int) -> tuple[h11.Response, bytes]:
+    async def _answer(
+        self, stream: trio.abc.Stream, limit: int, room: Room
+    ) -> tuple[h11.Response, bytes]:
         """Head and body; the connection is ready for the next request, or will be dropped."""
         http = self._http
         response: h11.Response | None = None
@@ -168,11 +172,17 @@ class ProxyConnection:
                 response = event
                 if response.status_code != 200:
                     limit = MAX_ERROR_BYTES
+                declared = _declared_bytes(response)
+                if declared > limit:
+                    raise ReplyError(f"the proxy's answer is larger than {limit} bytes")
+                await room.take(declared)
             elif isinstance(event, h11.Data):
                 parts.append(bytes(event.data))
                 size += len(event.data)
                 if size > limit:
                     raise ReplyError(f"the proxy's answer is larger than {limit} bytes")
+                if size > SMALL_BYTES:  # chunks, whose sum nobody knows
+                    await room.take(limit)
             elif isinstance(event, h11.EndOfMessage):
                 assert response is not None
                 if http.our_state is h11.DONE and http.their_state is h11.DONE:
@@ -180,6 +190,11 @@ class ProxyConnection:
                 return response, b"".join(parts)
             elif not isinstance(event, h11.InformationalResponse):
                 raise ReplyError("the connection ended within the answer")
+
+
+def _declared_bytes(response: h11.Response) -> int:
+    """Content-Length, which h11 has checked; 0 where there is none."""
+    return int(next((value for name, value in response.headers if name == b"content-length"), 0))
 
 
 class _NothingCameError(Exception):

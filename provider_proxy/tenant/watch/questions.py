@@ -10,10 +10,8 @@ once is the baseline of every later nonce; a nonce that was not answered well is
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +34,7 @@ from provider_proxy.evidence.wire import parse_evidence
 from provider_proxy.tenant.ima_tail import ImaTail
 from provider_proxy.tenant.policies import PolicyFiles
 from provider_proxy.tenant.replies import body_limit
+from provider_proxy.tenant.watch.budget import Budget
 from provider_proxy.tenant.watch.http import Endpoint, ProxyConnection
 from provider_proxy.tenant.watch.policy import HostPolicy
 from provider_proxy.tenant.watch.store import HostRecords
@@ -142,7 +141,7 @@ class HostQuestions:
     """One host's questions, one after the other.
 
     Args:
-        turn: entered around each question; bounds how many are asked at once.
+        budget: shared by all hosts; large answers wait for room in it.
         judged_elsewhere: another verifier has policies for this host, so that it needs none here; an
             IMA list that is asked for is replayed all the same.
 
@@ -156,12 +155,12 @@ class HostQuestions:
         setting: Setting,
         store: HostRecords,
         *,
-        turn: Callable[[], AbstractAsyncContextManager[object]] = contextlib.nullcontext,
+        budget: Budget,
         judged_elsewhere: bool = False,
     ) -> None:
         self._name = name
         self._store = store
-        self._turn = turn
+        self._budget = budget
         self._judged_elsewhere = judged_elsewhere
         self._take(setting)
 
@@ -171,9 +170,9 @@ class HostQuestions:
         endpoint = setting.endpoint
         self._connection: ProxyConnection | None = None
         if endpoint is not None:
-            self._connection = ProxyConnection(
-                endpoint.connect, authority(endpoint.host, endpoint.port)
-            )
+            where = authority(endpoint.host, endpoint.port)
+            self._connection = ProxyConnection(endpoint.connect, where)
+            self._provider = setting.rules.provider or where
 
     @property
     def is_asked(self) -> bool:
@@ -238,7 +237,7 @@ class HostQuestions:
         connection = self._connection
         assert connection is not None
         entry = policy.ima_ml_entry
-        async with self._turn():
+        async with self._budget.room(self._provider) as room:
             challenge = new_challenge(
                 mask=policy.mask_with(wanted.mask),
                 now_s=trio.current_time(),
@@ -253,20 +252,22 @@ class HostQuestions:
             try:
                 with trio.fail_after(rules.timeout_s):
                     body = await connection.get(
-                        f"/verifier/quote?{encode_quote_query(request)}", body_limit(request)
+                        f"/verifier/quote?{encode_quote_query(request)}", body_limit(request), room
                     )
-                evidence = parse_evidence(body)
-                quote = self._verifier.verify(
-                    evidence, challenge, host, history, now_s=trio.current_time()
-                )
+                came_at_s = trio.current_time()
+                async with room.turn():
+                    evidence = await room.work(parse_evidence, body)
+                    quote = self._verifier.verify(
+                        evidence, challenge, host, history, now_s=came_at_s
+                    )
+                    logs = evidence.logs
+                    if tail is not None and logs.ima is not None:
+                        logs = tail.add(logs, asked=request.ima_ml_entry, replayed=entry)
+                    done = await self._judge(quote, logs)
             except trio.TooSlowError as exc:
                 raise ReplyError(f"no whole answer within {rules.timeout_s:g} s") from exc
             finally:
                 history.spend(request.nonce)  # unanswered or refused: never good again
-            logs = evidence.logs
-            if tail is not None and logs.ima is not None:
-                logs = tail.add(logs, asked=request.ima_ml_entry, replayed=entry)
-            done = await self._judge(quote, logs)
             if not done or tail is None or evidence.logs.ima is None:
                 return quote, logs, done
             return quote, *tail.whole(logs, policy.ima_ml_entry)

@@ -89,6 +89,11 @@ class HostRules:
         read_host, "", "Where the host's proxy answers: IP address or name. Needed."
     )
     provider_port: int = setting(integer(1, 65535), 8890, "Its port.")
+    provider: str | None = setting(
+        _read_label,
+        None,
+        "Whose host it is: hosts of one provider share the memory for large answers.",
+    )
     need_provider_quote: bool = setting(
         read_flag, True, "Whether the host is asked; without, it is only listed."
     )
@@ -118,6 +123,11 @@ class HostRules:
     )
     timeout_s: float = setting(
         number(0.1, 600), 30.0, "How long a whole answer may take, in seconds."
+    )
+    round_limit_s: float = setting(
+        number(0.1, 7200),
+        120.0,
+        "How long a round may take with all its questions and retries, in seconds; then FAILED.",
     )
     max_age_s: float = setting(
         number(0.1, 3600), 60.0, "How old a nonce may be when its answer is there, in seconds."
@@ -324,7 +334,6 @@ class WatchConfig:
     save_interval_s: float = setting(
         number(0.05, 60), 1.0, "How often accepted clock states are saved, all at once, in seconds."
     )
-    max_concurrent: int = setting(integer(1, 10_000), 256, "Hosts that are asked at the same time.")
     defaults: HostRules = table_of(HostRules)
     hosts: Mapping[str, HostRules] = field(default_factory=dict)
     registrars: Mapping[str, RegistrarTable] = field(default_factory=dict)

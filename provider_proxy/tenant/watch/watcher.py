@@ -22,6 +22,7 @@ from provider_proxy.common import memory
 from provider_proxy.common.tls import TlsFiles, client_context
 from provider_proxy.errors import ConfigError, HostError, ProviderProxyError, first_of
 from provider_proxy.tenant.policies import PolicyFiles
+from provider_proxy.tenant.watch.budget import Budget
 from provider_proxy.tenant.watch.host import HostWatch, Shared
 from provider_proxy.tenant.watch.http import Endpoint
 from provider_proxy.tenant.watch.metrics import WatchMetrics, write_textfile
@@ -130,6 +131,7 @@ class Watcher:
         self._store = StateStore(config.state_dir)
         self._registrars = Registrars(config)
         self._settings = make_settings(config, KnownAks(self._registrars))
+        self._budget = Budget()
         self._reporter: Reporter | None = None
         self._scopes: dict[str, trio.CancelScope] = {}
         self.hosts: dict[str, HostWatch] = {}
@@ -205,14 +207,13 @@ class Watcher:
             metrics=self.metrics,
             tell=reporter.tell,
             settled=reporter.settled,
-            asking=self._asking,
+            budget=self._budget,
             rng=self._rng,
         )
         host = self.hosts[name] = HostWatch(name, setting, shared)
         return host
 
     async def _round_of_all(self) -> None:
-        self._asking = trio.CapacityLimiter(self._config.max_concurrent)
         async with trio.open_nursery() as nursery:
             for name, setting in self._settings.items():
                 host = self._host(name, setting)
@@ -226,7 +227,6 @@ class Watcher:
         read_config: ReadConfig | None,
         task_status: trio.TaskStatus[None],
     ) -> None:
-        self._asking = trio.CapacityLimiter(self._config.max_concurrent)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(memory.collect)
             nursery.start_soon(
@@ -285,7 +285,6 @@ class Watcher:
         ):
             if getattr(config, name) != getattr(self._config, name):
                 log.warning("reload: %s has changed, which takes a restart", name)
-        self._asking.total_tokens = config.max_concurrent
         for name in set(self._settings) - set(settings):
             self._scopes.pop(name).cancel()
             del self.hosts[name]

@@ -46,7 +46,7 @@ class Bridged:
 
     def __init__(self, rig: Rig, keys: BridgeKeys, **options: Any) -> None:
         setting = rig.setting(**{"insecure_any_state": False, **options.pop("rules", {})})
-        questions = HostQuestions("h", setting, rig.store, judged_elsewhere=True)
+        questions = HostQuestions("h", setting, rig.store, budget=rig.budget, judged_elsewhere=True)
         self.rig = rig
         self.metrics = BridgeMetrics()
         self.agent = Agent(

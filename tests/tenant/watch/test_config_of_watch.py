@@ -153,7 +153,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"hosts": {"h": HOST}, "command": {"argv": ["mail"]}}, "absolute path"),
     ({"hosts": {"h": HOST}, "command": {"argv": "mail x"}}, "command.argv must be"),
     ({"hosts": {"h": HOST}, "metrics": 1}, "metrics must be a table"),
-    ({"hosts": {"h": HOST}, "max_concurrent": 0}, "max_concurrent must be >= 1"),
+    ({"hosts": {"h": HOST | {"round_limit_s": 0}}}, "hosts.h.round_limit_s must be >= 0.1"),
     ({"hosts": {"h": HOST}, "intervall": 1}, "intervall is not a key"),
 ]
 

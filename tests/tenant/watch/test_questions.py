@@ -98,7 +98,7 @@ def rig(tmp_path: Path, nursery: trio.Nursery) -> Rig:
 
 def questions(rig: Rig, **rules: object) -> HostQuestions:
     setting = rig.setting(**({"insecure_any_state": False} | rules))
-    return HostQuestions("h", setting, rig.store, judged_elsewhere=True)
+    return HostQuestions("h", setting, rig.store, budget=rig.budget, judged_elsewhere=True)
 
 
 async def test_the_caller_s_nonce_and_mask_are_asked_for(rig: Rig) -> None:

@@ -1,0 +1,187 @@
+"""What a hostile host cannot do to a watcher: gain time beyond the documented bound, hold memory, hold
+up others. Proxies on memory streams; the clock jumps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from test_host_of_watch import ImaTpm
+from test_ima import HOST
+from watch_helpers import FakeProxy, Rig, response
+
+from provider_proxy.errors import ReplyError
+from provider_proxy.evidence.model import QuoteRequest
+from provider_proxy.tenant.watch.budget import SMALL_BYTES, Budget
+from provider_proxy.tenant.watch.host import good_for_s
+from provider_proxy.tenant.watch.states import State
+
+Jumping = trio.testing.MockClock
+
+
+@pytest.fixture
+def rig(tmp_path: Path, nursery: trio.Nursery) -> Rig:
+    made = Rig(tmp_path, proxy=FakeProxy(ImaTpm()))
+    made.proxy.serve_in(nursery)
+    return made
+
+
+def trickle(proxy: FakeProxy) -> None:
+    """A line of the IMA list an answer, each just in time, with more to come."""
+
+    def endless(request: QuoteRequest) -> bytes:
+        proxy.logs = {
+            "ima_measurement_list": HOST[5].text + "\n",
+            "ima_measurement_list_entry": request.ima_ml_entry,
+        }
+        return proxy.good(request)
+
+    proxy.answer = endless
+
+
+# --- the whole has a deadline -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delay_s", [0.5, 3.9, 1000.0])
+async def test_a_round_ends_in_time_whatever_the_host_does(
+    autojump_clock: Jumping, rig: Rig, delay_s: float
+) -> None:
+    """Half a second, just in time, or never: a host that was good is not so any longer."""
+    host = rig.host(
+        ima=True, timeout_s=4.0, retry_interval_s=0.1, round_limit_s=20.0, interval_s=5.0
+    )
+    tpm = rig.proxy.tpm
+    assert isinstance(tpm, ImaTpm)
+    tpm.lines = 1
+    rig.proxy.logs = {
+        "ima_measurement_list": HOST[0].text + "\n",
+        "ima_measurement_list_entry": 0,
+    }
+    assert await host.round() is State.TRUSTED
+    trickle(rig.proxy)
+    tpm.lines = 400
+    rig.proxy.delay_s = delay_s
+    began = trio.current_time()
+    assert await host.round() is State.FAILED
+    assert trio.current_time() - began == pytest.approx(20.0)
+    assert rig.states() == ["TRUSTED", "FAILED"]
+    assert "no verdict within 20 s" in rig.reports[-1]["reason"]
+    assert good_for_s(host.rules) == pytest.approx(25.0)  # there is no jitter here
+
+
+async def test_the_last_try_is_told_of(autojump_clock: Jumping, rig: Rig) -> None:
+    rig.proxy.answer = lambda request: response(503, b"{}", "Retry-After: 3600")
+    host = rig.host(round_limit_s=20.0, max_retry_s=3600.0)
+    assert await host.round() is State.FAILED
+    assert "no verdict within 20 s; the last try: the proxy answered 503" in str(host.error)
+    assert rig.checks("ReplyError") == 2
+
+
+async def test_the_source_of_the_ak_is_within_the_deadline(
+    autojump_clock: Jumping, rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(*_args: object) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(rig.aks, "trusted", hang)
+    host = rig.host(round_limit_s=20.0)
+    assert await host.round() is State.FAILED
+    assert trio.current_time() == pytest.approx(20.0)
+
+
+async def test_bytes_that_drip_are_within_the_deadline(autojump_clock: Jumping, rig: Rig) -> None:
+    rig.proxy.drip_s = 1.0
+    host = rig.host(timeout_s=4.0, retry_interval_s=0.1, round_limit_s=20.0)
+    assert await host.round() is State.FAILED
+    assert trio.current_time() == pytest.approx(20.0)
+    assert 4 <= len(rig.proxy.asked) <= 6
+
+
+# --- waiting holds nothing that others need -----------------------------------------------------------
+
+
+async def test_silent_hosts_hold_up_nobody(
+    autojump_clock: Jumping, rig: Rig, tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    silent = Rig(tmp_path / "silent", budget=rig.budget)
+    silent.proxy.answer = lambda request: None
+    silent.proxy.serve_in(nursery)
+    async with trio.open_nursery() as asking:
+        for _ in range(600):
+            asking.start_soon(silent.host().round)
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(silent.proxy.asked) == 600
+        began = trio.current_time()
+        assert await rig.host().round() is State.TRUSTED
+        assert trio.current_time() == began
+        asking.cancel_scope.cancel()
+
+
+async def test_a_host_that_stalls_within_a_large_answer_holds_its_own_share(
+    autojump_clock: Jumping, rig: Rig, tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    large = 6 * SMALL_BYTES
+    rig.budget = Budget(total=4 * large, share=2 * large, in_worker=rig.budget.in_worker)
+    bad = Rig(tmp_path / "bad", budget=rig.budget)
+    bad.proxy.answer = lambda request: response(200, b" " * SMALL_BYTES, length=large)
+    bad.proxy.kept = True
+    bad.proxy.serve_in(nursery)
+    rig.proxy.logs = {"mb_measurement_list": "A" * (2 * SMALL_BYTES)}
+    async with trio.open_nursery() as asking:
+        for _ in range(50):
+            asking.start_soon(bad.host(ima=True, provider="bad").round)
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(bad.proxy.asked) == 50
+        assert rig.budget.held == 2 * large
+        began = trio.current_time()
+        assert await rig.host(uefi=True).round() is State.INVALID_QUOTE  # judged: it is no log
+        assert trio.current_time() == began
+        asking.cancel_scope.cancel()
+    assert rig.budget.held == 0
+
+
+# --- sizes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_no_log_is_asked_for_and_none_is_read_where_no_policy_reads_one(
+    autojump_clock: Jumping, rig: Rig, chunked: bool
+) -> None:
+    head = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {1 << 20}"
+    body = b"10001\r\n" + b" " * 0x10001 if chunked else b" " * (1 << 20)
+    rig.proxy.answer = lambda request: f"HTTP/1.1 200 X\r\n{head}\r\n\r\n".encode() + body
+    host = rig.host(max_retries=0)
+    assert await host.round() is State.FAILED
+    assert isinstance(host.error, ReplyError)
+    assert f"larger than {SMALL_BYTES} bytes" in str(host.error)
+    assert [request.logs for _, request in rig.proxy.asked] == [False]
+    await rig.host(ima=True, max_retries=0).round()
+    await rig.host(uefi=True, max_retries=0).round()
+    assert [request.logs for _, request in rig.proxy.asked] == [False, True, True]
+
+
+async def test_large_answers_are_parsed_beside_the_event_loop_one_at_a_time(
+    autojump_clock: Jumping, rig: Rig
+) -> None:
+    now, most, seen = 0, 0, []
+
+    async def worker(work: object, body: bytes) -> object:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        seen.append(len(body))
+        await trio.sleep(1)
+        now -= 1
+        assert callable(work)
+        return work(body)
+
+    rig.budget = Budget(in_worker=worker)
+    rig.proxy.logs = {"mb_measurement_list": "A" * (2 * SMALL_BYTES)}
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(rig.host(uefi=True).round)
+        nursery.start_soon(rig.host().round)
+    assert most == 1
+    assert len(seen) == 3  # the last one is refused for its size
