@@ -11,14 +11,26 @@ import dataclasses
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from provider_proxy.cli.arguments import add_config_argument
+from provider_proxy.common.settings.document import Loaded, Origin
 from provider_proxy.common.settings.values import as_toml
 from provider_proxy.errors import ProviderProxyError
-from provider_proxy.host.config.files import Origin
-from provider_proxy.host.config.load import Loaded, load
+from provider_proxy.host.config.load import load
+from provider_proxy.tenant.hosts_file import load_hosts_file
+from provider_proxy.tenant.watch.config import load_watch
 
+SERVE, WATCH, BRIDGE, EK_CHECK = "serve", "watch", "bridge", "ek-check"
+LOADERS: dict[str, Callable[[Path], Loaded[Any]]] = {
+    SERVE: load,
+    WATCH: load_watch,
+    BRIDGE: partial(load_watch, for_bridge=True),
+    EK_CHECK: load_hosts_file,
+}
 BARE_KEY_RE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 MAX_COLUMN = 60  # where the origins stand, unless a value is longer
 
@@ -26,6 +38,13 @@ MAX_COLUMN = 60  # where the origins stand, unless a value is longer
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add_config_argument(parser)
+    parser.add_argument(
+        "--for",
+        dest="program",
+        choices=LOADERS,
+        default=SERVE,
+        help="whose file it is (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
 
@@ -37,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: a value is wrong; the message names its file and line, or its variable.
     """
     try:
-        loaded = load(args.config)
+        loaded = LOADERS[args.program](args.config)
     except ProviderProxyError as exc:
         if args.json:
             print(json.dumps({"ok": False, "error": str(exc)}))
@@ -49,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def effective(loaded: Loaded) -> Iterator[tuple[tuple[str, ...], str | None, Origin]]:
+def effective(loaded: Loaded[Any]) -> Iterator[tuple[tuple[str, ...], str | None, Origin]]:
     """Each key's parts, its value as TOML (None where it is not set), and where it came from."""
 
     def table(
@@ -58,6 +77,8 @@ def effective(loaded: Loaded) -> Iterator[tuple[tuple[str, ...], str | None, Ori
         assert dataclasses.is_dataclass(value)
         for field in dataclasses.fields(value):
             inner, key = getattr(value, field.name), (*names, field.name)
+            if field.metadata.get("hidden"):
+                continue
             if "read" in field.metadata:
                 read = field.metadata["read"]
                 yield key, None if inner is None else as_toml(read, inner)
@@ -72,7 +93,7 @@ def effective(loaded: Loaded) -> Iterator[tuple[tuple[str, ...], str | None, Ori
             yield key, text, loaded.origin(".".join(key))
 
 
-def _as_json(loaded: Loaded) -> dict[str, object]:
+def _as_json(loaded: Loaded[Any]) -> dict[str, object]:
     keys: dict[str, object] = {}
     for key, text, origin in effective(loaded):
         value = None if text is None else tomllib.loads(f"value = {text}")["value"]
@@ -85,7 +106,7 @@ def _as_json(loaded: Loaded) -> dict[str, object]:
     return {"ok": True, "files": [str(path) for path in loaded.document.files], "keys": keys}
 
 
-def _print(loaded: Loaded) -> None:
+def _print(loaded: Loaded[Any]) -> None:
     lines = []
     for key, text, origin in effective(loaded):
         name = ".".join(part if BARE_KEY_RE.fullmatch(part) else json.dumps(part) for part in key)

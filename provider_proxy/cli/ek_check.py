@@ -79,7 +79,9 @@ def _policy_of(host: HostEntry) -> Policy:
 @asynccontextmanager
 async def _open_proxy(host: HostEntry) -> AsyncIterator[ProxyClient]:
     names = (f"hosts.{host.name}.ca", f"hosts.{host.name}.cert", f"hosts.{host.name}.key")
-    async with http.open_client(host.ca, host.cert, host.key, names=names) as client:
+    async with http.open_client(
+        host.ca, host.cert, host.key, names=names, tls_name=host.tls_name
+    ) as client:
         yield ProxyClient(client, host.url)
 
 

@@ -24,7 +24,12 @@ def make_client(args: argparse.Namespace) -> httpx.AsyncClient:
 
 
 def open_client(
-    ca: Path | None, cert: Path | None, key: Path | None, *, names: tuple[str, str, str]
+    ca: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    *,
+    names: tuple[str, str, str],
+    tls_name: str | None = None,
 ) -> httpx.AsyncClient:
     """A client that speaks TLS with these files; `names` are theirs in errors.
 
@@ -34,4 +39,4 @@ def open_client(
     """
     files = TlsFiles(ca=ca, cert=cert, key=key, names=names)
     demand_current(files)
-    return http_client(client_context(files), read_limit_s=READ_LIMIT_S)
+    return http_client(client_context(files), read_limit_s=READ_LIMIT_S, tls_name=tls_name)

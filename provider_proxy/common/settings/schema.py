@@ -7,11 +7,12 @@ An unknown key is refused: a misspelt limit must not pass for its default.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from provider_proxy.common.settings.values import Reader, fail
+from provider_proxy.common.settings.values import LABEL_RE, Reader, fail
 from provider_proxy.errors import ConfigError
 
 C = TypeVar("C")
@@ -25,6 +26,11 @@ def setting(read: Reader, default: Any, doc: str) -> Any:
         doc: one sentence for the example file and `--help`.
     """
     return dataclasses.field(default=default, metadata={"read": read, "doc": doc})
+
+
+def hidden(default: Any) -> Any:
+    """A field that no file can set."""
+    return dataclasses.field(default=default, metadata={"hidden": True})
 
 
 def table_of(kind: type[C]) -> C:
@@ -51,7 +57,7 @@ def read_table(
     Raises:
         ConfigError: an unknown key, or a wrong value; the message names the key.
     """
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(kind) if not f.metadata.get("hidden")}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for name, value in data.items():
         key = prefix + name
@@ -66,6 +72,42 @@ def read_table(
         else:
             raise fail(key, "a table")
     return kind(**values)
+
+
+def read_over(
+    defaults: C,
+    data: Mapping[str, object],
+    prefix: str,
+    *,
+    folder: Path | None = None,
+) -> C:
+    """Read a table of which other settings say what it does not say itself.
+
+    Raises:
+        ConfigError: as `read_table`.
+    """
+    own = read_table(type(defaults), data, prefix, {}, folder=folder)
+    changed = {name: getattr(own, name) for name in data}
+    return dataclasses.replace(defaults, **changed)  # type: ignore[type-var]
+
+
+def named_tables(
+    data: Mapping[str, object], key: str, names: re.Pattern[str] = LABEL_RE
+) -> Mapping[str, Mapping[str, object]]:
+    """The tables of a table of tables, `[hosts.NAME]`, by their names.
+
+    Raises:
+        ConfigError: something else stands there, or a name is not as it must be.
+    """
+    tables = data.get(key, {})
+    if not isinstance(tables, dict):
+        raise fail(key, f"tables, [{key}.NAME]")
+    for name, table in tables.items():
+        if not names.fullmatch(name):
+            raise fail(f"{key}.{name}", "a name of letters, digits, '.', '_' and '-'")
+        if not isinstance(table, dict):
+            raise fail(f"{key}.{name}", "a table")
+    return tables
 
 
 def _from(folder: Path, read: object) -> object:

@@ -5,6 +5,7 @@ A reader takes the key and the TOML value, and gives the value that the program 
 
 from __future__ import annotations
 
+import enum
 import json
 import re
 import uuid
@@ -20,6 +21,7 @@ from provider_proxy.evidence.model import PCR_COUNT, HashAlg, mask_of
 Reader = Callable[[str, Any], Any]
 
 PERSISTENT_HANDLES = range(0x81000000, 0x82000000)
+LABEL_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)  # a host's, and its pin's
 CREDENTIAL = "credential:"
 CREDENTIAL_NAME_RE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}", re.ASCII)
 IDENTITY_RE = re.compile(
@@ -52,6 +54,8 @@ def _plain(value: object) -> object:
         return value.label
     if isinstance(value, Path | uuid.UUID):
         return str(value)
+    if isinstance(value, enum.Enum):
+        return value.value
     if isinstance(value, tuple | frozenset):
         listed = [_plain(item) for item in value]
         return sorted(listed, key=str) if isinstance(value, frozenset) else listed
@@ -85,6 +89,14 @@ def parsed(parse: Callable[[str], Any], must: str) -> Reader:
             raise fail(key, f"{must}: {exc}") from exc
 
     return read
+
+
+def read_label(key: str, value: object) -> str:
+    """The name of a host, which is also its pin's, and a file's."""
+    text = read_text(key, value)
+    if not LABEL_RE.fullmatch(text):
+        raise fail(key, "a name of letters, digits, '.', '_' and '-'")
+    return text
 
 
 def read_flag(key: str, value: object) -> bool:
@@ -154,6 +166,12 @@ def one_of(*choices: str) -> Reader:
         return read_text(key, value)
 
     return read
+
+
+def read_choice(kind: type[enum.Enum]) -> Reader:
+    """A reader of the values of an enumeration."""
+    inner = one_of(*(str(each.value) for each in kind))
+    return lambda key, value: kind(inner(key, value))
 
 
 def number_of(*choices: int) -> Reader:

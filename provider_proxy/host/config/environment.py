@@ -16,9 +16,9 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from provider_proxy.common.settings.document import Document, Origin
 from provider_proxy.common.settings.values import Reader
 from provider_proxy.errors import ConfigError
-from provider_proxy.host.config.files import Document, Origin, overlay
 from provider_proxy.host.config.tables import TABLES, Config
 
 PREFIX = "PROVIDER_PROXY_"
@@ -61,7 +61,7 @@ def apply_environment(document: Document, environ: Mapping[str, str]) -> Documen
             )
         key, field = known[name]
         value = parse_value(name, key, ours[name], field.metadata["read"])
-        document = overlay(document, key, value, Origin(variable=name))
+        document = document.overlaid(key, value, Origin(variable=name))
     return document
 
 

@@ -1,6 +1,6 @@
 """The configuration: TOML in, frozen values out, and every complaint names its key and place.
 
-`config_files` reads and merges the files, `config_env` the environment; here values are checked.
+`common.settings` reads and merges the files, `environment` the variables; here values are checked.
 Unknown tables and keys are refused: a misspelt limit must not pass for its default. Secrets are named
 by path only; a file that others can read is refused. `config_tables` says which keys there are.
 """
@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from provider_proxy.common.addresses import check_local
-from provider_proxy.common.settings.schema import read_table
+from provider_proxy.common.settings.document import Layout, Loaded, read_document
+from provider_proxy.common.settings.document import load as load_settings
+from provider_proxy.common.settings.schema import named_tables, read_over, read_table
 from provider_proxy.common.settings.values import fail
 from provider_proxy.errors import ConfigError, UsageError
 from provider_proxy.host.config.environment import apply_environment
-from provider_proxy.host.config.files import DEFAULT, Document, Origin, read_document
 from provider_proxy.host.config.registrars import check_registrars
 from provider_proxy.host.config.tables import (
     KEYLIME_AGENT,
@@ -29,25 +30,14 @@ from provider_proxy.host.config.tables import (
 )
 
 EMBEDDED = "embedded"
+LAYOUT = Layout(max_bytes=1 << 20, changes="conf.d", adds={"tenants.d": "tenants"}, max_adds=10_000)
 NAME_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)  # no ':', see tenants.py
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """A configuration, and where each of its values came from."""
-
-    config: Config
-    document: Document
-
-    def origin(self, key: str) -> Origin:
-        """Where the value of a key, "batch.window_ms" or "tenants.acme.rate", came from."""
-        found = self.document.values.get(key)
-        if found is None and key.startswith("tenants."):  # what a tenant does not say
-            found = self.document.values.get(f"tenant_defaults.{key.rpartition('.')[2]}")
-        return found or DEFAULT
+DEFAULTS = {"tenants": "tenant_defaults"}
 
 
-def load(path: Path, environ: Mapping[str, str] = os.environ) -> Loaded:
+def load(path: Path, environ: Mapping[str, str] = os.environ) -> Loaded[Config]:
     """Read a configuration file, `conf.d` and `tenants.d` beside it, and `PROVIDER_PROXY_*`.
 
     Raises:
@@ -55,12 +45,8 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Loaded:
         ConfigError: not TOML, or a value is wrong; the message names the file and line, or the
             variable.
     """
-    document = apply_environment(read_document(path), environ)
-    try:
-        return Loaded(config=parse_config(document.data), document=document)
-    except ConfigError as exc:
-        place = document.origin(exc.key) or Origin(file=path)
-        raise ConfigError(f"{place}: {exc}", key=exc.key) from exc
+    document = apply_environment(read_document(path, LAYOUT), environ)
+    return load_settings(document, parse_config, DEFAULTS)
 
 
 def load_config(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
@@ -78,31 +64,18 @@ def parse_config(data: Mapping[str, object]) -> Config:
     config = read_table(Config, rest, "", TABLES)
     config = dataclasses.replace(
         config,
-        tenants=_read_tenants(_named(data, "tenants"), config.tenant_defaults),
+        tenants=_read_tenants(named_tables(data, "tenants", NAME_RE), config.tenant_defaults),
         registrars={
             name: read_table(NAMED_TABLES["registrars"], table, f"registrars.{name}.", TABLES)
-            for name, table in _named(data, "registrars").items()
+            for name, table in named_tables(data, "registrars", NAME_RE).items()
         },
     )
     _check_whole(config)
     return config
 
 
-def _named(data: Mapping[str, object], key: str) -> dict[str, dict[str, object]]:
-    """The tables of a table of tables, by their names."""
-    tables = data.get(key, {})
-    if not isinstance(tables, dict):
-        raise fail(key, f"tables, [{key}.NAME]")
-    for name, table in tables.items():
-        if not NAME_RE.fullmatch(name):
-            raise fail(f"{key}.{name}", "a name of letters, digits, '.', '_' and '-'")
-        if not isinstance(table, dict):
-            raise fail(f"{key}.{name}", "a table")
-    return tables
-
-
 def _read_tenants(
-    tenants: Mapping[str, dict[str, object]], defaults: TenantRules
+    tenants: Mapping[str, Mapping[str, object]], defaults: TenantRules
 ) -> Mapping[str, TenantRules]:
     """Tenants' tables; what one does not say, the defaults say."""
     found: dict[str, TenantRules] = {}
@@ -111,10 +84,7 @@ def _read_tenants(
         key = f"tenants.{name}"
         if "accept_unlisted" in table:
             raise ConfigError(f"{key}.accept_unlisted belongs in tenant_defaults")
-        own = read_table(TenantRules, table, key + ".", TABLES)
-        rules = dataclasses.replace(
-            defaults, **{setting: getattr(own, setting) for setting in table}
-        )
+        rules = read_over(defaults, table, key + ".")
         if not rules.identities:
             raise ConfigError(f"{key}.identities must name at least one identity")
         for identity in rules.identities:

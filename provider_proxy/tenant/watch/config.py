@@ -3,25 +3,23 @@
 Unknown keys are refused. `[defaults]` holds what hosts have in common, `[hosts.NAME]` what is a host's
 own; `hosts.d/*.toml` beside the file adds hosts. `provider_ip`, `provider_port` and
 `need_provider_quote` have the names that Keylime's tenant would have for them. Policies are files, read
-by `watch_policy`; secrets are paths. `watch_tables` says which keys there are.
+by `tenant.policies`; secrets are paths. `tables` says which keys there are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from provider_proxy.common.addresses import is_loopback
-from provider_proxy.common.files import read_trusted
-from provider_proxy.common.settings.schema import read_table
+from provider_proxy.common.settings.document import Layout, Loaded, load, read_document
+from provider_proxy.common.settings.schema import named_tables, read_over, read_table
 from provider_proxy.common.settings.values import fail
 from provider_proxy.errors import ConfigError
 from provider_proxy.evidence.model import HashAlg
 from provider_proxy.tenant.watch.tables import (
-    HOST_NAME_RE,
     OWN_KEYS,
     TABLES,
     BridgeTable,
@@ -31,13 +29,20 @@ from provider_proxy.tenant.watch.tables import (
     Webhook,
 )
 
-MAX_FILE_BYTES = 8 * 1024 * 1024  # 20,000 hosts of ten keys
 MAX_HOSTS = 20_000  # a process on one core holds fewer at any useful interval
-MAX_DROP_INS = 20_000
-DROP_INS = "hosts.d"  # beside the file
+LAYOUT = Layout(
+    max_bytes=8 * 1024 * 1024,  # 20,000 hosts of ten keys
+    adds={"hosts.d": "hosts"},
+    max_adds=MAX_HOSTS,
+)
 
 
 def load_watch_config(path: Path, *, for_bridge: bool = False) -> WatchConfig:
+    """The settings alone; see `load_watch`."""
+    return load_watch(path, for_bridge=for_bridge).config
+
+
+def load_watch(path: Path, *, for_bridge: bool = False) -> Loaded[WatchConfig]:
     """Read a file, and the hosts in `hosts.d/*.toml` beside it.
 
     Args:
@@ -45,33 +50,11 @@ def load_watch_config(path: Path, *, for_bridge: bool = False) -> WatchConfig:
             here, because Keylime has one.
 
     Raises:
-        HostError: a file is missing or cannot be read.
-        ConfigError: not TOML, or a value is wrong; the message names the file or the key.
+        HostError: a file or the folder cannot be read, or others could write it.
+        ConfigError: not TOML, or a value is wrong; the message names the file and line.
     """
-    data = _read_toml(path)
-    hosts = data.get("hosts", {})
-    extras = sorted((path.parent / DROP_INS).glob("*.toml"))
-    if len(extras) > MAX_DROP_INS:
-        raise ConfigError(f"more than {MAX_DROP_INS} files in {DROP_INS}")
-    for extra in extras:
-        part = _read_toml(extra)
-        more = part.get("hosts")
-        if set(part) != {"hosts"} or not isinstance(more, dict) or not isinstance(hosts, dict):
-            raise ConfigError(f"{extra}: holds [hosts.NAME] tables and nothing else")
-        twice = sorted(set(hosts) & set(more))
-        if twice:
-            raise ConfigError(f"{extra}: hosts.{twice[0]} is there already")
-        hosts = hosts | more
-    if hosts:
-        data["hosts"] = hosts
-    return parse_watch_config(data, folder=path.parent, for_bridge=for_bridge)
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(read_trusted(path, MAX_FILE_BYTES).decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise ConfigError(f"{path}: {exc}") from exc
+    parse = partial(parse_watch_config, folder=path.parent, for_bridge=for_bridge)
+    return load(read_document(path, LAYOUT), parse, {"hosts": "defaults"})
 
 
 def parse_watch_config(
@@ -88,26 +71,19 @@ def parse_watch_config(
     """
     rest = {key: value for key, value in data.items() if key not in ("hosts", "registrars")}
     config = read_table(WatchConfig, rest, "", TABLES, folder=folder)
-    registrars = _read_registrars(data.get("registrars", {}), folder)
+    registrars = _read_registrars(named_tables(data, "registrars"), folder)
     for name in OWN_KEYS:
         if getattr(config.defaults, name) != getattr(HostRules(), name):
             raise ConfigError(f"defaults.{name} belongs in [hosts.NAME]")
-    hosts = data.get("hosts", {})
-    if not isinstance(hosts, dict) or not hosts:
+    hosts = named_tables(data, "hosts")
+    if not hosts:
         raise fail("hosts", "tables, [hosts.NAME], one at least")
     if len(hosts) > MAX_HOSTS:
         raise ConfigError(f"hosts are more than {MAX_HOSTS}")
     found = {}
     for name, table in hosts.items():
         key = f"hosts.{name}"
-        if not HOST_NAME_RE.fullmatch(name):
-            raise fail(key, "a name of letters, digits, '.', '_' and '-'")
-        if not isinstance(table, dict):
-            raise fail(key, "a table")
-        own = read_table(HostRules, table, key + ".", TABLES, folder=folder)
-        found[name] = dataclasses.replace(
-            config.defaults, **{setting: getattr(own, setting) for setting in table}
-        )
+        found[name] = read_over(config.defaults, table, key + ".", folder=folder)
         _check_host(key, found[name], needs_policy=not for_bridge)
         if found[name].registrar is not None and found[name].registrar not in registrars:
             raise ConfigError(f"{key}.registrar is no [registrars.NAME]")
@@ -117,14 +93,12 @@ def parse_watch_config(
     return dataclasses.replace(config, hosts=found, registrars=registrars)
 
 
-def _read_registrars(data: object, folder: Path) -> Mapping[str, RegistrarTable]:
-    if not isinstance(data, dict):
-        raise fail("registrars", "tables, [registrars.NAME]")
+def _read_registrars(
+    tables: Mapping[str, Mapping[str, object]], folder: Path
+) -> Mapping[str, RegistrarTable]:
     found = {}
-    for name, table in data.items():
+    for name, table in tables.items():
         key = f"registrars.{name}"
-        if not HOST_NAME_RE.fullmatch(name) or not isinstance(table, dict):
-            raise fail(key, "a table, its name letters, digits, '.', '_' and '-'")
         made = found[name] = read_table(RegistrarTable, table, key + ".", TABLES, folder=folder)
         if made.url is None:
             raise ConfigError(f"{key}.url must be an https URL: it is missing")

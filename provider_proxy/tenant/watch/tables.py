@@ -7,7 +7,6 @@ read here; `watch_config` does that. docs/watch.md lists the keys; a test holds 
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +21,11 @@ from provider_proxy.common.settings.values import (
     number,
     one_of,
     read_agent_id,
+    read_choice,
     read_contact,
     read_flag,
     read_host,
+    read_label,
     read_path,
     read_paths,
     read_pcrs,
@@ -38,7 +39,6 @@ from provider_proxy.evidence.logs.judge import DEFAULT_UEFI_PCRS
 from provider_proxy.evidence.model import HashAlg
 
 MAX_COMMAND_WORDS = 100
-HOST_NAME_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)  # also a pin's label
 
 
 def _read_ip(key: str, value: object) -> str:
@@ -59,10 +59,6 @@ def _read_bank(key: str, value: object) -> HashAlg:
     return HashAlg.from_label(one_of(*(alg.label for alg in HashAlg))(key, value))
 
 
-def _read_violations(key: str, value: object) -> Violations:
-    return Violations(one_of(*(choice.value for choice in Violations))(key, value))
-
-
 def _read_argv(key: str, value: object) -> tuple[str, ...]:
     if (
         not isinstance(value, list)
@@ -72,13 +68,6 @@ def _read_argv(key: str, value: object) -> tuple[str, ...]:
     ):
         raise fail(key, "a list of words, the first of them a program's absolute path")
     return tuple(value)
-
-
-def _read_label(key: str, value: object) -> str:
-    text = read_text(key, value)
-    if not HOST_NAME_RE.fullmatch(text):
-        raise fail(key, "a name of letters, digits, '.', '_' and '-'")
-    return text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +90,12 @@ class HostRules:
         read_agent_id, None, "The host's id at your registrar; goes into reports."
     )
     registrar: str | None = setting(
-        _read_label,
+        read_label,
         None,
         "A [registrars.NAME]: AK and EK are what it recorded, checked and pinned.",
     )
     pin: str | None = setting(
-        _read_label, None, "Name of the host's pin; the host's own by default."
+        read_label, None, "Name of the host's pin; the host's own by default."
     )
     tls_ca: Path | None = setting(
         read_path, None, "CA of the proxy's certificate, PEM; the system's where there is none."
@@ -165,7 +154,7 @@ class HostRules:
         read_path, None, "Key that must have signed runtime_policy (DSSE), PEM; a file."
     )
     ima_violations: Violations = setting(
-        _read_violations,
+        read_choice(Violations),
         Violations.REFUSE,
         "A file that was written to while IMA measured it: refuse, or count.",
     )
@@ -259,7 +248,7 @@ class BridgeTable:
     """`[bridge]`: the hosts as agents of your own Keylime; for `bridge` alone."""
 
     registrar: str | None = setting(
-        _read_label,
+        read_label,
         None,
         "A [registrars.NAME], with cert and key: there the agents register. Needed.",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -15,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from provider_proxy.cli import main as cli
+from provider_proxy.common.settings import lines as module
+from provider_proxy.common.settings.document import Origin, read_document
 from provider_proxy.errors import ConfigError, HostError
-from provider_proxy.host.config import files as module
+from provider_proxy.host.config import load as loading
 from provider_proxy.host.config.environment import known_keys, variable_of
-from provider_proxy.host.config.files import Origin, read_document
-from provider_proxy.host.config.load import load, load_config
+from provider_proxy.host.config.load import LAYOUT, load, load_config
 
 PLAIN = "[listen]\ninsecure_plaintext = true\n"
 ALICE = '[tenants.alice]\nidentities = ["dns:alice.example.org"]\n'
@@ -80,7 +82,7 @@ def test_what_is_no_toml_names_file_and_line(path: Path, data: bytes, message: s
 
 
 def test_a_huge_file_is_refused(path: Path) -> None:
-    path.write_bytes(b"#" * (module.MAX_CONFIG_BYTES + 1))
+    path.write_bytes(b"#" * (LAYOUT.max_bytes + 1))
     with pytest.raises(ConfigError, match="larger than"):
         load_config(path)
 
@@ -118,7 +120,7 @@ max_queue = 1
 
 def test_the_line_of_each_key(path: Path) -> None:
     path.write_bytes(LINES.encode())
-    document = read_document(path)
+    document = read_document(path, LAYOUT)
     lines = {key: origin.line for key, origin in document.values.items()}
     assert lines == {
         "state_dir": 2,
@@ -155,7 +157,7 @@ def test_lines_of_any_document(pieces: list[tuple[str, str]]) -> None:
         text += f"k{number} = {value}\n"
     tomllib.loads(text)  # it is TOML
     found = {}
-    for line, header, keys in module._statements(text):
+    for line, header, keys in module.statements(text):
         if not header:
             found[next(key for key in keys if key.startswith("k"))] = line
     assert found == wanted
@@ -164,7 +166,7 @@ def test_lines_of_any_document(pieces: list[tuple[str, str]]) -> None:
 def test_a_value_of_very_many_lines_costs_only_its_line(path: Path) -> None:
     long = "x = [\n" + "[1],\n" * (module.MAX_STATEMENT_TRIES + 1) + "]\n"
     path.write_text(f"state_dir = '/x'\n{long}[batch]\nwindow_ms = 1\n")
-    document = read_document(path)
+    document = read_document(path, LAYOUT)
     assert document.values["state_dir"] == Origin(file=path, line=1)
     assert document.values["batch.window_ms"] == Origin(file=path)
     assert document.data["batch"] == {"window_ms": 1}
@@ -257,8 +259,8 @@ def test_a_tenant_may_be_changed_in_conf_d(path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["conf.d", "tenants.d"])
 def test_drop_ins_are_bounded(path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
-    monkeypatch.setattr(module, "MAX_SETTINGS", 2)
-    monkeypatch.setattr(module, "MAX_DROP_INS", 2)
+    small = dataclasses.replace(LAYOUT, max_changes=2, max_adds=2)
+    monkeypatch.setattr(loading, "LAYOUT", small)
     for number in range(3):
         text = f'[tenants.t{number}]\nidentities = ["uid:{number}"]'
         drop_in(path, f"{number}.toml", text, folder)

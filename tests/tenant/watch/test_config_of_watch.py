@@ -15,9 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_docs import code, codes, rows
 
+from provider_proxy.common.settings import document
 from provider_proxy.errors import ConfigError, HostError, ProviderProxyError
 from provider_proxy.evidence.model import AkName, ClockState, HashAlg
-from provider_proxy.tenant.watch.config import load_watch_config, parse_watch_config
+from provider_proxy.tenant.watch.config import (
+    load_watch,
+    load_watch_config,
+    parse_watch_config,
+)
 from provider_proxy.tenant.watch.store import FILE_NAME, StateStore, parse_state
 from provider_proxy.tenant.watch.tables import (
     OWN_KEYS,
@@ -315,3 +320,112 @@ def test_any_state_gives_typed_errors_alone(data: bytes) -> None:
         parse_state(data, Path(os.devnull))
     except ProviderProxyError:
         return
+
+
+# --- the files ----------------------------------------------------------------------------------------
+
+PLAIN_HOST = 'provider_ip = "192.0.2.7"\ninsecure_any_state = true\n'
+
+
+@pytest.fixture
+def main(tmp_path: Path) -> Path:
+    path = tmp_path / "watch.toml"
+    path.write_text(f"[hosts.a]\n{PLAIN_HOST}")
+    (tmp_path / "hosts.d").mkdir()
+    return path
+
+
+def drop_in(main: Path, name: str, text: str) -> Path:
+    path = main.parent / "hosts.d" / name
+    path.write_text(text)
+    return path
+
+
+def test_a_refusal_names_the_file_and_the_line(main: Path) -> None:
+    """Among 20,000 files."""
+    drop_in(main, "b.toml", f"[hosts.b]\n{PLAIN_HOST}")
+    bad = drop_in(main, "c.toml", f"[hosts.c]\n{PLAIN_HOST}provider_port = 65536\n")
+    with pytest.raises(ConfigError) as caught:
+        load_watch_config(main)
+    assert str(caught.value) == f"{bad}:4: hosts.c.provider_port must be <= 65535"
+    bad.write_text("[hosts.c]\nprovider_ip = '192.0.2.7'\n")  # what no key alone can tell
+    with pytest.raises(ConfigError, match=f"^{bad}:1: hosts.c has no policy"):
+        load_watch_config(main)
+    bad.write_text("[hosts.c]\nprovider_ip = '192.0.2.7\n")
+    with pytest.raises(ConfigError, match=f"^{bad}:2: a quote is opened and not closed"):
+        load_watch_config(main)
+    bad.write_bytes(b"\xef\xbb\xbf[hosts.c]\n")
+    with pytest.raises(ConfigError, match=f"^{bad}:1: begins with a byte order mark"):
+        load_watch_config(main)
+    bad.write_text(f"[hosts.a]\n{PLAIN_HOST}")
+    with pytest.raises(ConfigError, match=f"^{bad}:1: hosts.a is there already"):
+        load_watch_config(main)
+
+
+def test_where_a_value_came_from(main: Path) -> None:
+    main.write_text(f"[defaults]\n\ntimeout_s = 6\n[hosts.a]\n{PLAIN_HOST}")
+    loaded = load_watch(main)
+    assert str(loaded.origin("hosts.a.provider_ip")) == f"{main}:5"
+    assert str(loaded.origin("hosts.a.timeout_s")) == f"{main}:3"
+    assert str(loaded.origin("hosts.a.bank")) == "default"
+
+
+def test_what_an_editor_leaves_is_not_read(main: Path) -> None:
+    (main.parent / "hosts.d" / ".#b.toml").symlink_to("me@here.4711")  # Emacs' lock
+    for name in ("b.toml~", "#b.toml#", ".b.toml.swp", "b.toml.rpmsave", ".hidden.toml"):
+        drop_in(main, name, "nonsense")
+    assert list(load_watch_config(main).hosts) == ["a"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(main: Path) -> None:
+    folder = main.parent / "hosts.d"
+    drop_in(main, "b.toml", f"[hosts.b]\n{PLAIN_HOST}")
+    folder.chmod(0)
+    try:
+        if os.geteuid() != 0:  # who reads it all the same
+            with pytest.raises(HostError, match=f"^cannot read {folder}: Permission denied"):
+                load_watch_config(main)
+    finally:
+        folder.chmod(0o755)
+    (folder / "b.toml").unlink()
+    folder.rmdir()
+    folder.write_text("")
+    with pytest.raises(HostError, match=f"^cannot read {folder}: Not a directory"):
+        load_watch_config(main)
+
+
+def test_a_file_that_cannot_be_read_is_an_error(main: Path) -> None:
+    gone = main.parent / "hosts.d" / "b.toml"
+    gone.symlink_to("nowhere")
+    with pytest.raises(HostError, match=f"^cannot read {gone}: No such file"):
+        load_watch_config(main)
+
+
+def test_what_everybody_can_write_is_refused(main: Path) -> None:
+    extra = drop_in(main, "b.toml", f"[hosts.b]\n{PLAIN_HOST}")
+    for path in (main, extra, extra.parent):
+        mode = path.stat().st_mode
+        path.chmod(mode | 0o002)
+        with pytest.raises(HostError, match=f"^{path}: everybody can write it"):
+            load_watch_config(main)
+        path.chmod(mode)
+    assert sorted(load_watch_config(main).hosts) == ["a", "b"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_stranger_s_hosts_are_refused(main: Path) -> None:
+    extra = drop_in(main, "b.toml", f"[hosts.b]\n{PLAIN_HOST}")
+    for path in (extra, extra.parent):
+        os.chown(path, 12345, -1)
+        with pytest.raises(HostError, match=f"^{path} belongs to user 12345, who has no say"):
+            load_watch_config(main)
+        os.chown(path, 0, -1)
+
+
+def test_twenty_thousand_hosts_are_read_without_their_lines(
+    main: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines cost a parse each; they are looked for where a message needs them."""
+    monkeypatch.setattr(document, "statements", pytest.fail)
+    drop_in(main, "b.toml", f"[hosts.b]\n{PLAIN_HOST}")
+    assert sorted(load_watch_config(main).hosts) == ["a", "b"]
