@@ -79,7 +79,7 @@ class HostRules:
     )
     provider_port: int = setting(integer(1, 65535), 8890, "Its port.")
     provider: str | None = setting(
-        _read_label,
+        read_label,
         None,
         "Whose host it is: hosts of one provider share the memory for large answers.",
     )
