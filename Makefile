@@ -17,6 +17,8 @@
 # make test-deb        4 min  the package installed, started, asked, upgraded and purged, in a copy of this system
 # make test-bundle     2 min  the bundle installed without a network, started, asked and removed, likewise
 # make test-kvm       10 min  the package in a virtual machine with a TPM, IMA and systemd, rebooted as well
+# make test-keylime-bridge   15 min  the bridge with Keylime 7.14.3 and 7.13.1: policies, lies, restarts, 100 hosts
+# make test-keylime-releases  5 min  what each release of Keylime can do, as docs/keylime-releases.md says
 # make soak           10 min  faults of all kinds in random order (SOAK_SECONDS=600)
 #
 # sudo is used only where this is not root and a Debian package is missing.
@@ -31,7 +33,7 @@ KEYLIME_VENV := .venv-keylime
 WHEEL_VENV := .venv-wheel
 # For the daemon, and for tpm2-pytss, which has to be compiled.
 DEBIAN := swtpm libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv
-DEBIAN_TESTS := swtpm-tools tpm2-tools util-linux openssl systemd systemd-container man-db
+DEBIAN_TESTS := swtpm-tools tpm2-tools libefivar1 util-linux openssl systemd systemd-container man-db
 # A browser for the status page, and what reads manuals and completions. Where one cannot be had, its tests are skipped.
 DEBIAN_OPTIONAL := chromium chromium-driver mandoc zsh fish git
 DEBIAN_BUILD := build-essential debhelper dpkg-dev fakeroot lintian
@@ -43,7 +45,7 @@ PROMTOOL := .promtool/usr/bin/promtool
 MAX_SKIPPED ?= 40
 SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help install system system-tests system-deb promtool libvirt guest keylime demo test test-libvirt test-bare test-slow check format lint types wheel soak bench docs man lock deb test-deb bundle test-bundle system-kvm test-kvm clean
+.PHONY: help install system system-tests system-deb promtool libvirt guest keylime demo test test-keylime-bridge test-keylime-releases test-libvirt test-bare test-slow check format lint types wheel soak bench docs man lock deb test-deb bundle test-bundle system-kvm test-kvm clean
 
 install: $(DEV)
 
@@ -96,6 +98,14 @@ $(KEYLIME_VENV)/.installed: tests/system/keylime/requirements.txt | system
 $(KEYLIME_VENV)-agent/.installed: tests/system/keylime/agent_requirements.txt | system
 	$(call into_venv,$(KEYLIME_VENV)-agent,$<)
 
+# Other releases of Keylime, each in a folder of its own beside the dependencies of the newest.
+RELEASES := $(shell sed -n 's/^keylime==\([0-9.]*\) .*/\1/p' tests/system/keylime/releases.txt)
+$(RELEASES:%=$(KEYLIME_VENV)-%/.installed): $(KEYLIME_VENV)-%/.installed: tests/system/keylime/releases.txt | $(KEYLIME_VENV)/.installed
+	@echo "installing Keylime $* into $(@D), for the tests"
+	@mkdir -p $(@D) && grep '^keylime==$* ' $< >$(@D)/requirements.txt && \
+	  $(KEYLIME_VENV)/bin/python -m pip --disable-pip-version-check install -q --no-deps --upgrade --require-hashes \
+	    --target $(@D) -r $(@D)/requirements.txt && touch $@
+
 define into_venv
 	@echo "installing Keylime into $(1), for the tests"
 	@packaging/venv.sh $(PYTHON) $(1) $(LOCKS)/build.txt $(2)
@@ -133,6 +143,13 @@ test-libvirt: install keylime libvirt guest
 	@[ "$$(id -u)" = 0 ] || { echo "test-libvirt needs root"; exit 3; }
 	TEST_LIBVIRT=1 unshare --mount --propagation private $(BIN)/python -m pytest -q -s tests/system/test_vtpm_libvirt.py tests/system/test_vtpm_guest.py
 
+# Everything of the bridge that takes longer, beside what `make test` runs of it.
+test-keylime-bridge: install keylime system-tests $(KEYLIME_VENV)-7.13.1/.installed
+	KEYLIME_BRIDGE=1 $(BIN)/python -m pytest -q -s tests/system/test_keylime_bridge.py
+
+test-keylime-releases: install keylime system-tests $(RELEASES:%=$(KEYLIME_VENV)-%/.installed)
+	KEYLIME_RELEASES=1 $(BIN)/python -m pytest -q -s tests/system/test_keylime_releases.py
+
 # What CI runs in a minimal Debian; downloads are kept in .cache.
 RELEASE ?= bookworm
 BARE ?= demo test
@@ -142,7 +159,7 @@ test-bare:
 	  "$(if $(BARE_USER),sudo )sh -c '{ apt-get update && apt-get install -y make git; } >/dev/null 2>&1'" $(BARE:%="make %")
 
 # All that `make test` leaves out, because it takes long or changes the machine.
-test-slow: test-deb test-bundle test-libvirt test-kvm soak
+test-slow: test-deb test-bundle test-keylime-bridge test-keylime-releases test-libvirt test-kvm soak
 
 soak: install
 	SOAK_SECONDS=$${SOAK_SECONDS:-600} $(BIN)/python -m pytest -q -s tests/system/test_soak.py
@@ -178,4 +195,4 @@ test-kvm: system-kvm deb
 	$(SUDO) $(BIN)/python tests/system/test_kvm.py dist/provider-proxy_*.deb
 
 clean:
-	rm -rf .promtool .guest $(VENV) $(WHEEL_VENV) $(KEYLIME_VENV) $(KEYLIME_VENV)-agent dist build *.egg-info
+	rm -rf .promtool .guest $(VENV) $(WHEEL_VENV) $(KEYLIME_VENV) $(KEYLIME_VENV)-agent $(RELEASES:%=$(KEYLIME_VENV)-%) dist build *.egg-info

@@ -87,7 +87,7 @@ class VerifierApi:
         Raises:
             ReplyError: no whole answer within `limit` bytes.
         """
-        headers = IDENTITY if body is None else IDENTITY | {"Content-Type": "application/json"}
+        headers = IDENTITY if not body else IDENTITY | {"Content-Type": "application/json"}
         with no_answer("the verifier"):
             async with self._http.stream(
                 method, self._base_url + path, content=body, headers=headers

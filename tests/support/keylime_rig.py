@@ -63,12 +63,12 @@ QUICK = {
     "enable_agent_mtls": "True",
     "quote_interval": "0.25",
     "retry_interval": "0.5",
-    "max_retries": "3",
+    "max_retries": "8",
 }
 """Settings of a verifier that is in a hurry."""
 
 GET_QUOTE, FAILED, INVALID_QUOTE = 3, 7, 9
-STATES_OF_GETTING = (GET_QUOTE, 4)
+STATES_OF_GETTING = (1, GET_QUOTE, 4, 5)  # start, retry, and a moment after the first quote
 START_S = 60.0
 
 
@@ -167,7 +167,9 @@ class Keylime:
 
 
 @contextmanager
-def running_tenant(folder: Path, *, site: Path | None = None, **settings: str) -> Iterator[Keylime]:
+def running_tenant(
+    folder: Path, *, site: Path | None = None, settings: Mapping[str, str] | None = None
+) -> Iterator[Keylime]:
     """Registrar and verifier, in a hurry where `settings` do not say otherwise."""
     with ExitStack() as stack:
         registrar = stack.enter_context(running_registrar(folder, site=site))
@@ -310,15 +312,21 @@ class Running:
         assert kill or code == 0, self.log[-4000:]
 
     def status(self) -> Mapping[str, Any]:
-        """What `bridge status --json` prints."""
-        done = subprocess.run(
-            [*self.command("status", "--config", str(self.config), "--json")],
-            capture_output=True,
-            check=False,
-            timeout=30,
-        )
-        found: Mapping[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        """What `bridge status --json` prints, without its start."""
+        answer = httpx.get(f"http://127.0.0.1:{self.admin_port}/status", trust_env=False)
+        found: Mapping[str, Any] = answer.raise_for_status().json()
         return found
+
+    async def cli(self, *words: str) -> str:
+        """`provider-proxy bridge …`, which must succeed; what it prints."""
+        done = await trio.run_process(
+            [*self.command(*words, "--config", str(self.config))],
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout.decode()
 
     def ids(self) -> dict[str, str]:
         """The agents' ids, by the hosts' names."""

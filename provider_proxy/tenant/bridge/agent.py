@@ -36,6 +36,9 @@ from provider_proxy.tenant.watch.questions import HostQuestions, Judged, Setting
 log = logging.getLogger(__name__)
 
 IMA_PCR = 10
+# What Keylime asks for where it has a measured-boot policy, and only there. Sent unasked, the firmware's
+# log is parsed all the same, and fails an agent whose verifier lacks the library for it.
+MEASURED_BOOT_PCRS = 0xFBFF
 AWAY_HOLD_S = 0.25  # for a host that was silent: long enough where it is back
 MIN_HOLD_S = 1.0  # a chip that is busy takes that much now and then
 USUAL_FACTOR = 4.0  # of what a host usually takes, before it is no longer waited for
@@ -308,7 +311,7 @@ class Agent:
             boottime=quoting.shown_boottime(quote.clock),
             ima=logs.ima if poll.mask >> IMA_PCR & 1 else None,
             ima_entry=logs.ima_entry,
-            uefi=logs.uefi,
+            uefi=logs.uefi if poll.mask & MEASURED_BOOT_PCRS == MEASURED_BOOT_PCRS else None,
         )
 
     def _note(self, result: str, reason: str | None) -> None:
