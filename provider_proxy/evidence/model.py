@@ -269,11 +269,14 @@ class HostLogs:
     Attributes:
         ima: text of the IMA list from entry `ima_entry` on; None where not sent.
         uefi: the firmware's event log; None where not sent.
+        ima_missing, uefi_missing: why the host says that it has no such log: "absent", for example.
     """
 
     ima: str | None = None
     ima_entry: int = 0
     uefi: bytes | None = None
+    ima_missing: str | None = None
+    uefi_missing: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

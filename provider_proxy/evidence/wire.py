@@ -38,6 +38,7 @@ from provider_proxy.evidence.strict_json import Fields, from_base64, parse_json_
 FORMAT = 1
 MAX_EVIDENCE_BYTES = 64 * 1024  # a quote, 24 SHA-512 PCRs, a path of 20 and claims make 35 kB
 MAX_EVIDENCE_WITH_LOGS_BYTES = 10 * 1024 * 1024  # 7 MiB of IMA list, 1 MiB of event log in base64
+MAX_MISSING_CHARS = 200
 MAX_QUOTE_STRING = 16 * 1024
 MAX_UINT32 = (1 << 32) - 1
 MAX_UINT64 = (1 << 64) - 1
@@ -187,7 +188,13 @@ def _parse_logs(fields: Fields) -> HostLogs:
         uefi=fields.base64("mb_measurement_list", limit)
         if "mb_measurement_list" in fields
         else None,
+        ima_missing=_missing(fields, "ima_measurement_list_missing"),
+        uefi_missing=_missing(fields, "mb_measurement_list_missing"),
     )
+
+
+def _missing(fields: Fields, key: str) -> str | None:
+    return fields.text(key, MAX_MISSING_CHARS) if key in fields else None
 
 
 def _parse_timing(fields: Fields) -> Timing:
@@ -199,6 +206,34 @@ def encode_envelope(code: int, status: str, results: Mapping[str, object]) -> by
     return json.dumps(
         {"code": code, "status": status, "results": results}, separators=(",", ":")
     ).encode("utf-8")
+
+
+def escape_text(text: str) -> bytes:
+    """Text as JSON has it between the quotes."""
+    return json.dumps(text).encode("ascii")[1:-1]
+
+
+def encode_logs(logs: HostLogs, *, ima: bytes | None = None, ima_entry: int = 0) -> bytes | None:
+    """Logs as a part of an answer; None where there are none, nor a reason for it.
+
+    Args:
+        ima: the IMA list from `ima_entry` on, through `escape_text`; in the place of `logs.ima`.
+    """
+    if logs.ima is not None:
+        ima, ima_entry = escape_text(logs.ima), logs.ima_entry
+    parts: list[bytes] = []
+    if ima is not None:
+        parts += [b',"ima_measurement_list":"', ima, b'"']
+        parts.append(b',"ima_measurement_list_entry":%d' % ima_entry)
+    if logs.uefi is not None:
+        parts += [b',"mb_measurement_list":"', base64.b64encode(logs.uefi), b'"']
+    for key, missing in (
+        (b"ima_measurement_list_missing", logs.ima_missing),
+        (b"mb_measurement_list_missing", logs.uefi_missing),
+    ):
+        if missing is not None:
+            parts.append(b',"%b":"%b"' % (key, escape_text(missing)))
+    return b"".join(parts) or None
 
 
 class EvidenceEncoder:
@@ -237,19 +272,19 @@ class EvidenceEncoder:
         head = encode_envelope(200, "Success", shared)
         self._head = head[:-2]  # without the braces that close results and the envelope
         self._quote_ms = round(quote_ms, 3)
-        self._logs: dict[tuple[int, int], bytes] = {}
 
     def encode(
         self,
         proof: InclusionProof,
         *,
         claims: bytes | None = None,
-        logs: HostLogs | None = None,
+        logs: bytes | None = None,
         queued_ms: float = 0.0,
     ) -> tuple[bytes, ...]:
         """One answer's body, in parts to be sent one after the other.
 
-        The part with the logs, which may be megabytes, is one object for all who get the same.
+        Args:
+            logs: of `encode_logs`; may be megabytes, and one object for all who get the same.
         """
         path = b"".join(proof.path).hex(",", -HASH_BYTES).replace(",", '","')
         tail = (
@@ -261,20 +296,6 @@ class EvidenceEncoder:
             tail = tail.replace('"path":[""]', '"path":[]')
         if claims is not None:
             tail += f',"claims":"{base64.b64encode(claims).decode("ascii")}"'
-        if logs is None or (logs.ima is None and logs.uefi is None):
+        if logs is None:
             return (self._head + tail.encode("ascii") + b"}}",)
-        return (self._head + tail.encode("ascii"), self._logs_part(logs), b"}}")
-
-    def _logs_part(self, logs: HostLogs) -> bytes:
-        key = (-1 if logs.ima is None else logs.ima_entry, logs.uefi is not None)
-        part = self._logs.get(key)
-        if part is None:
-            values: dict[str, object] = {}
-            if logs.ima is not None:
-                values["ima_measurement_list"] = logs.ima
-                values["ima_measurement_list_entry"] = logs.ima_entry
-            if logs.uefi is not None:
-                values["mb_measurement_list"] = base64.b64encode(logs.uefi).decode("ascii")
-            part = b"," + json.dumps(values, separators=(",", ":")).encode("utf-8")[1:-1]
-            self._logs[key] = part
-        return part
+        return (self._head + tail.encode("ascii"), logs, b"}}")

@@ -31,16 +31,16 @@ from provider_proxy.host.api.tenant import TenantDoor, identity_results, vtpm_ca
 from provider_proxy.host.audit.file import AuditLog
 from provider_proxy.host.audit.records import records_of
 from provider_proxy.host.batching.batch import Batch
-from provider_proxy.host.batching.batcher import Audit, Batcher
+from provider_proxy.host.batching.batcher import Audit, Batcher, LogSource
 from provider_proxy.host.batching.queue import BatchSettings
 from provider_proxy.host.config.tables import KEYLIME_AGENT, Config
 from provider_proxy.host.http import listeners
 from provider_proxy.host.http.server import Door
-from provider_proxy.host.logs import HostLogFiles
+from provider_proxy.host.logs.files import HostLogFiles
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters import agent_binding, local_tpm
 from provider_proxy.host.quoters.ca_signer import open_ca_signer
-from provider_proxy.host.quoters.keylime_agent import AgentQuoter
+from provider_proxy.host.quoters.keylime_agent import AgentLogs, AgentQuoter
 from provider_proxy.host.quoters.local_tpm import EsysQuoter
 from provider_proxy.host.registration.registrations import Registrations
 from provider_proxy.host.status.board import StatusBoard
@@ -134,7 +134,9 @@ async def open_parts(
             open_keeper(config.vtpm, config.state_dir, metrics, issuer)
         )
         recent, draining = Recent(), trio.Event()
-        batcher = _make_batcher(config, quoter, metrics, recent, keeper)
+        logs = _make_logs(config, quoter)
+        stack.callback(logs.close)
+        batcher = _make_batcher(config, quoter, metrics, recent, keeper, logs)
         registrations = _make_registrations(config, quoter, metrics)
         registrations.replace(await trio.to_thread.run_sync(registrations.make, config.registrars))
         door = _make_tenant_door(config, quoter, batcher, book, recent, registrations, issuer)
@@ -220,8 +222,19 @@ async def _make_issuer(
     return await open_issuer(config, quoter)
 
 
+def _make_logs(config: Config, quoter: HostQuoter) -> HostLogFiles | AgentLogs:
+    if isinstance(quoter, AgentQuoter):
+        return quoter.logs
+    return HostLogFiles(config.logs.ima, config.logs.uefi, directory=config.state_dir)
+
+
 def _make_batcher(
-    config: Config, quoter: HostQuoter, metrics: Metrics, recent: Recent, keeper: Keeper | None
+    config: Config,
+    quoter: HostQuoter,
+    metrics: Metrics,
+    recent: Recent,
+    keeper: Keeper | None,
+    logs: LogSource,
 ) -> Batcher:
     """The batcher, with the host's logs, claims and audit log."""
     settings = BatchSettings(
@@ -235,9 +248,7 @@ def _make_batcher(
         settings,
         metrics,
         claims=keeper.claims if keeper is not None else None,
-        logs=quoter.logs
-        if isinstance(quoter, AgentQuoter)
-        else HostLogFiles(config.logs.ima, config.logs.uefi),
+        logs=logs,
         boottime=_boottime(),
         audit=_make_audit(config, quoter),
         observe=recent.batch_done,

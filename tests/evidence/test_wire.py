@@ -37,6 +37,7 @@ from provider_proxy.evidence.strict_json import Fields, from_base64, parse_json_
 from provider_proxy.evidence.wire import (
     EvidenceEncoder,
     encode_envelope,
+    encode_logs,
     encode_pcr_blob,
     encode_quote,
     parse_evidence,
@@ -69,7 +70,7 @@ def test_encoder_and_parser_agree() -> None:
     batch = seal_with_claims()
     logs = HostLogs(ima="10 é\\\n\u2028", ima_entry=7, uefi=bytes(range(256)))
     parts = encoder_of(batch, boottime=1_700_000_000).encode(
-        batch.proof(1), claims=batch.claims_of(1), logs=logs, queued_ms=12.3456
+        batch.proof(1), claims=batch.claims_of(1), logs=encode_logs(logs), queued_ms=12.3456
     )
     evidence = parse_evidence(b"".join(parts))
     assert evidence.quote == batch.quote
@@ -133,7 +134,8 @@ def test_a_batch_shares_one_log() -> None:
     batch = seal(count=2)
     encoder = encoder_of(batch)
     logs = HostLogs(ima="10 ...\n" * 1000, ima_entry=3, uefi=b"log")
-    first, second = (encoder.encode(batch.proof(n), logs=logs) for n in (0, 1))
+    part = encode_logs(logs)
+    first, second = (encoder.encode(batch.proof(n), logs=part) for n in (0, 1))
     assert first[1] is second[1]  # megabytes, for a thousand tenants
     assert first[0] != second[0]
 
@@ -149,7 +151,10 @@ def test_other_parts_of_a_log_are_not_mixed_up() -> None:
         HostLogs(),
         HostLogs(ima="from 0", ima_entry=0),
     ):
-        assert parse_evidence(b"".join(encoder.encode(batch.proof(0), logs=logs))).logs == logs
+        assert (
+            parse_evidence(b"".join(encoder.encode(batch.proof(0), logs=encode_logs(logs)))).logs
+            == logs
+        )
 
 
 def test_the_largest_answer_without_logs_is_within_its_limit() -> None:

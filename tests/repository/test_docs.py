@@ -40,6 +40,7 @@ from provider_proxy.evidence.model import (
 from provider_proxy.evidence.policy import UnsafeAcceptAny
 from provider_proxy.evidence.tpm_keys import parse_ak
 from provider_proxy.evidence.verify import Challenge, MemoryHistory, Verifier
+from provider_proxy.evidence.wire import encode_logs
 from provider_proxy.host import daemon
 from provider_proxy.host.api import admin, tenant
 from provider_proxy.host.batching.merkle import build_tree
@@ -329,7 +330,9 @@ def full_reply() -> dict[str, Any]:
     parts = encoder.encode(
         InclusionProof(leaf_index=0, tree_size=2, path=(bytes(32),), salt=bytes(16)),
         claims=b"{}",
-        logs=HostLogs(ima="10 …\n", uefi=b"log"),
+        logs=encode_logs(
+            HostLogs(ima="10 …\n", uefi=b"log", ima_missing="absent", uefi_missing="absent")
+        ),
     )
     results: dict[str, Any] = json.loads(b"".join(parts))["results"]
     return results

@@ -33,6 +33,7 @@ from provider_proxy.evidence import inclusion
 from provider_proxy.evidence.model import (
     AttestationKey,
     HashAlg,
+    HostLogs,
     InclusionProof,
     Quote,
     QuoteRequest,
@@ -202,6 +203,23 @@ def make_answer(
     )
     proof = InclusionProof(leaf_index=0, tree_size=tree.size, path=tree.paths[0], salt=salt)
     return Answer(encoder=encoder, proof=proof, claims=claims, logs=None, queued_s=0.0)
+
+
+def logs_in(part: bytes | None) -> HostLogs | None:
+    """The logs of an answer's part, as a tenant reads them; None where there is none."""
+    if part is None:
+        return None
+    values = json.loads(b"{" + part[1:] + b"}")
+    uefi = values.pop("mb_measurement_list", None)
+    read = HostLogs(
+        ima=values.pop("ima_measurement_list", None),
+        ima_entry=values.pop("ima_measurement_list_entry", 0),
+        uefi=None if uefi is None else base64.b64decode(uefi, validate=True),
+        ima_missing=values.pop("ima_measurement_list_missing", None),
+        uefi_missing=values.pop("mb_measurement_list_missing", None),
+    )
+    assert not values
+    return read
 
 
 def make_evidence(tpm: SoftTpm, request: QuoteRequest) -> bytes:

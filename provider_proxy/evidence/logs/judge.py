@@ -17,6 +17,7 @@ from provider_proxy.evidence.logs.boot_policy import BootPolicy
 from provider_proxy.evidence.logs.event_log import extended_mask, parse_event_log, replay
 from provider_proxy.evidence.logs.ima import ImaReplay, Outcome, ReplayState
 from provider_proxy.evidence.logs.ima_judge import IMA_PCR, LineJudge, Violations
+from provider_proxy.evidence.logs.ima_line import shown
 from provider_proxy.evidence.logs.runtime_policy import RuntimePolicy
 from provider_proxy.evidence.model import HashAlg, HostLogs, VerifiedQuote, mask_of, pcrs_of
 
@@ -117,6 +118,8 @@ class LogJudge:
         """
         yield from self.without_ima(quote, logs, ends=False)
         if self._ima is not None:
+            if logs.ima is None and logs.ima_missing is not None:
+                raise LogError(_missing("PCR 10 and no IMA list", logs.ima_missing))
             for _ in self._ima.offer(logs.ima, logs.ima_entry, quote.pcrs[IMA_PCR]):
                 yield False
             if self._ima.outcome is not Outcome.MATCHED:
@@ -128,9 +131,16 @@ class LogJudge:
     ) -> Iterator[bool]:
         """The same for a quote that another verifier asked for without PCR 10: the event log alone."""
         if self.policy.uefi_mask:
+            if logs.uefi is None and logs.uefi_missing is not None:
+                raise LogError(_missing("no firmware event log", logs.uefi_missing))
             check_boot_log(logs.uefi, quote, self.policy.uefi_mask, self.policy.boot)
         if ends:
             yield True
+
+
+def _missing(what: str, why: str) -> str:
+    """The host's word for it, which excuses nothing."""
+    return f"the answer has {what}: {shown(why)}, says the host"
 
 
 class AnswerLogs:

@@ -19,7 +19,6 @@ from provider_proxy.evidence.model import (
     SALT_BYTES,
     AttestationKey,
     HashAlg,
-    HostLogs,
     InclusionProof,
     Quote,
     QuoteRequest,
@@ -38,7 +37,7 @@ class Answer:
     encoder: EvidenceEncoder
     proof: InclusionProof
     claims: bytes | None
-    logs: HostLogs | None
+    logs: bytes | None
     queued_s: float
 
     def body(self) -> tuple[bytes, ...]:

@@ -37,7 +37,6 @@ from provider_proxy.evidence import inclusion
 from provider_proxy.evidence.model import (
     AttestationKey,
     HashAlg,
-    HostLogs,
     Quote,
     QuoteRequest,
     Tenant,
@@ -88,8 +87,8 @@ class Quoter(Protocol):
 class LogSource(Protocol):
     """Reads the host's logs after a quote."""
 
-    async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[HostLogs | None, ...]:
-        """For each request the logs that its mask asks for; None where it asks for none."""
+    async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[bytes | None, ...]:
+        """For each request the logs that its mask asks for, of `encode_logs`; None for none."""
         ...
 
 
@@ -331,13 +330,21 @@ class Batcher:
         batch.refuse(error)
 
     async def _flush(self, receive: trio.MemoryReceiveChannel[Batch]) -> None:
-        async for batch in receive:
-            if batch.quote is not None:
-                await self._finish(batch)
-            self._sealed.discard(batch)
-            self._observe(batch)
-            if self._audit is not None:
-                await self._audit(batch)
+        async with trio.open_nursery() as nursery:
+            async for batch in receive:
+                if any(waiter.request.wants_ima for waiter in batch.waiters):
+                    # A long IMA list keeps nobody else waiting.
+                    nursery.start_soon(self._end, batch)
+                else:
+                    await self._end(batch)
+
+    async def _end(self, batch: Batch) -> None:
+        if batch.quote is not None:
+            await self._finish(batch)
+        self._sealed.discard(batch)
+        self._observe(batch)
+        if self._audit is not None:
+            await self._audit(batch)
 
     async def _finish(self, batch: Batch) -> None:
         """Self-check, then answer."""
@@ -352,7 +359,7 @@ class Batcher:
             batch.refuse(error)
             return
         requests = tuple(waiter.request for waiter in batch.waiters)
-        logs: tuple[HostLogs | None, ...] = (None,) * len(requests)
+        logs: tuple[bytes | None, ...] = (None,) * len(requests)
         if self._logs is not None:
             logs = await self._logs.read(requests)
         encoder = EvidenceEncoder(

@@ -66,7 +66,7 @@ async def open_quoter(
             raise HostError(f"tpm.banks: the agent quotes the bank {bank} alone")
         return bound
 
-    async with keylime_agent.open_quoter(bind, max_duty, metrics) as quoter:
+    async with keylime_agent.open_quoter(bind, max_duty, metrics, state_dir) as quoter:
         yield quoter
 
 

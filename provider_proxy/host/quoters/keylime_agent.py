@@ -16,13 +16,16 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import trio
 
 from provider_proxy.errors import AkChangedError, PcrDigestError, QuoteError, VerificationError
 from provider_proxy.evidence import attestation
-from provider_proxy.evidence.model import AttestationKey, HashAlg, HostLogs, Quote, QuoteRequest
-from provider_proxy.host.logs import MAX_LIST_BYTES, lines_of, share_out
+from provider_proxy.evidence.model import AttestationKey, HashAlg, Quote, QuoteRequest
+from provider_proxy.host.logs.follow import TOO_LONG, UNREADABLE
+from provider_proxy.host.logs.ima_list import ImaList, TooLongError
+from provider_proxy.host.logs.parts import Logs, share_out
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters.agent_http import AgentClient, AgentError, AgentReply
 from provider_proxy.host.quoters.circuit import PROBE_S, Circuit
@@ -58,41 +61,69 @@ Bind = Callable[[], Awaitable[AgentBinding]]
 class AgentLogs:
     """The host's logs as the agent sends them along with quotes; a `batcher.LogSource`.
 
-    The list is kept, so that a window brings its new lines only.
+    The list is kept, so that a window brings its new lines only: in a file without a name.
+
+    Args:
+        directory: where that file is made.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path | None = None) -> None:
+        self._directory = directory
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew: what is kept is another boot's."""
-        self._lines: list[str] | None = None
-        self._bytes = 0
+        """Begin from the start: what is kept is another boot's.
+
+        A part of the old list may be on its way just now: its file goes with the last who reads it.
+        """
+        self._list: ImaList | None = None
+        self._lost = 0  # lines of a list that is not kept
+        self._missing: str | None = None
         self._uefi: bytes | None = None
-        self.next_entry = 0
+
+    def close(self) -> None:
+        """Forget all."""
+        self.forget()
+
+    @property
+    def next_entry(self) -> int:
+        """Which part of the list to ask the agent for."""
+        return self._lost if self._list is None else self._list.lines
 
     def take(self, reply: AgentReply) -> bool:
-        """Add what an answer brought; False where its lines do not join those that we have."""
+        """Add what an answer brought; False where its lines do not join those that we have.
+
+        Blocks where the list is long.
+        """
         if reply.uefi is not None:
             self._uefi = reply.uefi
         if reply.ima is None:
             return True
         if reply.ima_entry == 0 != self.next_entry:  # all of it, once more
-            self._lines, self._bytes, self.next_entry = None, 0, 0
+            self._list, self._lost, self._missing = None, 0, None
         if reply.ima_entry != self.next_entry:
             return False
-        self._lines = [] if self._lines is None else self._lines
-        for line in lines_of(reply.ima):
-            self.next_entry += 1
-            self._bytes += len(line)
-            if self._bytes <= MAX_LIST_BYTES:
-                self._lines.append(line)
+        text = reply.ima[: reply.ima.rfind("\n") + 1]  # half a line is what a limit has left
+        lines = reply.ima_entry + text.count("\n")
+        if self._missing is not None:  # it is not asked for from its beginning each time
+            self._lost = lines
+            return True
+        try:
+            if self._list is None:
+                self._list = ImaList(self._directory)
+            self._list.append(text.encode("utf-8", "surrogatepass"))
+        except (TooLongError, OSError) as exc:
+            self._missing = TOO_LONG if isinstance(exc, TooLongError) else UNREADABLE
+            self._list, self._lost = None, lines
+            log.warning(
+                "the agent's IMA list is not kept, answers go without it: %s", self._missing
+            )
         return True
 
-    async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[HostLogs | None, ...]:
-        """For each request the logs that its mask asks for; None where it asks for none."""
-        await trio.lowlevel.checkpoint()
-        return share_out(requests, self._lines, self._uefi)
+    async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[bytes | None, ...]:
+        """For each request the logs that its mask asks for, as JSON; None where it asks for none."""
+        logs = Logs(ima=self._list, ima_missing=self._missing, uefi=self._uefi)
+        return await trio.to_thread.run_sync(share_out, requests, logs)
 
 
 class AgentQuoter:
@@ -102,7 +133,14 @@ class AgentQuoter:
         logs: the host's logs.
     """
 
-    def __init__(self, bound: AgentBinding, bind: Bind, pace: Pace, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        bound: AgentBinding,
+        bind: Bind,
+        pace: Pace,
+        metrics: Metrics,
+        directory: Path | None = None,
+    ) -> None:
         self._client = bound.client
         self._bind = bind
         self._pace = pace
@@ -113,7 +151,7 @@ class AgentQuoter:
         self._reset_count: int | None = None
         self.ak = bound.ak
         self.identity = bound.identity
-        self.logs = AgentLogs()
+        self.logs = AgentLogs(directory)
 
     @property
     def state(self) -> ChipState:
@@ -179,7 +217,7 @@ class AgentQuoter:
                 self._pace.worked(begin, begin + took)
             self._pace.learn(took)
         self._check(reply.quote, qualifying, mask)
-        if not self.logs.take(reply):
+        if not await trio.to_thread.run_sync(self.logs.take, reply):
             self.logs.forget()
             raise AgentError(
                 "the agent's IMA list does not go on where it ended",
@@ -256,16 +294,19 @@ class AgentQuoter:
 
 
 @asynccontextmanager
-async def open_quoter(bind: Bind, max_duty: float, metrics: Metrics) -> AsyncIterator[AgentQuoter]:
+async def open_quoter(
+    bind: Bind, max_duty: float, metrics: Metrics, directory: Path | None = None
+) -> AsyncIterator[AgentQuoter]:
     """Find the agent and have a first quote, for as long as the context lasts.
 
     Args:
         max_duty: share of the chip's time that our requests may take.
+        directory: where the copy of the host's IMA list is made.
 
     Raises:
         HostError: the registrar does not vouch for the agent, or the agent gives no quote.
     """
-    quoter = AgentQuoter(await bind(), bind, Pace(max_duty), metrics)
+    quoter = AgentQuoter(await bind(), bind, Pace(max_duty), metrics, directory)
     try:
         await _first_quote(quoter)
         async with trio.open_nursery() as nursery:

@@ -40,6 +40,7 @@ from provider_proxy.evidence.model import (
 )
 from provider_proxy.evidence.policy import UnsafeAcceptAny
 from provider_proxy.evidence.verify import Challenge, MemoryHistory, Verifier
+from provider_proxy.evidence.wire import encode_logs
 from provider_proxy.host.batching.batch import Answer
 from provider_proxy.host.batching.batcher import Batcher
 from provider_proxy.host.batching.queue import BatchSettings, Line
@@ -585,9 +586,11 @@ async def test_logs_are_read_after_the_quote_and_go_to_who_asked(
     quoter = FakeQuoter()
 
     class Logs:
-        async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[HostLogs | None, ...]:
+        async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[bytes | None, ...]:
             assert quoter.quotes
-            return tuple(HostLogs(ima="10 x\n") if r.mask & 1 else None for r in requests)
+            return tuple(
+                encode_logs(HostLogs(ima="10 x\n")) if r.mask & 1 else None for r in requests
+            )
 
     async with running(quoter, logs=Logs()) as batcher, trio.open_nursery() as nursery:
         asker = Asker(batcher, nursery)
@@ -596,6 +599,27 @@ async def test_logs_are_read_after_the_quote_and_go_to_who_asked(
         assert b"ima_measurement_list" in b"".join(asker.answers[with_logs].body())
         assert b"ima_measurement_list" not in b"".join(asker.answers[without].body())
         check(quoter.tpm, with_logs, asker.answers[with_logs])
+
+
+async def test_a_long_ima_list_keeps_nobody_else_waiting(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    class Slow:
+        async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[bytes | None, ...]:
+            if any(r.mask >> 10 & 1 for r in requests):
+                await trio.sleep(20)
+            return (None,) * len(requests)
+
+    async with running(FakeQuoter(), logs=Slow()) as batcher, trio.open_nursery() as nursery:
+        asker = Asker(batcher, nursery)
+        slow = await asker.ask(make_request(1 << 10))
+        await trio.sleep(1)
+        quick = [await asker.ask(make_request(1)) for _ in range(3)]
+        await trio.sleep(2)
+        assert all(request in asker.answers for request in quick)
+        assert slow not in asker.answers
+        await trio.sleep(20)
+        assert slow in asker.answers
 
 
 async def test_a_thousand_in_a_real_worker_thread_all_verify() -> None:

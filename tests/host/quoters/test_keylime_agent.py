@@ -16,7 +16,7 @@ import pytest
 import trio
 from agent_helpers import Agent, binding_of, running_agent
 from cryptography.hazmat.primitives.asymmetric import rsa
-from helpers import LIMIT_S, Asker, until
+from helpers import LIMIT_S, Asker, logs_in, until
 from keylime_helpers import Registrar, running_registrar
 from tpm_helpers import errors_counted, tool
 
@@ -25,6 +25,7 @@ from provider_proxy.evidence import attestation
 from provider_proxy.evidence.model import (
     ClockState,
     HashAlg,
+    HostLogs,
     QuoteRequest,
     Tenant,
     parse_mask,
@@ -36,6 +37,7 @@ from provider_proxy.host import daemon
 from provider_proxy.host.batching.batcher import Batcher
 from provider_proxy.host.batching.queue import BatchSettings
 from provider_proxy.host.config.tables import Config, KeylimeAgent, Listen, QuoterTable, Tpm
+from provider_proxy.host.logs import ima_list
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters import agent_binding, circuit, keylime_agent
 from provider_proxy.host.quoters.agent_http import AgentClient, AgentError, AgentReply
@@ -334,7 +336,8 @@ def request_for(mask: int, entry: int = 0) -> QuoteRequest:
 
 
 async def read(logs: AgentLogs, mask: int, entry: int = 0) -> tuple[str | None, int, bytes | None]:
-    (found,) = await logs.read((request_for(mask, entry),))
+    (part,) = await logs.read((request_for(mask, entry),))
+    found = logs_in(part)
     return (found.ima, found.ima_entry, found.uefi) if found is not None else (None, 0, None)
 
 
@@ -392,12 +395,19 @@ async def test_logs() -> None:
     assert await read(logs, 1 << IMA_PCR | 1) == (None, 0, None)
 
 
-async def test_a_list_above_the_limit_keeps_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keylime_agent, "MAX_LIST_BYTES", 4)
+async def test_a_list_above_the_limit_is_said_to_be_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ima_list, "MAX_LIST_BYTES", 4)
     logs = AgentLogs()
-    logs.take(reply("a\nb\nc\n"))
-    assert logs.next_entry == 3
-    assert await read(logs, 1 << IMA_PCR) == ("a\nb\n", 0, None)
+    for entry in (0, 3):
+        assert logs.take(reply("a\nb\nc\n", entry))
+        assert logs.next_entry == entry + 3, "it is not fetched again and again"
+        (part,) = await logs.read((request_for(1 << IMA_PCR),))
+        assert logs_in(part) == HostLogs(ima_missing="too long")
+    assert len(caplog.records) == 1
+    assert logs.take(reply("a\n", 0)), "another boot's"
+    assert await read(logs, 1 << IMA_PCR) == ("a\n", 0, None)
 
 
 # --- the real agent ---------------------------------------------------------------------------------

@@ -1,0 +1,154 @@
+"""A copy of the host's IMA list, of any length: appended to, and handed out in parts.
+
+The copy is a file that has no name, so that the list takes no memory of the daemon's and is gone with it.
+Marks every 64 kB lead to any line. Runs in worker threads, one at a time; knows neither trio nor the
+kernel's file.
+"""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import mmap
+import os
+import re
+import tempfile
+import weakref
+from array import array
+from pathlib import Path
+
+MAX_LIST_BYTES = 1024 * 1024 * 1024  # six million lines; bounds the room that the copy may take
+MARK_BYTES = 64 * 1024
+MAX_ENTRY_BYTES = 64 * 1024  # longer ones are nobody's
+_ENTRY_RE = re.compile(rb"\n(?= ?[0-9]{1,2} [0-9a-f]{40})")
+
+
+class TooLongError(Exception):
+    """The list is longer than `MAX_LIST_BYTES`; what was appended before is still there."""
+
+
+class ImaList:
+    """The copy.
+
+    Args:
+        directory: where its file is made.
+
+    Attributes:
+        lines: whole lines.
+        size: their bytes.
+
+    Raises:
+        OSError: there is no room for the file.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self._fd, name = tempfile.mkstemp(dir=directory, prefix=".ima-")
+        os.unlink(name)
+        self._close = weakref.finalize(self, os.close, self._fd)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the list."""
+        os.ftruncate(self._fd, 0)
+        self._rest = b""  # the beginning of a line whose end has not come
+        self._mark_lines, self._mark_offsets = array("Q", (0,)), array("Q", (0,))
+        self.lines = self.size = 0
+
+    def close(self) -> None:
+        """Give the room back."""
+        self._close()
+
+    def append(self, data: bytes) -> None:
+        """Add what comes next.
+
+        Raises:
+            TooLongError: that is more than is kept.
+            OSError: there is no room for it.
+        """
+        whole, feed, rest = data.rpartition(b"\n")
+        if not feed:
+            self._rest += data
+        else:
+            self._write(self._rest + whole + feed)
+            self._rest = rest
+        if self.size + len(self._rest) > MAX_LIST_BYTES:
+            raise TooLongError
+
+    def _write(self, lines: bytes) -> None:
+        at = 0
+        while at < len(lines):
+            end = min(len(lines), at + MARK_BYTES)
+            if end < len(lines):
+                end = lines.rfind(b"\n", at, end) + 1 or lines.find(b"\n", end) + 1
+            piece = lines[at:end]
+            if os.pwrite(self._fd, piece, self.size) != len(piece):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.size += len(piece)
+            self.lines += piece.count(b"\n")
+            if self.size - self._mark_offsets[-1] >= MARK_BYTES:
+                self._mark_lines.append(self.lines)
+                self._mark_offsets.append(self.size)
+            at = end
+
+    def bytes_at(self, at: int, count: int) -> bytes:
+        """Some bytes of it; fewer at its end."""
+        return os.pread(self._fd, min(count, max(0, self.size - at)), at)
+
+    def ends_with(self, tail: bytes) -> bool:
+        """Whether these are the last bytes that were appended."""
+        known = os.pread(self._fd, len(tail), max(0, self.size - len(tail)))
+        return (known + self._rest).endswith(tail)
+
+    def find_line(self, line: bytes) -> int | None:
+        """Where a line, its line feed included, is in the list; None where it is not."""
+        if not self.size:
+            return None
+        with mmap.mmap(self._fd, self.size, prot=mmap.PROT_READ) as data:
+            at = data.find(line)
+            while at > 0 and data[at - 1] != 10:
+                at = data.find(line, at + 1)
+            return None if at < 0 else at
+
+    def part(self, entry: int, limit: int) -> tuple[int, bytes]:
+        """The list from an entry on: whole entries within a limit of bytes.
+
+        Returns:
+            The entry that it begins with, and the lines. All of it from 0 where the entry is beyond
+            the end, as Keylime's agent does: the host has booted since the tenant counted.
+        """
+        start = entry if entry <= self.lines else 0
+        mark = bisect.bisect_right(self._mark_lines, start) - 1
+        offset = self._mark_offsets[mark]
+        skip = start - self._mark_lines[mark]
+        if skip:
+            data, at = os.pread(self._fd, 2 * MARK_BYTES, offset), 0
+            while skip:
+                found = data.find(b"\n", at) + 1
+                if not found:  # lines longer than the marks are apart
+                    data += os.pread(self._fd, MARK_BYTES, offset + len(data))
+                    continue
+                at, skip = found, skip - 1
+            offset += at
+        data = os.pread(self._fd, min(limit, self.size - offset), offset)
+        if offset + len(data) == self.size:
+            return start, data
+        return start, data[: _last_entry(data) or data.rfind(b"\n") + 1]
+
+
+def _last_entry(data: bytes) -> int:
+    """Where the last entry begins whose beginning is there; 0 where none does."""
+    end = 0
+    for found in _ENTRY_RE.finditer(data, max(0, len(data) - MAX_ENTRY_BYTES)):
+        end = found.end()
+    return end
+
+
+def entry_after(data: bytes, at: int) -> int:
+    """Where the next entry begins, behind the line that a place is in; the end where none does.
+
+    A name with line feeds in it makes several lines of one entry, and a tenant cannot read half of it.
+    """
+    found = _ENTRY_RE.search(data, at, at + MAX_ENTRY_BYTES)
+    if found:
+        return found.end()
+    return len(data) if len(data) - at < MAX_ENTRY_BYTES else data.find(b"\n", at) + 1 or len(data)

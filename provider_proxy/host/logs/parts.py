@@ -1,0 +1,90 @@
+"""What each request of a batch gets of the host's logs, written as JSON once for all who get the same.
+
+Runs in worker threads: a part of an IMA list has megabytes, and to write it on the event loop would keep
+everybody waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from provider_proxy.evidence.model import HostLogs, QuoteRequest
+from provider_proxy.evidence.wire import encode_logs, escape_text
+from provider_proxy.host.logs.ima_list import MAX_ENTRY_BYTES, ImaList, entry_after
+
+MAX_IMA_BYTES = 7 * 1024 * 1024  # as JSON, in one answer; some 40,000 lines
+ESCAPE_BYTES = 128 * 1024  # at a time, so that other threads have their turn between
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logs:
+    """The host's logs, as far as they are there.
+
+    Attributes:
+        ima: None where there is no list; `ima_missing` says why, None where nobody would expect one.
+        uefi: the same of the firmware's log.
+    """
+
+    ima: ImaList | None = None
+    ima_missing: str | None = None
+    uefi: bytes | None = None
+    uefi_missing: str | None = None
+
+
+def share_out(requests: Sequence[QuoteRequest], logs: Logs) -> tuple[bytes | None, ...]:
+    """For each request the logs that its mask asks for, as JSON; None where it asks for none."""
+    made: dict[tuple[int, bool], bytes | None] = {}
+    return tuple(_shared(request, logs, made) for request in requests)
+
+
+def _shared(
+    request: QuoteRequest, logs: Logs, made: dict[tuple[int, bool], bytes | None]
+) -> bytes | None:
+    entry = request.ima_ml_entry if request.wants_ima else -1
+    key = (entry, request.wants_boot_log)
+    if key not in made:
+        made[key] = _encoded(entry, logs, with_uefi=key[1])
+    return made[key]
+
+
+def _encoded(entry: int, logs: Logs, *, with_uefi: bool) -> bytes | None:
+    own = HostLogs(
+        ima_missing=logs.ima_missing if entry >= 0 else None,
+        uefi=logs.uefi if with_uefi else None,
+        uefi_missing=logs.uefi_missing if with_uefi else None,
+    )
+    if entry < 0 or logs.ima is None:
+        return encode_logs(own)
+    start, data = logs.ima.part(entry, MAX_IMA_BYTES + MAX_ENTRY_BYTES)
+    return encode_logs(own, ima=_escaped(data), ima_entry=start)
+
+
+def _escaped(data: bytes) -> bytes:
+    """Lines as a JSON text without its quotes, within the limit; bytes that are no UTF-8 as \\xNN."""
+    pieces, at, room = [], 0, MAX_IMA_BYTES
+    while at < len(data):
+        end = entry_after(data, at + ESCAPE_BYTES)
+        piece = _escape(data[at:end])
+        if len(piece) > room:
+            pieces.append(_fitting(data[at:end], room))
+            break
+        pieces.append(piece)
+        at, room = end, room - len(piece)
+    return b"".join(pieces)
+
+
+def _escape(lines: bytes) -> bytes:
+    return escape_text(lines.decode("utf-8", "backslashreplace"))
+
+
+def _fitting(lines: bytes, room: int) -> bytes:
+    """As many whole entries as there is room for."""
+    at = size = 0
+    while at < len(lines):
+        end = entry_after(lines, at)
+        size += len(_escape(lines[at:end]))
+        if size > room:
+            break
+        at = end
+    return _escape(lines[:at])
