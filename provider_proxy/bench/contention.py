@@ -23,6 +23,7 @@ from provider_proxy.bench import load
 from provider_proxy.bench.process import Target, config_text
 from provider_proxy.errors import HostError
 from provider_proxy.host.tpm import chip, keys
+from provider_proxy.host.tpm.ek import find_or_make_ek
 from provider_proxy.host.tpm.embedded import EmbeddedTpm
 from provider_proxy.testing.broker import Broker
 from provider_proxy.testing.disturb import delay_quotes
@@ -94,7 +95,7 @@ def _tools(directory: Path, kind: str, delay_ms: int) -> tuple[list[float], int]
         with Broker(embedded.tcti) as broker:
             context = chip.open_context(broker.tcti)
             try:
-                ek = keys.find_or_make_ek(context, EK_HANDLE, keys.Auths())
+                ek = find_or_make_ek(context, EK_HANDLE, keys.Auths())
                 keys.find_or_make_ak(
                     context, AK_HANDLE, kind, ek, keys.Auths(), lambda is_new: auth.encode()
                 )

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,16 +15,19 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from rich.console import Console
 from rich.table import Table
 
-from provider_proxy.cli.arguments import add_config_argument
+from provider_proxy.cli.arguments import DEFAULT_CONFIG, add_config_argument
 from provider_proxy.common.files import write_private
-from provider_proxy.errors import HostError, VerificationError
+from provider_proxy.errors import ConfigError, HostError, VerificationError
 from provider_proxy.evidence.tpm_keys import parse_ak
 from provider_proxy.host.config.load import load_config
-from provider_proxy.host.config.tables import Config
+from provider_proxy.host.config.tables import DEFAULT_STATE_DIR, Config, Tpm
 from provider_proxy.host.quoters.tpm_opener import TpmOpener
-from provider_proxy.host.tpm import chip, doctor
+from provider_proxy.host.tpm import chip, doctor, progress
+
+log = logging.getLogger(__name__)
 
 FORMATS = ("base64", "raw", "pem")
+EXIT_ENVIRONMENT = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     what = actions.add_parser("doctor", help="what chip this is, and what follows")
     _add_config(what)
-    what.set_defaults(act=_doctor)
+    what.add_argument("--tcti", metavar="TCTI", help="the TPM, instead of the configuration's")
     ak = actions.add_parser("ak", help="the attestation key")
     steps = ak.add_subparsers(dest="step", required=True, metavar="STEP")
     show = steps.add_parser("show", help="show it; makes nothing")
@@ -58,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         HostError: no TPM, no key, a file that cannot be written.
         ConfigError: the configuration is wrong.
     """
+    if args.action == "doctor":
+        return _doctor(args)
     code: int = args.act(args, load_config(args.config))
     return code
 
@@ -73,17 +79,46 @@ def _opener(config: Config) -> Iterator[TpmOpener]:
         opener.stop()
 
 
-def _doctor(args: argparse.Namespace, config: Config) -> int:
-    with _opener(config) as opener:
+def _doctor(args: argparse.Namespace) -> int:
+    settings, state_dir = _doctors_settings(args)
+    opener = TpmOpener(settings, state_dir, host_uuid=None, open_context=chip.open_context)
+
+    def examine() -> doctor.Report:
         context = opener.connect()
         try:
-            with Console(stderr=True).status("measuring; an RSA key may take a minute to make"):
-                report = doctor.examine(context)
+            return doctor.examine(context, settings.ek_handle)
         finally:
             chip.close_context(context)
+
+    try:
+        with Console(stderr=True).status("measuring; an RSA key may take a minute to make"):
+            report = progress.run_within(examine, settings.hang_limit_s)
+    finally:
+        opener.stop()
     if args.json:
         print(json.dumps(dataclasses.asdict(report)))
-        return 0
+    else:
+        _show_report(report)
+    return EXIT_ENVIRONMENT if report.failures else 0
+
+
+def _doctors_settings(args: argparse.Namespace) -> tuple[Tpm, Path]:
+    """The chip's settings; the defaults where there is no configuration yet."""
+    settings, state_dir = Tpm(), Path(DEFAULT_STATE_DIR)
+    if args.config != DEFAULT_CONFIG or args.config.exists():
+        try:
+            config = load_config(args.config)
+            settings, state_dir = config.tpm, config.state_dir
+        except ConfigError:
+            if args.config != DEFAULT_CONFIG:
+                raise
+            log.warning("%s has faults (see check-config): the defaults are used", args.config)
+    if args.tcti is not None:
+        settings = dataclasses.replace(settings, tcti=args.tcti)
+    return settings, state_dir
+
+
+def _show_report(report: doctor.Report) -> None:
     table = Table(title="TPM", show_header=False, title_justify="left")
     table.add_column(style="bold")
     rows = {
@@ -94,6 +129,8 @@ def _doctor(args: argparse.Namespace, config: Config) -> int:
         "algorithms": ", ".join(report.algorithms),
         "persistent handles": ", ".join(f"{h:#x}" for h in report.persistent) or "none",
         "EK certificates in NV": ", ".join(report.ek_certificates) or "none",
+        "EK chain in NV": f"{report.ek_chain} CAs" if report.ek_chain else "none",
+        "EK, SHA-256": report.ek_sha256 or "none at tpm.ek_handle yet",
     }
     rows |= {f"a quote, {kind}": f"{ms:.1f} ms" for kind, ms in report.quote_ms.items()}
     rows |= {
@@ -105,9 +142,16 @@ def _doctor(args: argparse.Namespace, config: Config) -> int:
         table.add_row(name, text)
     console = Console()
     console.print(table)
-    for sentence in report.consequences:
-        console.print(f"• {sentence}", highlight=False)
-    return 0
+    for title, sentences in (
+        ("NV indices that were passed over", report.ek_passed_over),
+        ("What failed", report.failures),
+        ("What follows", report.consequences),
+        ("What to do", report.todo),
+    ):
+        if sentences:
+            console.print(f"{title}:", style="bold")
+        for sentence in sentences:
+            console.print(f"• {sentence}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _print_ak(args: argparse.Namespace, config: Config, public: bytes) -> None:
@@ -128,7 +172,7 @@ def _print_ak(args: argparse.Namespace, config: Config, public: bytes) -> None:
 
 def _public(config: Config) -> bytes:
     with _opener(config) as opener:
-        public = opener.read_ak_public()
+        public = progress.run_within(opener.read_ak_public, config.tpm.hang_limit_s)
     if public is None:
         raise HostError(
             f"there is no key at tpm.ak_handle {config.tpm.ak_handle:#x}; "
@@ -148,7 +192,7 @@ def _show(args: argparse.Namespace, config: Config) -> int:
 
 def _create(args: argparse.Namespace, config: Config) -> int:
     with _opener(config) as opener:
-        opener.open().close()
+        progress.run_within(lambda: opener.open().close(), config.tpm.hang_limit_s)
         public = opener.identity.ak_public
     _print_ak(args, config, public)
     return 0

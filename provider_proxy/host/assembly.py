@@ -337,6 +337,7 @@ def _make_tenant_door(
             ak_name=quoter.ak.name,
             ek_public=identity.ek_public,
             ek_cert=identity.ek_cert,
+            ek_chain=identity.ek_chain,
             host_uuid=str(identity.host_uuid),
             software=identity.software,
         ),

@@ -23,6 +23,7 @@ from provider_proxy.tenant.replies import body_limit, refused
 
 ANSWER_LIMIT_S = 300.0  # for all of an answer, above the longest timeout_ms: a trickle is no answer
 MAX_IDENTITY_BYTES = 64 * 1024
+MAX_CHAIN = 8  # certificates between the EK's and its maker's
 MAX_REGISTRATIONS = 100  # a tenant has one registrar, or a few
 NAME_RE = re.compile(r"[A-Za-z0-9._-]{1,80}", re.ASCII)
 MAX_CA_BYTES = 16 * 1024
@@ -50,6 +51,7 @@ class ClaimedIdentity:
     Attributes:
         ak_public, ek_public: TPM2B_PUBLIC, unparsed.
         ek_cert: DER; None where the TPM has none.
+        ek_chain: CAs that may stand between `ek_cert` and its maker's, DER.
         registrations: those of the tenant that asked.
     """
 
@@ -58,6 +60,7 @@ class ClaimedIdentity:
     ek_cert: bytes | None
     host_uuid: str
     software: bool
+    ek_chain: tuple[bytes, ...] = ()
     registrations: tuple[ClaimedRegistration, ...] = ()
 
 
@@ -105,6 +108,7 @@ class ProxyClient:
             ek_cert=results.base64("ek_cert", 16 * 1024) if has_cert else None,
             host_uuid=host_uuid,
             software=bool(raw["software"]),
+            ek_chain=_parse_chain(raw.get("ek_chain", [])),
             registrations=_parse_registrations(raw.get("registrations", [])),
         )
 
@@ -162,6 +166,15 @@ class ProxyClient:
             retry_after = response.headers.get("retry-after", "")
             raise refused(response.status_code, body, retry_after)
         return body
+
+
+def _parse_chain(value: object) -> tuple[bytes, ...]:
+    if not isinstance(value, list) or len(value) > MAX_CHAIN:
+        raise EvidenceFormatError(f"identity.results.ek_chain is not a list of at most {MAX_CHAIN}")
+    return tuple(
+        Fields({"certificate": item}, "identity.results.ek_chain").base64("certificate", 16 * 1024)
+        for item in value
+    )
 
 
 def _parse_registrations(value: object) -> tuple[ClaimedRegistration, ...]:

@@ -526,6 +526,7 @@ IDENTITY = tenant.identity_results(
     ak_name=b"",
     ek_public=b"",
     ek_cert=None,
+    ek_chain=(),
     host_uuid="",
     software=True,
 )

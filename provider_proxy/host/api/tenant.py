@@ -209,6 +209,7 @@ def identity_results(
     ak_name: bytes,
     ek_public: bytes,
     ek_cert: bytes | None,
+    ek_chain: Sequence[bytes],
     host_uuid: str,
     software: bool,
 ) -> dict[str, object]:
@@ -219,6 +220,7 @@ def identity_results(
         "ak_name": ak_name.hex(),
         "ek_tpm": base64.b64encode(ek_public).decode("ascii"),
         "ek_cert": base64.b64encode(ek_cert).decode("ascii") if ek_cert is not None else None,
+        "ek_chain": [base64.b64encode(each).decode("ascii") for each in ek_chain],
         "host_uuid": host_uuid,
         "software": software,
         "registrations": [],

@@ -19,6 +19,7 @@ from provider_proxy.common.settings.document import load as load_settings
 from provider_proxy.common.settings.schema import named_tables, read_over, read_table
 from provider_proxy.common.settings.values import fail
 from provider_proxy.errors import ConfigError, UsageError
+from provider_proxy.evidence.model import HashAlg
 from provider_proxy.host.config.environment import apply_environment
 from provider_proxy.host.config.registrars import check_registrars
 from provider_proxy.host.config.tables import (
@@ -124,6 +125,13 @@ def _check_whole(config: Config) -> None:
     if config.vtpm.enabled and config.quoter.kind != "tpm":
         # Whoever asks a Keylime agent gets a nonce of his own choice signed: a root, and a claim.
         raise ConfigError('vtpm.enabled needs quoter.kind = "tpm"')
+    if HashAlg.SHA1 in config.tpm.banks and not config.tpm.insecure_sha1_bank:
+        raise ConfigError(
+            "tpm.banks: sha1 proves nothing, its values can be forged; where the chip has no other "
+            "bank and you know what that means, set tpm.insecure_sha1_bank = true"
+        )
+    if config.tpm.ek_chain_file is not None and config.quoter.kind != "tpm":
+        raise ConfigError('tpm.ek_chain_file needs quoter.kind = "tpm"')
     if config.tpm.ek_handle == config.tpm.ak_handle:
         raise ConfigError("tpm.ak_handle must differ from tpm.ek_handle")
     check_registrars(config.registrars, config.tenants, quoter=config.quoter.kind)

@@ -100,6 +100,15 @@ class Tpm:
     endorsement_auth_file: Path | None = setting(
         read_path, None, "File with the endorsement authorisation."
     )
+    ek_cert_file: Path | None = setting(
+        read_path, None, "The EK's certificate, PEM or DER, where the chip does not carry it."
+    )
+    ek_chain_file: Path | None = setting(
+        read_path, None, "CAs between the EK's certificate and its maker's, for the tenants."
+    )
+    insecure_sha1_bank: bool = setting(
+        read_flag, False, "The bank sha1 may be offered: its values can be forged."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,20 +13,20 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import trio
 
-from provider_proxy.errors import HostError, QuoteError, TpmError
+from provider_proxy.errors import HostError, ProviderProxyError, QuoteError, TpmError
 from provider_proxy.evidence.model import AttestationKey, HashAlg, Quote
 from provider_proxy.host.config.tables import Tpm
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters.circuit import PROBE_S, Circuit
 from provider_proxy.host.quoters.tpm_opener import HostIdentity, TpmOpener
-from provider_proxy.host.tpm import chip
+from provider_proxy.host.tpm import chip, progress
 from provider_proxy.host.tpm.gate import Gate
 from provider_proxy.host.tpm.response_codes import Step, is_busy, name_of, step_for, wait_s
 from provider_proxy.host.tpm.state import ChipState
@@ -216,11 +216,9 @@ async def open_quoter(
         count=metrics.count_quote_command,
     )
     try:
-        opened = await _open(opener, gate)
-        quoter = EsysQuoter(opener, opened, gate, metrics)
-        for _ in range(LEARNING_QUOTES):
-            nonce = secrets.token_hex(16).encode("ascii")
-            await quoter.quote(nonce, settings.banks[0], 1)
+        quoter = await _within(
+            settings.hang_limit_s, lambda: _begin(opener, gate, metrics, settings)
+        )
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(quoter.run)
@@ -231,6 +229,61 @@ async def open_quoter(
                 await quoter.close()
     finally:
         opener.stop()
+
+
+async def _begin(opener: TpmOpener, gate: Gate, metrics: Metrics, settings: Tpm) -> EsysQuoter:
+    """Open the chip, and learn what a quote takes.
+
+    Raises:
+        HostError: no chip, no keys, no quote.
+    """
+    quoter = EsysQuoter(opener, await _open(opener, gate), gate, metrics)
+    try:
+        with trio.fail_after(settings.hang_limit_s):
+            for _ in range(LEARNING_QUOTES):
+                nonce = secrets.token_hex(16).encode("ascii")
+                await quoter.quote(nonce, settings.banks[0], 1)
+    except trio.TooSlowError as exc:
+        raise HostError(
+            f"the TPM gave no quote within {settings.hang_limit_s:g} s (tpm.hang_limit_s): it is busy "
+            "all the time; see the warnings before this"
+        ) from exc
+    return quoter
+
+
+async def _within(limit_s: float, work: Callable[[], Awaitable[T]]) -> T:
+    """Await work on the chip; say what it waits for, and give up on a step that takes too long.
+
+    Raises:
+        HostError: a step took longer than `limit_s`; its thread is left behind.
+        What `work` raises.
+    """
+    results: list[T] = []
+    errors: list[ProviderProxyError] = []
+    with progress.looked_on() as looked:
+        done = trio.Event()
+        async with trio.open_nursery() as nursery:
+
+            async def run() -> None:
+                try:
+                    results.append(await work())
+                except ProviderProxyError as exc:
+                    errors.append(exc)
+                done.set()
+
+            nursery.start_soon(run)
+            while not done.is_set():
+                with trio.move_on_after(progress.POLL_S):
+                    await done.wait()
+                try:
+                    looked.check(limit_s)
+                except HostError as exc:
+                    errors.append(exc)
+                    nursery.cancel_scope.cancel()
+                    break
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 async def _open(opener: TpmOpener, gate: Gate) -> chip.Chip:

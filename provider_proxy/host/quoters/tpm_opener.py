@@ -10,23 +10,37 @@ import contextlib
 import hashlib
 import logging
 import secrets
+import time
 import uuid
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tpm2_pytss import ESAPI
 
-from provider_proxy.common.files import read_secret
-from provider_proxy.errors import AkChangedError, HostError, TpmError, VerificationError
+from provider_proxy.common.files import FileLock, read_secret, read_trusted
+from provider_proxy.errors import (
+    AkChangedError,
+    HostError,
+    TpmError,
+    UsageError,
+    VerificationError,
+)
 from provider_proxy.evidence import attestation
 from provider_proxy.evidence.model import AttestationKey, HashAlg, Quote
 from provider_proxy.host.config.load import EMBEDDED
 from provider_proxy.host.config.tables import Tpm
 from provider_proxy.host.quoters.ak_store import AkStore
-from provider_proxy.host.tpm import chip, keys
+from provider_proxy.host.tpm import capabilities, chip, keys, progress
+from provider_proxy.host.tpm.ek import OwnFiles, find_or_make_ek
 from provider_proxy.host.tpm.embedded import EmbeddedTpm
+from provider_proxy.trust.ek_files import read_certificates
 
 log = logging.getLogger(__name__)
+
+OPEN_LOCK = "open.lock"  # below state_dir
+LOCK_POLL_S = 0.1
+MAX_EK_FILE_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +51,7 @@ class HostIdentity:
     Attributes:
         ak_public, ek_public: TPM2B_PUBLIC.
         ek_cert: DER; None where the TPM has none.
+        ek_chain: CAs for it that the chip or the operator has; untrusted helpers.
         software: True where the TPM is a program.
     """
 
@@ -45,6 +60,7 @@ class HostIdentity:
     ek_cert: bytes | None
     host_uuid: uuid.UUID
     software: bool
+    ek_chain: tuple[bytes, ...] = ()
 
 
 class TpmOpener:
@@ -75,9 +91,11 @@ class TpmOpener:
         self._count = count
         self._host_uuid = host_uuid
         self._open_context = open_context
+        self._state_dir = state_dir
         self._store = AkStore(state_dir)
         self._embedded: EmbeddedTpm | None = None
         self._ak_auth = b""
+        self._ek_auth = chip.EkAuth()
         if settings.tcti == EMBEDDED:
             log.warning(
                 "the TPM is an embedded swtpm: software, NOT a hardware TPM; for trials only"
@@ -102,46 +120,70 @@ class TpmOpener:
             self._embedded.stop()
 
     def open(self) -> chip.Chip:
-        """Open the TPM; find its keys or make them.
+        """Open the TPM; find its keys or make them, one process of this state directory at a time.
 
         Raises:
-            HostError: no TPM, a foreign key at a handle, a wrong authorisation.
+            HostError: no TPM, no PCR bank, a foreign key at a handle, a wrong authorisation.
         """
+        with progress.announced("opening the TPM"):
+            context = self.connect()
+        try:
+            with chip.tss_errors("looking at the PCR banks"):
+                active = capabilities.banks(context)
+            _check_banks(active, self._settings.banks)
+            with self._alone():
+                # Another process may just have made the key, and written its authValue.
+                self._store = AkStore(self._state_dir)
+                return self._open(context)
+        except HostError:
+            context.close()
+            raise
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Raises: HostError where another process does not let the lock go."""
+        lock = FileLock(self._state_dir / OPEN_LOCK)
+        with progress.announced(f"another process holds {self._state_dir / OPEN_LOCK}"):
+            while not lock.take():
+                time.sleep(LOCK_POLL_S)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _open(self, context: ESAPI) -> chip.Chip:
         settings = self._settings
         auths = keys.Auths(
             owner=read_secret("tpm.owner_auth_file", settings.owner_auth_file),
             endorsement=read_secret("tpm.endorsement_auth_file", settings.endorsement_auth_file),
         )
-        context = self.connect()
-        try:
-            ek = keys.find_or_make_ek(context, settings.ek_handle, auths)
-            ak = keys.find_or_make_ak(
-                context, settings.ak_handle, settings.ak_algorithm, ek, auths, self._ak_auth_for
-            )
-        except HostError:
-            context.close()
-            raise
+        files = OwnFiles(
+            cert=_read_own("tpm.ek_cert_file", settings.ek_cert_file),
+            chain=read_certificates(_read_own("tpm.ek_chain_file", settings.ek_chain_file) or b""),
+        )
+        ek = find_or_make_ek(context, settings.ek_handle, auths, files)
+        ak = keys.find_or_make_ak(
+            context, settings.ak_handle, settings.ak_algorithm, ek, auths, self._ak_auth_for
+        )
         for what, made, handle in (
             ("EK", ek.made, settings.ek_handle),
             ("AK", ak.made, settings.ak_handle),
         ):
             log.info("%s %s at %#x", what, "made" if made else "found", handle)
+        self._ek_auth = ek.auth
         self.ak = ak.key
         self.identity = HostIdentity(
             ak_public=ak.public,
             ek_public=ek.public,
             ek_cert=ek.cert,
+            ek_chain=ek.chain,
             host_uuid=self._host_uuid or uuid_of_ek(ek.public),
             software=self._embedded is not None or settings.tcti.startswith(("swtpm", "mssim")),
         )
-        opened = chip.Chip(context, ek=ek.handle, ak=ak.handle, count=self._count)
-        try:
-            for bank in settings.banks:
-                self._try_quote(opened, bank)
-            self._store.confirm(ak.key.name)
-        except HostError:
-            opened.close()
-            raise
+        opened = chip.Chip(context, ek=ek.handle, ak=ak.handle, ek_auth=ek.auth, count=self._count)
+        for bank in settings.banks:
+            self._try_quote(opened, bank)
+        self._store.confirm(ak.key.name)
         return opened
 
     def read_ak_public(self) -> bytes | None:
@@ -183,7 +225,7 @@ class TpmOpener:
             with contextlib.suppress(TpmError):
                 chip.close_context(context)
             raise
-        return chip.Chip(context, ek=ek, ak=ak, count=self._count)
+        return chip.Chip(context, ek=ek, ak=ak, ek_auth=self._ek_auth, count=self._count)
 
     def quote(self, opened: chip.Chip, qualifying: bytes, bank: HashAlg, mask: int) -> Quote:
         """Quote, and check that what came over the bus is what was signed.
@@ -216,6 +258,42 @@ class TpmOpener:
                     "tpm.ak_handle"
                 ) from exc
             raise
+
+
+def _read_own(key: str, path: Path | None) -> bytes | None:
+    """A file with certificates that the operator fetched. Raises: HostError."""
+    if path is None:
+        return None
+    try:
+        return read_trusted(path, MAX_EK_FILE_BYTES)
+    except (HostError, UsageError) as exc:
+        raise HostError(f"{key}: {exc}") from exc
+
+
+def _check_banks(active: Collection[str], wanted: Collection[HashAlg]) -> None:
+    """Before any key is made: the PCR banks that are to be offered are active.
+
+    Raises:
+        HostError: one is not; the message says what can be done.
+    """
+    missing = [bank.label for bank in wanted if bank.label not in active]
+    if not missing:
+        return
+    usable = [bank.label for bank in HashAlg if bank.label in active]
+    text = (
+        f"the TPM has no active PCRs in the bank {', '.join(missing)} (tpm.banks); active: "
+        f"{', '.join(active) or 'none'}. Activate it: tpm2_pcrallocate {missing[0]}:all, then reboot "
+        "(or the PCR banks in the firmware's set-up)"
+    )
+    good = [label for label in usable if label != "sha1"]
+    if good:
+        text += f'; or offer what is there: tpm.banks = ["{good[0]}"]'
+    elif "sha1" in usable:
+        text += (
+            "; SHA-1 alone is too weak to prove a state, and is served with "
+            'tpm.insecure_sha1_bank = true and tpm.banks = ["sha1"] only'
+        )
+    raise HostError(text)
 
 
 def uuid_of_ek(ek_public: bytes) -> uuid.UUID:

@@ -64,9 +64,16 @@ def find_or_make(
     found = keys.find(chip.context, handle)
     auth = auth_for(found is None)
     if found is None:
-        with tss_errors("making the vTPM CA's key (check owner_auth_file)"):
+        with tss_errors("making the vTPM CA's key"):
             found = keys.make_under_ek(
-                chip.context, handle, chip.ek, CA_TEMPLATE, CA_ATTRIBUTES, auths=auths, auth=auth
+                chip.context,
+                handle,
+                chip.ek,
+                CA_TEMPLATE,
+                CA_ATTRIBUTES,
+                ek_auth=chip.ek_auth,
+                auths=auths,
+                auth=auth,
             )
     public = keys.read_public(chip.context, found)
     try:

@@ -10,9 +10,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from tpm2_pytss import ESAPI, TSS2_Exception
-from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_PT, TPM2_SE
+from tpm2_pytss.constants import (
+    ESYS_TR,
+    TPM2_ALG,
+    TPM2_CAP,
+    TPM2_CC,
+    TPM2_PT,
+    TPM2_RH,
+    TPM2_SE,
+)
 from tpm2_pytss.types import (
     TPM2B_ENCRYPTED_SECRET,
     TPM2B_ID_OBJECT,
@@ -22,11 +31,13 @@ from tpm2_pytss.types import (
     TPMT_SYM_DEF,
 )
 
-from provider_proxy.errors import EvidenceFormatError, TpmError, VerificationError
+from provider_proxy.errors import EvidenceFormatError, HostError, TpmError, VerificationError
 from provider_proxy.evidence import attestation
 from provider_proxy.evidence.model import HashAlg, PcrValues, Quote, pcrs_of
+from provider_proxy.evidence.tpm_keys import USER_WITH_AUTH, TpmPublic
+from provider_proxy.host.tpm import progress
 from provider_proxy.host.tpm.known_pcrs import KnownPcrs
-from provider_proxy.host.tpm.response_codes import Step, step_for, wait_s
+from provider_proxy.host.tpm.response_codes import Step, hint_for, step_for, wait_s
 
 RC_VALUE = 0x84  # TPM_RC_VALUE: what the chip says to a parameter out of range
 PCR_READS = 8  # rounds until a selection must be covered: 24 PCRs at 8 a call need 3
@@ -41,11 +52,13 @@ def tss_errors(doing: str) -> Iterator[None]:
     Raises:
         TpmError: with the response code and what was being done.
     """
-    try:
-        yield
-    except TSS2_Exception as exc:
-        code = int(exc.error)
-        raise TpmError(f"{doing}: {exc} ({code:#06x})", code=code) from exc
+    with progress.announced(doing):
+        try:
+            yield
+        except TSS2_Exception as exc:
+            code = int(exc.error)
+            hint = hint_for(code)
+            raise TpmError(f"{doing}: {exc} ({code:#06x}){hint}", code=code) from exc
 
 
 def flush(context: ESAPI, handle: ESYS_TR) -> None:
@@ -65,18 +78,60 @@ def flush(context: ESAPI, handle: ESYS_TR) -> None:
             return
 
 
-@contextlib.contextmanager
-def endorsement_session(context: ESAPI) -> Iterator[ESYS_TR]:
-    """A policy session that may use a template-L EK: PolicySecret(endorsement).
+@dataclass(frozen=True, slots=True)
+class EkAuth:
+    """How an EK is authorised.
 
-    The TPM ends it with its first use; where it was not used it is flushed.
+    Attributes:
+        by_policy: with PolicySecret(endorsement), as templates of the low range have it; without, with
+            its empty authValue, as those of the high range allow.
+        name_alg: the hash of its policy.
     """
+
+    by_policy: bool = True
+    name_alg: HashAlg = HashAlg.SHA256
+
+
+def ek_auth_of(key: TpmPublic, what: str) -> EkAuth:
+    """How to use this EK.
+
+    Raises:
+        HostError: its policy is none that we can fulfil.
+    """
+    name_alg = HashAlg(int.from_bytes(key.name[:2], "big"))
+    if key.attributes & USER_WITH_AUTH:
+        return EkAuth(False, name_alg)
+    if key.auth_policy != endorsement_policy(name_alg):
+        raise HostError(
+            f"{what} has a policy of its own ({key.auth_policy.hex()[:16]}…), which this program "
+            "cannot fulfil; set tpm.ek_handle to a free handle: an EK of the profile is made there"
+        )
+    return EkAuth(True, name_alg)
+
+
+def endorsement_policy(name_alg: HashAlg) -> bytes:
+    """The digest of PolicySecret(endorsement) with an empty policyRef: policy A of the profile."""
+    command, endorsement = TPM2_CC.PolicySecret, TPM2_RH.ENDORSEMENT
+    start = bytes(name_alg.digest_bytes)
+    named = int(command).to_bytes(4, "big") + int(endorsement).to_bytes(4, "big")
+    return name_alg.digest(name_alg.digest(start + named))
+
+
+@contextlib.contextmanager
+def ek_session(context: ESAPI, auth: EkAuth) -> Iterator[ESYS_TR]:
+    """A session that may use the EK.
+
+    The TPM ends a policy session with its first use; where it was not used it is flushed.
+    """
+    if not auth.by_policy:
+        yield ESYS_TR.PASSWORD
+        return
     session = context.start_auth_session(
         ESYS_TR.NONE,
         ESYS_TR.NONE,
         TPM2_SE.POLICY,
         TPMT_SYM_DEF(algorithm=TPM2_ALG.NULL),
-        TPM2_ALG.SHA256,
+        TPM2_ALG(auth.name_alg),
     )
     try:
         context.policy_secret(ESYS_TR.ENDORSEMENT, session, b"", b"", b"", 0)
@@ -121,6 +176,7 @@ class Chip:
         context: an open ESAPI context; the chip closes it.
         ek: ESYS_TR of the persistent EK.
         ak: ESYS_TR of the persistent AK, its authValue set.
+        ek_auth: how the EK is used.
         count: told each command that a quote takes.
     """
 
@@ -130,11 +186,13 @@ class Chip:
         *,
         ek: ESYS_TR,
         ak: ESYS_TR,
+        ek_auth: EkAuth = EkAuth(),  # frozen
         count: CountCommand = lambda command: None,
     ) -> None:
         self._context = context
         self._ek = ek
         self._ak = ak
+        self.ek_auth = ek_auth
         self._count = count
         self._known = KnownPcrs()
 
@@ -169,7 +227,7 @@ class Chip:
                 wrapped, _ = TPM2B_ENCRYPTED_SECRET.unmarshal(secret)
             except (ValueError, RuntimeError) as exc:
                 raise TpmError(f"not a credential: {exc}", code=RC_VALUE) from exc
-            with endorsement_session(self._context) as session:
+            with ek_session(self._context, self.ek_auth) as session:
                 return bytes(
                     self._context.activate_credential(
                         self._ak,

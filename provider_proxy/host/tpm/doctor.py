@@ -9,26 +9,30 @@ from __future__ import annotations
 import secrets
 import statistics
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from tpm2_pytss import ESAPI, TSS2_Exception
-from tpm2_pytss.constants import (
-    ESYS_TR,
-    TPM2_CAP,
-)
+from tpm2_pytss.constants import ESYS_TR
 from tpm2_pytss.types import TPM2B_PUBLIC, TPM2B_SENSITIVE_CREATE
 
-from provider_proxy.errors import TpmError
+from provider_proxy.errors import HostError, TpmError
 from provider_proxy.evidence.model import HashAlg
+from provider_proxy.evidence.tpm_keys import PublicKey, parse_public
+from provider_proxy.evidence.vtpm_link import spki_digest
+from provider_proxy.host.tpm import capabilities, progress
 from provider_proxy.host.tpm.chip import Chip, flush, tss_errors
-from provider_proxy.host.tpm.keys import AK_ATTRIBUTES, AK_TEMPLATES, EK_CERT_INDEX
+from provider_proxy.host.tpm.ek import EkCertificates, read_ek_certificates
+from provider_proxy.host.tpm.ek_urls import certificate_url, issuer_urls
+from provider_proxy.host.tpm.keys import AK_ATTRIBUTES, AK_TEMPLATES, find, read_public
+from provider_proxy.host.tpm.nv import NvReader
 from provider_proxy.host.tpm.response_codes import LAYER_SHIFT, SOFTWARE_LAYERS
 
+T = TypeVar("T")
+
 QUOTES_MEASURED = 5  # one chip's times hardly vary (TPMScan: p99/p50 = 1.02)
-ALL_PROPERTIES = 256
-FIXED_PROPERTIES = 0x100
-VARIABLE_PROPERTIES = 0x200
 PT = {
     "family": 0x100,
     "revision": 0x102,
@@ -52,8 +56,7 @@ PT = {
 }
 """Property tags: TPM 2.0 Library Part 2, section 6.13."""
 SHOWN_OTHERWISE = ("family", "revision", "manufacturer", "vendor_1", "firmware_1", "firmware_2")
-FIRST_PERSISTENT = 0x81000000
-FIRST_NV = 0x01000000
+DEFAULT_EK_HANDLE = 0x81010001
 SLOW_MS = 150.0  # slower than this, the other kind of AK is worth a look
 RC_COMMAND_CODE = 0x143
 FORMAT_ONE = range(0x80, 0xC0)  # codes about a parameter: Part 2, section 6.6.2
@@ -68,7 +71,13 @@ class Report:
         quote_ms: key kind ("ecc", "rsa") to the median time of a quote; absent where the chip
             has no such keys.
         pcr_banks: active banks.
+        ek_certificates: kinds of EK that have a certificate in NV.
+        ek_passed_over: NV indices that hold no certificate that can be used, and why.
+        ek_chain: certificates of the chip's own chain in NV.
+        ek_sha256: SHA-256 of the EK's SubjectPublicKeyInfo, hex; None where there is no EK yet.
+        failures: what could not be found out, and why.
         consequences: what follows for a configuration, in sentences.
+        todo: what to do, in sentences.
     """
 
     manufacturer: str
@@ -80,45 +89,164 @@ class Report:
     algorithms: tuple[str, ...]
     persistent: tuple[int, ...]
     ek_certificates: tuple[str, ...]
+    ek_passed_over: tuple[str, ...]
+    ek_chain: int
+    ek_sha256: str | None
     quote_ms: dict[str, float]
+    failures: tuple[str, ...]
     consequences: tuple[str, ...]
+    todo: tuple[str, ...]
 
 
-def examine(context: ESAPI) -> Report:
-    """Examine an open TPM.
+def examine(context: ESAPI, ek_handle: int = DEFAULT_EK_HANDLE) -> Report:
+    """Examine an open TPM: all that can be found out, although some of it fails.
+
+    Args:
+        ek_handle: where the EK is, or is to be.
 
     Raises:
-        TpmError: it does not answer.
+        TpmError: it answers nothing at all.
     """
-    with tss_errors("TPM2_GetCapability"):
-        values = _properties(context)
-        algorithms = _algorithms(context)
-        persistent = _handles(context, FIRST_PERSISTENT)
-        nv = _handles(context, FIRST_NV)
-        banks = _banks(context)
+    failures: list[str] = []
+
+    def attempt(doing: str, ask: Callable[[], T], otherwise: T) -> T:
+        try:
+            with tss_errors(doing):
+                return ask()
+        except (TpmError, HostError) as exc:
+            failures.append(str(exc))
+            return otherwise
+
+    no_values: dict[int, int] = {}
+    no_names: tuple[str, ...] = ()
+    no_handles: tuple[int, ...] = ()
+    values = attempt("reading properties", lambda: capabilities.properties(context), no_values)
+    algorithms = attempt("reading algorithms", lambda: capabilities.algorithms(context), no_names)
+    persistent = attempt(
+        "listing persistent handles",
+        lambda: capabilities.handles(context, capabilities.FIRST_PERSISTENT),
+        no_handles,
+    )
+    banks: tuple[str, ...] | None = attempt(
+        "reading PCR banks", lambda: capabilities.banks(context), None
+    )
+    if not values and banks is None:
+        raise TpmError(failures[0])
+    manufacturer = _text(values.get(PT["manufacturer"], 0))
+    no_certificates = EkCertificates({}, {})
+    certificates = attempt(
+        "reading its EK certificates",
+        lambda: read_ek_certificates(NvReader(context)),
+        no_certificates,
+    )
+    ek = attempt("reading the EK", lambda: _key_at(context, ek_handle), None)
     limits = {name: values[tag] for name, tag in PT.items() if tag in values}
     quote_ms = {}
     unsupported = set()
+    bank = _bank_to_measure(banks or ())
     for kind in AK_TEMPLATES:
+        if bank is None:
+            break
         try:
-            quote_ms[kind] = _measure(context, kind)
+            quote_ms[kind] = _measure(context, kind, bank)
         except _UnsupportedError:
             unsupported.add(kind)
         except _NotNowError:
             continue
-    manufacturer = _text(values.get(PT["manufacturer"], 0))
+        except TpmError as exc:
+            failures.append(str(exc))
     return Report(
         manufacturer=manufacturer,
         vendor="".join(_text(values.get(PT["vendor_1"] + n, 0)) for n in range(4)).strip(),
         firmware=_firmware(values),
         revision=values.get(PT["revision"], 0) / 100,
         limits=limits,
-        pcr_banks=banks,
+        pcr_banks=banks or (),
         algorithms=algorithms,
         persistent=persistent,
-        ek_certificates=tuple(kind for kind, index in EK_CERT_INDEX.items() if index in nv),
+        ek_certificates=tuple(kind.name for kind in certificates.found),
+        ek_passed_over=tuple(
+            f"{index:#010x}: {why}" for index, why in certificates.passed_over.items()
+        ),
+        ek_chain=len(certificates.chain),
+        ek_sha256=spki_digest(ek).hex() if ek is not None else None,
         quote_ms=quote_ms,
-        consequences=tuple(_consequences(manufacturer, limits, banks, quote_ms, unsupported)),
+        failures=tuple(failures),
+        consequences=tuple(_consequences(manufacturer, limits, banks or (), quote_ms, unsupported)),
+        todo=tuple(advice(manufacturer, banks, certificates, ek, failures)),
+    )
+
+
+def _key_at(context: ESAPI, handle: int) -> PublicKey | None:
+    found = find(context, handle)
+    return None if found is None else parse_public(read_public(context, found)).public_key
+
+
+def _bank_to_measure(banks: Collection[str]) -> HashAlg | None:
+    """SHA-256 where it is active; another one otherwise, for a quote takes as long over it."""
+    usable = [bank for bank in HashAlg if bank.label in banks]
+    return HashAlg.SHA256 if HashAlg.SHA256 in usable else next(iter(usable), None)
+
+
+def advice(
+    manufacturer: str,
+    banks: Collection[str] | None,
+    certificates: EkCertificates,
+    ek: PublicKey | None,
+    failures: Collection[str],
+) -> Iterator[str]:
+    """What to do, in sentences; never nothing.
+
+    Args:
+        banks: None where they could not be read.
+        ek: the key at tpm.ek_handle; None where there is none yet.
+    """
+    if banks is not None and "sha256" not in banks:
+        yield "Activate the SHA-256 bank: tpm2_pcrallocate sha256:all, then reboot."
+        others = [bank.label for bank in HashAlg if bank.label in banks and bank != HashAlg.SHA1]
+        if others:
+            yield f'Or serve another one: tpm.banks = ["{others[0]}"].'
+        elif "sha1" in banks:
+            yield (
+                'Or serve SHA-1, which can be forged: tpm.banks = ["sha1"] and '
+                "tpm.insecure_sha1_bank = true."
+            )
+    if ek is None:
+        yield "Make the EK and the AK: provider-proxy tpm ak create."
+    yield from _advice_for_ek(manufacturer, certificates, ek)
+    if certificates.passed_over:
+        yield "Look at the NV indices that were passed over."
+    if failures:
+        yield "Look at what failed, above; where the chip answers nothing, switch the host off and on."
+
+
+def _advice_for_ek(
+    manufacturer: str, certificates: EkCertificates, ek: PublicKey | None
+) -> Iterator[str]:
+    own = None if ek is None else spki_digest(ek)
+    for kind, certificate in certificates.found.items():
+        key = certificate.parsed.public_key()
+        is_own = isinstance(key, ec.EllipticCurvePublicKey | rsa.RSAPublicKey) and (
+            own is None or spki_digest(key) == own
+        )
+        if is_own:
+            where = " or ".join(issuer_urls(certificate)) or "its maker's pages"
+            yield (
+                f"Tenants need the CA {certificate.issuer_name!r} of the EK certificate {kind.name}: "
+                f"{where}."
+            )
+            return
+    if ek is None:
+        return
+    url = certificate_url(manufacturer, ek)
+    if url is not None:
+        yield (
+            f"The chip carries no certificate of its EK, its maker has it: fetch {url}, set "
+            "tpm.ek_cert_file to what comes, and tpm.ek_chain_file to the CAs above it."
+        )
+    yield (
+        "Where no certificate can be had, tenants vouch for the EK themselves: provider-proxy pin add "
+        f"--ek-sha256 {spki_digest(ek).hex()}."
     )
 
 
@@ -139,50 +267,7 @@ def _firmware(values: dict[int, int]) -> str:
     return f"{first >> 16}.{first & 0xFFFF}.{second >> 16}.{second & 0xFFFF}"
 
 
-def _properties(context: ESAPI) -> dict[int, int]:
-    found: dict[int, int] = {}
-    for group in (FIXED_PROPERTIES, VARIABLE_PROPERTIES):
-        start, more = group, True
-        while more:
-            more, data = context.get_capability(TPM2_CAP.TPM_PROPERTIES, start, ALL_PROPERTIES)
-            part = {int(p.property): int(p.value) for p in data.data.tpmProperties}
-            found |= part
-            start = max(part, default=group) + 1
-            more = bool(more) and bool(part) and start < group + ALL_PROPERTIES
-    return found
-
-
-def _algorithms(context: ESAPI) -> tuple[str, ...]:
-    _, data = context.get_capability(TPM2_CAP.ALGS, 0, ALL_PROPERTIES)
-    numbers = {int(entry.alg) for entry in data.data.algorithms}
-    names = {0x0001: "rsa", 0x0023: "ecc", 0x0014: "rsassa", 0x0018: "ecdsa"}
-    names |= {int(alg): alg.label for alg in HashAlg}
-    return tuple(name for number, name in sorted(names.items()) if number in numbers)
-
-
-def _handles(context: ESAPI, first: int) -> tuple[int, ...]:
-    found: list[int] = []
-    more = True
-    while more:
-        start = found[-1] + 1 if found else first
-        more, data = context.get_capability(TPM2_CAP.HANDLES, start, ALL_PROPERTIES)
-        part = [int(h) for h in data.data.handles if int(h) >> 24 == first >> 24]
-        found += part
-        more = bool(more) and bool(part)
-    return tuple(found)
-
-
-def _banks(context: ESAPI) -> tuple[str, ...]:
-    _, data = context.get_capability(TPM2_CAP.PCRS, 0, ALL_PROPERTIES)
-    names = {int(alg): alg.label for alg in HashAlg}
-    return tuple(
-        names.get(int(bank.hash), f"{int(bank.hash):#06x}")
-        for bank in data.data.assignedPCR
-        if any(bytes(bank.pcrSelect))
-    )
-
-
-def _measure(context: ESAPI, kind: str) -> float:
+def _measure(context: ESAPI, kind: str, bank: HashAlg) -> float:
     """Median milliseconds of a quote with a transient key of this kind.
 
     Raises:
@@ -192,7 +277,8 @@ def _measure(context: ESAPI, kind: str) -> float:
     """
     template = TPM2B_PUBLIC.parse(AK_TEMPLATES[kind], objectAttributes=AK_ATTRIBUTES)
     try:
-        key = context.create_primary(TPM2B_SENSITIVE_CREATE(), template, ESYS_TR.NULL)[0]
+        with progress.announced(f"making a key to measure, {kind}"):
+            key = context.create_primary(TPM2B_SENSITIVE_CREATE(), template, ESYS_TR.NULL)[0]
     except TSS2_Exception as exc:
         code = int(exc.error)
         if code >> LAYER_SHIFT in SOFTWARE_LAYERS:
@@ -206,7 +292,7 @@ def _measure(context: ESAPI, kind: str) -> float:
             chip = Chip(context, ek=ESYS_TR.NONE, ak=key)
             for _ in range(QUOTES_MEASURED):
                 begin = time.monotonic()
-                chip.quote(secrets.token_bytes(16), HashAlg.SHA256, 1, HashAlg.SHA256)
+                chip.quote(secrets.token_bytes(16), bank, 1, HashAlg.SHA256)
                 times.append((time.monotonic() - begin) * 1000)
         finally:
             flush(context, key)

@@ -1,10 +1,10 @@
-"""The host's EK and AK: found at their persistent handles, or made there once.
+"""The host's AK: found at its persistent handle, or made there once; what all keys share.
 
 The AK is made under the EK, as Keylime's agent makes it: restricted, signing, not subject to the
 dictionary-attack lockout (three unclean power-offs would else lock it), with a random authValue, so
 that others who may open the TPM device cannot have a root of their own making signed. A handle that
 holds something else is refused, never overwritten. Runs once, before the daemon serves.
-Source: TCG EK Credential Profile 2.5, template L; TPM 2.0 Part 3, sections 12.1 and 28.5.
+Source: TPM 2.0 Part 3, sections 12.1 and 28.5.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPMA_OBJECT
 from tpm2_pytss.types import (
@@ -22,18 +20,15 @@ from tpm2_pytss.types import (
     TPM2B_SENSITIVE_CREATE,
     TPMS_SENSITIVE_CREATE,
 )
-from tpm2_pytss.utils import NoSuchIndex, NVReadEK, create_ek_template
 
 from provider_proxy.errors import EvidenceFormatError, HostError, TpmError, UntrustedAkError
 from provider_proxy.evidence import tpm_keys
 from provider_proxy.evidence.model import AttestationKey
-from provider_proxy.host.tpm.chip import endorsement_session, flush, tss_errors
+from provider_proxy.host.tpm.chip import EkAuth, ek_session, flush, tss_errors
 
 TPM_RC_HANDLE = 0x8B  # format-one code: no object at that handle
 TPM_RC_AUTH_FAIL = 0x8E
 TPM_RC_BAD_AUTH = 0xA2
-EK_TYPES = ("EK-RSA2048", "EK-ECC256")
-EK_CERT_INDEX = {"EK-RSA2048": 0x01C00002, "EK-ECC256": 0x01C0000A}
 AK_ATTRIBUTES = (
     TPMA_OBJECT.FIXEDTPM
     | TPMA_OBJECT.FIXEDPARENT
@@ -57,17 +52,21 @@ class Auths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EkInfo:
-    """The endorsement key at its persistent handle.
+    """The endorsement key at its persistent handle. Found or made by `ek.find_or_make_ek`.
 
     Attributes:
         public: TPM2B_PUBLIC.
-        cert: DER certificate from the TPM's NV storage; None where it has none.
+        auth: how it is used.
+        cert: its DER certificate, padding and header cut; None where it has none.
+        chain: CAs that the chip or the operator has for it, DER; trusted nothing.
         made: True where this call made it.
     """
 
     handle: ESYS_TR
     public: bytes
+    auth: EkAuth
     cert: bytes | None
+    chain: tuple[bytes, ...] = ()
     made: bool
 
 
@@ -123,70 +122,12 @@ def read_public(context: ESAPI, handle: ESYS_TR) -> bytes:
 
 
 @contextlib.contextmanager
-def _transient(context: ESAPI, handle: ESYS_TR) -> Iterator[ESYS_TR]:
+def transient(context: ESAPI, handle: ESYS_TR) -> Iterator[ESYS_TR]:
+    """A transient object, flushed afterwards."""
     try:
         yield handle
     finally:
         flush(context, handle)
-
-
-def _template(context: ESAPI) -> tuple[bytes | None, TPM2B_PUBLIC]:
-    """The EK template that fits the certificate in NV; RSA-2048's default where there is none."""
-    read = NVReadEK(context)
-    for kind in EK_TYPES:
-        try:
-            read(EK_CERT_INDEX[kind])
-        except NoSuchIndex:
-            continue
-        cert, template = create_ek_template(kind, read)
-        return bytes(cert), template
-    _, template = create_ek_template(EK_TYPES[0], read)
-    return None, template
-
-
-def find_or_make_ek(context: ESAPI, handle: int, auths: Auths) -> EkInfo:
-    """The EK at `handle`; made from the certificate's template, or the TCG default, where none is.
-
-    Raises:
-        HostError: the handle holds something that is no EK, or not the certificate's.
-        TpmError: the TPM refused, because of a wrong authorisation for example.
-    """
-    with tss_errors("looking for the EK"):
-        cert, template = _template(context)
-    found = find(context, handle)
-    made = found is None
-    if found is None:
-        with tss_errors("making the EK (check owner_auth_file and endorsement_auth_file)"):
-            context.tr_set_auth(ESYS_TR.ENDORSEMENT, auths.endorsement)
-            context.tr_set_auth(ESYS_TR.OWNER, auths.owner)
-            primary = context.create_primary(None, template, ESYS_TR.ENDORSEMENT)[0]
-            with _transient(context, primary):
-                found = context.evict_control(ESYS_TR.OWNER, primary, handle)
-    with tss_errors("reading the EK"):
-        public = read_public(context, found)
-    _check_ek(public, cert, handle)
-    return EkInfo(handle=found, public=public, cert=cert, made=made)
-
-
-def _check_ek(public: bytes, cert: bytes | None, handle: int) -> None:
-    try:
-        key = tpm_keys.parse_public(public)
-    except EvidenceFormatError as exc:
-        raise HostError(f"handle {handle:#x} holds no RSA or EC key: {exc}") from exc
-    wanted = tpm_keys.FIXED_TPM | tpm_keys.RESTRICTED | tpm_keys.DECRYPT
-    if key.attributes & wanted != wanted or key.attributes & tpm_keys.SIGN:
-        raise HostError(f"handle {handle:#x} holds a key that is no EK; it was left as it is")
-    if cert is None:
-        return
-    try:
-        certified = x509.load_der_x509_certificate(cert).public_key()
-    except ValueError:
-        return  # vendors pad or mis-encode them; the tenant's registrar judges the certificate
-    der = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    if certified.public_bytes(*der) != key.public_key.public_bytes(*der):
-        raise HostError(
-            f"handle {handle:#x} holds a key that is not the one in the TPM's EK certificate"
-        )
 
 
 def find_or_make_ak(
@@ -211,13 +152,14 @@ def find_or_make_ak(
     made = found is None
     auth = ak_auth(made)
     if found is None:
-        with tss_errors("making the AK (check owner_auth_file and endorsement_auth_file)"):
+        with tss_errors("making the AK"):
             found = make_under_ek(
                 context,
                 handle,
                 ek.handle,
                 AK_TEMPLATES[algorithm],
                 AK_ATTRIBUTES,
+                ek_auth=ek.auth,
                 auths=auths,
                 auth=auth,
             )
@@ -245,6 +187,7 @@ def make_under_ek(
     template: str,
     attributes: TPMA_OBJECT,
     *,
+    ek_auth: EkAuth,
     auths: Auths,
     auth: bytes,
 ) -> ESYS_TR:
@@ -261,11 +204,11 @@ def make_under_ek(
     context.tr_set_auth(ESYS_TR.OWNER, auths.owner)
     public_template = TPM2B_PUBLIC.parse(template, objectAttributes=attributes)
     sensitive = TPM2B_SENSITIVE_CREATE(TPMS_SENSITIVE_CREATE(userAuth=auth))
-    with endorsement_session(context) as session:
+    with ek_session(context, ek_auth) as session:
         private, public, *_ = context.create(ek, sensitive, public_template, session1=session)
-    with endorsement_session(context) as session:
+    with ek_session(context, ek_auth) as session:
         loaded = context.load(ek, private, public, session1=session)
-    with _transient(context, loaded):
+    with transient(context, loaded):
         return context.evict_control(ESYS_TR.OWNER, loaded, handle)
 
 

@@ -60,6 +60,40 @@ FIRST_WAIT_S = {Step.AGAIN: 0.02, Step.CLEAN: 0.02, Step.SLOW: 0.5}
 LONGEST_WAIT_S = {Step.AGAIN: 0.5, Step.CLEAN: 0.5, Step.SLOW: 5.0}
 
 
+HINTS = {
+    0x100: "the TPM was not started: reset the host",
+    0x101: "the TPM is in failure mode: switch the host off and on; where it stays so, replace the chip",
+    0x12E: "the owner has switched this command off",
+    0x143: "the chip does not have this command",
+    0x14B: "the TPM's NV memory is full: tpm2_getcap handles-persistent and handles-nv-index show what "
+    "is in it; remove what nobody needs",
+    0x14C: "somebody else has just put a key or an index there: start again",
+    0x902: "the TPM has no room for another object: other programs hold them all",
+    0x903: "the TPM has no room for another session: other programs hold them all",
+    0x921: "the TPM is in lockout after wrong authorisations: wait, or tpm2_dictionarylockout "
+    "--clear-lockout",
+    0x923: "the chip cannot write to its NV memory now: again later",
+    0x081: "the chip has no such algorithm: look at tpm doctor and at tpm.ak_algorithm",
+    0x084: "the chip does not have what was asked for: look at tpm doctor",
+    0x085: "the hierarchy is disabled: enable owner and endorsement hierarchy in the firmware's set-up",
+    0x08E: "an authorisation is wrong: look at tpm.owner_auth_file and tpm.endorsement_auth_file",
+    0x0A2: "an authorisation is wrong: look at tpm.owner_auth_file and tpm.endorsement_auth_file",
+    0x0A6: "the chip has no such curve: look at tpm doctor and at tpm.ak_algorithm",
+    0x09D: "the EK's policy is not that of the profile: set tpm.ek_handle to a free handle",
+    0x126: "the EK's policy is not that of the profile: set tpm.ek_handle to a free handle",
+}
+"""What a person can do about a code: Part 2, section 6.6; without the bits that name a parameter."""
+
+
+def hint_for(code: int) -> str:
+    """What to do about a code, to be put behind a message; empty where nothing is known."""
+    layer = code >> LAYER_SHIFT
+    if layer in SOFTWARE_LAYERS:
+        return ""
+    hint = HINTS.get(code & 0xFFFF)
+    return f"; {hint}" if hint else ""
+
+
 def step_for(error: TpmError) -> Step:
     """The rung for an error. An error without a code is an answer that we could not read."""
     code = error.code

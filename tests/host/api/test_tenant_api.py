@@ -44,6 +44,7 @@ IDENTITY = server.identity_results(
     ak_name=b"\x00\x0bname",
     ek_public=b"ek public",
     ek_cert=None,
+    ek_chain=(),
     host_uuid=VM,
     software=True,
 )
@@ -445,10 +446,12 @@ def test_an_ek_certificate_is_base64() -> None:
         ak_name=b"",
         ek_public=b"",
         ek_cert=b"\xff\x00der",
+        ek_chain=(b"\x01",),
         host_uuid=VM,
         software=False,
     )
     assert results["ek_cert"] == base64.b64encode(b"\xff\x00der").decode()
+    assert results["ek_chain"] == ["AQ=="]
     assert results["software"] is False
 
 

@@ -59,7 +59,7 @@ KEYS: dict[str, tuple[Any, list[tuple[str, Any]]]] = {
     "tpm.banks": (
         (HashAlg.SHA256,),
         [
-            ('["sha1", "sha384"]', (HashAlg.SHA1, HashAlg.SHA384)),
+            ('["sha256", "sha384"]', (HashAlg.SHA256, HashAlg.SHA384)),
             ('["sha512"]', (HashAlg.SHA512,)),
         ],
     ),
@@ -84,6 +84,9 @@ KEYS: dict[str, tuple[Any, list[tuple[str, Any]]]] = {
         ],
     ),
     "keylime_agent.insecure_virtual_ek": (False, [("true", True)]),
+    "tpm.ek_cert_file": (None, [('"/etc/ek.der"', Path("/etc/ek.der"))]),
+    "tpm.ek_chain_file": (None, [('"/etc/chain.pem"', Path("/etc/chain.pem"))]),
+    "tpm.insecure_sha1_bank": (False, [("true", True)]),
     "keylime_agent.insecure_no_ek": (False, [("true", True)]),
     "batch.window_ms": (50.0, [("0", 0.0), ("12.5", 12.5), ("29999", 29_999.0)]),
     "batch.max_leaves": (1024, [("1", 1), ("65536", 65_536)]),
@@ -231,6 +234,9 @@ BAD: list[tuple[str, str, str]] = [
     ("keylime_agent.ek_ca", '""', "a path"),
     ("keylime_agent.ek_ca", "[1]", "text"),
     ("keylime_agent.insecure_virtual_ek", "1", "true or false"),
+    ("tpm.ek_cert_file", '""', "a path"),
+    ("tpm.ek_chain_file", "1", "text"),
+    ("tpm.insecure_sha1_bank", "1", "true or false"),
     ("keylime_agent.insecure_no_ek", "1", "true or false"),
     ("batch.window_ms", "-1", ">= 0"),
     ("batch.window_ms", "-0.001", ">= 0"),
@@ -736,12 +742,20 @@ def test_an_agent_as_the_quoter() -> None:
         ('registrar_ca = "/ca"', 'registrar_cert = "/ca"', "registrar_key must be set exactly"),
         ('ek_ca = "/cas"\n', "", "ek_ca must be set, or insecure_no_ek, and not both"),
         ('ek_ca = "/cas"', 'ek_ca = "/c"\ninsecure_no_ek = true', "and not both"),
-        ("[quoter]", '[tpm]\nbanks = ["sha1", "sha256"]\n[quoter]', "tpm.banks must be one bank"),
+        ("[quoter]", '[tpm]\nbanks = ["sha384", "sha256"]\n[quoter]', "tpm.banks must be one bank"),
     ],
 )
 def test_an_agent_that_is_only_half_described(old: str, new: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         agent_config((old, new))
+
+
+def test_sha_1_needs_the_word_insecure() -> None:
+    text = PLAIN + '[tpm]\nbanks = ["sha256", "sha1"]\n'
+    with pytest.raises(ConfigError, match=r"tpm\.banks: sha1 proves nothing"):
+        parse_config(tomllib.loads(text))
+    config = parse_config(tomllib.loads(text + "insecure_sha1_bank = true\n"))
+    assert config.tpm.banks == (HashAlg.SHA256, HashAlg.SHA1)
 
 
 def test_values_are_frozen() -> None:

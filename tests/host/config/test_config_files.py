@@ -202,7 +202,7 @@ def test_a_refusal_names_file_and_line(path: Path, text: str, line: int, message
 
 
 def test_tables_merge_key_by_key_and_a_later_file_wins(path: Path) -> None:
-    path.write_text(PLAIN + '[batch]\nwindow_ms = 1\nmax_leaves = 2\n[tpm]\nbanks = ["sha1"]\n')
+    path.write_text(PLAIN + '[batch]\nwindow_ms = 1\nmax_leaves = 2\n[tpm]\nbanks = ["sha512"]\n')
     later = drop_in(path, "20.toml", 'tpm.banks = ["sha256", "sha384"]\nbatch.max_leaves = 4\n')
     first = drop_in(path, "10.toml", "[batch]\nmax_leaves = 3\n\nwindow_ms = 9\n")
     empty = drop_in(

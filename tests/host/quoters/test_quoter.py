@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,7 @@ import pytest
 import trio
 from cryptography import x509
 from helpers import LIMIT_S, children_of, is_alive, until
+from manufactured import manufacture
 from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_SE
 from tpm2_pytss.types import (
@@ -47,6 +47,7 @@ from provider_proxy.host.quoters.local_tpm import EsysQuoter
 from provider_proxy.host.quoters.tpm_opener import uuid_of_ek
 from provider_proxy.host.tpm import keys, pace
 from provider_proxy.host.tpm.chip import Chip, open_context
+from provider_proxy.host.tpm.ek import find_or_make_ek
 from provider_proxy.host.tpm.embedded import EmbeddedTpm
 from provider_proxy.testing.broker import Broker
 from provider_proxy.testing.disturb import CC_QUOTE, Action
@@ -479,34 +480,8 @@ async def test_an_authorisation_file_that_others_can_read(tmp_path: Path, tpm: E
 def manufactured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """State of a swtpm that swtpm_setup made, with a CA of its own; no system file is touched."""
     folder = tmp_path_factory.mktemp("made")
-    state, ca = folder / "state", folder / "ca"
-    for made in (state, ca):
-        made.mkdir(mode=0o700)
-    (folder / "localca.conf").write_text(
-        f"statedir = {ca}\nsigningkey = {ca}/signkey.pem\nissuercert = {ca}/issuercert.pem\n"
-        f"certserial = {ca}/certserial\n"
-    )
-    (folder / "localca.options").write_text(
-        "--platform-manufacturer Test\n--platform-version 1\n--platform-model Test\n"
-    )
-    (folder / "setup.conf").write_text(
-        f"create_certs_tool = {shutil.which('swtpm_localca')}\n"
-        f"create_certs_tool_config = {folder}/localca.conf\n"
-        f"create_certs_tool_options = {folder}/localca.options\n"
-    )
-    done = subprocess.run(
-        shlex.split(
-            f"swtpm_setup --tpm2 --tpmstate {state} --create-ek-cert --pcr-banks sha256 "
-            f"--config {folder}/setup.conf"
-        ),
-        env={**os.environ, "XDG_CONFIG_HOME": str(folder / "xdg")},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (ca / "issuercert.pem").is_file()
+    manufacture(folder)
+    assert (folder / "ca/issuercert.pem").is_file()
     return folder
 
 
@@ -610,7 +585,7 @@ class Moving:
 @pytest.fixture
 def moving(tpm: EmbeddedTpm) -> Iterator[tuple[Moving, Chip, AttestationKey]]:
     context = open_context(tpm.tcti)
-    ek = keys.find_or_make_ek(context, EK_HANDLE, keys.Auths())
+    ek = find_or_make_ek(context, EK_HANDLE, keys.Auths())
     ak = keys.find_or_make_ak(context, AK_HANDLE, "ecc", ek, keys.Auths(), lambda made: b"auth")
     wrapped = Moving(context)
     yield wrapped, Chip(wrapped, ek=ek.handle, ak=ak.handle), ak.key
@@ -842,7 +817,7 @@ def clear_and_make_keys(tcti: str, auth: bytes, *, make: bool) -> None:
     context = open_context(tcti)
     context.clear(ESYS_TR.PLATFORM)
     if make:
-        ek = keys.find_or_make_ek(context, EK_HANDLE, keys.Auths())
+        ek = find_or_make_ek(context, EK_HANDLE, keys.Auths())
         keys.find_or_make_ak(context, AK_HANDLE, "ecc", ek, keys.Auths(), lambda made: auth)
     context.close()
 

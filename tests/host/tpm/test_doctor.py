@@ -26,7 +26,7 @@ from tpm_helpers import (
 )
 
 from provider_proxy.errors import TpmError
-from provider_proxy.host.tpm import doctor
+from provider_proxy.host.tpm import capabilities, doctor
 from provider_proxy.host.tpm.chip import close_context, open_context
 from provider_proxy.testing.disturb import Action
 
@@ -174,12 +174,18 @@ def test_a_chip_that_makes_no_key_just_now_is_not_said_to_make_none(
 @pytest.mark.real
 @pytest.mark.parametrize("command", [CC_GET_CAPABILITY, CC_CREATE_PRIMARY, CC_QUOTE], ids=hex)
 def test_a_chip_that_goes_meanwhile_is_an_error(patient: Patient, command: int) -> None:
-    """Half a report would pass for a whole one."""
+    """Half a report must not pass for a whole one: it says what failed."""
     patient.faults.next(command, Action(drop=True))
     context = open_context(patient.tcti)
     try:
-        with pytest.raises(TpmError):
-            doctor.examine(context)
+        if command == CC_GET_CAPABILITY:
+            with pytest.raises(TpmError):
+                doctor.examine(context)
+        else:
+            report = doctor.examine(context)
+            assert report.manufacturer == "IBM"
+            assert "TPM2_" in report.failures[0]
+            assert "Look at what failed" in report.todo[-1]
     finally:
         close_context(context)
     for handle in handles(
@@ -191,8 +197,10 @@ def test_a_chip_that_goes_meanwhile_is_an_error(patient: Patient, command: int) 
 @pytest.mark.real
 def test_a_quote_that_fails_leaves_no_key(patient: Patient) -> None:
     patient.faults.next(CC_QUOTE, Action(code=0x101))
-    with pytest.raises(TpmError):
-        patient.examine()
+    report = patient.examine()
+    assert "TPM2_Quote" in report.failures[0]
+    assert "failure mode: switch the host off and on" in report.failures[0]
+    assert report.todo
 
 
 @pytest.mark.real
@@ -238,14 +246,14 @@ class PagedChip:
 def test_properties_are_read_to_their_end(page: int) -> None:
     properties = {0x100 + n: n for n in range(0, 0x30, 2)} | {0x200 + n: n for n in range(0x12)}
     chip = PagedChip(properties, [], page)
-    assert doctor._properties(cast(ESAPI, chip)) == properties
+    assert capabilities.properties(cast(ESAPI, chip)) == properties
 
 
 @pytest.mark.parametrize("page", [1, 3, 100])
 def test_handles_are_read_to_their_end_and_no_further(page: int) -> None:
     persistent = [0x81000000 + n for n in (0, 1, 7, 0x100, 0x10001)]
     chip = PagedChip({}, [0x01C00002, *persistent, 0x82000000], page)
-    assert doctor._handles(cast(ESAPI, chip), FIRST_PERSISTENT) == tuple(persistent)
+    assert capabilities.handles(cast(ESAPI, chip), FIRST_PERSISTENT) == tuple(persistent)
 
 
 def test_a_chip_that_always_has_more_comes_to_an_end() -> None:
@@ -256,8 +264,8 @@ def test_a_chip_that_always_has_more_comes_to_an_end() -> None:
             return True, super().get_capability(capability, first, count)[1]
 
     chip = Endless({0x100: 1, 0x2FF: 2}, [0x81000000], 5)
-    assert doctor._properties(cast(ESAPI, chip))[0x100] == 1
-    assert doctor._handles(cast(ESAPI, chip), FIRST_PERSISTENT) == (0x81000000,)
+    assert capabilities.properties(cast(ESAPI, chip))[0x100] == 1
+    assert capabilities.handles(cast(ESAPI, chip), FIRST_PERSISTENT) == (0x81000000,)
 
 
 # --- what follows -----------------------------------------------------------------------------------
