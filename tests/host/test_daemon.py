@@ -141,7 +141,8 @@ async def test_banks_and_logs_of_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "uefi").write_bytes(b"Spec ID Event03")
     toml = plain_toml(tmp_path / "s").replace(
         NO_LOGS,
-        f'banks = ["sha256", "sha1"]\ninsecure_sha1_bank = true\n[logs]\nima = "{tmp_path}/ima"\nuefi = "{tmp_path}/uefi"\n',
+        f'banks = ["sha256", "sha1"]\ninsecure_sha1_bank = true\n'
+        f'[logs]\nima = "{tmp_path}/ima"\nuefi = "{tmp_path}/uefi"\n',
     )
     toml += f"{SOON}[tenant_defaults]\npcr_allow = {list(range(24))}\n"
     async with serving(tmp_path, toml) as serve, tenants(serve, 1) as (asker, (wire,)):

@@ -31,13 +31,12 @@ from provider_proxy.common.files import read_secret, write_private
 from provider_proxy.common.tls import TlsFiles, server_context, show_pem
 from provider_proxy.errors import EvidenceFormatError, HostError
 from provider_proxy.evidence.model import HashAlg
-from provider_proxy.evidence.tpm_keys import BRIDGE_POLICY, SIGN
+from provider_proxy.evidence.tpm_keys import BRIDGE_POLICY, SIGN, USER_WITH_AUTH
 from provider_proxy.evidence.tpm_reader import Reader
 from provider_proxy.evidence.tpm_writer import encode_ek, encode_public
 
 MAX_KEYS_BYTES = 32 * 1024  # about 9 kB
 RSA_BITS = 2048  # what Keylime's tenant and registrar take by default
-USER_WITH_AUTH = 1 << 6
 NEVER = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)  # RFC 5280, 4.1.2.5: no date to expire at
 BACKDATED = timedelta(minutes=5)  # for clocks that are behind ours
 TPM_MANUFACTURER, TPM_MODEL, TPM_VERSION = "2.23.133.2.1", "2.23.133.2.2", "2.23.133.2.3"

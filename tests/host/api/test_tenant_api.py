@@ -433,6 +433,7 @@ async def test_the_identity_document(submit: FakeSubmit) -> None:
             "ak_name": b"\x00\x0bname".hex(),
             "ek_tpm": base64.b64encode(b"ek public").decode(),
             "ek_cert": None,
+            "ek_chain": [],
             "host_uuid": VM,
             "software": True,
             "registrations": [],

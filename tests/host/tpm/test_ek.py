@@ -23,6 +23,7 @@ from tpm_helpers import swtpm_at, tool
 from provider_proxy.errors import HostError
 from provider_proxy.evidence.model import HashAlg
 from provider_proxy.evidence.tpm_keys import PublicKey, parse_public
+from provider_proxy.evidence.tpm_writer import encode_ek
 from provider_proxy.host.tpm import capabilities, ek, keys
 from provider_proxy.host.tpm.chip import (
     Chip,
@@ -33,7 +34,6 @@ from provider_proxy.host.tpm.chip import (
 )
 from provider_proxy.host.tpm.ek import OwnFiles, find_or_make_ek
 from provider_proxy.host.tpm.keys import Auths, EkInfo
-from provider_proxy.testing.soft_tpm import encode_ek
 from provider_proxy.trust.ek_certificate import parse_certificate
 
 HANDLE = 0x81010001
