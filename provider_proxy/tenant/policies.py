@@ -137,7 +137,8 @@ class PolicyFiles:
             )
         except UsageError as exc:
             raise UsageError(f"{rules.boot_policy}: {exc}") from exc
-        digest = hashlib.sha256(digest + rules.violations.value.encode("ascii")).digest()
+        how = f"{rules.violations.value} {bank.label}".encode("ascii")
+        digest = hashlib.sha256(digest + how).digest()
         if not policy.wants_ima:
             return JudgedLogs(policy=policy, lines=None, digest=digest)
         lines = self._lines.get((digest, bank)) or self._lines_before.get((digest, bank))
@@ -145,6 +146,10 @@ class PolicyFiles:
             lines = LineJudge(bank, runtime, violations=rules.violations)
         self._lines[digest, bank] = lines
         return JudgedLogs(policy=policy, lines=lines, digest=digest)
+
+    def forget_before(self) -> None:
+        """All is read: what the earlier reading had besides is let go."""
+        self._before, self._lines_before = {}, {}
 
     def link(self, vm: UUID, ek: Path, *, confirmed: bool) -> VtpmLink:
         """The link of a VM to its host, the EK of its vTPM in a file. Raises: UsageError, HostError."""

@@ -199,7 +199,7 @@ class Bridge:
                 if getattr(config, name) != getattr(self._config, name):
                     raise ConfigError(f"{name} has changed, which takes a restart")
             aks = KnownAks(self._registrars)
-            settings = await trio.to_thread.run_sync(_settings_again, config, aks)
+            settings = await trio.to_thread.run_sync(_settings_again, config, aks, self._settings)
             asked = asked_hosts(settings)
             await trio.to_thread.run_sync(self._ports.ports_of, list(asked))
         except ProviderProxyError as exc:
@@ -216,5 +216,7 @@ class Bridge:
         log.info("reloaded: %d hosts", len(asked))
 
 
-def _settings_again(config: WatchConfig, aks: KnownAks) -> Mapping[str, Setting]:
-    return make_settings(config, aks, judged_elsewhere=True)
+def _settings_again(
+    config: WatchConfig, aks: KnownAks, before: Mapping[str, Setting]
+) -> Mapping[str, Setting]:
+    return make_settings(config, aks, judged_elsewhere=True, before=before)

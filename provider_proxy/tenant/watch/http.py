@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import h11
 import trio
@@ -38,12 +38,14 @@ class Endpoint:
         host: IP address or name.
         context: of TLS; None for plaintext.
         server_name: what the certificate must be for.
+        tls: digest of the files that the context was made of: what tells two contexts apart.
     """
 
     host: str
     port: int
-    context: ssl.SSLContext | None
+    context: ssl.SSLContext | None = field(compare=False)
     server_name: str
+    tls: bytes = b""
 
     async def connect(self) -> trio.abc.Stream:
         """Open a stream; TLS is shaken hands on."""

@@ -6,15 +6,16 @@ mean nothing before the PCRs are verified. Policy files are the tenant's own and
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 
 from provider_proxy.errors import PolicyError
-from provider_proxy.evidence.logs.ima import ReplayState
 from provider_proxy.evidence.logs.ima_judge import IMA_PCR
 from provider_proxy.evidence.logs.judge import LogJudge
 from provider_proxy.evidence.model import HostLogs, VerifiedQuote, mask_of
 from provider_proxy.evidence.policy import AllOf, Policy, UnsafeAcceptAny
 from provider_proxy.tenant.policies import JudgedLogs, LogRules, PolicyFiles
+from provider_proxy.tenant.watch.store import ImaRecord
 from provider_proxy.tenant.watch.tables import HostRules
 
 ANY_STATE_MASK = 1  # insecure_any_state asks for PCR 0, for a quote needs one
@@ -65,7 +66,7 @@ class HostPolicy:
         judged_elsewhere: another verifier has policies for the host, so that it needs none here; an
             IMA list that came with a signed PCR 10 is replayed even where `ima` is not set.
 
-        state: how far an earlier run with the same rules had got in the host's IMA list.
+        proven: how far the host's IMA list was proven before; counts under the same policy only.
 
     Attributes:
         mask: the PCRs that these policies read.
@@ -84,10 +85,14 @@ class HostPolicy:
         known: Mapping[int, bytes] | None = None,
         *,
         judged_elsewhere: bool = False,
-        state: ReplayState | None = None,
+        proven: ImaRecord | None = None,
     ) -> None:
         judged = files.logs(log_rules(rules, replays_ima=judged_elsewhere), rules.bank)
         self.judged_logs: JudgedLogs = judged
+        state = None
+        if proven is not None and proven.digest == judged.digest and judged.lines is not None:
+            keys = proven.state.keys | judged.lines.first_keys
+            state = dataclasses.replace(proven.state, keys=keys)
         self._judge = LogJudge(judged.policy, rules.bank, lines=judged.lines, state=state)
         policies: list[Policy] = []
         if rules.tpm_policy is not None:
@@ -119,9 +124,13 @@ class HostPolicy:
         return self._judge.violations
 
     @property
-    def ima_state(self) -> ReplayState | None:
+    def proven(self) -> ImaRecord | None:
         """How far the IMA list is proven; None where nothing is yet."""
-        return self._judge.state
+        state, lines = self._judge.state, self.judged_logs.lines
+        if state is None or lines is None:
+            return None
+        learned = dataclasses.replace(state, keys=state.keys - lines.first_keys)
+        return ImaRecord(digest=self.judged_logs.digest, state=learned)
 
     def judge(self, quote: VerifiedQuote, logs: HostLogs) -> Iterator[bool]:
         """Replay the logs to the quote; see `LogJudge.judge`.

@@ -180,7 +180,12 @@ class HostQuestions:
         return self._connection is not None
 
     async def take(self, setting: Setting) -> None:
-        """Use another setting from here on."""
+        """Use another setting from here on; a connection that it does not change is kept."""
+        before = self.setting
+        if setting.endpoint == before.endpoint and setting.rules.provider == before.rules.provider:
+            self.setting = setting
+            self.ak_name = None
+            return
         await self.aclose()
         self._take(setting)
 
@@ -204,13 +209,16 @@ class HostQuestions:
         history = self._store.history(self._name, ak_name, trust.newest)
         tail = None if wanted.ima_ml_entry is None else ImaTail(wanted.ima_ml_entry)
         was_reset = False
-        for _ in range(MAX_ASKS):
-            quote, logs, done = await self._ask(trust.host, history, wanted, tail)
-            was_reset |= quote.was_reset
-            if done:
-                break
-        else:
-            raise LogError("the IMA list has no end")
+        try:
+            for _ in range(MAX_ASKS):
+                quote, logs, done = await self._ask(trust.host, history, wanted, tail)
+                was_reset |= quote.was_reset
+                if done:
+                    break
+            else:
+                raise LogError("the IMA list has no end")
+        finally:  # refused or not: what is proven need not be proven again
+            self._store.remember_ima(self._name, ak_name, self._policy.proven)
         if self._policy.first_use is not None:
             self._store.trust_first_use(self._name, ak_name, self._policy.first_use.confirm())
         return Judged(quote=quote, logs=logs, was_reset=was_reset)
@@ -224,7 +232,11 @@ class HostQuestions:
         known = self._store.first_use(self._name, ak_name)
         rules = self.setting.rules
         self._policy = HostPolicy(
-            rules, self.setting.files, known, judged_elsewhere=self._judged_elsewhere
+            rules,
+            self.setting.files,
+            known,
+            judged_elsewhere=self._judged_elsewhere,
+            proven=self._store.ima(self._name, ak_name),
         )
         self._verifier = Verifier(self._policy.on_pcrs, max_age_s=rules.max_age_s)
         self.ak_name = ak_name

@@ -9,13 +9,16 @@ is an error, not a fresh start.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from provider_proxy.common.files import FileLock, read_file, write_private
-from provider_proxy.errors import EvidenceFormatError, HostError
+from provider_proxy.errors import EvidenceFormatError, HostError, LogError
+from provider_proxy.evidence.logs.ima import ReplayState
+from provider_proxy.evidence.logs.ima_keys import key_of_spki
 from provider_proxy.evidence.model import PCR_COUNT, AkName, ClockState
 from provider_proxy.evidence.strict_json import Fields, parse_json_object
 from provider_proxy.evidence.verify import MemoryHistory
@@ -24,10 +27,26 @@ from provider_proxy.evidence.wire import clock_values, parse_clock
 FORMAT = "provider-proxy/watch-state/1"
 FILE_NAME = "hosts.json"
 LOCK_NAME = ".lock"
-MAX_STATE_BYTES = 64 * 1024 * 1024  # 20,000 hosts with 24 PCRs of first use make 60 MB
+MAX_STATE_BYTES = 96 * 1024 * 1024  # 20,000 hosts with 24 PCRs of first use make 70 MB
 MAX_DIGEST_BYTES = 64
+MAX_ENTRY = 1 << 40
+MAX_KEYS_CHARS = 1024 * 1024
+MAX_PROBLEM_CHARS = 2000  # a name and a digest, shown
 _HEAD = b'{"format":"' + FORMAT.encode("ascii") + b'","hosts":{'
 _TAIL = b"}}\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImaRecord:
+    """How far a host's IMA list is proven, and under which policy.
+
+    Attributes:
+        digest: of what the verdicts rest on; a replay goes on only under the same.
+        state: its keys are those that the host has measured, without the policy's.
+    """
+
+    digest: bytes
+    state: ReplayState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +57,13 @@ class HostRecord:
         ak_name: the AK that it is about; another AK's clock says nothing.
         newest: None where nothing was accepted yet.
         first_use: PCR values that were trusted at first use; empty for none.
+        ima: how far its IMA list is proven; None where it is not.
     """
 
     ak_name: AkName
     newest: ClockState | None
     first_use: Mapping[int, bytes]
+    ima: ImaRecord | None = None
 
 
 class WatchedHistory(MemoryHistory):
@@ -72,6 +93,7 @@ class HostRecords:
         self._records: dict[str, HostRecord] = {}
         self._histories: dict[str, tuple[AkName, WatchedHistory]] = {}
         self._first_use: dict[tuple[str, AkName], Mapping[int, bytes]] = {}
+        self._ima: dict[str, tuple[AkName, ImaRecord | None]] = {}
         self._touched: set[str] = set()
         self.is_dirty = False
 
@@ -117,6 +139,20 @@ class HostRecords:
             self._first_use[name, ak_name] = dict(values)
             self.touch(name)
 
+    def ima(self, name: str, ak_name: AkName) -> ImaRecord | None:
+        """How far the IMA list of a host under one AK is proven; None where it is not."""
+        mine = self._ima.get(name)
+        if mine is not None:
+            return mine[1] if mine[0] == ak_name else None
+        record = self._records.get(name)
+        return record.ima if record is not None and record.ak_name == ak_name else None
+
+    def remember_ima(self, name: str, ak_name: AkName, record: ImaRecord | None) -> None:
+        """Remember how far it is proven; None where it must be replayed from its beginning."""
+        if self.ima(name, ak_name) != record:
+            self._ima[name] = (ak_name, record)
+            self.touch(name)
+
     def take_changed(self) -> Mapping[str, HostRecord]:
         """The records that changed since the last time; what is accepted from here on is dirty again."""
         self.is_dirty = False
@@ -127,6 +163,7 @@ class HostRecords:
                 ak_name=ak_name,
                 newest=history.newest(),
                 first_use=self.first_use(name, ak_name) or {},
+                ima=self.ima(name, ak_name),
             )
         self._touched.clear()
         return changed
@@ -191,6 +228,8 @@ def encode_record(name: str, record: HostRecord) -> bytes:
         values["newest"] = clock_values(record.newest)
     if record.first_use:
         values["first_use"] = {str(pcr): v.hex() for pcr, v in record.first_use.items()}
+    if record.ima is not None:
+        values |= _ima_values(record.ima)
     return json.dumps({name: values}, separators=(",", ":")).encode("ascii")[1:-1]
 
 
@@ -231,4 +270,51 @@ def _parse_record(name: str, record: object) -> HostRecord:
         ak_name=AkName(fields.hex("ak_name", 66)),
         newest=parse_clock(fields.fields("newest")) if "newest" in fields else None,
         first_use=first_use,
+        ima=_parse_ima(fields) if "ima_entry" in fields else None,
+    )
+
+
+def _ima_values(record: ImaRecord) -> dict[str, object]:
+    """Flat, and its keys one text: a file of many hosts has few braces that way."""
+    state = record.state
+    values: dict[str, object] = {
+        "ima_policy": record.digest.hex(),
+        "ima_entry": state.next_entry,
+        "ima_value": state.value.hex(),
+        "ima_violations": state.violations,
+        "ima_others": state.others,
+    }
+    if state.keys:
+        values["ima_keys"] = " ".join(
+            f"{key.id:x}:{base64.b64encode(key.spki).decode('ascii')}"
+            for key in sorted(state.keys, key=lambda key: (key.id, key.spki))
+        )
+    if state.problem is not None:
+        values["ima_problem"] = state.problem
+    if state.is_open:
+        values["ima_open"] = 1
+    return values
+
+
+def _parse_ima(fields: Fields) -> ImaRecord:
+    keys = []
+    for text in fields.text("ima_keys", MAX_KEYS_CHARS).split() if "ima_keys" in fields else ():
+        key_id, _, spki = text.partition(":")
+        try:
+            keys.append(key_of_spki(base64.b64decode(spki, validate=True), int(key_id, 16)))
+        except (ValueError, LogError) as exc:
+            raise EvidenceFormatError(f"ima_keys: {exc}") from exc
+    return ImaRecord(
+        digest=fields.hex("ima_policy", MAX_DIGEST_BYTES),
+        state=ReplayState(
+            next_entry=fields.integer("ima_entry", MAX_ENTRY),
+            value=fields.hex("ima_value", MAX_DIGEST_BYTES),
+            keys=frozenset(keys),
+            violations=fields.integer("ima_violations", MAX_ENTRY),
+            others=fields.integer("ima_others", MAX_ENTRY),
+            problem=fields.text("ima_problem", MAX_PROBLEM_CHARS)
+            if "ima_problem" in fields
+            else None,
+            is_open="ima_open" in fields,
+        ),
     )

@@ -7,18 +7,22 @@ where a part of it is bad, the old one goes on. On the way out reports are deliv
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import logging
 import math
 import random
 import signal
 import ssl
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import trio
 
 from provider_proxy.common import memory
+from provider_proxy.common.files import read_file
 from provider_proxy.common.tls import TlsFiles, client_context
 from provider_proxy.errors import ConfigError, HostError, ProviderProxyError, first_of
 from provider_proxy.tenant.policies import PolicyFiles
@@ -47,23 +51,30 @@ from provider_proxy.tenant.watch.tables import HostRules, WatchConfig
 log = logging.getLogger(__name__)
 
 STARTS_PER_S = 200.0  # TLS handshakes with client certificates cost 2 ms each
+MAX_TLS_BYTES = 4 * 1024 * 1024  # a bundle of every public CA has 250 kB
+Contexts = dict[tuple[Path | None, Path | None, Path | None], tuple[ssl.SSLContext, bytes]]
 ReadConfig = Callable[[], WatchConfig]
 
 
 def make_settings(
-    config: WatchConfig, aks: AkSource, *, judged_elsewhere: bool = False
+    config: WatchConfig,
+    aks: AkSource,
+    *,
+    judged_elsewhere: bool = False,
+    before: Mapping[str, Setting] | None = None,
 ) -> Mapping[str, Setting]:
     """Everything that the hosts need, made and checked.
 
     Args:
         judged_elsewhere: see `HostPolicy`.
+        before: the settings so far; policy files that have not changed are not parsed again.
 
     Raises:
         UsageError: a policy file is wrong.
         HostError: a file is missing or no PEM.
     """
-    files = PolicyFiles()
-    contexts: dict[tuple[Path | None, Path | None, Path | None], ssl.SSLContext] = {}
+    files = PolicyFiles(next(iter(before.values())).files if before else None)
+    contexts: Contexts = {}
     settings = {}
     for name, rules in config.hosts.items():
         endpoint = None
@@ -72,6 +83,7 @@ def make_settings(
             HostPolicy(rules, files, judged_elsewhere=judged_elsewhere)
             endpoint = _endpoint(name, rules, contexts)
         settings[name] = Setting(rules=rules, files=files, aks=aks, endpoint=endpoint)
+    files.forget_before()
     return settings
 
 
@@ -89,20 +101,35 @@ def tls_files(name: str, rules: HostRules) -> TlsFiles:
 def _endpoint(
     name: str,
     rules: HostRules,
-    contexts: dict[tuple[Path | None, Path | None, Path | None], ssl.SSLContext],
+    contexts: Contexts,
 ) -> Endpoint:
-    context = None
+    context, tls = None, b""
     if not rules.insecure_plaintext:
         key = (rules.tls_ca, rules.tls_cert, rules.tls_key)
         if key not in contexts:
-            contexts[key] = client_context(tls_files(name, rules))
-        context = contexts[key]
+            # The files first: one that changes meanwhile is then seen at the next reload.
+            digest = _digest_of(key)
+            contexts[key] = client_context(tls_files(name, rules)), digest
+        context, tls = contexts[key]
     return Endpoint(
         host=rules.provider_ip,
         port=rules.provider_port,
         context=context,
         server_name=rules.tls_name or rules.provider_ip,
+        tls=tls,
     )
+
+
+def _digest_of(paths: Iterable[Path | None]) -> bytes:
+    """Of what some files hold; one that cannot be read is said by whoever needs it."""
+    made = hashlib.sha256()
+    for path in paths:
+        data = b""
+        if path is not None:
+            with contextlib.suppress(ProviderProxyError):
+                data = read_file(path, MAX_TLS_BYTES)
+        made.update(hashlib.sha256(data).digest())
+    return made.digest()
 
 
 class Watcher:
@@ -270,7 +297,8 @@ class Watcher:
             for rules in config.hosts.values():
                 if rules.registrar is not None and rules.registrar not in self._config.registrars:
                     raise ConfigError(f"registrars.{rules.registrar} is new, which takes a restart")
-            settings = await trio.to_thread.run_sync(make_settings, config, aks)
+            make = functools.partial(make_settings, config, aks, before=self._settings)
+            settings = await trio.to_thread.run_sync(make)
         except ProviderProxyError as exc:
             log.error("reload refused, going on as before: %s", exc)
             return

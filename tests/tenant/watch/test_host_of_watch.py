@@ -11,17 +11,27 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from ima_helpers import GOOD, line, text
+from ima_helpers import GOOD, certificate, line, text
 from test_event_log import EVENTS, LOG, MEASURED
 from test_ima import HOST, pcr10
 from watch_helpers import FakeProxy, Rig, b64, response
 
 from provider_proxy.errors import HostError, PinChangedError, ReplyError, UsageError
+from provider_proxy.evidence.logs.ima import ReplayState
 from provider_proxy.evidence.logs.ima_judge import Violations
-from provider_proxy.evidence.model import ClockState, HashAlg, PcrValues, QuoteRequest
+from provider_proxy.evidence.logs.ima_keys import file_key
+from provider_proxy.evidence.model import AkName, ClockState, HashAlg, PcrValues, QuoteRequest
 from provider_proxy.evidence.wire import encode_envelope
+from provider_proxy.tenant.policies import LogRules, PolicyFiles
 from provider_proxy.tenant.watch.reports import Verdict
 from provider_proxy.tenant.watch.states import State
+from provider_proxy.tenant.watch.store import (
+    HostRecord,
+    ImaRecord,
+    StateStore,
+    encode_record,
+    parse_state,
+)
 from provider_proxy.testing.soft_tpm import SoftTpm
 
 Jumping = trio.testing.MockClock
@@ -581,3 +591,152 @@ async def test_each_round_settles_and_only_a_change_reports(
     changed = rig.host(last=Verdict(State.INVALID_QUOTE, "PolicyError"), tpm_policy=policy)
     await changed.round()
     assert rig.reports[-1]["previous"] == "INVALID_QUOTE"
+
+
+# --- a replay goes on over restarts and reloads -------------------------------------------------------
+
+
+def entries(rig: Rig) -> list[int]:
+    """What was asked for since the last time."""
+    asked = [request.ima_ml_entry for _, request in rig.proxy.asked]
+    rig.proxy.asked.clear()
+    return asked
+
+
+def restarted(rig: Rig) -> None:
+    """Save, and read what was saved, as another process does."""
+    rig.directory.joinpath("state").mkdir(exist_ok=True)
+    rig.store.open()
+    rig.store.write(rig.store.snapshot())
+    rig.store.close()
+    rig.store = StateStore(rig.directory / "state")
+    rig.store.open()
+    rig.store.close()
+
+
+def runtime_file(directory: Path, **values: Any) -> Path:
+    path = directory / "runtime.json"
+    path.write_text(json.dumps({"digests": {}, "excludes": [".*"], **values}))
+    return path
+
+
+async def test_a_restart_goes_on_where_the_list_was(
+    autojump_clock: Jumping, ima_rig: Rig, tmp_path: Path
+) -> None:
+    rules: dict[str, Any] = {
+        "ima": True,
+        "runtime_policy": runtime_file(tmp_path),
+        "ima_violations": Violations.COUNT,
+    }
+    assert await ima_rig.host(**rules).round() is State.TRUSTED
+    assert entries(ima_rig) == [0]
+    restarted(ima_rig)
+    assert await ima_rig.host(**rules).round() is State.TRUSTED
+    assert entries(ima_rig) == [len(HOST)]
+    # Another policy judges every line again; so does another choice of what becomes of violations.
+    rules["runtime_policy"] = runtime_file(tmp_path, release=1)
+    assert await ima_rig.host(**rules).round() is State.TRUSTED
+    assert entries(ima_rig) == [0]
+    restarted(ima_rig)
+    del rules["ima_violations"]
+    assert await ima_rig.host(**rules).round() is State.INVALID_QUOTE
+    assert entries(ima_rig) == [0]
+
+
+async def test_what_is_not_allowed_is_not_forgotten_over_a_restart(
+    autojump_clock: Jumping, ima_rig: Rig, tmp_path: Path
+) -> None:
+    rules: dict[str, Any] = {"ima": True, "runtime_policy": runtime_file(tmp_path, excludes=[])}
+    assert await ima_rig.host(**rules).round() is State.INVALID_QUOTE
+    why = ima_rig.reports[-1]["reason"]
+    assert "boot_aggregate is not in" in why
+    restarted(ima_rig)
+    assert await ima_rig.host(**rules).round() is State.INVALID_QUOTE
+    assert entries(ima_rig) == [0, len(HOST)]
+    assert ima_rig.reports[-1]["reason"] == why
+
+
+async def test_another_ak_s_list_is_replayed_from_its_beginning(
+    autojump_clock: Jumping, ima_rig: Rig
+) -> None:
+    await ima_rig.host(ima=True).round()
+    entries(ima_rig)
+    ima_rig.proxy.tpm = ima_rig.aks.tpm = ImaTpm()
+    assert await ima_rig.host(ima=True).round() is State.TRUSTED
+    assert entries(ima_rig) == [0]
+
+
+async def test_a_reboot_while_nobody_watched_is_replayed_from_its_beginning(
+    autojump_clock: Jumping, ima_rig: Rig
+) -> None:
+    tpm = ima_rig.proxy.tpm
+    assert isinstance(tpm, ImaTpm)
+    await ima_rig.host(ima=True).round()
+    restarted(ima_rig)
+    entries(ima_rig)
+    tpm.lines = 100  # shorter: the proxy sends it whole
+    assert await ima_rig.host(ima=True).round() is State.TRUSTED
+
+
+async def test_a_renewed_setting_keeps_the_connection_and_the_replay(
+    autojump_clock: Jumping, ima_rig: Rig, nursery: trio.Nursery
+) -> None:
+    host = ima_rig.host(ima=True, interval_s=10.0)
+    nursery.start_soon(host.run, trio.current_time())
+    await trio.sleep(1)
+    host.renew(ima_rig.setting(ima=True, interval_s=10.0))
+    await trio.sleep(25)
+    assert ima_rig.proxy.connections == 1
+    assert set(entries(ima_rig)[1:]) == {len(HOST)}
+    host.renew(ima_rig.setting(ima=True, interval_s=10.0, provider_ip="192.0.2.2"))
+    await trio.sleep(15)
+    assert set(entries(ima_rig)) == {len(HOST)}
+
+
+def test_learned_keys_are_saved(tmp_path: Path) -> None:
+    key, _ = certificate()
+    known = file_key(key.public_key())
+    record = HostRecord(
+        ak_name=AkName(b"\0\x0b" + bytes(32)),
+        newest=None,
+        first_use={},
+        ima=ImaRecord(
+            digest=bytes(32),
+            state=ReplayState(
+                next_entry=7,
+                value=b"\1" * 32,
+                keys=frozenset({known}),
+                violations=2,
+                others=3,
+                problem="IMA entry 5: /\u00e9",
+                is_open=True,
+            ),
+        ),
+    )
+    data = (
+        b'{"format":"provider-proxy/watch-state/1","hosts":{' + encode_record("h", record) + b"}}"
+    )
+    assert parse_state(data, tmp_path) == {"h": record}
+    for damaged in (
+        data.replace(b'"ima_entry":7', b'"ima_entry":-7'),
+        data.replace(b'"ima_keys":"', b'"ima_keys":"x'),
+        data.replace(b'"ima_value":"01', b'"ima_value":"zz'),
+    ):
+        with pytest.raises(HostError, match="damaged"):
+            parse_state(damaged, tmp_path)
+
+
+def test_policy_files_that_have_not_changed_are_not_parsed_again(tmp_path: Path) -> None:
+    path = runtime_file(tmp_path)
+    rules = LogRules(runtime_policy=path)
+    first = PolicyFiles()
+    before = first.logs(rules, HashAlg.SHA256)
+    second = PolicyFiles(first)
+    again = second.logs(rules, HashAlg.SHA256)
+    assert again.policy.runtime is before.policy.runtime
+    assert again.lines is before.lines
+    assert second.logs(rules, HashAlg.SHA384).digest != before.digest
+    runtime_file(tmp_path, release=2)
+    third = PolicyFiles(second).logs(rules, HashAlg.SHA256)
+    assert third.policy.runtime is not before.policy.runtime
+    assert third.digest != before.digest
