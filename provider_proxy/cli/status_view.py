@@ -145,6 +145,9 @@ def _facts(status: Mapping[str, Any], width: int) -> Table:
     grid.add_row("queue", f"{waits}; room for {queue['max_queue']:d}")
     rule = f"{batching['window_ms']:g} ms, then when the chip is ready"
     grid.add_row("window", f"{rule}; {batching['max_leaves']:d} requests at most")
+    dates = status.get("dates")
+    if isinstance(dates, list) and dates:
+        grid.add_row("dates", _dates(dates))
     registrations = status.get("registrations")
     if isinstance(registrations, list) and registrations:
         grid.add_row("registrars", ", ".join(_registration(one) for one in registrations))
@@ -155,6 +158,21 @@ def _facts(status: Mapping[str, Any], width: int) -> Table:
             "time, ms", _sparks([batch["wait_ms"] + batch["quote_ms"] for batch in history])
         )
     return grid
+
+
+def _dates(dates: list[Mapping[str, Any]]) -> Text:
+    """What has expired or soon will; or what expires first."""
+    warnings = [one for one in dates if one["warning"] is not None]
+    if not warnings:
+        first = datetime.fromtimestamp(dates[0]["not_after"]).strftime("%Y-%m-%d")
+        return Text(
+            f"all certificates are good; the first to expire is {dates[0]['what']}, {first}"
+        )
+    text = Text(overflow="fold")
+    for number, one in enumerate(warnings):
+        style = "yellow" if one["state"] == "soon" else "bold red"
+        text.append(("\n" if number else "") + escaped(str(one["warning"])), style=style)
+    return text
 
 
 def _registration(one: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from provider_proxy.common.dates import Dated
 from provider_proxy.common.files import read_file, read_private
 from provider_proxy.errors import HostError, UsageError
 
@@ -69,32 +70,6 @@ class TlsFiles:
     def __post_init__(self) -> None:
         if (self.cert is None) != (self.key is None):
             raise UsageError(f"{self.names[1]} and {self.names[2]} belong together: set both")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dated:
-    """When something of a file begins and ends to be valid.
-
-    Attributes:
-        name: of the setting or the option, "listen.tls_cert".
-        path: of the file.
-    """
-
-    name: str
-    path: Path
-    not_before: datetime
-    not_after: datetime
-
-    def problem(self, now: datetime) -> str | None:
-        """Why it is not valid now; None where it is."""
-        if now > self.not_after:
-            return f"{self.name}: {self.path} expired on {self.not_after:%Y-%m-%d %H:%M} UTC"
-        if now < self.not_before:
-            return (
-                f"{self.name}: {self.path} is valid from {self.not_before:%Y-%m-%d %H:%M} UTC on: "
-                "is the clock of this machine right?"
-            )
-        return None
 
 
 def load_certificates(name: str, path: Path) -> tuple[x509.Certificate, ...]:

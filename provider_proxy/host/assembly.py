@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from provider_proxy.common.dates import Calendar
 from provider_proxy.common.version import program_version
 from provider_proxy.errors import HostError
 from provider_proxy.host import systemd
@@ -44,6 +45,7 @@ from provider_proxy.host.quoters.keylime_agent import AgentLogs, AgentQuoter
 from provider_proxy.host.quoters.local_tpm import EsysQuoter
 from provider_proxy.host.registration.registrations import Registrations
 from provider_proxy.host.status.board import StatusBoard
+from provider_proxy.host.status.dates import read_dates
 from provider_proxy.host.status.recent import Recent
 from provider_proxy.host.vtpm.ca import HostCa, open_host_ca
 from provider_proxy.host.vtpm.open_service import open_keeper, share_socket
@@ -94,6 +96,7 @@ class Parts:
     """
 
     metrics: Metrics
+    calendar: Calendar
     quoter: HostQuoter
     keeper: Keeper | None
     recent: Recent
@@ -127,6 +130,7 @@ async def open_parts(
     book = load_book(config.listen, config.tenant_defaults, config.tenants)
     adopted = listeners.adopt_listeners(systemd.take_listen_sockets(), context)
     metrics = Metrics()
+    calendar = Calendar(read_dates(config), show=metrics.show_dates)
     async with AsyncExitStack() as stack:
         quoter = await stack.enter_async_context(open_quoter(config, metrics))
         issuer = await _make_issuer(config, quoter, open_issuer)
@@ -149,7 +153,7 @@ async def open_parts(
             busy_status=config.limits.busy_status,
         )
         metrics.connections.set_function(lambda: tenants.connections)
-        board = _make_status_board(config, quoter, batcher, recent, metrics, draining)
+        board = _make_status_board(config, quoter, batcher, recent, metrics, draining, calendar)
         admin = AdminDoor(
             metrics,
             board.not_ready,
@@ -159,6 +163,7 @@ async def open_parts(
         )
         yield Parts(
             metrics=metrics,
+            calendar=calendar,
             quoter=quoter,
             keeper=keeper,
             recent=recent,
@@ -262,6 +267,7 @@ def _make_status_board(
     recent: Recent,
     metrics: Metrics,
     draining: trio.Event,
+    calendar: Calendar,
 ) -> StatusBoard:
     """What operators see; it feeds the gauges that others own, too."""
     program = program_version()
@@ -276,6 +282,7 @@ def _make_status_board(
         recent,
         metrics,
         draining=draining.is_set,
+        calendar=calendar,
         host={
             "uuid": str(quoter.identity.host_uuid),
             "ak_name": quoter.ak.name.hex(),

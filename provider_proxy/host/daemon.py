@@ -5,6 +5,7 @@
          ├─ doors               a listener each; a task a connection
          ├─ registrations       a task a tenant's registrar; none keeps READY or a quote waiting
          ├─ watchdog            ends the process where a TPM command hangs
+         ├─ calendar.run        warns of what expires
          ├─ memory.collect      the garbage collector, by the clock
          ├─ unit_status         a line for `systemctl status`
          └─ signals             SIGTERM and SIGINT begin the drain, SIGHUP reloads
@@ -81,6 +82,7 @@ async def run(
                 parts.tenant_door,
                 parts.open_tenants,
                 parts.registrations,
+                parts.calendar,
             )
             await nursery.start(_reload_at_signal, reloader)
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -104,6 +106,7 @@ def _start(nursery: trio.Nursery, config: Config, parts: assembly.Parts) -> None
     """Start what runs from before READY to the end."""
     nursery.start_soon(parts.batcher.run)
     nursery.start_soon(memory.collect)
+    nursery.start_soon(parts.calendar.run)
     parts.registrations.start(nursery)
     nursery.start_soon(watchdog.run, lambda: parts.quoter.state, config.tpm.hang_limit_s)
     if parts.keeper is not None:

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from provider_proxy.common.dates import Dated
+
 LEAVES_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
 
@@ -130,6 +132,12 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.not_after = Gauge(
+            prefix + "not_after_seconds",
+            "When a certificate, a CA or a CRL ends to be valid, in seconds since the epoch.",
+            ["what"],
+            registry=self.registry,
+        )
         self.vtpm_vms = Gauge(
             prefix + "vtpm_vms",
             "VMs in the registry of vTPMs: running with confirmed or claimed EKs, or stopped.",
@@ -188,6 +196,12 @@ class Metrics:
         """Say in which of all its states a registration is."""
         for each in states:
             self.registrations.labels(registrar, each).set(each == state)
+
+    def show_dates(self, dates: Iterable[Dated]) -> None:
+        """Say when each ends to be valid; those that were said before are forgotten."""
+        self.not_after.clear()
+        for dated in dates:
+            self.not_after.labels(dated.name).set(dated.not_after.timestamp())
 
     def forget_registration(self, registrar: str, states: Iterable[str]) -> None:
         """Drop what was said of a registrar that is configured no more."""

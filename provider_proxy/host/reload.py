@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import trio
 
+from provider_proxy.common.dates import Calendar, Dated
 from provider_proxy.errors import ConfigError, ProviderProxyError
 from provider_proxy.host import systemd
 from provider_proxy.host.api.identity import TenantBook, load_book
@@ -24,12 +25,13 @@ from provider_proxy.host.api.tenant import TenantDoor
 from provider_proxy.host.config.tables import Config
 from provider_proxy.host.http import listeners
 from provider_proxy.host.registration.registrations import HostRegistration, Registrations
+from provider_proxy.host.status.dates import read_dates
 
 log = logging.getLogger(__name__)
 
 ReadConfig = Callable[[], Config]
 RELOADED = ("tenants", "tenant_defaults", "registrars")
-RELOADED_LISTEN = ("tls_cert", "tls_key", "client_ca", "client_crl")
+RELOADED_LISTEN = ("tls_cert", "tls_key", "client_ca", "client_crl", "crl_strict")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,7 @@ class _Fresh:
     book: TenantBook
     context: ssl.SSLContext | None
     registrations: Sequence[HostRegistration]
+    dates: Sequence[Dated]
 
 
 class Reloader:
@@ -57,11 +60,13 @@ class Reloader:
         door: TenantDoor,
         doors: Sequence[listeners.Listener],
         registrations: Registrations,
+        calendar: Calendar,
     ) -> None:
         self._config = config
         self._read_config = read_config
         self._door = door
         self._registrations = registrations
+        self._calendar = calendar
         self._tls = [door for door in doors if door.context is not None]
 
     async def run(self, signals: AsyncIterator[int]) -> None:
@@ -88,6 +93,8 @@ class Reloader:
             for listener in self._tls:
                 listener.context = fresh.context
         self._registrations.replace(fresh.registrations)
+        self._calendar.replace(fresh.dates)
+        self._calendar.warn()
         log.info(
             "reloaded: %d tenants, %d registrars",
             len(fresh.config.tenants),
@@ -103,6 +110,7 @@ class Reloader:
             book=load_book(config.listen, config.tenant_defaults, config.tenants),
             context=listeners.tls_context(config.listen),
             registrations=self._registrations.make(config.registrars),
+            dates=read_dates(config),
         )
 
 

@@ -10,26 +10,27 @@ A book is never changed: a reload makes a new one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
-from provider_proxy.common.files import read_file
+from provider_proxy.common.crl import Crl, load_crls
+from provider_proxy.common.tls import load_certificates
 from provider_proxy.errors import HostError, UnknownTenantError
 from provider_proxy.evidence.model import Tenant
 from provider_proxy.host.config.tables import Listen, TenantRules
 from provider_proxy.host.http.messages import Peer
 
-MAX_CRL_BYTES = 16 * 1024 * 1024  # some 400,000 serials
-MAX_CERT_BYTES = 64 * 1024
 MAX_CERTS_REMEMBERED = 4096
 ALL_REFUSED = "no tenant of this provider"
+CRL_EXPIRED = (
+    "the provider's revocation list has run out, and nobody is let in before it is renewed"
+)
 
 Now = Callable[[], datetime]
 
@@ -93,43 +94,6 @@ def _names(cert: x509.Certificate) -> list[str]:
     return names
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Revoked:
-    """The serials that one issuer's CRL names."""
-
-    issuer: x509.Name
-    serials: frozenset[int]
-
-    def holds(self, certificate: Certificate) -> bool:
-        """True where this certificate is revoked."""
-        return certificate.issuer == self.issuer and certificate.serial in self.serials
-
-
-def load_crl(path: Path, ca_path: Path, now: datetime) -> Revoked:
-    """Read a CRL, PEM or DER, and check that the CA signed it and that it is current.
-
-    Raises:
-        HostError: it is neither; a CRL that says nothing is worse than none.
-    """
-    data = read_file(path, MAX_CRL_BYTES)
-    try:
-        is_pem = data.startswith(b"-----BEGIN")
-        crl = (x509.load_pem_x509_crl if is_pem else x509.load_der_x509_crl)(data)
-        issuers = x509.load_pem_x509_certificates(read_file(ca_path, MAX_CERT_BYTES))
-        signed = any(
-            ca.subject == crl.issuer and crl.is_signature_valid(ca.public_key())  # type: ignore[arg-type]
-            for ca in issuers
-        )
-        if not signed:
-            raise HostError(f"listen.client_crl: {path} is not signed by listen.client_ca")
-        if crl.next_update_utc is not None and crl.next_update_utc < now:
-            raise HostError(f"listen.client_crl: {path} is out of date since {crl.next_update_utc}")
-        serials = frozenset(entry.serial_number for entry in crl)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
-        raise HostError(f"listen.client_crl: {path} is no CRL: {exc}") from exc
-    return Revoked(issuer=crl.issuer, serials=serials)
-
-
 class TenantBook:
     """The tenants, by their identities.
 
@@ -137,6 +101,8 @@ class TenantBook:
         defaults: rules of who has no table of its own.
         tenants: name to rules.
         certificates: True where clients have one (`listen.client_ca` is set).
+        crls: who was revoked, of each CA.
+        crl_strict: a list that has run out lets nobody in.
     """
 
     def __init__(
@@ -145,12 +111,14 @@ class TenantBook:
         tenants: Mapping[str, TenantRules],
         *,
         certificates: bool,
-        revoked: Revoked | None = None,
+        crls: Sequence[Crl] = (),
+        crl_strict: bool = False,
         now: Now = lambda: datetime.now(UTC),
     ) -> None:
         self._defaults = defaults
         self._certificates = certificates
-        self._revoked = revoked
+        self._crls = tuple(crls)
+        self._crl_strict = crl_strict
         self._now = now
         self._by_identity = {
             identity: _tenant(name, rules)
@@ -174,8 +142,10 @@ class TenantBook:
         certificate = parse_certificate(peer.certificate)
         if not certificate.not_before <= self._now() <= certificate.not_after:
             raise UnknownTenantError("your certificate is not valid now")
-        if self._revoked is not None and self._revoked.holds(certificate):
+        if any(crl.holds(certificate.issuer, certificate.serial) for crl in self._crls):
             raise UnknownTenantError("your certificate was revoked")
+        if self._crl_strict and any(crl.next_update < self._now() for crl in self._crls):
+            raise UnknownTenantError(CRL_EXPIRED)
         return self._lookup(certificate.identities)
 
     def _lookup(self, identities: tuple[str, ...]) -> Tenant:
@@ -215,9 +185,21 @@ def load_book(
     """The book of a configuration, its CRL read.
 
     Raises:
-        HostError: the CRL is missing, not the CA's, or out of date.
+        HostError: the CRL is missing or not the CA's, or has run out and `listen.crl_strict` is set.
     """
-    revoked = None
+    crls: tuple[Crl, ...] = ()
     if listen.client_crl is not None and listen.client_ca is not None:
-        revoked = load_crl(listen.client_crl, listen.client_ca, datetime.now(UTC))
-    return TenantBook(defaults, tenants, certificates=listen.client_ca is not None, revoked=revoked)
+        authorities = load_certificates("listen.client_ca", listen.client_ca)
+        crls = load_crls("listen.client_crl", listen.client_crl, authorities)
+        if listen.crl_strict and any(crl.next_update < datetime.now(UTC) for crl in crls):
+            raise HostError(
+                f"listen.client_crl: {listen.client_crl} has run out, and listen.crl_strict is set: get "
+                "the CA's newest list (provider-proxy pki crl makes one)"
+            )
+    return TenantBook(
+        defaults,
+        tenants,
+        certificates=listen.client_ca is not None,
+        crls=crls,
+        crl_strict=listen.crl_strict,
+    )

@@ -61,6 +61,11 @@ class Listen:
     client_crl: Path | None = setting(
         read_path, None, "CRL of client_ca; who is on it stays outside. Read again at SIGHUP."
     )
+    crl_strict: bool = setting(
+        read_flag,
+        False,
+        "A CRL that has run out lets nobody in, and stops the start; else it warns, and alerts.",
+    )
     insecure_plaintext: bool = setting(
         read_flag, False, "No TLS. On loopback and unix sockets only; for trying things out."
     )

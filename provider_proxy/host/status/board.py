@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
+from provider_proxy.common.dates import Calendar
 from provider_proxy.evidence.model import pcrs_of
 from provider_proxy.host.batching.batcher import Queue
 from provider_proxy.host.config.tables import Config
@@ -30,6 +31,7 @@ class StatusBoard:
         chip: gives the state of the quoter's chip.
         queue: who waits now.
         draining: True once the daemon is going down.
+        calendar: when certificates and lists end.
         host: facts of the host that stay: its id, its AK's name, whether the TPM is software.
     """
 
@@ -44,6 +46,7 @@ class StatusBoard:
         draining: Callable[[], bool],
         host: Mapping[str, object],
         program: str,
+        calendar: Calendar | None = None,
     ) -> None:
         self._config = config
         self._chip = chip
@@ -53,11 +56,14 @@ class StatusBoard:
         self._draining = draining
         self._host = dict(host)
         self._program = program
+        self._calendar = calendar or Calendar()
         self._started = time.time()
 
     def not_ready(self) -> str | None:
         """Why the daemon takes no requests now; None while it does."""
-        return DRAINING if self._draining() else self._chip().trouble
+        if self._draining():
+            return DRAINING
+        return self._chip().trouble or self._calendar.not_ready()
 
     def results(self) -> dict[str, object]:
         """The status as of now."""
@@ -78,6 +84,7 @@ class StatusBoard:
             "batches": self._recent.batches(),
             "tenants": self._recent.tenants(),
             "selfcheck_failures": self._metrics.selfcheck_failure_count(),
+            "dates": self._calendar.values(),
         }
 
     def _chip_values(self) -> dict[str, object]:

@@ -17,10 +17,12 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
+from provider_proxy.common.crl import Crl, load_crls
+from provider_proxy.common.tls import load_certificates
 from provider_proxy.errors import HostError, TenantLimitError, UnknownTenantError
 from provider_proxy.evidence.model import Tenant
 from provider_proxy.host.api import quotas as quotas_module
-from provider_proxy.host.api.identity import TenantBook, load_crl, parse_certificate
+from provider_proxy.host.api.identity import TenantBook, load_book, parse_certificate
 from provider_proxy.host.api.quotas import (
     LOG_BURST_BYTES,
     LOG_BYTES_PER_S,
@@ -28,7 +30,7 @@ from provider_proxy.host.api.quotas import (
     Quota,
     Quotas,
 )
-from provider_proxy.host.config.tables import TenantRules
+from provider_proxy.host.config.tables import Listen, TenantRules
 from provider_proxy.host.http.messages import Peer
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
@@ -234,37 +236,93 @@ def write_crl(
     return crl, ca
 
 
+def read_crls(crl: Path, ca: Path) -> tuple[Crl, ...]:
+    return load_crls("listen.client_crl", crl, load_certificates("listen.client_ca", ca))
+
+
 @pytest.mark.parametrize("encoding", [Encoding.PEM, Encoding.DER])
 def test_a_revoked_certificate_does_not_come_in(tmp_path: Path, encoding: Encoding) -> None:
-    crl, ca = write_crl(tmp_path, (7, 9), encoding=encoding)
-    revoked = load_crl(crl, ca, NOW)
+    crls = read_crls(*write_crl(tmp_path, (7, 9), encoding=encoding))
     defaults = TenantRules(accept_unlisted=True)
-    found = TenantBook(defaults, {}, certificates=True, revoked=revoked, now=lambda: NOW)
+    found = TenantBook(defaults, {}, certificates=True, crls=crls, now=lambda: NOW)
     with pytest.raises(UnknownTenantError, match="revoked"):
         found.find(peer(certificate(serial=7)))
     assert found.find(peer(certificate(serial=8))).name == "cn:a tenant"
 
 
+def test_several_lists_in_one_file(tmp_path: Path) -> None:
+    crl, ca = write_crl(tmp_path, (7,))
+    first = crl.read_bytes()
+    write_crl(tmp_path, (9,))
+    crl.write_bytes(first + b"# the next\n" + crl.read_bytes())
+    assert [sorted(each.serials) for each in read_crls(crl, ca)] == [[7], [9]]
+
+
 def test_a_crl_of_somebody_else_is_refused(tmp_path: Path) -> None:
     crl, ca = write_crl(tmp_path, (), key=ec.generate_private_key(ec.SECP256R1()))
-    with pytest.raises(HostError, match="not signed by"):
-        load_crl(crl, ca, NOW)
+    with pytest.raises(HostError, match="none of the CAs signed it"):
+        read_crls(crl, ca)
 
 
-def test_a_crl_that_is_out_of_date_is_refused(tmp_path: Path) -> None:
-    crl, ca = write_crl(tmp_path, (), until=NOW)
-    with pytest.raises(HostError, match="out of date"):
-        load_crl(crl, ca, NOW + DAY)
+def test_a_crl_that_has_run_out_still_keeps_out_whom_it_names(tmp_path: Path) -> None:
+    crls = read_crls(*write_crl(tmp_path, (7,), until=NOW))
+    late = lambda: NOW + timedelta(hours=1)  # noqa: E731
+    defaults = TenantRules(accept_unlisted=True)
+    for strict in (False, True):
+        found = TenantBook(defaults, {}, certificates=True, crls=crls, crl_strict=strict, now=late)
+        with pytest.raises(UnknownTenantError, match="revoked"):
+            found.find(peer(certificate(serial=7)))
+        if not strict:
+            assert found.find(peer(certificate(serial=8))).name == "cn:a tenant"
+            continue
+        with pytest.raises(UnknownTenantError, match="revocation list has run out"):
+            found.find(peer(certificate(serial=8)))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_crl_that_has_run_out_stops_the_start_where_that_is_wanted(
+    tmp_path: Path, strict: bool
+) -> None:
+    """A fleet that reboots after a month comes back, unless its owner said otherwise."""
+    crl, ca = write_crl(tmp_path, (), until=NOW)  # NOW is long ago
+    listen = Listen(client_ca=ca, client_crl=crl, crl_strict=strict)
+    if not strict:
+        load_book(listen, TenantRules(), {})
+        return
+    with pytest.raises(HostError, match=r"has run out, and listen\.crl_strict is set"):
+        load_book(listen, TenantRules(), {})
 
 
 def test_what_is_no_crl_is_refused(tmp_path: Path) -> None:
     crl, ca = write_crl(tmp_path, ())
-    for data in (b"", b"-----BEGIN X509 CRL-----\n", os.urandom(100)):
+    wrong = {
+        b"": "is empty",
+        b"-----BEGIN X509 CRL-----\n": "holds no X509 CRL",
+        ca.read_bytes(): "holds no X509 CRL",
+        os.urandom(100): "is no CRL",
+    }
+    for data, words in wrong.items():
         crl.write_bytes(data)
-        with pytest.raises(HostError, match="client_crl"):
-            load_crl(crl, ca, NOW)
-    with pytest.raises(HostError):
-        load_crl(tmp_path / "missing", ca, NOW)
+        with pytest.raises(HostError, match=f"^listen.client_crl: .* {words}"):
+            read_crls(crl, ca)
+    crl.unlink()
+    with pytest.raises(HostError, match=r"^listen\.client_crl: cannot read "):
+        read_crls(crl, ca)
+
+
+def test_a_delta_list_is_not_a_whole_one(tmp_path: Path) -> None:
+    _, ca = write_crl(tmp_path, ())
+    delta = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(name("ca"))
+        .last_update(NOW - DAY)
+        .next_update(NOW + DAY)
+        .add_extension(x509.DeltaCRLIndicator(1), critical=True)
+        .sign(CA_KEY, hashes.SHA256())
+    )
+    (tmp_path / "crl").write_bytes(delta.public_bytes(Encoding.PEM))
+    with pytest.raises(HostError, match="of a kind that is not read"):
+        read_crls(tmp_path / "crl", ca)
 
 
 # --- quotas -----------------------------------------------------------------------------------------

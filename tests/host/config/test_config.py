@@ -44,6 +44,7 @@ KEYS: dict[str, tuple[Any, list[tuple[str, Any]]]] = {
     "listen.tls_key": (None, []),
     "listen.client_ca": (None, []),
     "listen.client_crl": (None, []),
+    "listen.crl_strict": (False, [("true", True)]),
     "listen.insecure_plaintext": (False, [("true", True)]),
     "admin.address": (
         (),

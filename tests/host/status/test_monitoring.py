@@ -179,6 +179,18 @@ FIRES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {'provider_proxy_registrations{registrar="acme", state="conflict"}': "1x120"},
         {"job": "provider-proxy", "registrar": "acme", "state": "conflict"},
     ),
+    "ProviderProxyCertificateExpiresSoon": (
+        {'provider_proxy_not_after_seconds{what="listen.tls_cert"}': "1000000x120"},
+        {"job": "provider-proxy", "what": "listen.tls_cert"},
+    ),
+    "ProviderProxyCertificateExpired": (
+        {'provider_proxy_not_after_seconds{what="listen.tls_cert"}': "60x120"},
+        {"job": "provider-proxy", "what": "listen.tls_cert"},
+    ),
+    "ProviderProxyRevocationUnknown": (
+        {'provider_proxy_not_after_seconds{what="listen.client_crl"}': "60x120"},
+        {"job": "provider-proxy", "what": "listen.client_crl"},
+    ),
     "ProviderProxyRegistrarAway": (
         {'provider_proxy_registrations{registrar="acme", state="away"}': "1x120"},
         {"job": "provider-proxy", "registrar": "acme", "state": "away"},
@@ -187,6 +199,8 @@ FIRES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 # All of these at once, and nothing fires: a proxy that is well.
 WELL = {
     "up": "1x120",
+    'provider_proxy_not_after_seconds{what="listen.tls_cert"}': "2000000x120",
+    'provider_proxy_not_after_seconds{what="listen.client_crl"}': "2000000x120",
     "provider_proxy_selfcheck_failures_total": "0x120",
     "provider_proxy_tpm_circuit_open": "0x120",
     'provider_proxy_batches_total{outcome="ok"}': "0+90x120",

@@ -1,0 +1,104 @@
+"""One reader of revocation lists: who was revoked, by which CA, and until when the list speaks.
+
+A list that is missing, cannot be read, or is not of a CA that is trusted, is an error: it never passes
+for an empty one. One that has run out is read: whoever is on it stays revoked, and what came after is not
+known. What follows from that is the caller's to decide.
+Source: RFC 5280, section 5. Does not read: delta lists, and lists of one kind of certificates alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+
+from provider_proxy.common.files import read_file
+from provider_proxy.errors import HostError, UsageError
+
+MAX_CRL_BYTES = 16 * 1024 * 1024  # some 400,000 serials
+FOR_EVER = datetime.max.replace(tzinfo=UTC)
+_PEM_RE = re.compile(rb"-----BEGIN X509 CRL-----.*?-----END X509 CRL-----", re.DOTALL)
+_UNDERSTOOD = (x509.CRLNumber.oid, x509.AuthorityKeyIdentifier.oid)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crl:
+    """One CA's list.
+
+    Attributes:
+        this_update: since when it speaks.
+        next_update: until when; `FOR_EVER` where it does not say.
+    """
+
+    issuer: x509.Name
+    serials: frozenset[int]
+    this_update: datetime
+    next_update: datetime
+
+    def holds(self, issuer: x509.Name, serial: int) -> bool:
+        """True where this CA's certificate with this serial is revoked."""
+        return issuer == self.issuer and serial in self.serials
+
+
+def load_crls(name: str, path: Path, authorities: Sequence[x509.Certificate]) -> tuple[Crl, ...]:
+    """All lists of a file, PEM or DER, one at least.
+
+    Args:
+        name: of the setting, for messages.
+        authorities: CAs, one of which must have signed each list.
+
+    Raises:
+        HostError: it cannot be read, or a list in it is of another CA or of a kind that is not read.
+    """
+    try:
+        data = read_file(path, MAX_CRL_BYTES)
+    except (HostError, UsageError) as exc:
+        raise HostError(f"{name}: {exc}") from exc
+    blocks = _PEM_RE.findall(data)
+    if not blocks and (not data.strip() or b"-----BEGIN" in data):
+        what = "is empty" if not data.strip() else "holds no X509 CRL"
+        raise HostError(f"{name}: {path} {what}")
+    try:
+        lists = (
+            [x509.load_pem_x509_crl(block) for block in blocks]
+            if blocks
+            else [x509.load_der_x509_crl(data)]
+        )
+        return tuple(_read(name, path, each, authorities) for each in lists)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
+        raise HostError(f"{name}: {path} is no CRL: {exc}") from exc
+
+
+def _read(
+    name: str,
+    path: Path,
+    crl: x509.CertificateRevocationList,
+    authorities: Sequence[x509.Certificate],
+) -> Crl:
+    if not any(_is_signed_by(crl, ca) for ca in authorities):
+        raise HostError(
+            f"{name}: {path} has a CRL of {crl.issuer.rfc4514_string()!r}, and none of the CAs signed it"
+        )
+    for extension in crl.extensions:
+        if extension.critical and extension.oid not in _UNDERSTOOD:
+            raise HostError(f"{name}: {path} is a CRL of a kind that is not read: {extension.oid}")
+    return Crl(
+        issuer=crl.issuer,
+        serials=frozenset(entry.serial_number for entry in crl),
+        this_update=crl.last_update_utc,
+        next_update=crl.next_update_utc or FOR_EVER,
+    )
+
+
+def _is_signed_by(crl: x509.CertificateRevocationList, ca: x509.Certificate) -> bool:
+    if ca.subject != crl.issuer:
+        return False
+    try:
+        return crl.is_signature_valid(ca.public_key())  # type: ignore[arg-type]
+    except (InvalidSignature, TypeError, ValueError, UnsupportedAlgorithm):
+        return False

@@ -1,0 +1,162 @@
+"""The dates of a daemon: of all that its configuration names; it is not ready where a vital one ended."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
+from helpers import FakeQuoter, daemon_with
+
+from provider_proxy.cli import status_view
+from provider_proxy.errors import HostError
+from provider_proxy.host import pki
+from provider_proxy.host.config.tables import (
+    Admin,
+    Config,
+    KeylimeAgent,
+    Listen,
+    QuoterTable,
+    RegistrarTable,
+)
+from provider_proxy.host.metrics import Metrics
+from provider_proxy.host.status.dates import read_dates
+
+pytestmark = pytest.mark.real
+DAY = timedelta(days=1)
+
+
+class Place:
+    """A CA with all that hangs on it, made at a time of one's choice."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ca = pki.new_authority(datetime.now(UTC) - 100 * DAY)
+        self.write("ca.crt", pki.pem(self.ca.certificate))
+        self.crl(until_days=20)
+        self.pair("server", ExtendedKeyUsageOID.SERVER_AUTH, days=60)
+        self.pair("client", ExtendedKeyUsageOID.CLIENT_AUTH, days=60)
+
+    def write(self, name: str, data: bytes) -> Path:
+        path = self.folder / name
+        path.touch(mode=0o600)
+        path.write_bytes(data)
+        return path
+
+    def crl(self, *, until_days: float) -> None:
+        made = datetime.now(UTC) + (until_days - pki.CRL_DAYS) * DAY
+        self.write("crl.pem", pki.pem(pki.sign_crl(self.ca, 1, (), made)))
+
+    def pair(self, name: str, purpose: x509.ObjectIdentifier, *, days: float) -> None:
+        """A certificate that ends in so many days, which may be past."""
+        lasts = 90
+        holder = pki.issue(
+            self.ca,
+            name,
+            [x509.DNSName("localhost")],
+            purpose,
+            days=lasts,
+            now=datetime.now(UTC) + (days - lasts) * DAY,
+        )
+        self.write(f"{name}.crt", pki.pem(holder.certificate))
+        self.write(f"{name}.key", holder.key_pem())
+
+    def config(self, **more: Any) -> Config:
+        listen = Listen(
+            address=("127.0.0.1:0",),
+            tls_cert=self.folder / "server.crt",
+            tls_key=self.folder / "server.key",
+            client_ca=self.folder / "ca.crt",
+            client_crl=self.folder / "crl.pem",
+            crl_strict=more.pop("crl_strict", False),
+        )
+        return Config(
+            state_dir=self.folder, listen=listen, admin=Admin(address=("127.0.0.1:0",)), **more
+        )
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def test_one_place_knows_every_date(place: Place) -> None:
+    ca, cert, key = (place.folder / name for name in ("ca.crt", "client.crt", "client.key"))
+    table = RegistrarTable(url="https://r", ca=ca, client_cert=cert, client_key=key)
+    agent = KeylimeAgent(registrar_ca=ca, client_cert=cert, client_key=key)
+    config = place.config(
+        registrars={"acme": table}, keylime_agent=agent, quoter=QuoterTable(kind="keylime-agent")
+    )
+    dates = {dated.name: dated for dated in read_dates(config)}
+    assert set(dates) == {
+        *("listen.client_ca", "listen.tls_cert", "listen.client_crl"),
+        *("registrars.acme.ca", "registrars.acme.client_cert"),
+        *("keylime_agent.registrar_ca", "keylime_agent.client_cert"),
+    }
+    vital = {name for name, dated in dates.items() if dated.vital}
+    assert vital == {"listen.client_ca", "listen.tls_cert"}
+    metrics = Metrics()
+    metrics.show_dates(dates.values())
+    name = "provider_proxy_not_after_seconds"
+    end = metrics.registry.get_sample_value(name, {"what": "listen.tls_cert"})
+    assert end == dates["listen.tls_cert"].not_after.timestamp()
+    metrics.show_dates([])
+    assert metrics.registry.get_sample_value(name, {"what": "listen.tls_cert"}) is None
+
+
+def test_a_file_that_cannot_be_read_is_named(place: Place) -> None:
+    table = RegistrarTable(url="https://r", ca=place.folder / "none")
+    with pytest.raises(HostError, match=r"^registrars\.acme\.ca: cannot read "):
+        read_dates(place.config(registrars={"acme": table}))
+
+
+async def look(config: Config) -> tuple[int, dict[str, Any], str]:
+    """What a started daemon says: readiness, status and metrics."""
+    async with daemon_with(FakeQuoter(), config) as started:
+        (admin,) = started.admin_addresses
+        async with httpx.AsyncClient(base_url=f"http://{admin}") as http:
+            ready = await http.get("/readyz")
+            status = (await http.get("/status")).json()["results"]
+            metrics = (await http.get("/metrics")).text
+    return ready.status_code, status, metrics
+
+
+async def test_all_is_well(place: Place) -> None:
+    code, status, metrics = await look(place.config())
+    assert code == 200
+    assert [one["state"] for one in status["dates"]] == ["good"] * 3
+    assert 'provider_proxy_not_after_seconds{what="listen.client_crl"}' in metrics
+    assert "the first to expire is listen.client_crl" in status_view._dates(status["dates"]).plain
+
+
+async def test_an_expired_server_certificate_is_not_ready(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before, /readyz said 200 while every tenant failed."""
+    place.pair("server", ExtendedKeyUsageOID.SERVER_AUTH, days=-1)
+    code, status, _ = await look(place.config())
+    assert code == 503
+    assert status["state"] == "trouble"
+    assert "listen.tls_cert" in status["why"]
+    assert "no tenant can connect" in status["why"]
+    assert "no tenant can connect" in caplog.text
+    assert "expired on" in status_view._dates(status["dates"]).plain
+
+
+async def test_a_crl_that_ran_out_does_not_stop_a_reboot(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.crl(until_days=-1)
+    code, status, _ = await look(place.config())
+    assert code == 200
+    assert {one["what"]: one["state"] for one in status["dates"]}["listen.client_crl"] == "expired"
+    assert "revocation is unknown" in caplog.text
+
+
+def test_a_strict_crl_is_vital(place: Place) -> None:
+    dates = {dated.name: dated for dated in read_dates(place.config(crl_strict=True))}
+    assert dates["listen.client_crl"].vital
