@@ -129,7 +129,7 @@ types: install
 
 # The wheel as a tenant gets it, built from the source distribution: nothing but cryptography beside it.
 wheel: install
-	rm -rf dist $(WHEEL_VENV)
+	rm -rf dist/*.whl dist/*.tar.gz $(WHEEL_VENV)
 	$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
 	$(BIN)/python packaging/check_dists.py dist
 	@packaging/venv.sh $(PYTHON) $(WHEEL_VENV) $(LOCKS)/tenant.txt
@@ -180,12 +180,18 @@ lock:
 system-deb: system
 	@packaging/system-packages.sh $(DEBIAN_BUILD)
 
-deb: system-deb install
+deb: system-deb
 	packaging/build-deb.sh dist
 	lintian --fail-on error,warning --allow-root dist/provider-proxy_*.deb
 
 test-deb: deb
 	tests/system/test-deb.sh dist/provider-proxy_*.deb
+
+bundle: system
+	packaging/build-bundle.sh $(PYTHON) dist
+
+test-bundle: bundle
+	tests/system/test-bundle.sh dist/provider-proxy-*-python*.tar.gz
 
 system-kvm:
 	@packaging/system-packages.sh $(DEBIAN_KVM)

@@ -1,27 +1,25 @@
 #!/bin/sh
-# assemble.sh PYTHON DIRECTORY: the daemon and all that it needs as a virtual environment that will be
-# at /usr/lib/provider-proxy, whatever DIRECTORY is now.
+# assemble.sh PYTHON WHEELS DIRECTORY: the daemon and all that it needs as a virtual environment that will be
+# at /usr/lib/provider-proxy, whatever DIRECTORY is now. Needs no network.
 #
-# The versions are those of constraints.txt. Nothing in it depends on when or where it was built.
+# Nothing in it depends on when or where it was built.
 set -eu
 python=$1
-mkdir -p "$2"
-app=$(cd "$2" && pwd)
+wheels=$2
+mkdir -p "$3"
+app=$(cd "$3" && pwd)
 tools=$(mktemp -d)
 trap 'rm -rf "$tools"' EXIT
 
 "$python" -m venv "$tools/venv"
 "$python" -m venv --without-pip "$app"
-# No debugging information, so that no path of this machine is in the one package that is compiled here.
-CFLAGS="-g0 -O2 -ffile-prefix-map=$tools=." LDFLAGS="-Wl,--build-id=none" \
-    "$tools/venv/bin/python" -m pip --disable-pip-version-check --python "$app/bin/python3" \
-    install -q --no-compile  '.[host]'
+"$tools/venv/bin/python" -m pip --disable-pip-version-check --python "$app/bin/python3" \
+    install -q --no-compile --no-index --no-deps "$wheels"/*.whl
 
 # The one command is the launcher's; what else there is would have this machine's paths.
-find "$app/bin" -mindepth 1 ! -name 'python3*' -delete
-rm -rf "$app/include" "$app/share" "$app"/lib64
-ln -sf "$python" "$app/bin/python3"
-find "$app/bin" -mindepth 1 ! -name python3 -delete
+rm -rf "$app/include" "$app/share" "$app"/lib64 "$app/.gitignore"
+find "$app/bin" -mindepth 1 -delete
+ln -s "$python" "$app/bin/python3"
 site=$(echo "$app"/lib/python3*/site-packages)
 printf 'home = /usr/bin\ninclude-system-site-packages = false\nversion = %s\n' \
     "$("$python" -c 'import platform; print(platform.python_version())')" > "$app/pyvenv.cfg"
@@ -33,7 +31,8 @@ find "$site" \( -name '*.c' -o -name '*.h' -o -name '*.pyx' \) -delete
 find "$site" -type f -name '*.py' -exec sed -i '1{/^#!/s/.*/#/}' {} +  # modules, not programs
 find "$site" -type f -exec chmod 644 {} +
 find "$site" -type f -name '*.so*' -exec strip --strip-unneeded --remove-section=.comment {} +
+# Nothing may run by itself when Python starts.
+if find "$site" -name '*.pth' | grep .; then echo "assemble.sh: a .pth file would run code at every start" >&2; exit 3; fi
 # Read-only for the daemon, so compiled now: by content, not by time, and by names that are the host's.
-# By its own interpreter: merklelib's sources are in an encoding that a package in there brings.
 (cd "$site" && "$app/bin/python3" -m compileall -q -j 1 --invalidation-mode unchecked-hash \
     -s . -p "/usr/lib/provider-proxy/lib/$(basename "$(dirname "$site")")/site-packages" .)

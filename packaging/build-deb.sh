@@ -1,28 +1,23 @@
 #!/bin/sh
-# build-deb.sh OUT [REVISION]: builds the Debian package of these sources, as a copy in build/deb.
+# build-deb.sh OUT [REVISION]: builds the Debian package of these sources, as a copy in build/deb, and its SBOM.
 #
-# Two builds of one commit give the same package: times are the commit's.
+# Two builds of one commit give the same package: times are the commit's. What needs a network, the Python
+# packages, comes first, each checked against its hash; the package itself is built from what is here then.
 set -eu
 cd "$(dirname "$0")/.."
 out=$1
 revision=${2:-1}
 version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)
-if git rev-parse -q --verify HEAD >/dev/null 2>&1; then
-    SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)
-else
-    SOURCE_DATE_EPOCH=$(stat -c %Y CHANGELOG.md)
-fi
+SOURCE_DATE_EPOCH=$(packaging/source-date.sh)
 export SOURCE_DATE_EPOCH
 umask 022
-# What is compiled here is compiled with our flags: no wheel that pip made earlier for somebody else.
-export PIP_CACHE_DIR="$PWD/build/pip-cache"
 
 tree=build/deb/provider-proxy-$version
 rm -rf build/deb
 mkdir -p "$tree" "$out"
-cp -r provider_proxy systemd docs packaging pyproject.toml README.md LICENSE CHANGELOG.md "$tree"
+packaging/wheels.sh /usr/bin/python3 "$tree/wheels"
+cp -r provider_proxy systemd docs packaging pyproject.toml README.md LICENSE CHANGELOG.md SECURITY.md "$tree"
 find "$tree" -name __pycache__ -prune -exec rm -rf {} +
-.venv/bin/python packaging/completion.py "$tree/completion"
 cp -r packaging/debian "$tree/debian"
 rm "$tree/debian/launcher" "$tree/debian/provider-proxy.toml"
 {
@@ -33,6 +28,10 @@ rm "$tree/debian/launcher" "$tree/debian/provider-proxy.toml"
     echo " -- The provider-proxy authors <provider-proxy@packages.debian.org>  $(date -R -u -d "@$SOURCE_DATE_EPOCH")"
 } > "$tree/debian/changelog"
 chmod 755 "$tree/debian/rules"
-(cd "$tree" && dpkg-buildpackage -b -us -uc > ../build.log 2>&1) || { tail -40 build/deb/build.log; exit 3; }
+tools=$PWD/build/tools
+(cd "$tree" && TOOLS="$tools" dpkg-buildpackage -b -us -uc > ../build.log 2>&1) || { tail -40 build/deb/build.log; exit 3; }
+rm -f "$out"/provider-proxy_*
 mv "build/deb/provider-proxy_${version}-${revision}_"*.deb "$out"
-ls "$out/provider-proxy_${version}-${revision}_"*.deb
+package=$(ls "$out/provider-proxy_${version}-${revision}_"*.deb)
+mv build/deb/sbom.cdx.json "${package%.deb}.cdx.json"
+ls "$package" "${package%.deb}.cdx.json"

@@ -23,7 +23,9 @@ locks=packaging/locks
 compile $locks/dev.txt --all-extras pyproject.toml
 compile $locks/host.txt --constraint $locks/dev.txt --extra host --extra client --extra watch pyproject.toml
 compile $locks/tenant.txt --constraint $locks/dev.txt pyproject.toml
-compile $locks/build.txt --constraint $locks/dev.txt $locks/build.in
+for name in build package pip; do
+    compile $locks/$name.txt --constraint $locks/dev.txt $locks/$name.in
+done
 for name in requirements agent_requirements; do
     compile tests/system/keylime/$name.txt --no-deps tests/system/keylime/$name.in
 done

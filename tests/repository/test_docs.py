@@ -64,11 +64,13 @@ MAX_ADR_LINES = 60  # a page
 
 
 def every_markdown() -> list[Path]:
-    """All of the repository's, not those of hidden folders and virtual environments."""
+    """All of the repository's, not those of hidden folders, environments and builds."""
     found = []
     for path in ROOT.rglob("*.md"):
         folders = path.relative_to(ROOT).parts[:-1]
-        if not any(name.startswith(".") or name == "site-packages" for name in folders):
+        if not any(
+            name.startswith(".") or name in ("site-packages", "build", "dist") for name in folders
+        ):
             found.append(path)
     return sorted(found)
 

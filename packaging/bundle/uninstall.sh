@@ -1,0 +1,19 @@
+#!/bin/sh
+# uninstall.sh [--purge]: removes what install.sh installed.
+#
+# Configuration and state stay. With --purge they go, too: the state holds the authValue of the attestation key,
+# without which the key in the TPM is of no use any more. The user stays, for files elsewhere may be its own.
+set -eu
+app=/usr/lib/provider-proxy
+[ "$(id -u)" = 0 ] || { echo "uninstall.sh: run this as root" >&2; exit 3; }
+[ -f $app/installed-files ] || { echo "uninstall.sh: install.sh has installed nothing here" >&2; exit 3; }
+
+if [ -d /run/systemd/system ]; then
+    # The socket first: a tenant's question must not start the daemon again.
+    systemctl disable --now provider-proxy.socket provider-proxy.service || true
+fi
+while read -r file; do rm -f "$file"; done <$app/installed-files
+rm -rf $app
+[ ! -d /run/systemd/system ] || systemctl daemon-reload
+[ "${1:-}" != --purge ] || rm -rf /var/lib/provider-proxy /etc/provider-proxy
+echo "removed"

@@ -1,0 +1,34 @@
+#!/bin/sh
+# wheels.sh PYTHON DIRECTORY: this program and all Python packages of locks/host.txt as wheels for PYTHON.
+#
+# Every download is checked against its hash. Two runs on one commit give the same bytes: nothing in a wheel
+# depends on when or where it was built. Keeps its tools in build/tools.
+set -eu
+cd "$(dirname "$0")/.."
+python=$1
+out=$2
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+umask 022
+: "${SOURCE_DATE_EPOCH:=$(packaging/source-date.sh)}"
+export SOURCE_DATE_EPOCH
+# What is compiled here is compiled with our flags: no wheel that pip made earlier for somebody else.
+export PIP_CACHE_DIR="$PWD/build/pip-cache"
+
+packaging/venv.sh "$python" build/tools packaging/locks/build.txt packaging/locks/package.txt
+# In the system's place for temporary files, by a name that differs each time: it must not get into a wheel.
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+# No debugging information, so that no path of this machine is in the one package that is compiled here.
+TMPDIR="$work" CFLAGS="-g0 -O2 -ffile-prefix-map=$work=." LDFLAGS="-Wl,--build-id=none" \
+    build/tools/bin/python -m pip --disable-pip-version-check wheel -q --require-hashes --no-deps \
+    --no-build-isolation -w "$work/wheels" -r packaging/locks/host.txt
+# Our own is built from a copy, so that setuptools leaves nothing here and finds nothing of an earlier build.
+mkdir "$work/source"
+cp -r provider_proxy pyproject.toml README.md LICENSE "$work/source"
+find "$work/source" -name __pycache__ -prune -exec rm -rf {} +
+build/tools/bin/python -m pip --disable-pip-version-check wheel -q --no-deps --no-build-isolation \
+    -w "$work/wheels" "$work/source"
+build/tools/bin/python packaging/tidy_wheels.py "$work/wheels"
+rm -f "$out"/*.whl
+cp "$work/wheels"/*.whl "$out"
