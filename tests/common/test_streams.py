@@ -72,9 +72,13 @@ async def tls_pair(
 ) -> tuple[SocketStream, trio.SSLStream[trio.SocketStream]]:
     ours, theirs = sockets()
     stream = SocketStream(ours, server or server_context(certs))
+    client = client or certs.client()
+    client.options &= (
+        ~ssl.OP_IGNORE_UNEXPECTED_EOF
+    )  # some builds of Python set it: a cut stays unseen
     other = trio.SSLStream(
         plain_client(theirs),
-        client or certs.client(),
+        client,
         server_hostname="localhost",
         https_compatible=True,
     )
