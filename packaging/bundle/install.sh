@@ -27,10 +27,11 @@ fi
 fits='import platform, sys
 version, machine, glibc = sys.argv[1:]
 older = tuple(map(int, (platform.libc_ver()[1] or "0").split("."))) < tuple(map(int, glibc.split(".")))
-sys.exit("%d.%d" % sys.version_info[:2] != version or platform.machine() != machine or older)'
+if "%d.%d" % sys.version_info[:2] == version and platform.machine() == machine and not older:
+    print("fits")'
 python=
 for candidate in ${PYTHON:-"/usr/bin/python$PYTHON_VERSION" /usr/bin/python3}; do
-    if [ -x "$candidate" ] && "$candidate" -Ic "$fits" "$PYTHON_VERSION" "$MACHINE" "$GLIBC"; then
+    if [ "$("$candidate" -Ic "$fits" "$PYTHON_VERSION" "$MACHINE" "$GLIBC" 2>/dev/null)" = fits ]; then
         python=$candidate
         break
     fi
@@ -42,7 +43,8 @@ done
 rm -rf "$app.new" "$app.old"
 trap 'rm -rf "$app.new"' EXIT
 "$python" -Im venv --without-pip "$app.new" || fail "$python has no module venv"
-"$app.new/bin/python3" -I "$here"/pip-*.whl/pip --isolated --disable-pip-version-check install -q --no-index --no-deps \
+pip=$(echo "$here"/pip-*.whl)
+"$app.new/bin/python3" -I "$pip/pip" --isolated --disable-pip-version-check install -q --no-index --no-deps \
     --no-compile --no-cache-dir --root-user-action=ignore "$here"/wheels/*.whl || fail "the Python packages cannot be installed"
 find "$app.new/bin" -mindepth 1 ! -name python3 -delete
 ln -sf "$python" "$app.new/bin/python3"

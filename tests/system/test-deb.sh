@@ -1,81 +1,14 @@
 #!/bin/bash
-# test-deb.sh PACKAGE: the life of the package in a copy of this system that is thrown away.
+# test-deb.sh PACKAGE: the life of the package in a copy of this system that is thrown away, see package_life.sh.
 #
-# The copy is an overlay over / in a mount and process namespace of its own, so that nothing here changes.
-# No systemd runs in there: the daemon is started as its unit says, by hand; `make test-kvm` has a real one.
-# Needs root. Packages that the new one depends on, and that are missing here, come by apt.
+# Packages that the new one depends on, and that are missing here, come by apt.
 set -euo pipefail
-
-if [ "${1:-}" != --inside ]; then
-    package=$(readlink -f "$1")
-    [ "$(id -u)" = 0 ] || exec sudo "$0" "$package"
-    exec unshare --mount --pid --fork --kill-child "$(readlink -f "$0")" --inside "$package"
-fi
-
-package=$2
-export LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive PATH=/usr/sbin:/usr/bin:/sbin:/bin
-if [ "${3:-}" != --rooted ]; then
-    mount --make-rprivate /
-    work=/mnt
-    mount -t tmpfs -o size=2g tmpfs $work
-    mkdir $work/upper $work/work $work/root
-    mount -t overlay -o "lowerdir=/,upperdir=$work/upper,workdir=$work/work" overlay $work/root
-    mount -t proc proc $work/root/proc
-    mount --rbind /dev $work/root/dev
-    mount -t tmpfs tmpfs $work/root/run
-    mount -t tmpfs tmpfs $work/root/tmp
-    cp "$package" $work/root/tmp/package.deb
-    cp "$0" $work/root/tmp/test-deb.sh
-    exec chroot $work/root /tmp/test-deb.sh --inside /tmp/package.deb --rooted
-fi
-
-ok() { echo "ok: $*"; }
-fail() { echo "FAILED: $*" >&2; exit 1; }
-check() { local what=$1; shift; "$@" >/tmp/out 2>&1 || { cat /tmp/out >&2; fail "$what"; }; ok "$what"; }
-is() { [ "$2" = "$3" ] || fail "$1: $2, not $3"; ok "$1"; }
-owner() { stat -c '%a %U:%G' "$1"; }
-traces() { find /etc /usr /lib /var/lib/provider-proxy -xdev -path '*provider-proxy*' -print 2>/dev/null || true; }
-
-CONFIG=/etc/provider-proxy/provider-proxy.toml
-UNIT=/lib/systemd/system/provider-proxy.service
-PORT=$(python3 -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')
-URL=https://localhost:$PORT
+here=$(dirname "$(readlink -f "$0")")
+# shellcheck source=tests/system/package_life.sh
+. "$here/package_life.sh"
+[ "${1:-}" = --inside ] || enter_copy "$0" -- "$1"
+cp "$2" /tmp/package.deb
 cd /tmp
-
-start() {  # as the unit says: its user, its rights, its command, its credentials
-    local command
-    command=$(sed -n 's/^ExecStart=//p' $UNIT)
-    rm -rf /run/credentials && mkdir -p /run/credentials/provider-proxy.service
-    for file in /etc/provider-proxy/secrets/*; do
-        install -m 400 -o provider-proxy "$file" "/run/credentials/provider-proxy.service/secret_${file##*/}"
-    done
-    for folder in /var/lib /run; do install -d -m 700 -o provider-proxy -g provider-proxy $folder/provider-proxy; done
-    # shellcheck disable=SC2086  # words
-    setpriv --reuid=provider-proxy --regid=provider-proxy --init-groups --no-new-privs \
-        --bounding-set=-all --inh-caps=-all \
-        env -i PATH="$PATH" CREDENTIALS_DIRECTORY=/run/credentials/provider-proxy.service \
-        $command >>/tmp/daemon.log 2>&1 &
-    daemon=$!
-    for _ in $(seq 100); do
-        grep -q "INFO listening on" /tmp/daemon.log && return
-        kill -0 $daemon 2>/dev/null || { cat /tmp/daemon.log >&2; fail "the daemon ended"; }
-        sleep 0.2
-    done
-    fail "the daemon is not ready"
-}
-
-stop() {
-    kill -TERM $daemon
-    wait $daemon || fail "the daemon ended with $?"
-    rm /tmp/daemon.log
-    ok "stopped in order"
-}
-
-ask() {
-    provider-proxy identity "$URL" --ca pki/ca.crt --save-ak "ak-$1.b64" >/dev/null
-    provider-proxy fetch "$URL" --ca pki/ca.crt --pcrs 0,7
-    provider-proxy verify evidence.json --request request.json --ak-tpm "ak-$1.b64" --insecure-any-state | head -1
-}
 
 rm -rf /etc/provider-proxy /var/lib/provider-proxy  # of this copy's: the host may have a trial's
 is "nothing of it is here" "$(traces)" ""
@@ -94,10 +27,7 @@ for page in provider-proxy provider-proxy-serve provider-proxy-verify provider-p
 done
 ok "manual pages are there"
 
-provider-proxy pki init pki --host localhost >/dev/null
-cp pki/server.crt /etc/provider-proxy/tls.crt
-install -m 600 pki/server.key /etc/provider-proxy/secrets/tls.key
-sed -i -e "s/127.0.0.1:8890/127.0.0.1:$PORT/" -e 's/device:\/dev\/tpmrm0/embedded/' $CONFIG
+configure
 before=$(sha256sum $CONFIG)
 start
 ok "started by $(id -un "$(stat -c %u /proc/$daemon)") with $(sed -n 's/^CapEff:\t//p' /proc/$daemon/status) as capabilities"
