@@ -15,7 +15,9 @@
 # Tests that take long, alone or all together with `make test-slow` (as root):
 # make test-libvirt    5 min  the vTPM link with a real libvirt and guests that boot; installs libvirt, QEMU
 # make test-deb        4 min  the package installed, started, asked, upgraded and purged, in a copy of this system
+# make test-upgrade    5 min  the last release's package, used, and then this one over it: nothing is lost
 # make test-bundle     2 min  the bundle installed without a network, started, asked and removed, likewise
+# make test-reproducible 10 min  package and bundle built twice: the same bytes
 # make test-kvm       10 min  the package in a virtual machine with a TPM, IMA and systemd, rebooted as well
 # make test-keylime-bridge   15 min  the bridge with Keylime 7.14.3 and 7.13.1: policies, lies, restarts, 100 hosts
 # make test-keylime-releases  5 min  what each release of Keylime can do, as docs/keylime-releases.md says
@@ -45,7 +47,7 @@ PROMTOOL := .promtool/usr/bin/promtool
 MAX_SKIPPED ?= 40
 SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help install system system-tests system-deb promtool libvirt guest keylime demo test test-keylime-bridge test-keylime-releases test-libvirt test-bare test-slow check format lint types wheel soak bench docs man lock deb test-deb bundle test-bundle system-kvm test-kvm clean
+.PHONY: help install system system-tests system-deb promtool libvirt guest keylime demo test test-keylime-bridge test-keylime-releases test-libvirt test-bare test-slow check format lint types wheel soak bench docs man lock deb test-deb test-upgrade test-reproducible bundle test-bundle system-kvm test-kvm clean
 
 install: $(DEV)
 
@@ -159,7 +161,7 @@ test-bare:
 	  "$(if $(BARE_USER),sudo )sh -c '{ apt-get update && apt-get install -y make git; } >/dev/null 2>&1'" $(BARE:%="make %")
 
 # All that `make test` leaves out, because it takes long or changes the machine.
-test-slow: test-deb test-bundle test-keylime-bridge test-keylime-releases test-libvirt test-kvm soak
+test-slow: test-deb test-upgrade test-reproducible test-bundle test-keylime-bridge test-keylime-releases test-libvirt test-kvm soak
 
 soak: install
 	SOAK_SECONDS=$${SOAK_SECONDS:-600} $(BIN)/python -m pytest -q -s tests/system/test_soak.py
@@ -186,6 +188,15 @@ deb: system-deb
 
 test-deb: deb
 	tests/system/test-deb.sh dist/provider-proxy_*.deb
+
+test-reproducible: system-deb
+	PYTHON=$(PYTHON) tests/system/test-reproducible.sh
+
+# From the package of the release before this one, built from its commit.
+OLD_RELEASE := 35e6226
+test-upgrade: deb $(HOST)
+	tests/system/old-package.sh $(OLD_RELEASE) build/old
+	tests/system/test-upgrade.sh build/old/provider-proxy_*.deb dist/provider-proxy_*.deb
 
 bundle: system
 	packaging/build-bundle.sh $(PYTHON) dist

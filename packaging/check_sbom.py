@@ -1,0 +1,43 @@
+"""Holds a list of components against the lock that they were installed from.
+
+    python packaging/check_sbom.py SBOM LOCK
+
+Every package of the lock is in it, in that version, and nothing else but this program.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==(\S+)", re.MULTILINE)
+PROGRAM = "provider-proxy"
+
+
+def main() -> int:
+    """Compare; an AssertionError says what differs."""
+    sbom = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    found = {(normal(each["name"]), each["version"]) for each in sbom["components"]}
+    found = {each for each in found if each[0] != PROGRAM}
+    assert sbom["bomFormat"] == "CycloneDX"
+    assert sbom["metadata"]["component"]["name"] == PROGRAM
+    locked = pins(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    wanted = {each for each in locked if each[0] not in ("colorama",)}  # of other systems
+    assert found == wanted, sorted(found ^ wanted)
+    return 0
+
+
+def pins(lock: str) -> set[tuple[str, str]]:
+    """A lock's packages and versions."""
+    return {(normal(name), version) for name, version in PIN.findall(lock)}
+
+
+def normal(name: str) -> str:
+    """A package's name as the index compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
