@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 # (Python's own switches, proxies, certificates, a service manager's sockets) they would pass here and
 # fail there.
 KEPT = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TERM", "VIRTUAL_ENV", "CI")
-KEPT_PREFIXES = ("TEST_", "SOAK_", "PYTEST_", "HYPOTHESIS_", "OPENBLAS_", "COVERAGE_")
+# And how a run is asked for more than usual.
+KEPT_PREFIXES = (
+    "TEST_",
+    "SOAK_",
+    "PYTEST_",
+    "HYPOTHESIS_",
+    "OPENBLAS_",
+    "COVERAGE_",
+    "KEYLIME_BRIDGE",
+    "KEYLIME_RELEASES",
+    "PROVIDER_PROXY_CORPUS",
+)
 for name in list(os.environ):
     if name not in KEPT and not name.startswith(KEPT_PREFIXES):
         del os.environ[name]
