@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 from places import PACKAGING, ROOT, SYSTEM
 
-LOCKS = sorted([*(PACKAGING / "locks").glob("*.txt"), *(SYSTEM / "keylime").glob("*requirements.txt")])
+LOCKS = sorted(
+    [*(PACKAGING / "locks").glob("*.txt"), *(SYSTEM / "keylime").glob("*requirements.txt")]
+)
 PIN = re.compile(r"^([a-z0-9][a-z0-9._-]*)==(\S+)(?: ; .*)? \\$")
 HASH = re.compile(r"^    --hash=sha256:[0-9a-f]{64}(?: \\)?$")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
