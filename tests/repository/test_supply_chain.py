@@ -110,10 +110,11 @@ def wheel_of(source: Path, out: Path) -> bytes:
     """Our wheel as packaging/wheels.sh makes it."""
     environment = {**os.environ, "SOURCE_DATE_EPOCH": "1790000000"}
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-deps"]
-    for command in (
+    commands: tuple[list[str | Path], ...] = (
         [*pip, "--no-index", "--no-build-isolation", "-w", out, source],
         [sys.executable, PACKAGING / "tidy_wheels.py", out],
-    ):
+    )
+    for command in commands:
         subprocess.run(command, env=environment, timeout=LIMIT_S, check=True)
     (path,) = out.glob("provider_proxy-*.whl")
     return path.read_bytes()
