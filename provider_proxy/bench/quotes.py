@@ -24,7 +24,7 @@ from provider_proxy.host.batching.batch import Batch, Waiter, plant_tree
 from provider_proxy.host.config.tables import Tpm
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters.local_tpm import open_quoter
-from provider_proxy.testing.disturb import delay_quotes
+from provider_proxy.testing.disturb import CHIPS, Plan, delay_quotes, slow_down
 from provider_proxy.testing.faulty import FaultyContext
 from provider_proxy.testing.ima import extend
 
@@ -35,6 +35,7 @@ SINGLES = 20  # on the one-by-one side, so that none is refused
 ROUNDS = 3
 BATCHED_S = 3.0
 SINGLE_S = 2.0
+CPU_ROUNDS = 7
 CPU_S = 2.0
 LONE_INTERVAL_S = 0.35  # longer than the chip's rest: a lone tenant must not wait for itself
 LONE_S = 3.0
@@ -51,10 +52,10 @@ Say = Callable[[str], None]
 """Told what is being measured."""
 
 
-def run(seed: int, say: Say, *, delay_ms: float = DELAY_MS) -> dict[str, object]:
-    """Measure everything on a chip of so many milliseconds; returns the figures."""
+def run(seed: int, say: Say, *, chip: str | None = None) -> dict[str, object]:
+    """Measure everything on a vendor's chip, or on one of 100 ms; returns the figures."""
     with tempfile.TemporaryDirectory(prefix="provider-proxy-bench-") as name:
-        return _run(Path(name), seed, say, delay_ms)
+        return _run(Path(name), seed, say, chip)
 
 
 def run_baseline(seed: int, say: Say) -> dict[str, object]:
@@ -66,10 +67,11 @@ def run_baseline(seed: int, say: Say) -> dict[str, object]:
             return _cpu(directory, many, BODY_BYTES, seed, say)
 
 
-def _run(directory: Path, seed: int, say: Say, delay_ms: float) -> dict[str, object]:
+def _run(directory: Path, seed: int, say: Say, chip: str | None) -> dict[str, object]:
     say("the TPM alone")
-    quote_ms = trio.run(direct_quote_ms, directory / "direct", delay_ms)
-    slow = ("--quote-delay-ms", str(delay_ms))
+    plan = slow_down(CHIPS[chip]) if chip else delay_quotes(DELAY_MS / 1000)
+    quote_ms = trio.run(_direct_quote_ms, directory / "direct", plan)
+    slow = ("--chip", chip) if chip else SLOW
     batched = config_text(directory / "batched", window_ms=WINDOW_MS, max_duty=1)
     single = config_text(directory / "single", window_ms=WINDOW_MS, max_duty=1, max_leaves=1)
     default = config_text(directory / "default", window_ms=WINDOW_MS)
@@ -114,9 +116,8 @@ def _run(directory: Path, seed: int, say: Say, delay_ms: float) -> dict[str, obj
     }
 
 
-async def direct_quote_ms(state_dir: Path, delay_ms: float) -> float:
+async def _direct_quote_ms(state_dir: Path, plan: Plan) -> float:
     """Median time of a quote on such a TPM, with no daemon in between."""
-    plan = delay_quotes(delay_ms / 1000)
     times = []
     async with open_quoter(
         Tpm(tcti="embedded", max_duty=1),
@@ -197,9 +198,10 @@ def _cpu(directory: Path, many: Target, size: int, seed: int, say: Say) -> dict[
     used: dict[str, list[float]] = {"daemon": [], "bare": []}
     with Target(directory, "bare", "", "--baseline", str(size)) as bare:
         host = load.trusted_host(many.host, many.port)
-        for turn in range(ROUNDS):
-            say(f"CPU against the bare server, round {turn + 1} of {ROUNDS}")
-            for name, target in (("daemon", many), ("bare", bare)):
+        both = (("daemon", many), ("bare", bare))
+        for turn in range(CPU_ROUNDS):
+            say(f"CPU against the bare server, round {turn + 1} of {CPU_ROUNDS}")
+            for name, target in both if turn % 2 else both[::-1]:
                 begin = target.cpu_s()
                 got = asyncio.run(
                     load.closed_loop(

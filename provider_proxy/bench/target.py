@@ -18,14 +18,21 @@ from pathlib import Path
 
 import trio
 
+from provider_proxy.bench import bare
 from provider_proxy.common import memory
 from provider_proxy.host import assembly, daemon
 from provider_proxy.host.config.load import load_config
 from provider_proxy.host.config.tables import Config
-from provider_proxy.host.http import listeners, messages, server
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters.local_tpm import EsysQuoter, open_quoter
-from provider_proxy.testing.disturb import Plan, delay_quotes, refuse_some, together
+from provider_proxy.testing.disturb import (
+    CHIPS,
+    Plan,
+    delay_quotes,
+    refuse_some,
+    slow_down,
+    together,
+)
 from provider_proxy.testing.faulty import FaultyContext
 
 
@@ -50,18 +57,13 @@ async def _serve_daemon(config: Config, plans: list[Plan]) -> None:
         _tell(started.addresses[0])
 
 
-async def _serve_constant(size: int) -> None:
-    """The same HTTP server with nothing behind it."""
-    response = messages.Response(body=(b"x" * size,))
-
-    async def answer(_request: messages.Request) -> messages.Response:
-        return response
-
-    door = server.Door(answer, observe=lambda status, reason: None, max_connections=100_000)
-    (listener,) = listeners.open_listeners("the baseline", ["127.0.0.1:0"], None)
-    _tell(listeners.describe([listener])[0])
+async def _serve_bare(size: int) -> None:
+    """The frozen server, which answers with a constant of so many bytes."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    address = listener.socket.getsockname()
+    _tell(f"{address[0]}:{address[1]}")
     memory.tune_gc()
-    await listener.serve(door.serve)
+    await trio.serve_listeners(partial(bare.serve, body=b"x" * size), [listener])
 
 
 def main() -> None:
@@ -69,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("config", type=Path)
     parser.add_argument("--quote-delay-ms", type=float, default=0.0)
+    parser.add_argument("--chip", choices=sorted(CHIPS))
     parser.add_argument("--log-level", default="critical")
     parser.add_argument("--fault-share", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=1)
@@ -76,11 +79,13 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=args.log_level.upper(), stream=sys.stderr)
     if args.baseline:
-        trio.run(_serve_constant, args.baseline)
+        trio.run(_serve_bare, args.baseline)
     else:
         plans = []
         if args.fault_share:
             plans.append(refuse_some(args.fault_share, args.seed))
+        if args.chip:
+            plans.append(slow_down(CHIPS[args.chip]))
         if args.quote_delay_ms:
             plans.append(delay_quotes(args.quote_delay_ms / 1000))
         trio.run(_serve_daemon, load_config(args.config, environ={}), plans)

@@ -44,6 +44,7 @@ class SocketStream(trio.abc.Stream):
         self._heard = False
         self._ready = context is None  # TLS: the handshake is done
         self._sound = context is None  # nothing is half sent
+        self._unfinished = False  # `send_now` left something to `send_all`
         self._ended = False  # nothing more is to be sent
         self._closed = False
         self._sending = False
@@ -193,8 +194,32 @@ class SocketStream(trio.abc.Stream):
                         # SSLWantReadError among them: a server never renegotiates.
                         raise trio.BrokenResourceError("the connection failed") from exc
             self._sound = True
+            self._unfinished = False
         finally:
             self._sending = False
+
+    def send_now(self, data: bytes) -> int:
+        """Send what the system takes at once: no checkpoint, no deadline to set.
+
+        Returns:
+            How many bytes; the rest is for `send_all`.
+
+        Raises:
+            trio.BrokenResourceError, trio.ClosedResourceError: see `send_all`.
+        """
+        self._check_ready()
+        self._begin_sending()
+        self._sending = False
+        self._check_sound()
+        try:
+            sent = self._socket.send(data)
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            sent = 0
+        except (OSError, ValueError) as exc:
+            self._sound = False
+            raise trio.BrokenResourceError("the connection failed") from exc
+        self._unfinished = sent < len(data)
+        return sent
 
     async def wait_send_all_might_not_block(self) -> None:
         """See `trio.abc.SendStream`."""
@@ -262,7 +287,8 @@ class SocketStream(trio.abc.Stream):
 
     async def _close_tls(self) -> None:
         """Send close_notify where that can still be understood."""
-        while isinstance(self._socket, ssl.SSLSocket) and self._sound and not self._ended:
+        whole = self._sound and not self._unfinished
+        while isinstance(self._socket, ssl.SSLSocket) and whole and not self._ended:
             try:
                 self._socket.unwrap()
                 return

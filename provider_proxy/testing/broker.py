@@ -107,10 +107,12 @@ class Broker:
                     return None
                 if action.hold is not None:
                     action.hold.wait()
-                time.sleep(action.delay_s)
                 if action.code:
+                    time.sleep(action.delay_s)
                     return refusal(action.code)
             self._tpm.sendall(command)
+            if action is not None:
+                time.sleep(action.delay_s)  # the TPM works in the meantime
             response = _read_command(self._tpm)
         if action is not None and action.garble is not None:
             return action.garble(response)

@@ -12,7 +12,13 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-CC_QUOTE = 0x158  # TPM2_Quote; TPM 2.0 Part 2, section 6.5.2
+from provider_proxy.host.tpm.times import ChipTimes
+
+# TPM_CC: TPM 2.0 Part 2, section 6.5.2
+CC_PCR_EVENT = 0x13C
+CC_QUOTE = 0x158
+CC_PCR_READ = 0x17E
+CC_PCR_EXTEND = 0x182
 HEADER_BYTES = 10  # tag, size, code
 TAG_NO_SESSIONS = 0x8001
 TRANSIENT_CODES = (0x922, 0x90A, 0x908, 0x909)  # RETRY, TESTING, YIELDED, CANCELED
@@ -25,7 +31,7 @@ class Action:
     Attributes:
         drop: the connection breaks, now and until it is opened anew.
         hold: the answer comes only after this event (a hang, if nobody sets it).
-        delay_s: the answer comes so much later.
+        delay_s: the answer comes so late, at the soonest.
         code: the chip answers this response code and does nothing.
         garble: changes the chip's answer.
     """
@@ -56,6 +62,25 @@ CHIP_QUOTE_MS = {
 }
 """Median milliseconds of a signature, RSA-2048 or P-256, by vendor: TPMScan data set, CHES 2024."""
 
+SMALL_COMMAND_MS = {
+    "amd": 3.0,
+    "infineon": 5.8,
+    "intel": 2.7,
+    "nuvoton": 4.0,
+    "stm": 6.0,
+    "worst": 8.0,
+}
+"""Median milliseconds of a small command, TPM2_Hash, by vendor; TPMScan has neither TPM2_PCR_Read nor
+TPM2_PCR_Extend. "worst" is what 9 of 10 chips keep: the slowest of all, 206 ms, is another chip than
+the one with the slowest signature."""
+
+CHIPS = {
+    name: ChipTimes(quote_s=quote_ms / 1000, read_s=small_s, extend_s=small_s, other_s=small_s)
+    for name, quote_ms in CHIP_QUOTE_MS.items()
+    for small_s in (SMALL_COMMAND_MS[name.partition("-")[0]] / 1000,)
+}
+"""A vendor's median chip, all commands."""
+
 
 def refusal(code: int) -> bytes:
     """A TPM response that holds nothing but a code."""
@@ -66,6 +91,18 @@ def delay_quotes(seconds: float) -> Plan:
     """A slow chip: every TPM2_Quote takes so much longer."""
     action = Action(delay_s=seconds)
     return lambda command: action if command == CC_QUOTE else None
+
+
+def slow_down(times: ChipTimes) -> Plan:
+    """A chip of these times: each command takes as long as there."""
+    actions = {
+        CC_QUOTE: Action(delay_s=times.quote_s),
+        CC_PCR_READ: Action(delay_s=times.read_s),
+        CC_PCR_EXTEND: Action(delay_s=times.extend_s),
+        CC_PCR_EVENT: Action(delay_s=times.extend_s),
+    }
+    other = Action(delay_s=times.other_s)
+    return lambda command: actions.get(command, other)
 
 
 def together(*plans: Plan) -> Plan:

@@ -408,6 +408,55 @@ async def test_a_send_that_was_cancelled_before_it_began_did_no_harm(certs: Cert
             assert await theirs.receive_some() == b"more"
 
 
+@pytest.mark.parametrize("tls", [False, True])
+async def test_what_the_system_takes_at_once_and_the_rest(certs: Certs, tls: bool) -> None:
+    stream, other = await tls_pair(certs) if tls else await plain_pair()
+    data = bytes(range(256)) * (len(CLOG) // 256)
+    async with stream, other:
+        assert stream.send_now(b"hello") == 5
+        with trio.fail_after(LIMIT_S):
+            assert await other.receive_some() == b"hello"
+            sent = stream.send_now(data)
+            assert sent < len(data)
+            received = bytearray()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.send_all, data[sent:])
+                while len(received) < len(data):
+                    received += await other.receive_some()
+        assert received == data
+        assert stream.send_now(b"more") == 4
+
+
+async def test_a_message_that_was_cut_ends_without_close_notify(certs: Certs) -> None:
+    """What comes behind the first part is lost: the client must not take it for the whole."""
+    stream, strict = await tls_pair(certs)
+    strict._https_compatible = False  # a client that demands close_notify
+    async with stream, strict:
+        stream.send_now(CLOG)
+        await stream.aclose()
+        with trio.fail_after(LIMIT_S), pytest.raises(trio.BrokenResourceError):
+            await read_to_the_end(strict)
+
+
+async def test_nothing_is_sent_at_once_where_nothing_may_be(certs: Certs) -> None:
+    ours, theirs = sockets()
+    async with SocketStream(ours, server_context(certs)) as no_handshake, plain_client(theirs):
+        with pytest.raises(trio.BrokenResourceError):
+            no_handshake.send_now(b"x")
+    stream, other = await plain_pair()
+    async with other, trio.open_nursery() as nursery:
+        nursery.start_soon(clogged, stream)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(trio.BusyResourceError):
+            stream.send_now(b"x")
+        await trio.sleep(0.3)
+        with pytest.raises(trio.BrokenResourceError):  # half of something was sent
+            stream.send_now(b"x")
+        await stream.aclose()
+        with pytest.raises(trio.ClosedResourceError):
+            stream.send_now(b"x")
+
+
 async def test_a_receive_that_was_cancelled_lost_nothing(certs: Certs) -> None:
     async with handshake(certs) as (ours, theirs):
         record = trio.testing.MemorySendStream()

@@ -61,7 +61,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "host.audit": frozenset({"trio"}),
     "host.status": frozenset({"trio"}),
     "testing": frozenset({"cryptography", "tpm2_pytss"}),
-    "bench": frozenset({"cryptography", "trio", "httpx", "matplotlib"}),
+    "bench": frozenset({"cryptography", "trio", "httpx", "h11", "matplotlib"}),
     "cli": frozenset({"cryptography", "trio", "httpx", "rich"}),
     "__main__": frozenset(),
 }

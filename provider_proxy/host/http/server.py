@@ -1,4 +1,4 @@
-"""HTTP/1.1 over trio: h11's state machine, one connection at a time, limits on everything.
+"""HTTP/1.1 over trio: one connection at a time, one request at a time, limits on everything.
 
 Knows requests and responses, not what they are about: a `Handler` answers. A response's status,
 headers and body leave in one write. Whatever a client does wrong gets a 4xx in Keylime's envelope;
@@ -24,30 +24,28 @@ from collections import Counter
 from collections.abc import Callable
 from email.utils import formatdate
 
-import h11
 import trio
 
 from provider_proxy.common.streams import SocketStream
 from provider_proxy.errors import DeadlineError, ProviderProxyError
 from provider_proxy.host.http.messages import (
-    REASONS,
     Handler,
     Observer,
     Peer,
     Request,
     Response,
     error_response,
-    is_chunked,
     joined,
-    refuse,
-    to_request,
 )
+from provider_proxy.host.http.plain import response_head
+from provider_proxy.host.http.reader import RequestReader
 
 log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 16 * 1024  # ours have 300 bytes; proxies in between add cookies and traces
 HEAD_LIMIT_S = 10.0  # from the first byte of a request to its last
 IDLE_LIMIT_S = 75.0  # Keylime's verifier asks every 2 s; browsers and proxies keep about a minute
+LEAST_ANSWER_S = 10.0  # what a handler that sets no limit of its own has at the least
 SEND_LIMIT_S = 30.0  # a client that does not read its 3 kB; an IMA list takes longer, see below
 SEND_BYTES_PER_S = 64 * 1024  # what a slow reader must take on top of that
 HANDSHAKE_LIMIT_S = 10.0
@@ -182,11 +180,11 @@ class _Connection:
     def __init__(self, door: Door, stream: SocketStream) -> None:
         self._door = door
         self._stream = stream
-        self._conn = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
+        self._reader = RequestReader(stream, MAX_HEAD_BYTES)
         self._stage = _Stage.IDLE
         self._scope = trio.CancelScope()
-        self._head_only = False
         self._cut_off = False
+        self._early: Request | Response | None = None  # came when the last deadline did
         self.since = trio.current_time()
         self._outgoing: list[bytes] = []
 
@@ -212,6 +210,10 @@ class _Connection:
         if self._stage is _Stage.IDLE:
             self._scope.cancel()
 
+    def _read_on(self) -> None:
+        """A request has begun: its head must come to an end."""
+        self._enter(_Stage.READING, HEAD_LIMIT_S)
+
     def _enter(self, stage: _Stage, seconds: float) -> None:
         self._stage = stage
         self._scope.deadline = trio.current_time() + seconds
@@ -226,15 +228,26 @@ class _Connection:
                 self._enter(_Stage.READING, HANDSHAKE_LIMIT_S)
                 await self._shake_hands()
                 peer = dataclasses.replace(peer, certificate=self._stream.certificate())
+            self._scope.deadline = self.since + IDLE_LIMIT_S
             await self._converse(peer)
-        while self._scope.cancelled_caught and self._stage in (_Stage.ANSWERING, _Stage.LATE):
-            # The request's own deadline. Its connection goes on, under a new scope.
-            if self._stage is _Stage.ANSWERING:
-                self._compose(error_response(DeadlineError(TIMED_OUT), self._door.busy_status))
-            with trio.CancelScope() as self._scope:
-                await self._send()
-                if self._next_cycle():
-                    await self._converse(peer)
+        while self._scope.cancelled_caught and self._goes_on():
+            is_idle = self._stage is _Stage.IDLE
+            begin = self.since if is_idle else trio.current_time()
+            with trio.CancelScope(deadline=begin + IDLE_LIMIT_S) as self._scope:
+                if not is_idle:
+                    await self._send()
+                    if not self._next_cycle():
+                        return
+                await self._converse(peer)
+
+    def _goes_on(self) -> bool:
+        """True where a deadline was not the connection's end: it goes on under a new scope."""
+        if self._stage is _Stage.IDLE:  # the last request's deadline; this wait has a longer one
+            is_due = trio.current_time() >= self.since + IDLE_LIMIT_S and self._early is None
+            return not (is_due or self._cut_off or self._door.closing)
+        if self._stage is _Stage.ANSWERING:
+            self._compose(error_response(DeadlineError(TIMED_OUT), self._door.busy_status))
+        return self._stage in (_Stage.ANSWERING, _Stage.LATE)
 
     async def _shake_hands(self) -> None:
         """TLS's handshake, counted."""
@@ -278,77 +291,47 @@ class _Connection:
                 return
 
     def _next_cycle(self) -> bool:
-        """Make ready for another request; False where the connection ends."""
-        conn = self._conn
-        if conn.our_state is h11.DONE and conn.their_state is h11.DONE and not self._door.closing:
-            conn.start_next_cycle()
-            return True
-        return False
+        """False where the connection ends."""
+        return self._reader.keeps and not self._door.closing
 
     async def _next_request(self, peer: Peer) -> Request | Response | None:
         """The next request; a refusal of what is none; None where the client has ended."""
-        conn = self._conn
-        head: h11.Request | None = None
-        self._head_only = False
-        started = bool(conn.trailing_data[0])  # a part of the next one, sent too early
-        self._enter(_Stage.IDLE, IDLE_LIMIT_S)
-        self.since = trio.current_time()
-        try:
-            while True:
-                event = conn.next_event()
-                if head is not None:
-                    if isinstance(event, h11.EndOfMessage):
-                        return to_request(head, peer)
-                    return refuse(400, "body: a GET has none here", "body")
-                if event is h11.NEED_DATA:
-                    if self._stage is _Stage.IDLE and started:
-                        self._enter(_Stage.READING, HEAD_LIMIT_S)
-                    conn.receive_data(await self._stream.receive_some())
-                    started = True
-                elif isinstance(event, h11.Request):
-                    head = event
-                    self._head_only = head.method == b"HEAD"
-                    if is_chunked(head):
-                        return refuse(400, "body: a GET has none here", "body")
-                else:  # ConnectionClosed, or a state that only a confused peer reaches
-                    return None
-        except h11.RemoteProtocolError as exc:
-            if conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-                return None
-            status = exc.error_status_hint or 400
-            return refuse(status, f"not a proper HTTP request: {exc}", "protocol")
+        incoming, self._early = self._early, None
+        if incoming is None:
+            if self._stage is not _Stage.IDLE:
+                # Its deadline stays the last request's until a new one is needed: each costs.
+                self._stage = _Stage.IDLE
+                self.since = trio.current_time()
+            incoming = await self._reader.next(peer, self._read_on)
+        now = trio.current_time()
+        if self._cut_off or self._door.closing or self._scope.deadline < now + LEAST_ANSWER_S:
+            if self._scope.cancel_called and self._stage is _Stage.IDLE:
+                self._early = incoming
+                await trio.lowlevel.checkpoint_if_cancelled()
+            self._scope.deadline = now + IDLE_LIMIT_S
+        return incoming
 
     def _compose(self, response: Response) -> None:
         """Make the bytes of a response; from here on it is the answer."""
-        conn = self._conn
         self._door.observe(response.status, response.reason)
-        length = sum(map(len, response.body))
-        headers = [
-            (b"Date", self._door.date()),
-            (b"Content-Type", response.content_type),
-            (b"Content-Length", b"%d" % length),
-            (b"Cache-Control", b"no-store"),
-            *response.headers,
-        ]
+        reader = self._reader
         if response.closes or self._door.closing:
-            headers.append((b"Connection", b"close"))
-        head = conn.send(
-            h11.Response(
-                status_code=response.status,
-                headers=headers,
-                reason=REASONS.get(response.status, b""),
-            )
-        )
-        parts = [head or b""]
-        for part in () if self._head_only else response.body:
-            parts.append(conn.send(h11.Data(data=part)) or b"")
-        parts.append(conn.send(h11.EndOfMessage()) or b"")
-        self._outgoing = joined(parts)
+            reader.keeps = False
+        head = response_head(response, self._door.date(), keeps=reader.keeps)
+        self._outgoing = joined((head, *(() if reader.head_only else response.body)))
 
     async def _send(self) -> None:
-        if self._scope.cancel_called:
-            self._stage = _Stage.LATE
-            await trio.lowlevel.checkpoint_if_cancelled()
+        """Send what `_compose` made; what the client takes at once needs no deadline."""
+        if self._stage is not _Stage.LATE:
+            self._stage = _Stage.SENDING
+            first = self._outgoing[0]
+            rest = first[self._stream.send_now(first) :]
+            self._outgoing[:1] = [rest] if rest else []
+            if not self._outgoing:
+                return
+            if self._scope.cancel_called:
+                self._stage = _Stage.LATE
+                await trio.lowlevel.checkpoint_if_cancelled()
         size = sum(map(len, self._outgoing))
         self._enter(_Stage.SENDING, SEND_LIMIT_S + size / SEND_BYTES_PER_S)
         for chunk in self._outgoing:

@@ -196,6 +196,59 @@ async def test_pipelined_requests_are_answered_in_order(site: Site) -> None:
         assert [(await wire.reply()).body for _ in range(3)] == [b"waited", b"GET /2?", b"GET /3?"]
 
 
+async def test_one_that_pipelines_does_not_keep_others_waiting(site: Site) -> None:
+    """A thousand requests at once: between two of them everybody else has a turn."""
+    turns: list[int] = []
+
+    async def count() -> None:
+        while True:
+            turns.append(len(site.requests))
+            await trio.lowlevel.checkpoint()
+
+    async with pair(site) as wire, trio.open_nursery() as nursery:
+        nursery.start_soon(count)
+        await wire.send(get_bytes("/2") * 200)
+        for _ in range(200):
+            assert (await wire.reply()).body == b"GET /2?"
+        nursery.cancel_scope.cancel()
+    assert len(set(turns)) > 150, len(set(turns))
+
+
+async def test_a_request_that_comes_with_the_last_ones_deadline(
+    site: Site, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The deadline of the request before still stands while the client is idle, and ends nothing."""
+    async with pair(site) as wire:
+        await wire.send(get_bytes("/limit?20"))
+        await trio.testing.wait_all_tasks_blocked()
+        site.release.set()
+        assert (await wire.reply()).body == b"in time"
+        for _ in range(3):
+            await trio.sleep(20)
+            assert (await wire.get("/ok")).status == 200
+        await wire.send(get_bytes("/limit?7"))
+        site.release = trio.Event()
+        assert (await wire.reply()).status == 504
+        assert (await wire.get("/ok")).status == 200
+
+
+async def test_a_handler_without_a_limit_has_time_of_its_own(
+    site: Site, autojump_clock: trio.testing.MockClock
+) -> None:
+    """What is left of the last request's deadline is not its."""
+    async with pair(site) as wire:
+        await wire.send(get_bytes("/limit?20"))
+        await trio.testing.wait_all_tasks_blocked()
+        site.release.set()
+        await wire.reply()
+        site.release = trio.Event()
+        await trio.sleep(19.5)
+        await wire.send(get_bytes("/wait"))
+        await trio.sleep(5)
+        site.release.set()
+        assert (await wire.reply()).body == b"waited"
+
+
 async def test_a_request_in_tiny_writes(site: Site) -> None:
     async with pair(site) as wire:
         for byte in get_bytes("/tiny", "X-Filler: " + "x" * 200):

@@ -1,0 +1,62 @@
+"""The plainest of requests, recognised by one expression; and the bytes of a response.
+
+h11 is the judge of what an HTTP request is. What is taken here is a small part of what it takes, and read
+the same way: a GET of a path in HTTP/1.1, whole, with CRLF alone, one Host, and no header that frames a
+body, asks for another protocol or ends the connection. A differential test holds the two against each
+other. Each quantifier is possessive, so the time is linear in the length of what comes.
+"""
+
+from __future__ import annotations
+
+import re
+
+from provider_proxy.host.http.messages import MAX_TARGET_CHARS, REASONS, Response
+
+_NOT_HERE = rb"host|content-length|transfer-encoding|connection|upgrade|expect|te|trailer"
+_OTHER = (
+    rb"(?:(?!(?i:%b):)[-!#$%%&'*+.^_`|~0-9A-Za-z]++:[\t -~]*+\r\n"
+    rb"|(?i:connection: ?+keep-alive\r\n))" % _NOT_HERE
+)
+_PLAIN_GET = re.compile(
+    rb"GET (/[!-~]{0,%d}+) HTTP/1\.1\r\n(?:%b)*+(?i:host):[\t ]*+([!-~]*+)\r\n(?:%b)*+\r\n"
+    % (MAX_TARGET_CHARS - 1, _OTHER, _OTHER)
+)
+
+
+def plain_get(data: bytes) -> tuple[str, str, int] | None:
+    """Take a plain GET that begins here and is whole.
+
+    Args:
+        data: untrusted bytes.
+
+    Returns:
+        Its target, its Host and its length in bytes; None where h11 must judge.
+    """
+    match = _PLAIN_GET.match(data)
+    if match is None:
+        return None
+    target, host = match.groups()
+    return target.decode("ascii"), host.decode("ascii"), match.end()
+
+
+def response_head(response: Response, date: bytes, *, keeps: bool) -> bytes:
+    """The status line and the headers of a response.
+
+    Args:
+        date: the value of the Date header.
+        keeps: the connection can be used again.
+    """
+    head = (
+        b"HTTP/1.1 %d %b\r\nDate: %b\r\nContent-Type: %b\r\nContent-Length: %d\r\n"
+        b"Cache-Control: no-store\r\n"
+        % (
+            response.status,
+            REASONS.get(response.status, b""),
+            date,
+            response.content_type,
+            sum(map(len, response.body)),
+        )
+    )
+    for name, value in response.headers:
+        head += b"%b: %b\r\n" % (name, value)
+    return head + (b"\r\n" if keeps else b"Connection: close\r\n\r\n")

@@ -1,0 +1,108 @@
+"""Reads one connection's requests: the plain GET by an expression, everything else by h11.
+
+h11 judges each request anew, from its first byte. What a client sends ahead of its turn is kept for the
+next one. Sets no deadline of its own: the connection's owner does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import h11
+import trio
+
+from provider_proxy.common.streams import SocketStream
+from provider_proxy.host.http.messages import (
+    Peer,
+    Request,
+    Response,
+    is_chunked,
+    refuse,
+    to_request,
+)
+from provider_proxy.host.http.plain import plain_get
+
+
+class RequestReader:
+    """One client's requests.
+
+    Args:
+        max_head_bytes: of a request that has not come to its end.
+
+    Attributes:
+        keeps: the last request leaves the connection fit for another one.
+        head_only: the answer to the last request goes without its body.
+    """
+
+    def __init__(self, stream: SocketStream, max_head_bytes: int) -> None:
+        self._stream = stream
+        self._max_head_bytes = max_head_bytes
+        self._ahead = b""  # of the next request, sent too early
+        self.keeps = True
+        self.head_only = False
+
+    async def next(self, peer: Peer, started: Callable[[], None]) -> Request | Response | None:
+        """The next request; the refusal of what is none; None where the client has ended.
+
+        Args:
+            started: called when a part of a request is there, and not all of it.
+
+        Raises:
+            trio.BrokenResourceError: the connection failed.
+        """
+        self.keeps, self.head_only = True, False
+        if self._ahead:
+            await trio.lowlevel.checkpoint()  # who sends many at once must not keep others waiting
+        data = self._ahead or await self._stream.receive_some()
+        plain = plain_get(data)
+        if plain is None:
+            self._ahead = b""
+            incoming = await self._judged(data, peer, started)
+            if isinstance(incoming, Response):
+                self.keeps = False
+            return incoming
+        target, host, end = plain
+        self._ahead = data[end:]
+        path, _, query = target.partition("?")
+        return Request(method="GET", path=path, query=query, peer=peer, host=host)
+
+    async def _judged(
+        self, data: bytes, peer: Peer, started: Callable[[], None]
+    ) -> Request | Response | None:
+        """The same for what is not the plainest of requests, or not here in one piece."""
+        conn = h11.Connection(h11.SERVER, max_incomplete_event_size=self._max_head_bytes)
+        head: h11.Request | None = None
+        is_new = bool(data)
+        try:
+            conn.receive_data(data)
+            while True:
+                event = conn.next_event()
+                if head is not None:
+                    if not isinstance(event, h11.EndOfMessage):
+                        return refuse(400, "body: a GET has none here", "body")
+                    self._ahead, _ = conn.trailing_data
+                    self.keeps = _keeps(conn)
+                    return to_request(head, peer)
+                if event is h11.NEED_DATA:
+                    if is_new:
+                        started()
+                        is_new = False
+                    conn.receive_data(await self._stream.receive_some())
+                elif isinstance(event, h11.Request):
+                    head = event
+                    self.head_only = head.method == b"HEAD"
+                    if is_chunked(head):
+                        return refuse(400, "body: a GET has none here", "body")
+                else:  # ConnectionClosed
+                    return None
+        except h11.RemoteProtocolError as exc:
+            status = exc.error_status_hint or 400
+            return refuse(status, f"not a proper HTTP request: {exc}", "protocol")
+
+
+def _keeps(conn: h11.Connection) -> bool:
+    """True where another request may follow the one that h11 has read to its end."""
+    if conn.their_state not in (h11.DONE, h11.MUST_CLOSE):
+        # CONNECT or Upgrade: h11 waits for our answer, which switches no protocol.
+        conn.send(h11.Response(status_code=404, headers=[(b"Content-Length", b"0")]))
+    return bool(conn.their_state is h11.DONE)
