@@ -1,8 +1,9 @@
 """`bench plan`: what `plan` predicts beside what the daemon does, on slowed-down chips.
 
-A calibration comes first: the chip alone, and the daemon's CPU a request and a batch on this machine.
-The points that follow are predicted from that, each by itself, and then measured; no figure of a point
-goes into its prediction. Tenants draw the moment of each poll anew, as in the model.
+A calibration comes first: the daemon's CPU a request and a batch on this machine. The points that follow
+are predicted from that and from the chip's profile, as `plan --chip` has it, each by itself, and then
+measured; no figure of a point goes into its prediction. Tenants draw the moment of each poll anew, as
+in the model.
 """
 
 from __future__ import annotations
@@ -11,17 +12,14 @@ import asyncio
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import trio
-
 from provider_proxy.bench import load
 from provider_proxy.bench.process import Target, config_text
-from provider_proxy.bench.quotes import direct_quote_ms
 from provider_proxy.host.batching.simulation import Costs, Prediction, Scenario, predict, quantile
-from provider_proxy.testing.disturb import CHIP_QUOTE_MS
+from provider_proxy.testing.disturb import CHIPS
 
 ALLOWED = 0.15  # how far a figure may be from its prediction
 REQUESTS = 300  # of a round, so that its p99 is not its slowest
@@ -46,10 +44,6 @@ class Point:
     scenario: Scenario
 
     @property
-    def delay_ms(self) -> float:
-        return float(CHIP_QUOTE_MS[self.chip])
-
-    @property
     def seconds(self) -> float:
         """How long a round is."""
         enough = REQUESTS * self.scenario.interval_s / self.scenario.tenants
@@ -62,8 +56,15 @@ class Point:
 
 
 def point(name: str, chip: str, tenants: int, interval_s: float, **rule: object) -> Point:
-    """A point; the chip's time is what its profile says until it has been measured."""
-    scenario = Scenario(tenants=tenants, interval_s=interval_s, quote_s=CHIP_QUOTE_MS[chip] / 1000)
+    """A point; the chip's times are what its profile says."""
+    times = CHIPS[chip]
+    scenario = Scenario(
+        tenants=tenants,
+        interval_s=interval_s,
+        quote_s=times.quote_s,
+        read_s=times.read_s,
+        extend_s=times.extend_s,
+    )
     return Point(name=name, chip=chip, scenario=replace(scenario, **rule))  # type: ignore[arg-type]
 
 
@@ -101,14 +102,11 @@ def run(seed: int, say: Say) -> dict[str, object]:
     with tempfile.TemporaryDirectory(prefix="provider-proxy-bench-") as name:
         directory = Path(name)
         costs = calibrate(directory, seed, say)
-        chips = measure_chips(directory, {at.chip for at in POINTS}, say)
-        return points(directory, costs, chips, seed, say)
+        return points(directory, costs, seed, say)
 
 
-def points(
-    directory: Path, costs: Costs, chips: Mapping[str, float], seed: int, say: Say
-) -> dict[str, object]:
-    """Predict and measure each of `POINTS`, on chips whose times (seconds) are known."""
+def points(directory: Path, costs: Costs, seed: int, say: Say) -> dict[str, object]:
+    """Predict and measure each of `POINTS`."""
     figures: dict[str, object] = {
         "cpu_us_per_request": round((costs.request_s + costs.answer_s) * 1e6, 1),
         "cpu_us_per_batch": round(costs.batch_s * 1e6, 1),
@@ -116,8 +114,7 @@ def points(
     within = 0
     for number, at in enumerate(POINTS):
         say(f"{at.name} ({number + 1} of {len(POINTS)})")
-        scenario = replace(at.scenario, quote_s=chips[at.chip])
-        predicted = predict(scenario, costs)
+        predicted = predict(at.scenario, costs)
         rounds = measure(directory, f"p{number}", at, at.seconds, seed + number, at.rounds)
         measured = median_of(rounds)
         row = compare(at, predicted, measured)
@@ -145,16 +142,6 @@ def compare(at: Point, predicted: Prediction, measured: Measured) -> dict[str, o
         if name in ("p50_ms", "p99_ms", "duty"):
             within = within and abs(got / expected - 1) <= ALLOWED
     return {**row, "within_15_percent": within}
-
-
-def measure_chips(directory: Path, chips: set[str], say: Say) -> dict[str, float]:
-    """A quote's time on each slowed-down TPM with no daemon in between, in seconds."""
-    found = {}
-    for chip in sorted(chips):
-        say(f"the chip alone: {chip}")
-        quote_ms = trio.run(direct_quote_ms, directory / chip, float(CHIP_QUOTE_MS[chip]))
-        found[chip] = quote_ms / 1000
-    return found
 
 
 def calibrate(directory: Path, seed: int, say: Say) -> Costs:
@@ -194,7 +181,7 @@ def measure(
         max_duty=scenario.max_duty,
         ak_algorithm="rsa" if at.chip.endswith("-rsa") else "ecc",
     )
-    with Target(directory, name, config, "--quote-delay-ms", str(at.delay_ms)) as target:
+    with Target(directory, name, config, "--chip", at.chip) as target:
         return [_round(target, scenario, seconds, seed + 10_000 * n) for n in range(rounds)]
 
 

@@ -14,13 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from provider_proxy.bench.plan import (
-    POINTS,
     Measured,
     Point,
     Say,
     calibrate,
     measure,
-    measure_chips,
     point,
     points,
 )
@@ -67,19 +65,13 @@ def run_with_points(seed: int, say: Say) -> tuple[dict[str, object], Sweeps]:
     with tempfile.TemporaryDirectory(prefix="provider-proxy-bench-") as name:
         directory = Path(name)
         costs = calibrate(directory, seed, say)
-        chips = measure_chips(directory, {CHIP, *(at.chip for at in POINTS)}, say)
-        figures = points(directory, costs, chips, seed, say)
-        return figures, run(directory, costs, chips[CHIP], seed, say)
+        figures = points(directory, costs, seed, say)
+        return figures, run(directory, costs, seed, say)
 
 
-def run(directory: Path, costs: Costs, quote_s: float, seed: int, say: Say) -> Sweeps:
-    """Predict, and measure.
-
-    Args:
-        quote_s: the time of a quote on this chip, measured.
-    """
+def run(directory: Path, costs: Costs, seed: int, say: Say) -> Sweeps:
+    """Predict, and measure."""
     base = point("", CHIP, 1, INTERVAL_S).scenario
-    base = replace(base, quote_s=quote_s)
     rules: dict[str, tuple[Scenario, Iterable[int]]] = {
         "one by one": (replace(base, max_leaves=1, window_s=0.0), MEASURED_ONE_BY_ONE),
         "tick": (replace(base, tick_s=TICK_S), ()),
@@ -105,7 +97,7 @@ def run(directory: Path, costs: Costs, quote_s: float, seed: int, say: Say) -> S
     done = _measure(directory, wanted, seed, say)
     say("predictions")
     return Sweeps(
-        quote_ms=quote_s * 1000,
+        quote_ms=base.quote_s * 1000,
         max_duty=base.max_duty,
         window_ms=base.window_s * 1000,
         by_tenants={

@@ -11,9 +11,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from provider_proxy.bench import bindings, contention, faults, overload, plan, quotes, sweeps, watch
+from provider_proxy.bench import (
+    bindings,
+    contention,
+    faults,
+    ima,
+    overload,
+    plan,
+    quotes,
+    sweeps,
+    watch,
+)
 from provider_proxy.errors import UsageError
-from provider_proxy.testing.disturb import CHIP_QUOTE_MS
+from provider_proxy.testing.disturb import CHIPS
 
 SUITES = {
     "quotes": quotes.run,
@@ -22,6 +32,7 @@ SUITES = {
     "overload": overload.run,
     "bindings": bindings.run,
     "plan": plan.run,
+    "ima": ima.run,
     "watch": watch.run,
 }
 DEFAULT_SEED = 1
@@ -33,11 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline",
         action="store_true",
-        help="quotes: only the CPU a request, against the same server answering a constant",
+        help="quotes: only the CPU a request, against a bare h11 server answering a constant",
     )
     parser.add_argument(
         "--chip",
-        choices=sorted(CHIP_QUOTE_MS),
+        choices=sorted(CHIPS),
         help="quotes: a vendor's median chip instead of one of 100 ms",
     )
     parser.add_argument(
@@ -67,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         from provider_proxy.bench import plots
     measure = quotes.run_baseline if args.baseline else SUITES[args.suite]
     if args.chip:
-        measure = partial(quotes.run, delay_ms=CHIP_QUOTE_MS[args.chip])
+        measure = partial(quotes.run, chip=args.chip)
     console = Console(stderr=True)
     with console.status("starting") as status:
 

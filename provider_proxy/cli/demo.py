@@ -38,7 +38,7 @@ from provider_proxy.evidence.verify import Challenge, MemoryHistory, Verifier, n
 from provider_proxy.evidence.wire import parse_evidence
 from provider_proxy.host.config.environment import PREFIX
 from provider_proxy.tenant.client import ProxyClient
-from provider_proxy.testing.disturb import CHIP_QUOTE_MS
+from provider_proxy.testing.disturb import CHIPS
 
 STEPS = ("connected", "answered", "verified")
 MAX_TENANTS = 2000  # each is a connection of its own, here and in the daemon
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the tenants' masks")
     parser.add_argument(
         "--chip",
-        choices=sorted(CHIP_QUOTE_MS),
+        choices=sorted(CHIPS),
         help="slow the swtpm down to the median of a vendor's chips",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -119,7 +119,7 @@ def _daemon(directory: Path, chip: str | None) -> Iterator[str]:
         kind = "rsa" if chip.endswith("-rsa") else "ecc"
         config.write_text(config_text(directory / "state", ak_algorithm=kind))
         command = ["-m", "provider_proxy.bench.target", str(config), "--log-level", "info"]
-        command += ["--quote-delay-ms", str(CHIP_QUOTE_MS[chip])]
+        command += ["--chip", chip]
     log = directory / "log"
     with log.open("wb") as stderr:
         process = subprocess.Popen(

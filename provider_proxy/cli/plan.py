@@ -15,19 +15,31 @@ import statistics
 import time
 
 import trio
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from provider_proxy.cli.arguments import add_config_argument
-from provider_proxy.host.batching.simulation import RESERVE, Choice, Costs, Scenario, choose
+from provider_proxy.host.batching.simulation import (
+    EXTENDS_PER_S,
+    RESERVE,
+    Choice,
+    Costs,
+    Scenario,
+    choose,
+)
 from provider_proxy.host.config.load import load_config
 from provider_proxy.host.config.tables import BatchTable, Config, Tpm
 from provider_proxy.host.metrics import Metrics
-from provider_proxy.testing.disturb import CHIP_QUOTE_MS
+from provider_proxy.host.tpm import ima
+from provider_proxy.host.tpm.pace import capped_duty
+from provider_proxy.host.tpm.times import ChipTimes
+from provider_proxy.testing.disturb import CHIPS
 
 DEFAULT_INTERVAL_S = 2.0  # Keylime's verifier's quote_interval
 DEFAULT_DEADLINE_MS = 1000.0
 MEASURED_QUOTES = 10
+HEADS = ("window", "p50", "p99", "batch", "duty", "CPU", "MB", "IMA", "execs", "")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,12 +55,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="each polls once in so many seconds (default: %(default)g)",
     )
     chip = parser.add_mutually_exclusive_group(required=True)
-    chip.add_argument("--chip", choices=sorted(CHIP_QUOTE_MS), help="a vendor's median chip")
+    chip.add_argument("--chip", choices=sorted(CHIPS), help="a vendor's median chip")
     chip.add_argument("--quote-ms", type=_positive, metavar="MS", help="what a quote takes")
     chip.add_argument(
         "--measure",
         action="store_true",
         help="take ten quotes with the TPM of --config; makes its keys if they are not there",
+    )
+    parser.add_argument(
+        "--readings",
+        type=_not_negative,
+        default=0.0,
+        metavar="N",
+        help="PCR_Read commands a quote: 1 where PCRs that are asked for move (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--extends-per-s",
+        type=_not_negative,
+        default=EXTENDS_PER_S,
+        metavar="N",
+        help="new or changed files a second that the host's IMA measures (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--ima",
+        action="store_true",
+        help="an IMA policy is active: cap the duty by tpm.ima_wait_ms, as the daemon does",
     )
     parser.add_argument(
         "--deadline-ms",
@@ -77,6 +108,13 @@ def _positive(text: str) -> float:
     return value
 
 
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError("must be a number, 0 or above")
+    return value
+
+
 def _count(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -95,14 +133,24 @@ def run(args: argparse.Namespace) -> int:
     if args.measure:
         config = load_config(args.config)
         tpm, batch = config.tpm, config.batch
-        quote_s = trio.run(measure_quote_s, config)
+        times = trio.run(measure, config)
     else:
-        quote_s = (CHIP_QUOTE_MS[args.chip] if args.chip else args.quote_ms) / 1000
+        times = CHIPS[args.chip] if args.chip else ChipTimes(quote_s=args.quote_ms / 1000)
+    max_duty = args.max_duty
+    if max_duty is None:
+        active = args.ima or (args.measure and ima.is_measuring() is not False)
+        bound_s = tpm.ima_wait_ms / 1000 if active and tpm.ima_wait_ms else None
+        whole_s = times.quote_s + args.readings * times.read_s
+        max_duty = capped_duty(tpm.max_duty, whole_s, bound_s)
     scenario = Scenario(
         tenants=args.tenants,
         interval_s=args.interval_s,
-        quote_s=quote_s,
-        max_duty=args.max_duty if args.max_duty is not None else tpm.max_duty,
+        quote_s=times.quote_s,
+        readings=args.readings,
+        read_s=times.read_s,
+        extends_per_s=args.extends_per_s,
+        extend_s=times.extend_s,
+        max_duty=max_duty,
         max_leaves=args.max_leaves if args.max_leaves is not None else batch.max_leaves,
         keys=args.keys,
     )
@@ -116,13 +164,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def measure_quote_s(config: Config) -> float:
-    """Median time of a quote on a host's TPM, in seconds.
+async def measure(config: Config) -> ChipTimes:
+    """Median times of a host's TPM.
 
     Raises:
         HostError: no TPM, no keys.
     """
     from provider_proxy.host.quoters.local_tpm import open_quoter
+    from provider_proxy.host.tpm.measure import measure_small_commands
 
     times = []
     async with open_quoter(
@@ -132,7 +181,9 @@ async def measure_quote_s(config: Config) -> float:
             begin = time.monotonic()
             await quoter.quote(secrets.token_hex(16).encode("ascii"), config.tpm.banks[0], 1)
             times.append(time.monotonic() - begin)
-    return statistics.median(times)
+        small_ms = await quoter.on_chip(lambda opened: measure_small_commands(opened.context))
+    small = {f"{name.removeprefix('pcr_')}_s": ms / 1000 for name, ms in small_ms.items()}
+    return ChipTimes(quote_s=statistics.median(times), **small)
 
 
 def _as_json(
@@ -141,7 +192,11 @@ def _as_json(
     windows = []
     for choice in choices:
         figures = dataclasses.asdict(choice.prediction)
-        rounded = {name: round(value, 3) for name, value in figures.items()}
+        ima_wait = figures.pop("ima")
+        figures |= {f"ima_{name}": value for name, value in ima_wait.items()}
+        rounded = {
+            name: round(value, 3) if value < math.inf else None for name, value in figures.items()
+        }
         windows.append({"window_ms": choice.window_ms, "fits": choice.fits, **rounded})
     given = dataclasses.asdict(scenario)
     del given["window_s"], given["tick_s"]
@@ -158,24 +213,29 @@ def _print(
 ) -> None:
     table = Table(
         title=f"{scenario.tenants} tenants, each every {scenario.interval_s:g} s; "
-        f"a quote takes {scenario.quote_s * 1000:.0f} ms",
+        f"a quote takes {scenario.chip_s * 1000:.0f} ms",
         caption="predicted; times in ms, batch: requests a quote, CPU of one core\n"
+        f"IMA: mean/p99 wait of a new program, {scenario.extends_per_s:g} a second; "
+        "execs/s of one shell\n"
         f"duty at most {scenario.max_duty:g}, deadline {deadline_ms:g} ms, "
         f"{RESERVE - 1:.0%} of it in reserve",
+        box=box.SIMPLE,
+        pad_edge=False,
     )
-    for head in ("window", "p50", "p99", "quotes/s", "batch", "duty", "CPU", "MB", ""):
-        table.add_column(head, justify="right")
+    for head in HEADS:
+        table.add_column(head, justify="right", no_wrap=not head)
     for choice in choices:
         p = choice.prediction
         table.add_row(
             f"{choice.window_ms:g}",
             f"{p.p50_ms:.0f}",
             f"{p.p99_ms:.0f}",
-            f"{p.quotes_per_s:.2f}",
             f"{p.leaves:.1f}",
             f"{p.duty:.2f}",
             f"{p.cpu:.1%}",
             f"{p.memory_mb:.0f}",
+            f"{p.ima.mean_ms:.0f}/{p.ima.p99_ms:.0f}",
+            f"{p.ima.execs_per_s:.0f}",
             "◀ set" if choice is best else "" if choice.fits else "too slow",
             style="bold" if choice is best else None,
         )

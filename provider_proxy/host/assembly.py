@@ -43,10 +43,12 @@ from provider_proxy.host.quoters import agent_binding, local_tpm
 from provider_proxy.host.quoters.ca_signer import open_ca_signer
 from provider_proxy.host.quoters.keylime_agent import AgentLogs, AgentQuoter
 from provider_proxy.host.quoters.local_tpm import EsysQuoter
+from provider_proxy.host.quoters.tpm_opener import is_software
 from provider_proxy.host.registration.registrations import Registrations
 from provider_proxy.host.status.board import StatusBoard
 from provider_proxy.host.status.dates import read_dates
 from provider_proxy.host.status.recent import Recent
+from provider_proxy.host.tpm import ima
 from provider_proxy.host.vtpm.ca import HostCa, open_host_ca
 from provider_proxy.host.vtpm.open_service import open_keeper, share_socket
 from provider_proxy.host.vtpm.requests import Issuer
@@ -59,6 +61,7 @@ OpenIssuer = Callable[[Config, EsysQuoter], Awaitable[Issuer]]
 
 def open_quoter(config: Config, metrics: Metrics) -> AbstractAsyncContextManager[HostQuoter]:
     """The quoter that the configuration names."""
+    ima_wait_s = ima.wait_bound_s(config.tpm.ima_wait_ms)
     if config.quoter.kind == KEYLIME_AGENT:
         return agent_binding.open_quoter(
             config.keylime_agent,
@@ -66,9 +69,16 @@ def open_quoter(config: Config, metrics: Metrics) -> AbstractAsyncContextManager
             metrics,
             banks=config.tpm.banks,
             max_duty=config.tpm.max_duty,
+            ima_wait_s=ima_wait_s,
             host_uuid=config.host_uuid,
         )
-    return local_tpm.open_quoter(config.tpm, config.state_dir, metrics, host_uuid=config.host_uuid)
+    return local_tpm.open_quoter(
+        config.tpm,
+        config.state_dir,
+        metrics,
+        host_uuid=config.host_uuid,
+        ima_wait_s=None if is_software(config.tpm.tcti) else ima_wait_s,
+    )
 
 
 async def open_ca(config: Config, quoter: EsysQuoter) -> HostCa:
@@ -272,7 +282,7 @@ def _make_status_board(
     """What operators see; it feeds the gauges that others own, too."""
     program = program_version()
     metrics.duty.set_function(lambda: quoter.state.duty)
-    metrics.max_duty.set(config.tpm.max_duty)
+    metrics.max_duty.set_function(lambda: min(config.tpm.max_duty, quoter.state.max_duty))
     metrics.learnt_quote_seconds.set_function(lambda: quoter.state.expected_s)
     metrics.build_info.labels(program, platform.python_version()).set(1)
     return StatusBoard(

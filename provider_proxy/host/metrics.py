@@ -98,7 +98,9 @@ class Metrics:
             registry=self.registry,
         )
         self.max_duty = Gauge(
-            prefix + "max_duty", "The cap of the duty: tpm.max_duty.", registry=self.registry
+            prefix + "max_duty",
+            "The cap of the duty, by tpm.max_duty and tpm.ima_wait_ms.",
+            registry=self.registry,
         )
         self.learnt_quote_seconds = Gauge(
             prefix + "learnt_quote_seconds",

@@ -2,8 +2,9 @@
 
 A small simulation of docs/adr/0001's rule, request by request: tenants poll, lines collect, a ripe line
 is sealed when the chip is free and rested, and the answers leave one after the other. Also of the two
-rules that were rejected, one quote a request and a free-running tick. Pure: no clock, no sockets, and the
-same seed gives the same figures. `bench plan` holds the predictions against the daemon.
+rules that were rejected, one quote a request and a free-running tick. The kernel's IMA waits for the
+same chip (`ima_wait`). Pure: no clock, no sockets, and the same seed gives the same figures. `bench plan`
+and `bench ima` hold the predictions against the daemon.
 
 Does not model: tenants that retry, a chip that errs, other programs' commands on the chip.
 """
@@ -16,6 +17,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from provider_proxy.errors import UsageError
+from provider_proxy.host.batching.ima_wait import NO_IMA, ImaWait, predict_ima
+from provider_proxy.host.tpm.times import SMALL_COMMAND_S
 
 DUTY_SPAN_S = 10.0  # as the gate's: no rest is longer than this times the share that is not ours
 SIMULATED_REQUESTS = 20_000  # 200 of them are beyond the 99th percentile
@@ -24,6 +27,7 @@ MOST_ROUNDS = 2_000
 MAX_TENANTS = 100_000
 WINDOWS_MS = (0, 10, 20, 50, 100, 200, 300, 500, 700, 1000, 2000, 5000)
 RESERVE = 1.15  # a prediction may be so far off: see `bench plan`
+EXTENDS_PER_S = 5.0  # new or changed files a second that IMA measures; hardly changes its wait
 WORTH_OF_DUTY = 0.05  # less of the chip's time is not worth a longer window
 CPU_LIMIT = 0.8  # of the one core that the daemon's loop uses; above it queues grow
 
@@ -54,10 +58,13 @@ class Scenario:
     Attributes:
         tenants: how many poll.
         interval_s: each asks once an interval, at a moment of its own.
-        quote_s: the chip's time for a quote.
+        quote_s: the chip's time for TPM2_Quote.
         window_s, max_leaves, max_duty: as configured.
         keys: kinds of requests (bank, isolated PCRs, allowed PCRs) that do not share a batch.
         tick_s: not our rule but a tick that runs freely: whoever came since the last one is quoted.
+        readings, read_s: TPM2_PCR_Read commands a quote, and the time of one. 0 while the PCRs
+            rest, 1 where up to 8 of them move all the time.
+        extends_per_s, extend_s: how often the host's IMA extends a PCR, and the chip's time for that.
     """
 
     tenants: int
@@ -68,6 +75,10 @@ class Scenario:
     max_duty: float = 0.5
     keys: int = 1
     tick_s: float | None = None
+    readings: float = 0.0
+    read_s: float = SMALL_COMMAND_S
+    extends_per_s: float = EXTENDS_PER_S
+    extend_s: float = SMALL_COMMAND_S
 
     def __post_init__(self) -> None:
         if not 1 <= self.tenants <= MAX_TENANTS:
@@ -76,18 +87,25 @@ class Scenario:
             raise UsageError("keys must be at least 1, and no more than tenants")
         if not (self.interval_s > 0 and self.quote_s > 0 and self.window_s >= 0):
             raise UsageError("interval and chip time must be above 0, the window not below")
+        if min(self.readings, self.read_s, self.extends_per_s, self.extend_s) < 0:
+            raise UsageError("readings, extends and their times must not be below 0")
         if not 0 < self.max_duty <= 1 or self.max_leaves < 1:
             raise UsageError("the duty must be above 0 and at most 1, a batch have a leaf at least")
 
     @property
+    def chip_s(self) -> float:
+        """The chip's time for all commands of a quote."""
+        return self.quote_s + self.readings * self.read_s
+
+    @property
     def turn_s(self) -> float:
         """From one quote's begin to the next one's, where the chip never waits."""
-        return self.quote_s + self.rest_s
+        return self.chip_s + self.rest_s
 
     @property
     def rest_s(self) -> float:
         """The rest after a quote that keeps the duty."""
-        return min(self.quote_s * (1 / self.max_duty - 1), DUTY_SPAN_S * (1 - self.max_duty))
+        return min(self.chip_s * (1 / self.max_duty - 1), DUTY_SPAN_S * (1 - self.max_duty))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +118,7 @@ class Prediction:
         leaves: requests a batch, on average.
         answered_per_s: below tenants / interval where tenants still wait when they would ask again.
         cpu: share of one core. memory_mb: resident, MB.
+        ima: what the host's IMA waits for the chip.
     """
 
     p50_ms: float
@@ -110,6 +129,7 @@ class Prediction:
     answered_per_s: float
     cpu: float
     memory_mb: float
+    ima: ImaWait = NO_IMA
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,11 +157,19 @@ def predict(scenario: Scenario, costs: Costs | None = None, *, seed: int = 1) ->
         p50_ms=quantile(latencies, 0.5) * 1000,
         p99_ms=quantile(latencies, 0.99) * 1000,
         quotes_per_s=quotes,
-        duty=quotes * scenario.quote_s,
+        duty=quotes * scenario.chip_s,
         leaves=len(latencies) / run.quotes,
         answered_per_s=rate,
         cpu=rate * (costs.request_s + costs.answer_s) + quotes * costs.batch_s,
         memory_mb=costs.base_mb + scenario.tenants * costs.tenant_kb / 1000,
+        ima=predict_ima(
+            run.begins,
+            scenario.chip_s,
+            scenario.rest_s,
+            extend_s=scenario.extend_s,
+            extends_per_s=scenario.extends_per_s,
+            dice=dice,
+        ),
     )
 
 
@@ -198,6 +226,7 @@ class Simulation:
     Attributes:
         latencies: of each request that counts, in seconds.
         quotes: how many counted. end_s: when the last answer left.
+        begins: when the chip began with each quote.
     """
 
     def __init__(self, scenario: Scenario, costs: Costs, dice: random.Random) -> None:
@@ -214,6 +243,7 @@ class Simulation:
         self.latencies: list[float] = []
         self.quotes = 0
         self.end_s = 0.0
+        self.begins: list[float] = []
 
     def play(self, polls: Sequence[tuple[float, int]]) -> None:
         """Serve these polls; who has not had its last answer does not ask."""
@@ -265,7 +295,8 @@ class Simulation:
         taken, rest = line[: scenario.max_leaves], line[scenario.max_leaves :]
         if rest:
             self._lines[key] = rest  # behind the other lines
-        end_s = now + scenario.quote_s
+        end_s = now + scenario.chip_s
+        self.begins.append(now)
         self._flush_free_s = max(end_s, self._flush_free_s) + costs.batch_s / 2
         counts = now >= scenario.interval_s
         self.quotes += counts

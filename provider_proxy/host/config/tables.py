@@ -98,6 +98,11 @@ class Tpm:
     max_duty: float = setting(
         read_duty, 0.5, "Share of the chip's time that all our commands together may take."
     )
+    ima_wait_ms: float = setting(
+        number(0, 10_000),
+        30.0,
+        "Where IMA measures files: how long it may wait for us on average; 0 for no bound.",
+    )
     hang_limit_s: float = setting(
         number(1, 3600), 120.0, "A command in flight for longer ends the process, in seconds."
     )

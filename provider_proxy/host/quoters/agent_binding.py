@@ -47,12 +47,14 @@ async def open_quoter(
     *,
     banks: tuple[HashAlg, ...],
     max_duty: float,
+    ima_wait_s: float | None = None,
     host_uuid: uuid.UUID | None = None,
 ) -> AsyncIterator[AgentQuoter]:
     """The agent that the configuration describes, for as long as the context lasts.
 
     Args:
         banks: that the daemon offers; an agent quotes its AK's alone.
+        max_duty, ima_wait_s: see `Pace`.
 
     Raises:
         HostError: the registrar does not vouch for the agent, or the agent gives no quote.
@@ -66,7 +68,9 @@ async def open_quoter(
             raise HostError(f"tpm.banks: the agent quotes the bank {bank} alone")
         return bound
 
-    async with keylime_agent.open_quoter(bind, max_duty, metrics, state_dir) as quoter:
+    async with keylime_agent.open_quoter(
+        bind, max_duty, metrics, state_dir, ima_wait_s=ima_wait_s
+    ) as quoter:
         yield quoter
 
 

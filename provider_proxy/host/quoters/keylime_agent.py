@@ -295,18 +295,24 @@ class AgentQuoter:
 
 @asynccontextmanager
 async def open_quoter(
-    bind: Bind, max_duty: float, metrics: Metrics, directory: Path | None = None
+    bind: Bind,
+    max_duty: float,
+    metrics: Metrics,
+    directory: Path | None = None,
+    *,
+    ima_wait_s: float | None = None,
 ) -> AsyncIterator[AgentQuoter]:
     """Find the agent and have a first quote, for as long as the context lasts.
 
     Args:
         max_duty: share of the chip's time that our requests may take.
         directory: where the copy of the host's IMA list is made.
+        ima_wait_s: bound on what the host's IMA waits for us on average; None for no bound.
 
     Raises:
         HostError: the registrar does not vouch for the agent, or the agent gives no quote.
     """
-    quoter = AgentQuoter(await bind(), bind, Pace(max_duty), metrics, directory)
+    quoter = AgentQuoter(await bind(), bind, Pace(max_duty, ima_wait_s), metrics, directory)
     try:
         await _first_quote(quoter)
         async with trio.open_nursery() as nursery:

@@ -197,17 +197,19 @@ async def open_quoter(
     metrics: Metrics,
     *,
     host_uuid: uuid.UUID | None = None,
+    ima_wait_s: float | None = None,
     open_context: chip.OpenContext = chip.open_context,
 ) -> AsyncIterator[EsysQuoter]:
     """Open the TPM, with its EK and AK, for as long as the context lasts.
 
     Args:
+        ima_wait_s: bound on what the host's IMA waits for us on average; None for no bound.
         open_context: opens a tpm2-tss string; tests and benchmarks put a disturbed one there.
 
     Raises:
         HostError: no TPM, no keys, a wrong authorisation; the message says which.
     """
-    gate = Gate(settings.max_duty)
+    gate = Gate(settings.max_duty, ima_wait_s)
     opener = TpmOpener(
         settings,
         state_dir,

@@ -63,6 +63,11 @@ class HostIdentity:
     ek_chain: tuple[bytes, ...] = ()
 
 
+def is_software(tcti: str) -> bool:
+    """True where a tpm2-tss string leads to a TPM that is a program."""
+    return tcti == EMBEDDED or tcti.startswith(("swtpm", "mssim"))
+
+
 class TpmOpener:
     """Knows how to reach the TPM, first and again.
 
@@ -178,7 +183,7 @@ class TpmOpener:
             ek_cert=ek.cert,
             ek_chain=ek.chain,
             host_uuid=self._host_uuid or uuid_of_ek(ek.public),
-            software=self._embedded is not None or settings.tcti.startswith(("swtpm", "mssim")),
+            software=is_software(settings.tcti),
         )
         opened = chip.Chip(context, ek=ek.handle, ak=ak.handle, ek_auth=ek.auth, count=self._count)
         for bank in settings.banks:

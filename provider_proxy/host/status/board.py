@@ -92,7 +92,7 @@ class StatusBoard:
         return {
             "trouble": chip.trouble,
             "duty": round(chip.duty, 3),
-            "max_duty": self._config.tpm.max_duty,
+            "max_duty": round(min(self._config.tpm.max_duty, chip.max_duty), 3),
             "learnt_quote_ms": round(chip.expected_s * 1000, 1),
             "rest_ms": round(chip.pause_s * 1000, 1),
             "in_flight_ms": round(chip.in_flight_s * 1000, 1),

@@ -10,7 +10,7 @@ import secrets
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -22,11 +22,13 @@ from provider_proxy.errors import HostError, TpmError
 from provider_proxy.evidence.model import HashAlg
 from provider_proxy.evidence.tpm_keys import PublicKey, parse_public
 from provider_proxy.evidence.vtpm_link import spki_digest
-from provider_proxy.host.tpm import capabilities, progress
+from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.tpm import capabilities, ima, progress
 from provider_proxy.host.tpm.chip import Chip, flush, tss_errors
 from provider_proxy.host.tpm.ek import EkCertificates, read_ek_certificates
 from provider_proxy.host.tpm.ek_urls import certificate_url, issuer_urls
 from provider_proxy.host.tpm.keys import AK_ATTRIBUTES, AK_TEMPLATES, find, read_public
+from provider_proxy.host.tpm.measure import measure_small_commands
 from provider_proxy.host.tpm.nv import NvReader
 from provider_proxy.host.tpm.response_codes import LAYER_SHIFT, SOFTWARE_LAYERS
 
@@ -57,6 +59,7 @@ PT = {
 """Property tags: TPM 2.0 Library Part 2, section 6.13."""
 SHOWN_OTHERWISE = ("family", "revision", "manufacturer", "vendor_1", "firmware_1", "firmware_2")
 DEFAULT_EK_HANDLE = 0x81010001
+SOFTWARE = "IBM"  # who wrote the software TPM that swtpm is
 SLOW_MS = 150.0  # slower than this, the other kind of AK is worth a look
 RC_COMMAND_CODE = 0x143
 FORMAT_ONE = range(0x80, 0xC0)  # codes about a parameter: Part 2, section 6.6.2
@@ -68,6 +71,7 @@ class Report:
     """What was found.
 
     Attributes:
+        command_ms: the median times of small commands, see `measure_small_commands`.
         quote_ms: key kind ("ecc", "rsa") to the median time of a quote; absent where the chip
             has no such keys.
         pcr_banks: active banks.
@@ -96,13 +100,17 @@ class Report:
     failures: tuple[str, ...]
     consequences: tuple[str, ...]
     todo: tuple[str, ...]
+    command_ms: dict[str, float] = field(default_factory=dict)
 
 
-def examine(context: ESAPI, ek_handle: int = DEFAULT_EK_HANDLE) -> Report:
+def examine(
+    context: ESAPI, ek_handle: int = DEFAULT_EK_HANDLE, settings: Tpm | None = None
+) -> Report:
     """Examine an open TPM: all that can be found out, although some of it fails.
 
     Args:
         ek_handle: where the EK is, or is to be.
+        settings: of the daemon on this host, for what IMA waits; the defaults where None.
 
     Raises:
         TpmError: it answers nothing at all.
@@ -118,6 +126,7 @@ def examine(context: ESAPI, ek_handle: int = DEFAULT_EK_HANDLE) -> Report:
             return otherwise
 
     no_values: dict[int, int] = {}
+    no_times: dict[str, float] = {}
     no_names: tuple[str, ...] = ()
     no_handles: tuple[int, ...] = ()
     values = attempt("reading properties", lambda: capabilities.properties(context), no_values)
@@ -155,6 +164,10 @@ def examine(context: ESAPI, ek_handle: int = DEFAULT_EK_HANDLE) -> Report:
             continue
         except TpmError as exc:
             failures.append(str(exc))
+    command_ms = attempt("small commands", lambda: measure_small_commands(context), no_times)
+    consequences = list(_consequences(manufacturer, limits, banks or (), quote_ms, unsupported))
+    if manufacturer != SOFTWARE:
+        consequences += ima.advice(settings or Tpm(), quote_ms, command_ms)
     return Report(
         manufacturer=manufacturer,
         vendor="".join(_text(values.get(PT["vendor_1"] + n, 0)) for n in range(4)).strip(),
@@ -172,8 +185,9 @@ def examine(context: ESAPI, ek_handle: int = DEFAULT_EK_HANDLE) -> Report:
         ek_sha256=spki_digest(ek).hex() if ek is not None else None,
         quote_ms=quote_ms,
         failures=tuple(failures),
-        consequences=tuple(_consequences(manufacturer, limits, banks or (), quote_ms, unsupported)),
+        consequences=tuple(consequences),
         todo=tuple(advice(manufacturer, banks, certificates, ek, failures)),
+        command_ms=command_ms,
     )
 
 
@@ -307,7 +321,7 @@ def _consequences(
     unsupported: Collection[str] = (),
 ) -> Iterator[str]:
     """What follows; the facts and their sources are in docs/tpm.md."""
-    if manufacturer == "IBM":
+    if manufacturer == SOFTWARE:
         yield "This is a software TPM (swtpm): root on this machine can read its keys."
     if "sha256" not in banks:
         yield "No SHA-256 bank is active: the default tpm.banks cannot be served."

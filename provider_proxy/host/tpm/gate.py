@@ -33,14 +33,15 @@ class Gate:
 
     Args:
         max_duty: share of time that our commands may take, above 0 and at most 1.
+        ima_wait_s: bound on what IMA waits for us on average; None for no bound.
 
     Attributes:
         pace: what a quote takes, and the rest that follows.
         in_flight_since: `time.monotonic()` when the running command began; None while idle.
     """
 
-    def __init__(self, max_duty: float) -> None:
-        self.pace = Pace(max_duty)
+    def __init__(self, max_duty: float, ima_wait_s: float | None = None) -> None:
+        self.pace = Pace(max_duty, ima_wait_s)
         self._limiter = trio.CapacityLimiter(1)
         self._turn = trio.Lock()
         self._low_turn = trio.Lock()

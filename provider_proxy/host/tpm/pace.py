@@ -14,7 +14,22 @@ DUTY_SPAN_S = 10.0  # over which the duty holds
 HANG_FACTOR = 20  # a command of so many times the learnt time hangs; a chip's p99/p50 is 1.02
 HANG_LEAST_S = 5.0  # but no sooner: an RSA key that is made by others takes seconds
 LARGEST_SURPRISE = 3  # one hang must not make all estimates worthless; a slower chip is soon learnt
+LEAST_DUTY = 0.05  # below it tenants of a slow chip would wait for minutes, and IMA gains nothing
+FRESH_S = 0.005  # a state is asked for with each request
 FIRST_GUESS_S = 0.25  # the median RSA signature of 139 chips, until our own is measured
+
+
+def capped_duty(max_duty: float, quote_s: float, ima_wait_s: float | None) -> float:
+    """The cap that keeps IMA's mean wait for us within its bound, too: duty x quote / 2.
+
+    Args:
+        max_duty: the cap where IMA does not count.
+        quote_s: the time of a quote, in seconds.
+        ima_wait_s: the bound; None for no bound.
+    """
+    if ima_wait_s is None:
+        return max_duty
+    return min(max_duty, max(LEAST_DUTY, 2 * ima_wait_s / quote_s))
 
 
 class BusyTime:
@@ -46,19 +61,28 @@ class Pace:
 
     Args:
         max_duty: share of time that our commands may take, above 0 and at most 1.
+        ima_wait_s: bound on what IMA waits for us on average; None for no bound.
 
     Attributes:
-        max_duty: the cap.
+        max_duty: the cap, as it follows from the learnt time.
         expected_s: learnt time of a quote, in seconds.
     """
 
-    def __init__(self, max_duty: float) -> None:
-        self._rest_factor = 1 / max_duty - 1
-        self._longest_rest = DUTY_SPAN_S * (1 - max_duty)
+    def __init__(self, max_duty: float, ima_wait_s: float | None = None) -> None:
+        self._max_duty = max_duty
+        self._ima_wait_s = ima_wait_s
         self._learnt = False
         self._busy = BusyTime()
-        self.max_duty = max_duty
+        self._state: tuple[float, float | None, ChipState] | None = None
         self.expected_s = FIRST_GUESS_S
+        self._follow()
+
+    def _follow(self) -> None:
+        """Set what follows from the learnt time."""
+        self.max_duty = capped_duty(self._max_duty, self.expected_s, self._ima_wait_s)
+        self._rest_factor = 1 / self.max_duty - 1
+        self._longest_rest = DUTY_SPAN_S * (1 - self.max_duty)
+        self._state = None
 
     @property
     def pause_s(self) -> float:
@@ -83,6 +107,7 @@ class Pace:
     def worked(self, begin: float, end: float) -> None:
         """Count a command that ran from `begin` to `end`, monotonic seconds."""
         self._busy.add(begin, end)
+        self._state = None
 
     def duty(self, now: float, since: float | None = None) -> float:
         """Share of the last 10 s in which the chip worked for us.
@@ -94,22 +119,32 @@ class Pace:
         return min(1.0, self._busy.share(now) + running / DUTY_SPAN_S)
 
     def state(self, now: float, *, trouble: str | None, since: float | None = None) -> ChipState:
-        """The chip's state as of `now`, monotonic seconds.
+        """The chip's state as of `now`, monotonic seconds, or some milliseconds ago.
 
         Args:
             trouble: why there are no quotes, where somebody knows; a command that hangs is found here.
             since: when the command began that runs now; None while none does.
         """
+        known = self._state
+        if (
+            known is not None
+            and (known[1], known[2].trouble) == (since, trouble)
+            and 0 <= now - known[0] < FRESH_S
+        ):
+            return known[2]
         in_flight_s = 0.0 if since is None else now - since
         if trouble is None and in_flight_s > self.hang_s:
             trouble = "a TPM command has not returned"
-        return ChipState(
+        state = ChipState(
             expected_s=self.expected_s,
             pause_s=self.pause_s,
             duty=self.duty(now, since),
+            max_duty=self.max_duty,
             trouble=trouble,
             in_flight_s=in_flight_s,
         )
+        self._state = (now, since, state)
+        return state
 
     def learn(self, seconds: float) -> None:
         """Take a quote's time into account."""
@@ -118,3 +153,4 @@ class Pace:
         seconds = min(seconds, LARGEST_SURPRISE * self.expected_s)
         self.expected_s += EWMA_WEIGHT * (seconds - self.expected_s)
         self._learnt = True
+        self._follow()

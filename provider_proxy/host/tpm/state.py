@@ -15,12 +15,14 @@ class ChipState:
         expected_s: the learnt time of a quote, in seconds.
         pause_s: the rest after a quote, which keeps the duty, in seconds.
         duty: share of the last 10 s in which the chip worked for us.
+        max_duty: the cap of the duty.
         in_flight_s: for how long the present command has been running, in seconds; 0 while none is.
     """
 
     expected_s: float
     pause_s: float
     duty: float = 0.0
+    max_duty: float = 1.0
     trouble: str | None = None
     in_flight_s: float = 0.0
 

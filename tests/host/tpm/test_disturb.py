@@ -33,15 +33,21 @@ from tpm_helpers import (
 
 from provider_proxy.errors import TpmError
 from provider_proxy.host.tpm.chip import close_context, open_context
+from provider_proxy.host.tpm.times import ChipTimes
 from provider_proxy.testing.broker import Broker
 from provider_proxy.testing.disturb import (
+    CC_PCR_EVENT,
+    CC_PCR_EXTEND,
+    CC_PCR_READ,
     CC_QUOTE,
     CHIP_QUOTE_MS,
+    CHIPS,
     TRANSIENT_CODES,
     Action,
     delay_quotes,
     refusal,
     refuse_some,
+    slow_down,
     together,
 )
 from provider_proxy.testing.faulty import FaultyContext, FaultyTcti
@@ -91,6 +97,17 @@ def test_chips_have_both_kinds_of_key() -> None:
     assert set(CHIP_QUOTE_MS) == {f"{maker}-{kind}" for maker in makers for kind in ("rsa", "p256")}
     for maker in makers:
         assert 0 < CHIP_QUOTE_MS[f"{maker}-p256"] < CHIP_QUOTE_MS[f"{maker}-rsa"]
+
+
+def test_a_vendors_chip_is_slow_in_all_commands() -> None:
+    plan = slow_down(CHIPS["stm-p256"])
+    assert plan(CC_QUOTE) == Action(delay_s=0.049)
+    assert plan(CC_PCR_READ) == plan(CC_PCR_EXTEND) == plan(CC_GET_RANDOM) == Action(delay_s=0.006)
+    assert set(CHIPS) == set(CHIP_QUOTE_MS)
+    times = ChipTimes(quote_s=4, read_s=3, extend_s=2, other_s=1)
+    commands = (CC_QUOTE, CC_PCR_READ, CC_PCR_EXTEND, CC_PCR_EVENT, CC_GET_RANDOM)
+    actions = [slow_down(times)(command) for command in commands]
+    assert [action.delay_s for action in actions if action is not None] == [4, 3, 2, 2, 1]
 
 
 # --- the faulty TCTI --------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from tpm2_pytss.types import TPM2B_SENSITIVE_CREATE
 from tpm_helpers import (
     CC_CREATE_PRIMARY,
     CC_GET_CAPABILITY,
+    CC_PCR_READ,
     CC_QUOTE,
     FIRST_LOADED_SESSION,
     FIRST_PERSISTENT,
@@ -28,10 +29,12 @@ from tpm_helpers import (
 from provider_proxy.errors import TpmError
 from provider_proxy.host.tpm import capabilities, doctor
 from provider_proxy.host.tpm.chip import close_context, open_context
-from provider_proxy.testing.disturb import Action
+from provider_proxy.testing.disturb import CC_PCR_EXTEND, Action
 
-WRITES = (0x120, 0x126, 0x12A, 0x137, 0x144, 0x145)
-"""EvictControl, Clear, NV_DefineSpace, NV_Write, Startup, Shutdown: nothing for a doctor."""
+WRITES = (0x120, 0x126, 0x12A, 0x137, 0x13C, 0x13D, 0x144, 0x145, 0x182)
+"""EvictControl, Clear, NV_DefineSpace, NV_Write, PCR_Event, PCR_Reset, Startup, Shutdown,
+PCR_Extend: nothing for a doctor."""
+CC_HASH = 0x17D
 
 
 class Patient:
@@ -212,6 +215,25 @@ def test_the_time_of_a_quote_is_measured(patient: Patient) -> None:
     assert f"One by one it quotes {1000 / slowest:.1f} times a second at the most." in (
         report.consequences
     )
+
+
+@pytest.mark.real
+def test_the_times_of_small_commands_are_measured(patient: Patient) -> None:
+    """No PCR is extended for it: TPM2_Hash stands in."""
+    patient.faults.always(CC_PCR_READ, Action(delay_s=0.02))
+    patient.faults.always(CC_HASH, Action(delay_s=0.04))
+    del patient.faults.seen[:]
+    report = patient.examine()
+    assert 20 <= report.command_ms["pcr_read"] < 1000
+    assert 40 <= report.command_ms["extend"] < 1000
+    assert 0 < report.command_ms["other"] < 1000
+    assert CC_PCR_EXTEND not in patient.faults.seen
+
+
+@pytest.mark.real
+def test_a_command_that_the_chip_does_not_have_is_left_out(patient: Patient) -> None:
+    patient.faults.always(CC_HASH, Action(code=0x143))
+    assert set(patient.examine().command_ms) == {"pcr_read", "other"}
 
 
 # --- what a chip tells in parts ---------------------------------------------------------------------
