@@ -133,6 +133,17 @@ def refuse(status: int, text: str, reason: str) -> Response:
     )
 
 
+def refuse_body() -> Response:
+    """The refusal of a request that brings a body."""
+    return refuse(400, "body: a GET has none here", "body")
+
+
+def refuse_protocol(error: h11.RemoteProtocolError) -> Response:
+    """The refusal of what h11 takes for no request."""
+    status = error.error_status_hint or 400
+    return refuse(status, f"not a proper HTTP request: {error}", "protocol")
+
+
 def joined(parts: Iterable[bytes]) -> list[bytes]:
     """Small parts in one write; large ones, an IMA list, uncopied."""
     chunks: list[bytes] = []

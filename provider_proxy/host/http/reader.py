@@ -17,7 +17,8 @@ from provider_proxy.host.http.messages import (
     Request,
     Response,
     is_chunked,
-    refuse,
+    refuse_body,
+    refuse_protocol,
     to_request,
 )
 from provider_proxy.host.http.plain import plain_get
@@ -79,7 +80,7 @@ class RequestReader:
                 event = conn.next_event()
                 if head is not None:
                     if not isinstance(event, h11.EndOfMessage):
-                        return refuse(400, "body: a GET has none here", "body")
+                        return refuse_body()
                     self._ahead, _ = conn.trailing_data
                     self.keeps = _keeps(conn)
                     return to_request(head, peer)
@@ -92,12 +93,11 @@ class RequestReader:
                     head = event
                     self.head_only = head.method == b"HEAD"
                     if is_chunked(head):
-                        return refuse(400, "body: a GET has none here", "body")
+                        return refuse_body()
                 else:  # ConnectionClosed
                     return None
         except h11.RemoteProtocolError as exc:
-            status = exc.error_status_hint or 400
-            return refuse(status, f"not a proper HTTP request: {exc}", "protocol")
+            return refuse_protocol(exc)
 
 
 def _keeps(conn: h11.Connection) -> bool:
