@@ -32,6 +32,7 @@ SUBCOMMANDS = {
     "top": "the same, live in the terminal",
     "fetch": "ask a proxy for a quote; save the request and the evidence",
     "verify": "verify saved evidence, offline",
+    "policy": "make, merge, judge and explain policies of a host's logs",
     "verify-link": "verify that a VM with its vTPM runs on a host",
     "keylime-check": "have your own Keylime verifier judge a host, after our checks",
     "ek-check": "Keylime's ek_check_script: is the host under an agent's VM good",

@@ -149,6 +149,7 @@ RUN_BY = {
     "migrating": "test_guides",
     "monitoring": "test_guides",
     "operating": "test_guides",
+    "policies": "test_policy_cli",
     "quickstart": "test_guides",
     "registration": "test_registration_real",
     "sizing": "test_simulation",

@@ -84,7 +84,7 @@ def _policy_of(values: Mapping[str, object]) -> RuntimePolicy:
         )
     return RuntimePolicy(
         digests=_digest_lists(values.get("digests"), "digests"),
-        excludes=_pattern(_texts(values.get("excludes"), "excludes")),
+        excludes=pattern_of(_texts(values.get("excludes"), "excludes")),
         keyrings=_digest_lists(values.get("keyrings"), "keyrings"),
         buffers=_digest_lists(values.get("ima-buf"), "ima-buf"),
         ignored_keyrings=frozenset(_texts(options.get("ignored_keyrings"), "ignored_keyrings")),
@@ -100,8 +100,8 @@ def _texts(values: object, what: str) -> list[str]:
     return values
 
 
-def _pattern(excludes: list[str]) -> re.Pattern[str] | None:
-    """One pattern of all, joined as Keylime joins them."""
+def pattern_of(excludes: list[str]) -> re.Pattern[str] | None:
+    """One pattern of all, joined as Keylime joins them; None for none. Raises: UsageError."""
     if not excludes:
         return None
     for text in excludes:
