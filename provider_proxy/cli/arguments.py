@@ -133,6 +133,17 @@ def add_registrar_arguments(parser: argparse.ArgumentParser) -> None:
         help="its EK: TPM2B_PUBLIC; you vouch for it, and its certificate is not looked at",
     )
     parser.add_argument(
+        "--ek-sha256",
+        metavar="HEX",
+        help="SHA-256 of its EK's public key (SubjectPublicKeyInfo); you vouch for it",
+    )
+    parser.add_argument(
+        "--ek-cert",
+        type=Path,
+        metavar="FILE",
+        help="the host's own copy of its EK certificate and chain, for --ek-ca; see identity --save-ek",
+    )
+    parser.add_argument(
         "--ek-ca",
         type=Path,
         action="append",

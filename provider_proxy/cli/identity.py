@@ -12,7 +12,9 @@ from pathlib import Path
 
 from provider_proxy.cli import arguments, http
 from provider_proxy.common.files import write_private
-from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.errors import EvidenceFormatError, VerificationError
+from provider_proxy.evidence.tpm_keys import parse_ak, parse_public
+from provider_proxy.evidence.vtpm_link import spki_digest
 from provider_proxy.tenant.client import ProxyClient
 
 
@@ -24,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="write the AK (TPM2B_PUBLIC, base64) for `verify --ak-tpm`",
+    )
+    parser.add_argument(
+        "--save-ek",
+        type=Path,
+        metavar="FILE",
+        help="write the EK's certificate and its chain, PEM, for `pin add --ek-cert` and `ek-ca check`",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
@@ -50,12 +58,18 @@ async def _run(args: argparse.Namespace) -> int:
     )
     if args.save_ak is not None:
         write_private(args.save_ak, text.encode("ascii") + b"\n")
+    if args.save_ek is not None:
+        if identity.ek_cert is None:
+            raise VerificationError("the proxy shows no EK certificate: there is nothing to save")
+        write_private(args.save_ek, b"".join(map(_pem, (identity.ek_cert, *identity.ek_chain))))
     values: dict[str, object] = {
         "ak_name": ak.name.hex(),
         "sign_alg": ak.sign_alg,
         "host_uuid": identity.host_uuid,
         "software": identity.software,
         "ek_cert": identity.ek_cert is not None,
+        "ek_chain": len(identity.ek_chain),
+        "ek_sha256": _ek_sha256(identity.ek_public),
     }
     registrations = [dataclasses.asdict(each) for each in identity.registrations]
     if args.json:
@@ -66,3 +80,16 @@ async def _run(args: argparse.Namespace) -> int:
     for each in identity.registrations:
         print(f"registration {each.agent_id} at {each.registrar}: {each.state}")
     return 0
+
+
+def _ek_sha256(ek_public: bytes) -> str | None:
+    """For `pin add --ek-sha256`, once you have compared it; None where the EK cannot be read."""
+    try:
+        return spki_digest(parse_public(ek_public).public_key).hex()
+    except EvidenceFormatError:
+        return None
+
+
+def _pem(certificate: bytes) -> bytes:
+    text = base64.encodebytes(certificate)
+    return b"-----BEGIN CERTIFICATE-----\n" + text + b"-----END CERTIFICATE-----\n"

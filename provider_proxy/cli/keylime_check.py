@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from provider_proxy.cli import arguments, http
-from provider_proxy.cli.registrar import open_bindings
+from provider_proxy.cli.registrar import open_bindings, own_copy, vouched_by_hand
 from provider_proxy.common.files import read_file
 from provider_proxy.errors import (
     KeylimeRefusedError,
@@ -39,6 +39,7 @@ from provider_proxy.tenant.keylime import (
     ask_host,
 )
 from provider_proxy.trust.bindings import Binding
+from provider_proxy.trust.ek_judges import EkJudge, HostCertificates, KnownEk
 from provider_proxy.trust.pins import PinStore
 
 MAX_KEY_BYTES = 64 * 1024
@@ -172,13 +173,21 @@ async def _judge(args: argparse.Namespace, policies: KeylimePolicies) -> Verdict
     async with (
         http.make_client(args) as proxy_http,
         http.open_client(*tls, names=names) as keylime_http,
-        open_bindings(args, ek_by_hand=_ek_by_hand(args)) as bindings,
+        open_bindings(args, by_hand=_by_hand(args)) as bindings,
     ):
         try:
-            binding = await bindings.get(args.agent_id or args.pinned, label=args.pinned)
+            proxy = ProxyClient(proxy_http, args.url)
+
+            async def shown() -> HostCertificates:
+                identity = await proxy.identity()
+                return HostCertificates(ek_cert=identity.ek_cert, ek_chain=identity.ek_chain)
+
+            binding = await bindings.get(
+                args.agent_id or args.pinned, label=args.pinned, ask_host=own_copy(args) or shown
+            )
             verdict.binding = binding
             verdict.quote, evidence = await ask_host(
-                ProxyClient(proxy_http, args.url),
+                proxy,
                 RegisteredHost(
                     host=binding.host,
                     history=binding.history,
@@ -205,15 +214,16 @@ async def _judge(args: argparse.Namespace, policies: KeylimePolicies) -> Verdict
     return verdict
 
 
-def _ek_by_hand(args: argparse.Namespace) -> bytes | None:
-    """The EK that a person vouches for: with `--ek-tpm` now, or with `pin add --ek-tpm` before."""
-    if args.ek_tpm is not None:
-        return arguments.read_public(args.ek_tpm)
-    if args.ek_ca or args.insecure_no_ek:
-        return None
+def _by_hand(args: argparse.Namespace) -> EkJudge | None:
+    """Takes the EK that a person vouches for: with an option now, or with `pin add` before."""
+    judge = vouched_by_hand(args)
+    if judge is not None or args.ek_ca or args.insecure_no_ek:
+        return judge
     pins = PinStore(args.pins)
     pinned = pins.load(args.pinned) if pins.has(args.pinned) else None
-    return pinned.ek_public if pinned is not None and pinned.ek_by_hand else None
+    if pinned is None or pinned.ek_public is None or not pinned.ek_by_hand:
+        return None
+    return KnownEk(pinned.ek_public)
 
 
 def _lines(verdict: Verdict) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from provider_proxy.cli.arguments import add_registrar_arguments, read_public, safe_url
+from provider_proxy.common.files import read_file
 from provider_proxy.errors import UsageError
 from provider_proxy.evidence.tpm_keys import parse_public
+from provider_proxy.trust.expected_eks import MAX_BYTES, parse_inventory
 from provider_proxy.trust.pins import PinnedHost, PinStore
 
 
@@ -34,10 +37,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--anew", action="store_true", help="replace another AK or EK; you know why it changed"
     )
+    inventory = actions.add_parser(
+        "import-eks", help="say which EK each host has: an inventory of digests"
+    )
+    inventory.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="lines of HOST and the SHA-256 of its EK's public key, hex; - is stdin",
+    )
+    inventory.add_argument(
+        "--anew", action="store_true", help="replace other digests; you know why they changed"
+    )
     show = actions.add_parser("list", help="show the pinned hosts")
     remove = actions.add_parser("remove", help="forget a host")
     remove.add_argument("label", metavar="HOST", help="your name of the host")
-    for action, act in ((add, _add), (show, _list), (remove, _remove)):
+    acts = ((add, _add), (inventory, _import_eks), (show, _list), (remove, _remove))
+    for action, act in acts:
         action.add_argument(
             "--pins", type=Path, required=True, metavar="DIR", help="directory of the pins"
         )
@@ -65,17 +81,24 @@ def _add(args: argparse.Namespace) -> int:
     ek_public = read_public(args.ek_tpm) if ek_by_hand else None
     if args.registrar is None:
         theirs = (args.registrar_ca, args.registrar_cert, args.registrar_key, args.agent_id)
-        if any((*theirs, args.ek_ca, args.insecure_no_ek, args.insecure_virtual_ek)):
+        eks = (args.ek_ca, args.ek_cert, args.ek_sha256)
+        if any((*theirs, *eks, args.insecure_no_ek, args.insecure_virtual_ek)):
             raise UsageError(
-                "--registrar-…, --agent-id, --ek-ca, --insecure-no-ek and --insecure-virtual-ek go "
-                "with --registrar"
+                "--registrar-…, --agent-id, --ek-ca, --ek-cert, --ek-sha256, --insecure-no-ek and "
+                "--insecure-virtual-ek go with --registrar"
             )
         ak_public = read_public(args.ak_tpm)
     else:
         # Needs the extra "client"; the rest of this command does not.
-        from provider_proxy.cli.registrar import read_record
+        from provider_proxy.cli.registrar import read_record, vouched_by_hand
+        from provider_proxy.trust.ek_judges import KnownEkDigest
 
-        record, verdict = read_record(args, ek_by_hand=ek_public)
+        by_hand = vouched_by_hand(args)
+        expected = store.expected.of(args.label)
+        if by_hand is None and expected is not None and not args.ek_ca and not args.insecure_no_ek:
+            by_hand = KnownEkDigest(expected)
+        ek_by_hand = by_hand is not None
+        record, verdict = read_record(args, by_hand=by_hand)
         ak_public, ek_public = record.ak_public, record.ek_public
     pinned = store.pin(
         args.label, ak_public, ek_public=ek_public, ek_by_hand=ek_by_hand, anew=args.anew
@@ -92,6 +115,21 @@ def _add(args: argparse.Namespace) -> int:
         )
         if verdict is not None:
             print(f"its EK is {verdict.maker}'s, under {verdict.anchor.certificate.name}")
+    return 0
+
+
+def _import_eks(args: argparse.Namespace) -> int:
+    is_stdin = str(args.file) == "-"
+    data = sys.stdin.buffer.read(MAX_BYTES + 1) if is_stdin else read_file(args.file, MAX_BYTES)
+    new = parse_inventory(data[:MAX_BYTES], "stdin" if is_stdin else str(args.file))
+    if not new:
+        raise UsageError(f"{args.file} names no host")
+    args.pins.mkdir(mode=0o700, parents=True, exist_ok=True)
+    count = PinStore(args.pins).expected.add(new, anew=args.anew)
+    if args.json:
+        print(json.dumps({"imported": len(new), "hosts": count}))
+    else:
+        print(f"{len(new)} hosts imported; the inventory names {count} now")
     return 0
 
 

@@ -7,23 +7,36 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from provider_proxy.cli.arguments import read_public
 from provider_proxy.cli.http import open_client
+from provider_proxy.common.files import read_file
 from provider_proxy.errors import UsageError
 from provider_proxy.trust.bindings import RegistrarBindings
 from provider_proxy.trust.ek_chain import Verdict
-from provider_proxy.trust.ek_judges import EkJudge, KnownEk, UnsafeAnyEk
+from provider_proxy.trust.ek_files import read_certificates
+from provider_proxy.trust.ek_judges import (
+    AskHost,
+    EkJudge,
+    HostCertificates,
+    KnownEk,
+    KnownEkDigest,
+    UnsafeAnyEk,
+)
 from provider_proxy.trust.ek_store import EkStore
+from provider_proxy.trust.expected_eks import parse_digest
 from provider_proxy.trust.pins import PinStore
 from provider_proxy.trust.registrar import AgentRecord
 
+MAX_EK_FILE_BYTES = 256 * 1024
+
 
 def read_record(
-    args: argparse.Namespace, *, ek_by_hand: bytes | None
+    args: argparse.Namespace, *, by_hand: EkJudge | None
 ) -> tuple[AgentRecord, Verdict | None]:
     """The host's record at the registrar that the options name.
 
     Args:
-        ek_by_hand: TPM2B_PUBLIC of the EK that `--ek-tpm` vouches for; None where it is not given.
+        by_hand: takes the EK that a person vouches for; None where nobody does.
 
     Returns:
         The record, and the chain that vouches for its EK; None where no certificate does.
@@ -35,37 +48,69 @@ def read_record(
     """
 
     async def read() -> tuple[AgentRecord, Verdict | None]:
-        async with open_bindings(args, ek_by_hand=ek_by_hand) as bindings:
-            return await bindings.record(args.agent_id or args.label)
+        async with open_bindings(args, by_hand=by_hand) as bindings:
+            return await bindings.record(args.agent_id or args.label, ask_host=own_copy(args))
 
     return asyncio.run(read())
 
 
 @asynccontextmanager
 async def open_bindings(
-    args: argparse.Namespace, *, ek_by_hand: bytes | None
+    args: argparse.Namespace, *, by_hand: EkJudge | None
 ) -> AsyncIterator[RegistrarBindings]:
     """The bindings of the registrar that the options name, of which nothing is cached.
 
     Raises:
         UsageError, HostError: an option or a file is wrong.
     """
-    judge = _judge(args, ek_by_hand)
+    judge = _judge(args, by_hand)
     names = ("--registrar-ca", "--registrar-cert", "--registrar-key")
     tls = (args.registrar_ca, args.registrar_cert, args.registrar_key)
     async with open_client(*tls, names=names) as http:
         yield RegistrarBindings(http, args.registrar, pins=PinStore(args.pins), eks=judge, ttl_s=0)
 
 
-def _judge(args: argparse.Namespace, ek_by_hand: bytes | None) -> EkJudge:
+def _judge(args: argparse.Namespace, by_hand: EkJudge | None) -> EkJudge:
     if args.insecure_virtual_ek and not args.ek_ca:
         raise UsageError("--insecure-virtual-ek goes with --ek-ca")
-    if sum((ek_by_hand is not None, bool(args.ek_ca), args.insecure_no_ek)) != 1:
+    if sum((by_hand is not None, bool(args.ek_ca), args.insecure_no_ek)) != 1:
         raise UsageError(
-            "--registrar needs one of --ek-ca, --ek-tpm and --insecure-no-ek: who vouches for the EK?"
+            "--registrar needs one of --ek-ca, --ek-tpm, --ek-sha256 and --insecure-no-ek: who vouches "
+            "for the EK?"
         )
-    if ek_by_hand is not None:
-        return KnownEk(ek_by_hand)
+    if by_hand is not None:
+        return by_hand
     if args.ek_ca:
         return EkStore(*args.ek_ca, insecure_virtual=args.insecure_virtual_ek)
     return UnsafeAnyEk()
+
+
+def vouched_by_hand(args: argparse.Namespace) -> EkJudge | None:
+    """Takes the EK that `--ek-tpm` or `--ek-sha256` names; None where neither is given.
+
+    Raises:
+        UsageError, HostError: no such key or digest; both are given.
+    """
+    if args.ek_tpm is not None and args.ek_sha256 is not None:
+        raise UsageError("--ek-tpm and --ek-sha256 both name the EK: give one of them")
+    if args.ek_tpm is not None:
+        return KnownEk(read_public(args.ek_tpm))
+    return KnownEkDigest(parse_digest(args.ek_sha256)) if args.ek_sha256 is not None else None
+
+
+def own_copy(args: argparse.Namespace) -> AskHost | None:
+    """The host's own copy of its certificates, from `--ek-cert`; None where it is not given.
+
+    Raises:
+        HostError, UsageError: the file cannot be read, or holds nothing.
+    """
+    if args.ek_cert is None:
+        return None
+    found = read_certificates(read_file(args.ek_cert, MAX_EK_FILE_BYTES))
+    if not found:
+        raise UsageError(f"{args.ek_cert} holds no certificate")
+
+    async def ask_host() -> HostCertificates:
+        return HostCertificates(ek_cert=found[0], ek_chain=found[1:])
+
+    return ask_host

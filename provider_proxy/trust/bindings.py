@@ -47,6 +47,7 @@ from provider_proxy.trust.ek_judges import (
     is_for_ek,
     vouch,
 )
+from provider_proxy.trust.expected_eks import demand_ek
 from provider_proxy.trust.pins import PinnedHost, PinStore
 from provider_proxy.trust.registrar import AgentRecord, AgentRecords
 
@@ -278,12 +279,21 @@ class RegistrarBindings:
         looked_at_s = self._clock()
         pinned = self._known_pin(label)
         ek, verdict = judged.ek, None
-        if pinned is None or not pinned.ek_by_hand:
+        expected = self._pins.expected.of(label)
+        if expected is not None:
+            demand_ek(judged.ek.key, expected, label)
+        elif pinned is None or not pinned.ek_by_hand:
             ek, verdict = await vouch(self._eks, judged.ek, ask_host)
-        if pinned is None or pinned.ek_public is None:
+        by_list = expected is not None and (pinned is None or not pinned.ek_by_hand)
+        if pinned is None or pinned.ek_public is None or by_list:
             # Locks and writes a file. It refuses what is not pinned already.
             pinned = await anyio.to_thread.run_sync(
-                lambda: self._pins.pin(label, record.ak_public, ek_public=record.ek_public)
+                lambda: self._pins.pin(
+                    label,
+                    record.ak_public,
+                    ek_public=record.ek_public,
+                    ek_by_hand=expected is not None,
+                )
             )
         pinned.demand(record.ak_public, record.ek_public)
         binding = Binding(

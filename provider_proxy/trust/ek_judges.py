@@ -25,6 +25,7 @@ from provider_proxy.evidence.tpm_keys import (
 )
 from provider_proxy.trust.ek_certificate import parse_certificate
 from provider_proxy.trust.ek_chain import EndorsementKey, Verdict
+from provider_proxy.trust.expected_eks import demand_ek
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,24 @@ class KnownEk:
         """Raises: UntrustedEkError for any other."""
         if not hmac.compare_digest(ek.public, self._ek_public):
             raise UntrustedEkError("the registrar recorded another EK than the one vouched for")
+
+    async def freshen(self) -> None:
+        """There is nothing to read."""
+
+
+class KnownEkDigest:
+    """Takes the EK of one digest, which a person vouches for.
+
+    Args:
+        expected: SHA-256 of its SubjectPublicKeyInfo.
+    """
+
+    def __init__(self, expected: bytes) -> None:
+        self._expected = expected
+
+    def check(self, ek: EndorsementKey) -> None:
+        """Raises: UntrustedEkError for any other."""
+        demand_ek(ek.key, self._expected, "the host")
 
     async def freshen(self) -> None:
         """There is nothing to read."""

@@ -14,24 +14,24 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from provider_proxy.common.files import read_trusted, write_private
+from provider_proxy.common.settings.values import LABEL_RE
 from provider_proxy.errors import EvidenceFormatError, HostError, PinChangedError, UsageError
 from provider_proxy.evidence.model import ClockState, TrustedHost
 from provider_proxy.evidence.strict_json import Fields, parse_json_object
 from provider_proxy.evidence.tpm_keys import parse_ak, parse_public
 from provider_proxy.evidence.verify import MemoryHistory
 from provider_proxy.evidence.wire import clock_values, parse_clock
+from provider_proxy.trust.expected_eks import ExpectedEks
 
 FORMAT = "provider-proxy/pin/1"
 MAX_PIN_BYTES = 16 * 1024
 BY_PERSON, BY_REGISTRAR = "person", "registrar"  # who said that this EK is the host's
-LABEL_RE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)  # a safe file name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,10 +145,14 @@ class PinStore:
 
     Args:
         directory: made where it is missing, for its owner alone.
+
+    Attributes:
+        expected: the inventory of EKs that lies beside the pins.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self.expected = ExpectedEks(directory)
 
     def path_of(self, label: str) -> Path:
         """The file of a pin, be it there or not. Raises: UsageError for a label that is no name."""

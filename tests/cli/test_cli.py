@@ -31,13 +31,16 @@ from helpers import (
     run_command,
     run_here,
 )
+from soft_ek import Authority, ek_certificate, rsa_ek
 from verify_files import MASK, VALUE, VERIFY, Done, Files
 
 from provider_proxy.errors import QuoteError
 from provider_proxy.evidence.request_file import parse_request
-from provider_proxy.evidence.tpm_writer import encode_public
+from provider_proxy.evidence.tpm_writer import encode_ek, encode_public
+from provider_proxy.evidence.vtpm_link import spki_digest
 from provider_proxy.host.config.tables import BatchTable, Config, Listen, Logs
 from provider_proxy.testing.soft_tpm import SoftTpm
+from provider_proxy.trust.ek_files import read_certificates
 
 GOOD, REFUSED, USAGE, ENVIRONMENT = 0, 1, 2, 3
 NOWHERE = Path("/nonexistent")
@@ -454,8 +457,11 @@ async def test_identity_fetch_verify(site: Site) -> None:
         "host_uuid": str(HOST_UUID),
         "software": True,
         "ek_cert": False,
+        "ek_chain": 0,
+        "ek_sha256": None,  # the fake EK is no key
         "registrations": [],
     }
+    expect(await site.run("identity", "--save-ek", "ek.pem"), REFUSED, "nothing to save")
     assert base64.b64decode(site.read("ak")) == site.quoter.tpm.ak_public
     done = expect(await site.run("fetch", "--mask", "0x10000", "--json"), GOOD)
     assert last_object(done) == {"evidence": "evidence.json", "request": "request.json"}
@@ -562,6 +568,31 @@ async def test_a_place_that_cannot_be_written(site: Site) -> None:
         done = await site.run("fetch", "--pcrs", "16", *words)
         expect(done, ENVIRONMENT, "cannot write file/x")
     expect(await site.run("identity", "--save-ak", "file/x"), ENVIRONMENT, "cannot write file/x")
+
+
+async def test_the_ek_s_certificate_and_chain_are_saved(site: Site) -> None:
+    maker = Authority("maker")
+    chip_ca = Authority("chip's own", maker)
+    ek, cert = rsa_ek(), ek_certificate(chip_ca, rsa_ek())
+    site.quoter.identity = type(site.quoter.identity)(
+        ak_public=site.quoter.tpm.ak_public,
+        ek_public=encode_ek(ek.public_key()),
+        ek_cert=cert,
+        ek_chain=(chip_ca.der(),),
+        host_uuid=HOST_UUID,
+        software=False,
+    )
+    config = Config(state_dir=NOWHERE, listen=plain(), logs=Logs(ima=NOWHERE, uefi=NOWHERE))
+    async with daemon_with(site.quoter, config) as started:
+        site.url = f"http://{started.addresses[0]}"
+        done = await site.run("identity", "--save-ek", "ek.pem", "--json")
+    values = last_object(expect(done, GOOD))
+    assert (values["ek_cert"], values["ek_chain"]) == (True, 1)
+    assert values["ek_sha256"] == spki_digest(ek.public_key()).hex()
+    (site.folder / "ca.pem").write_bytes(maker.pem())
+    words = ("ek-ca", "check", "--cert", "ek.pem", "--ek-ca", "ca.pem")
+    expect(run_here(*words, cwd=site.folder), GOOD)
+    assert read_certificates(site.read("ek.pem")) == (cert, chip_ca.der())
 
 
 async def test_what_is_no_ak_is_refused(site: Site) -> None:

@@ -27,6 +27,7 @@ from provider_proxy.tenant.watch.reports import Report, Settled
 from provider_proxy.tenant.watch.store import StateStore
 from provider_proxy.tenant.watch.tables import HostRules
 from provider_proxy.testing.soft_tpm import SoftTpm
+from provider_proxy.trust.ek_judges import AskHost
 
 
 def response(
@@ -60,6 +61,7 @@ class FakeProxy:
         self.delay_s = 0.0
         self.drip_s = 0.0
         self.logs: dict[str, Any] = {}
+        self.identity: bytes | None = None  # what /verifier/identity answers
         self.answer: Callable[[QuoteRequest], bytes | None] = self.good
         self._nursery: trio.Nursery | None = None
 
@@ -93,7 +95,11 @@ class FakeProxy:
                 if b"\r\n\r\n" not in buffer:
                     continue
                 head, _, buffer = buffer.partition(b"\r\n\r\n")
-                query = head.split(b" ")[1].partition(b"?")[2].decode()
+                path, _, text = head.split(b" ")[1].partition(b"?")
+                if path == b"/verifier/identity":
+                    await stream.send_all(self.identity or response(404, b"{}"))
+                    continue
+                query = text.decode()
                 request = parse_quote_query(query)
                 self.asked.append((trio.current_time(), request))
                 reply = self.answer(request)
@@ -130,7 +136,7 @@ class FakeAks:
         self.newest = newest
         self.error: ProviderProxyError | None = None
 
-    async def trusted(self, name: str, rules: HostRules) -> Trust:
+    async def trusted(self, name: str, rules: HostRules, ask_host: AskHost | None = None) -> Trust:
         if self.error is not None:
             raise self.error
         return Trust(host=TrustedHost(ak=self.tpm.ak, label=name), newest=self.newest)

@@ -34,7 +34,8 @@ from provider_proxy.evidence.verify import MemoryHistory, Verifier
 from provider_proxy.evidence.wire import MAX_EVIDENCE_BYTES
 from provider_proxy.host.config.tables import BatchTable, Config, Listen, Logs
 from provider_proxy.tenant import client as client_module
-from provider_proxy.tenant.client import ClaimedIdentity, ClaimedRegistration, ProxyClient
+from provider_proxy.tenant.client import ProxyClient
+from provider_proxy.tenant.identity import ClaimedIdentity, ClaimedRegistration
 from provider_proxy.testing.soft_tpm import SoftTpm
 
 T = TypeVar("T")

@@ -257,6 +257,7 @@ class HostWatch:
             "check": error.check if isinstance(error, VerificationError) else None,
             "reason": reason[:MAX_REASON_CHARS] if reason else None,
             "ak_name": ak_name.hex() if ak_name else None,
+            "ek_anchor": self._questions.ek_anchor,
             "clock": clock_values(self._clock) if self._clock else None,
         }
 

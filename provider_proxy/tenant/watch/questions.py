@@ -18,7 +18,7 @@ from typing import Protocol
 import trio
 
 from provider_proxy.common.addresses import authority
-from provider_proxy.errors import LogError, ReplyError
+from provider_proxy.errors import EvidenceFormatError, LogError, ReplyError
 from provider_proxy.evidence.logs.ima import MAX_PARTS
 from provider_proxy.evidence.model import (
     AkName,
@@ -31,6 +31,8 @@ from provider_proxy.evidence.model import (
 from provider_proxy.evidence.query import encode_quote_query
 from provider_proxy.evidence.verify import HostHistory, Verifier, new_challenge
 from provider_proxy.evidence.wire import parse_evidence
+from provider_proxy.tenant.identity import MAX_IDENTITY_BYTES, parse_identity
+from provider_proxy.tenant.identity import PATH as IDENTITY_PATH
 from provider_proxy.tenant.ima_tail import ImaTail
 from provider_proxy.tenant.policies import PolicyFiles
 from provider_proxy.tenant.replies import body_limit
@@ -39,6 +41,7 @@ from provider_proxy.tenant.watch.http import Endpoint, ProxyConnection
 from provider_proxy.tenant.watch.policy import HostPolicy
 from provider_proxy.tenant.watch.store import HostRecords
 from provider_proxy.tenant.watch.tables import HostRules
+from provider_proxy.trust.ek_judges import AskHost, HostCertificates
 from provider_proxy.trust.pins import PinStore
 
 log = logging.getLogger(__name__)
@@ -52,17 +55,22 @@ class Trust:
 
     Attributes:
         newest: the newest clock state that is known beside our own record.
+        ek_anchor: the CA that vouches for the host's chip; None where a person does, or nobody.
     """
 
     host: TrustedHost
     newest: ClockState | None = None
+    ek_anchor: str | None = None
 
 
 class AkSource(Protocol):
     """Says which AK is a host's: `PinnedAks`, or a registrar's record that is checked and pinned."""
 
-    async def trusted(self, name: str, rules: HostRules) -> Trust:
+    async def trusted(self, name: str, rules: HostRules, ask_host: AskHost | None = None) -> Trust:
         """Asked before every attempt.
+
+        Args:
+            ask_host: gives the host's own copy of its EK's certificates.
 
         Raises:
             VerificationError: the key must not be trusted (any more).
@@ -79,7 +87,7 @@ class PinnedAks:
         self._pins = pins
         self._known: dict[str, Trust] = {}
 
-    async def trusted(self, name: str, rules: HostRules) -> Trust:
+    async def trusted(self, name: str, rules: HostRules, ask_host: AskHost | None = None) -> Trust:
         """Raises: UsageError where the host is not pinned; HostError where its pin is damaged."""
         label = rules.pin or name
         found = self._known.get(label)
@@ -147,6 +155,7 @@ class HostQuestions:
 
     Attributes:
         ak_name: of the AK that was trusted last.
+        ek_anchor: the CA that vouches for its chip; None where no certificate does.
     """
 
     def __init__(
@@ -167,6 +176,7 @@ class HostQuestions:
     def _take(self, setting: Setting) -> None:
         self.setting = setting
         self.ak_name: AkName | None = None  # so that the policy is made anew
+        self.ek_anchor: str | None = None
         endpoint = setting.endpoint
         self._connection: ProxyConnection | None = None
         if endpoint is not None:
@@ -202,7 +212,8 @@ class HostQuestions:
             ReplyError: no answer.
             UsageError, HostError: our own side is at fault.
         """
-        trust = await self.setting.aks.trusted(self._name, self.setting.rules)
+        trust = await self.setting.aks.trusted(self._name, self.setting.rules, self._host_shows)
+        self.ek_anchor = trust.ek_anchor
         ak_name = trust.host.ak.name
         if self.ak_name != ak_name:
             self._begin(ak_name)
@@ -222,6 +233,21 @@ class HostQuestions:
         if self._policy.first_use is not None:
             self._store.trust_first_use(self._name, ak_name, self._policy.first_use.confirm())
         return Judged(quote=quote, logs=logs, was_reset=was_reset)
+
+    async def _host_shows(self) -> HostCertificates:
+        """The host's own copy of its EK's certificates. Raises: ReplyError."""
+        connection, timeout_s = self._connection, self.setting.rules.timeout_s
+        assert connection is not None
+        async with self._budget.room(self._provider) as room:
+            try:
+                with trio.fail_after(timeout_s):
+                    body = await connection.get(IDENTITY_PATH, MAX_IDENTITY_BYTES, room)
+                identity = parse_identity(body)
+            except trio.TooSlowError as exc:
+                raise ReplyError(f"no whole identity within {timeout_s:g} s") from exc
+            except EvidenceFormatError as exc:
+                raise ReplyError(f"the proxy's identity cannot be read: {exc}") from exc
+        return HostCertificates(ek_cert=identity.ek_cert, ek_chain=identity.ek_chain)
 
     def _begin(self, ak_name: AkName) -> None:
         """Make the policy; what was trusted at first use is of one AK."""

@@ -7,6 +7,7 @@ registrar gets its AK from there; all others have theirs pinned by hand.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import httpx
@@ -16,9 +17,11 @@ from provider_proxy.common.tls import TlsFiles, client_context
 from provider_proxy.tenant.watch.questions import PinnedAks, Trust
 from provider_proxy.tenant.watch.tables import HostRules, RegistrarTable, WatchConfig
 from provider_proxy.trust.bindings import Binding, RegistrarBindings
-from provider_proxy.trust.ek_judges import EkJudge, UnsafeAnyEk
+from provider_proxy.trust.ek_judges import AskHost, EkJudge, UnsafeAnyEk
 from provider_proxy.trust.ek_store import EkStore
 from provider_proxy.trust.pins import PinStore
+
+log = logging.getLogger(__name__)
 
 TIMEOUT_S = 30.0  # a registrar answers from its database; the host's own retries come after it
 
@@ -71,15 +74,20 @@ class KnownAks:
         self._pinned = PinnedAks(registrars.pins)
         self._bound: dict[str, tuple[Binding, Trust]] = {}
 
-    async def trusted(self, name: str, rules: HostRules) -> Trust:
+    async def trusted(self, name: str, rules: HostRules, ask_host: AskHost | None = None) -> Trust:
         """Raises: as `RegistrarBindings.get`, or `PinnedAks.trusted`."""
         if rules.registrar is None:
-            return await self._pinned.trusted(name, rules)
+            return await self._pinned.trusted(name, rules, ask_host)
         assert rules.uuid is not None
         bindings = self._bindings[rules.registrar]
-        binding = await bindings.get(rules.uuid, label=rules.pin or name)
+        binding = await bindings.get(rules.uuid, label=rules.pin or name, ask_host=ask_host)
         known = self._bound.get(name)
         if known is None or known[0] is not binding:
-            trust = Trust(host=binding.host, newest=binding.pinned.newest())
+            verdict = binding.ek_verdict
+            anchor = None if verdict is None else verdict.anchor.certificate.name
+            if anchor is not None and (known is None or known[1].ek_anchor != anchor):
+                assert verdict is not None
+                log.info("%s: its TPM is %s's, under %s", name, verdict.maker, anchor)
+            trust = Trust(host=binding.host, newest=binding.pinned.newest(), ek_anchor=anchor)
             known = self._bound[name] = (binding, trust)
         return known[1]

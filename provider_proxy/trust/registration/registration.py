@@ -24,7 +24,6 @@ from typing import Protocol
 
 import httpx
 import trio
-from cryptography import x509
 
 from provider_proxy.common.addresses import split_address
 from provider_proxy.common.backoff import backoff_s
@@ -36,6 +35,7 @@ from provider_proxy.errors import (
     RegistrarError,
     TpmError,
 )
+from provider_proxy.trust.ek_certificate import parse_certificate
 from provider_proxy.trust.registration.client import Record, RegistrarClient, RegistrarRules
 from provider_proxy.trust.registration.credential import MAX_KEY_BYTES, auth_tag, parse_challenge
 from provider_proxy.trust.registration.state import GOOD, PATIENT, Report, State, Status, Step
@@ -351,18 +351,24 @@ def _is_auth(code: int) -> bool:
 def _same_cert(theirs: bytes | None, ours: bytes | None) -> bool:
     """True where both are the same certificate.
 
-    One that is not proper DER, as some vendors' are, the registrar stores in an encoding of its own:
-    that it is for this EK, which the registrar has checked, is all that can be said of it then.
+    One that is not proper DER, as some makers' are, registrars up to Keylime 7.12 store in an encoding
+    of their own. It is the same then where it is for the same key; one that nobody can read cannot be
+    compared, and is not sent again and again.
     """
     if theirs == ours:
         return True
     if theirs is None or ours is None:
         return False
     try:
-        x509.load_der_x509_certificate(ours)
-    except ValueError:
+        own = parse_certificate(ours)
+    except EvidenceFormatError:
         return True
-    return False
+    if not own.is_repaired:
+        return False
+    try:
+        return parse_certificate(theirs).parsed.public_key() == own.parsed.public_key()
+    except EvidenceFormatError:
+        return False
 
 
 def _good(name: str, text: str) -> Step:

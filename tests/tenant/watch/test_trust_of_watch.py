@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from watch_helpers import FakeProxy, Rig, response
 from provider_proxy.errors import ConfigError, HostError
 from provider_proxy.evidence.model import QuoteRequest
 from provider_proxy.evidence.vtpm_link import ek_digest
+from provider_proxy.host.api.tenant import identity_results
 from provider_proxy.tenant.watch.config import parse_watch_config
 from provider_proxy.tenant.watch.registrars import KnownAks, Registrars
 from provider_proxy.tenant.watch.states import State
@@ -103,6 +105,37 @@ async def test_an_ek_that_nobody_vouches_for_is_refused(
     register(book, AGENT, host_of(rig.proxy.tpm, vouched=False))
     assert await judged(rig, tmp_path) is State.INVALID_QUOTE
     assert rig.reports[-1]["error"] == "UntrustedEkError"
+
+
+async def test_the_chip_s_own_chain_comes_from_the_host_and_the_report_names_the_anchor(
+    tmp_path: Path, nursery: trio.Nursery, book: FakeBook, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = Rig(tmp_path)
+    rig.proxy.serve_in(nursery)
+    chip_ca, ek = Authority("chip's own", VENDOR), rsa_ek()
+    host = SoftHost(tpm=rig.proxy.tpm, ek=ek, ek_cert=ek_certificate(chip_ca, ek))
+    register(book, AGENT, host)
+    assert await judged(rig, tmp_path) is State.INVALID_QUOTE  # the proxy shows no identity
+    assert rig.reports[-1]["error"] == "UntrustedEkError"
+    assert [report["ek_anchor"] for report in rig.reports] == [None]
+    shown = identity_results(
+        ak_public=host.ak_public,
+        ak_pem=b"",
+        ak_name=host.ak_name,
+        ek_public=host.ek_public,
+        ek_cert=host.ek_cert,
+        ek_chain=(chip_ca.der(),),
+        host_uuid=VM,
+        software=False,
+    )
+    for body in (b"{}", b"no JSON", json.dumps({"results": {**shown, "ek_chain": [1]}}).encode()):
+        rig.proxy.identity = response(200, body)
+        assert await judged(rig, tmp_path) is State.INVALID_QUOTE
+    rig.proxy.identity = response(200, json.dumps({"results": shown}).encode())
+    with caplog.at_level(logging.INFO):
+        assert await judged(rig, tmp_path) is State.TRUSTED
+    assert [report["ek_anchor"] for report in rig.reports[-1:]] == ["CN=vendor"]
+    assert "its TPM is Infineon's, under CN=vendor" in caplog.text
 
 
 async def test_a_registrar_that_is_away_fails_the_host(
