@@ -45,7 +45,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "evidence": frozenset({"cryptography"}),
     "common": frozenset({"cryptography", "httpx", "anyio", "trio"}),
     "trust": frozenset({"cryptography", "httpx", "anyio"}),
-    "trust.registration": frozenset({"cryptography", "trio", "httpx"}),
+    "trust.registration": frozenset({"trio", "httpx"}),
     "tenant": frozenset({"cryptography", "httpx", "anyio"}),
     "tenant.bridge": frozenset({"cryptography", "httpx", "trio", "h11", "prometheus_client"}),
     "tenant.watch": frozenset({"httpx", "trio", "h11", "prometheus_client"}),
