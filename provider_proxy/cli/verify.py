@@ -31,7 +31,7 @@ from provider_proxy.evidence.policy import AllOf, Policy, UnsafeAcceptAny, parse
 from provider_proxy.evidence.request_file import MAX_BYTES, parse_request
 from provider_proxy.evidence.strict_json import parse_own_json
 from provider_proxy.evidence.verify import Challenge, HostHistory, MemoryHistory, Verifier
-from provider_proxy.evidence.vtpm_link import ISSUERS, VtpmLink, ek_digest, parse_claims
+from provider_proxy.evidence.vtpm_link import ISSUERS, STATES, VtpmLink, ek_digest, parse_claims
 from provider_proxy.evidence.wire import MAX_EVIDENCE_WITH_LOGS_BYTES, parse_evidence
 from provider_proxy.tenant.policies import LogRules, unguarded_files
 
@@ -101,7 +101,10 @@ def add_link_arguments(parser: argparse.ArgumentParser, *, required: bool) -> No
         help="with this EK, which your registrar activated: TPM2B_PUBLIC, raw or base64",
     )
     parser.add_argument(
-        "--confirmed", action="store_true", help="the host must have read the EK back from the VM"
+        "--least",
+        choices=STATES,
+        default=STATES[0],
+        help="the least that the host must know of the EK; confirmed: read from the VM's vTPM",
     )
     parser.add_argument(
         "--ek-issuer",
@@ -184,7 +187,7 @@ def link_of(args: argparse.Namespace) -> VtpmLink | None:
     Raises:
         UsageError: half of it, or no UUID.
     """
-    if args.vm is None and args.ek is None and not args.confirmed and args.ek_issuer is None:
+    if args.vm is None and args.ek is None and args.least == STATES[0] and args.ek_issuer is None:
         return None
     if args.vm is None or args.ek is None:
         raise UsageError("--vm and --ek belong together")
@@ -195,7 +198,7 @@ def link_of(args: argparse.Namespace) -> VtpmLink | None:
     return VtpmLink(
         vm=vm,
         ek=ek_digest(arguments.read_public(args.ek)),
-        confirmed=args.confirmed,
+        least=args.least,
         issuer=args.ek_issuer,
     )
 
@@ -250,7 +253,7 @@ def link_values(link: VtpmLink, quote: VerifiedQuote) -> dict[str, object]:
     return {
         "vm": str(claims.vm),
         "ek": link.ek.hex(),
-        "confirmed": claims.confirmed,
+        "state": claims.state,
         "issuer": claims.issuer,
         "migrated": claims.migrated,
         "generation": claims.generation,
@@ -259,7 +262,9 @@ def link_values(link: VtpmLink, quote: VerifiedQuote) -> dict[str, object]:
 
 def link_line(values: Mapping[str, object], host: str = "the host") -> str:
     """The same for people."""
-    state = "confirmed" if values["confirmed"] else "claimed, not confirmed"
+    state = (
+        values["state"] if values["state"] == "confirmed" else f"{values['state']}, not confirmed"
+    )
     came = ", migrated here" if values["migrated"] else ""
     return f"linked: VM {values['vm']} runs on {host} with the EK {values['ek']} ({state}{came})"
 

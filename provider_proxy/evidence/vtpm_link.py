@@ -34,6 +34,9 @@ from provider_proxy.evidence.strict_json import Fields
 from provider_proxy.evidence.tpm_keys import PublicKey, parse_public
 
 ISSUERS = ("tpm", "delegate")
+STATES = ("claimed", "registered", "confirmed")
+"""What is known of a VM's EKs, the least first. A state that is not here is refused."""
+MAX_STATE_CHARS = 32
 MAX_EKS = 16  # swtpm_setup makes two; a vTPM has room for a few more persistent keys
 MAX_ALG_CHARS = 32
 MAX_ISSUER_CHARS = 32
@@ -65,7 +68,8 @@ class LinkClaims:
 
     Attributes:
         running: the VM runs on this host now.
-        confirmed: the EKs were read back from the running VM's own vTPM.
+        state: what is known of the EKs, one of `STATES`: "confirmed" where they were read from the
+            running VM's own vTPM, "registered" where they came while root had it made.
         issuer: who certified the EKs when they were made: "delegate", "tpm" or "unknown".
         migrated: the VM came from another host.
         generation: rises each time that a vTPM was made, or came in, under this UUID.
@@ -75,7 +79,7 @@ class LinkClaims:
     vm: uuid.UUID
     eks: tuple[LinkedEk, ...]
     running: bool
-    confirmed: bool
+    state: str
     issuer: str
     migrated: bool
     generation: int
@@ -99,7 +103,7 @@ def parse_claims(values: Mapping[str, object] | None) -> LinkClaims:
             vm=_parse_vm(fields.text("vm", 36)),
             eks=_parse_eks(values.get("eks")),
             running=_flag(values, "running"),
-            confirmed=_flag(values, "confirmed"),
+            state=_parse_state(values, fields),
             issuer=fields.text("issuer", MAX_ISSUER_CHARS),
             migrated=_flag(values, "migrated"),
             generation=fields.integer("generation", MAX_GENERATION),
@@ -124,6 +128,19 @@ def _flag(values: Mapping[str, object], key: str) -> bool:
     if not isinstance(value, bool):
         raise LinkClaimsError(f"claims.{key} is not true or false")
     return value
+
+
+def _parse_state(values: Mapping[str, object], fields: Fields) -> str:
+    """A host of before says `confirmed` alone; where both are said they must be one."""
+    confirmed = _flag(values, "confirmed")
+    if "state" not in fields:
+        return "confirmed" if confirmed else "claimed"
+    state = fields.text("state", MAX_STATE_CHARS)
+    if state not in STATES:
+        raise LinkClaimsError(f"claims.state is none that this verifier knows: {', '.join(STATES)}")
+    if confirmed != (state == "confirmed"):
+        raise LinkClaimsError("claims.state and claims.confirmed contradict each other")
+    return state
 
 
 def _parse_eks(value: object) -> tuple[LinkedEk, ...]:
@@ -154,20 +171,22 @@ class VtpmLink:
     Args:
         vm: the VM that was ordered (the cuckoo attack shows another).
         ek: SHA-256 of the SPKI of the EK that the tenant's own registrar activated.
-        confirmed: demand that the host has read the EK back from the VM's own vTPM.
+        least: the least that must be known of the EKs, one of `STATES`.
         issuer: demand that this one certified the EKs: "tpm" or "delegate".
     """
 
     needed_mask = 0
 
     def __init__(
-        self, *, vm: uuid.UUID, ek: bytes, confirmed: bool = False, issuer: str | None = None
+        self, *, vm: uuid.UUID, ek: bytes, least: str = "claimed", issuer: str | None = None
     ) -> None:
         if len(ek) != HASH_BYTES:
             raise UsageError("an EK is given by the SHA-256 of its SPKI: 32 bytes")
+        if least not in STATES:
+            raise UsageError(f"the least state of an EK is one of {', '.join(STATES)}")
         self.vm = vm
         self.ek = ek
-        self._confirmed = confirmed
+        self._least = least
         self._issuer = issuer
 
     def check(self, quote: VerifiedQuote) -> None:
@@ -184,8 +203,10 @@ class VtpmLink:
             )
         if not claims.running:
             raise VmNotRunningError("the VM does not run on this host")
-        if self._confirmed and not claims.confirmed:
-            raise NotConfirmedError("the host has not read the EK back from the VM's vTPM")
+        if STATES.index(claims.state) < STATES.index(self._least):
+            raise NotConfirmedError(
+                f"the EK is {claims.state} on the host, and must be {self._least} at the least"
+            )
         if self._issuer is not None and claims.issuer != self._issuer:
             raise LinkIssuerError(
                 f"the host's issuer of EK certificates is {claims.issuer!r}, not {self._issuer!r}"

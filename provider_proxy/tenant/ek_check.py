@@ -138,7 +138,7 @@ async def check_agent(
     entry = known.agent(agent_id)
     link = None
     if entry.is_linked:
-        link = VtpmLink(vm=entry.vm, ek=ek, confirmed=entry.confirmed, issuer=entry.ek_issuer)
+        link = VtpmLink(vm=entry.vm, ek=ek, least=entry.least, issuer=entry.ek_issuer)
     async with AsyncExitStack() as stack:
         pins, files = PinStore(known.pins), PolicyFiles()
         hosts = [

@@ -35,7 +35,7 @@ from provider_proxy.common.settings.values import (
 from provider_proxy.errors import ConfigError, UsageError, WrongVmError
 from provider_proxy.evidence.logs.ima_judge import Violations
 from provider_proxy.evidence.logs.judge import DEFAULT_UEFI_PCRS
-from provider_proxy.evidence.vtpm_link import ISSUERS
+from provider_proxy.evidence.vtpm_link import ISSUERS, STATES
 from provider_proxy.tenant.policies import LogRules
 
 LAYOUT = Layout(max_bytes=4 * 1024 * 1024)  # 10,000 agents of 200 bytes, and room
@@ -108,7 +108,7 @@ class AgentTable:
 
     vm: uuid.UUID | None = setting(read_uuid, None, "The VM; the agent's id by default.")
     hosts: tuple[str, ...] = setting(_read_hosts, (), "Where it may run.")
-    confirmed: bool = setting(read_flag, False, "As `VtpmLink` demands it.")
+    least: str = setting(one_of(*STATES), STATES[0], "As `VtpmLink` demands it.")
     ek_issuer: str | None = setting(one_of(*ISSUERS), None, "As `VtpmLink` demands it.")
 
 
@@ -118,13 +118,13 @@ class AgentEntry:
 
     Attributes:
         hosts: where it may run: all of them prove links, or none does.
-        confirmed, ek_issuer: what `VtpmLink` demands besides.
+        least, ek_issuer: what `VtpmLink` demands besides.
     """
 
     agent: str
     vm: uuid.UUID
     hosts: tuple[HostEntry, ...]
-    confirmed: bool
+    least: str
     ek_issuer: str | None
 
     @property
@@ -160,7 +160,7 @@ class LinkMap:
             agent=agent_id,
             vm=table.vm,
             hosts=tuple(self.hosts[host] for host in table.hosts),
-            confirmed=table.confirmed,
+            least=table.least,
             ek_issuer=table.ek_issuer,
         )
 
@@ -258,7 +258,7 @@ def _check_claims(entry: AgentEntry, at: str) -> None:
             f'{at}.hosts mixes hosts that prove the link and hosts marked claims = "never": '
             "what one of those accepts makes the others' link worth nothing"
         )
-    if not entry.is_linked and (entry.confirmed or entry.ek_issuer is not None):
+    if not entry.is_linked and (entry.least != STATES[0] or entry.ek_issuer is not None):
         raise ConfigError(
-            f'{at}: confirmed and ek_issuer are about the link, and its hosts are claims = "never"'
+            f'{at}: least and ek_issuer are about the link, and its hosts are claims = "never"'
         )

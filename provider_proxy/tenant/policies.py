@@ -151,13 +151,13 @@ class PolicyFiles:
         """All is read: what the earlier reading had besides is let go."""
         self._before, self._lines_before = {}, {}
 
-    def link(self, vm: UUID, ek: Path, *, confirmed: bool) -> VtpmLink:
+    def link(self, vm: UUID, ek: Path, *, least: str) -> VtpmLink:
         """The link of a VM to its host, the EK of its vTPM in a file. Raises: UsageError, HostError."""
         data = self._read(ek, MAX_PUBLIC_BYTES)
         with contextlib.suppress(binascii.Error):  # raw, then
             data = base64.b64decode(data.strip(), validate=True)
         try:
-            return VtpmLink(vm=vm, ek=ek_digest(data), confirmed=confirmed)
+            return VtpmLink(vm=vm, ek=ek_digest(data), least=least)
         except VerificationError as exc:
             raise UsageError(f"{ek}: {exc}") from exc
 

@@ -134,7 +134,7 @@ def test_link(test: dict[str, Any]) -> None:
     link = VtpmLink(
         vm=uuid.UUID(wanted["vm"]),
         ek=bytes.fromhex(wanted["ek"]),
-        confirmed=wanted["confirmed"],
+        least=wanted["least"],
         issuer=wanted["issuer"],
     )
     request, ak = batch.requests[1], batch.tpm.ak_public

@@ -247,7 +247,7 @@ def test_saved_evidence_is_linked(
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
     values = values.get("link", values)
     assert values["ek"] == ek_digest(EK).hex()
-    assert values["confirmed"] is False
+    assert values["state"] == "claimed"
 
 
 def test_verify_says_that_claims_were_not_judged(
@@ -262,7 +262,7 @@ def test_verify_says_that_claims_were_not_judged(
     [
         (("--vm", str(uuid.uuid4()), "--ek", "ek"), "WrongVmError"),
         (("--vm", str(VM), "--ek", "other-ek"), "EkNotLinkedError"),
-        ((*OWN_LINK, "--confirmed"), "NotConfirmedError"),
+        ((*OWN_LINK, "--least", "confirmed"), "NotConfirmedError"),
         ((*OWN_LINK, "--ek-issuer", "tpm"), "LinkIssuerError"),
         ((*OWN_LINK, *DEEP, ANY), "DeepNonceError"),
     ],

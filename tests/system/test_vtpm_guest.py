@@ -107,7 +107,8 @@ async def scene_of(host: LibvirtHost, folder: Path) -> AsyncIterator[Scene]:
     """libvirtd, the tenant's registrar, the daemon."""
     certs = make_certs(folder)
     (folder / "registrar").mkdir()
-    with host.libvirtd(), running_registrar(folder / "registrar") as registrar:
+    registrar_folder = folder / "registrar"
+    with host.libvirtd(), host.helper(), running_registrar(registrar_folder) as registrar:
         config = host.toml(
             f'[tenants.acme]\nidentities = ["email:tenant@example.org"]\nvms = ["{VM}"]\n'
             f'[registrars.acme]\nurl = "{registrar.https_url}"\nca = "{registrar.ca}"\n'
@@ -329,7 +330,7 @@ class Deep:
     def line(self) -> str:
         return (
             f"verify-link files {self.evidence} --request {self.request} {self.host}"
-            f" --tpm-policy {self.host_policy} --vm {self.vm} --ek {self.ek} --confirmed"
+            f" --tpm-policy {self.host_policy} --vm {self.vm} --ek {self.ek} --least confirmed"
             f" --ek-issuer tpm {self.asked} --vak {self.vak} --vtpm-policy {self.guest_policy}"
         )
 

@@ -78,7 +78,7 @@ class TenantAt:
             f'pins = "pins"\n[hosts.alpha]\nurl = "{self.url}"\nca = "{self.certs.ca_file}"\n'
             f'cert = "{self.certs.client_cert}"\nkey = "{self.certs.client_key}"\n'
             f'tpm_policy = "policy.json"\n[agents.{VM}]\nhosts = ["alpha"]\n'
-            'confirmed = true\nek_issuer = "tpm"\n'
+            'least = "confirmed"\nek_issuer = "tpm"\n'
         )
 
 
@@ -155,7 +155,7 @@ async def _check_link(tenant: TenantAt) -> None:
     values = json.dumps({"0": ["00" * 32]})  # a swtpm that nobody has booted with
     (tenant.folder / "policy.json").write_text(values)
     judge = "evidence.json --request request.json --pinned alpha --pins pins"
-    judge += f" --tpm-policy policy.json --vm {VM} --confirmed --ek-issuer tpm"
+    judge += f" --tpm-policy policy.json --vm {VM} --least confirmed --ek-issuer tpm"
     assert "(confirmed)" in await tenant.run(f"verify {judge} --ek ek")
     await tenant.run(f"verify-link files {judge} --ek ek2")  # the VM's other EK
 

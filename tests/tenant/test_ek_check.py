@@ -118,7 +118,12 @@ MAP: dict[str, Any] = {
         "gamma": {"url": "https://gamma", "claims": "never", "tpm_policy": "gamma.json"},
     },
     "agents": {
-        AGENT: {"vm": str(VM), "hosts": ["beta", "alpha"], "confirmed": True, "ek_issuer": "tpm"},
+        AGENT: {
+            "vm": str(VM),
+            "hosts": ["beta", "alpha"],
+            "least": "confirmed",
+            "ek_issuer": "tpm",
+        },
         str(VM): {"hosts": ["alpha"]},
     },
 }
@@ -138,14 +143,14 @@ def test_the_map_is_read() -> None:
     known = parse_link_map(MAP, Path("/base"))
     assert known.pins == Path("/base/pins")
     entry = known.agent(AGENT)
-    assert (entry.vm, entry.confirmed, entry.ek_issuer) == (VM, True, "tpm")
+    assert (entry.vm, entry.least, entry.ek_issuer) == (VM, "confirmed", "tpm")
     assert [host.pinned for host in entry.hosts] == ["old-beta", "alpha"]
     assert entry.hosts[1].tpm_policy == Path("/base/alpha.json")
     assert entry.hosts[1].ca == Path("/etc/ca.pem")
     assert entry.is_linked
     assert known.limit_s == 60
     own = known.agent(str(VM))
-    assert (own.vm, own.confirmed, own.ek_issuer) == (VM, False, None)
+    assert (own.vm, own.least, own.ek_issuer) == (VM, "claimed", None)
 
 
 @pytest.mark.parametrize("agent", ["", "x", AGENT.upper(), AGENT + "\n", "../pins", "\udcff"])
@@ -198,7 +203,7 @@ def changed(path: str, value: object) -> dict[str, Any]:
         (f"agents.{AGENT}.hosts", ["delta"]),
         (f"agents.{AGENT}.hosts", [["alpha"]]),
         (f"agents.{AGENT}.hosts", ["alpha", "gamma"]),
-        (f"agents.{VM}.confirmed", "yes"),
+        (f"agents.{VM}.least", "attested"),
         (f"agents.{AGENT}.ek_issuer", "me"),
         (f"agents.{AGENT}.ek", "x"),
         ("agents.not-a-uuid", {"hosts": ["alpha"]}),
@@ -219,7 +224,7 @@ def test_a_map_that_is_no_toml_is_refused(tmp_path: Path, data: bytes) -> None:
         load_link_map(tmp_path / "map")
 
 
-@pytest.mark.parametrize("demand", [{"confirmed": True}, {"ek_issuer": "tpm"}])
+@pytest.mark.parametrize("demand", [{"least": "registered"}, {"ek_issuer": "tpm"}])
 def test_hosts_without_claims_cannot_be_asked_for_a_link(demand: dict[str, object]) -> None:
     values = changed(f"agents.{VM}", {"hosts": ["gamma"]})
     assert parse_link_map(values, Path()).agent(str(VM)).is_linked is False
@@ -341,7 +346,8 @@ async def test_whatever_is_not_proven_in_time_refuses(
 ) -> None:
     site = Site(tmp_path, **{f"h{i}": given for i, given in enumerate(answers)})
     site.values["limit_s"] = 20
-    site.values["agents"][AGENT]["confirmed"] = kind is NotConfirmedError
+    least = "confirmed" if kind is NotConfirmedError else "claimed"
+    site.values["agents"][AGENT]["least"] = least
     await site.refused(kind, message)
     assert trio.current_time() <= 20
 

@@ -136,7 +136,7 @@ def link_document() -> dict[str, Any]:
         "header": [
             "`claims` came in evidence that is good otherwise, as the answer to a request about the VM",
             f"{VM}. Judge them under what the tenant wants: the VM that was ordered,",
-            "the SHA-256 of its EK's SPKI, whether it must be confirmed, the issuer (null: any).",
+            "the SHA-256 of its EK's SPKI, the least state, the issuer (null: any).",
         ],
         "notes": link_cases.LINK_NOTES,
         "numberOfTests": len(tests),

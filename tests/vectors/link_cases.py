@@ -67,7 +67,7 @@ GOOD: dict[str, Any] = {
     "generation": 3,
     "registered_at": 1_790_000_000,
 }
-WANTED: dict[str, Any] = {"vm": str(VM), "ek": RSA_EK, "confirmed": False, "issuer": None}
+WANTED: dict[str, Any] = {"vm": str(VM), "ek": RSA_EK, "least": "claimed", "issuer": None}
 
 
 def claims_bytes(values: object = GOOD) -> bytes:
@@ -106,7 +106,12 @@ def link_cases() -> Iterator[LinkCase]:
     yield _case("the EK is the first of two", "Link")
     yield _case("the EK is the second of two", "Link", wanted=WANTED | {"ek": ECC_EK})
     yield _case("claimed only, and no more is demanded", "Link", claims=_with(confirmed=False))
-    yield _case("confirmed, as demanded", "Link", wanted=WANTED | {"confirmed": True})
+    yield _case("confirmed, as demanded", "Link", wanted=WANTED | {"least": "confirmed"})
+    registered = _with(state="registered", confirmed=False)
+    for least in ("claimed", "registered"):
+        wanted = WANTED | {"least": least}
+        yield _case(f"registered, {least} demanded", "Link", claims=registered, wanted=wanted)
+    yield _case("confirmed by state and flag", "Link", claims=_with(state="confirmed"))
     yield _case("the issuer that is demanded", "Link", wanted=WANTED | {"issuer": "delegate"})
     yield _case("migrated here", "Link", claims=_with(migrated=True))
     yield _case("registered within a second", "Link", claims=_with(registered_at=1.5))
@@ -132,7 +137,20 @@ def _absent() -> Iterator[LinkCase]:
         (
             "not confirmed, as demanded",
             "NotConfirmedError",
-            {"claims": unconfirmed, "wanted": WANTED | {"confirmed": True}},
+            {"claims": unconfirmed, "wanted": WANTED | {"least": "confirmed"}},
+        ),
+        (
+            "registered, confirmed demanded",
+            "NotConfirmedError",
+            {
+                "claims": _with(state="registered", confirmed=False),
+                "wanted": WANTED | {"least": "confirmed"},
+            },
+        ),
+        (
+            "claimed, registered demanded",
+            "NotConfirmedError",
+            {"claims": unconfirmed, "wanted": WANTED | {"least": "registered"}},
         ),
         ("another issuer", "LinkIssuerError", {"wanted": WANTED | {"issuer": "tpm"}}),
         (
@@ -153,6 +171,8 @@ def _forms() -> Iterator[LinkCase]:
         "eks": (MISSING, None, {}, "", [None], [[]], [{}], [GOOD["eks"][0]] * 2, _many(17)),
         "running": (MISSING, None, 1, 0, "true", []),
         "confirmed": (MISSING, None, 1, "true"),
+        # A state that nobody knows, and one that contradicts the flag, which is true here.
+        "state": (None, 1, "", "attested", "CONFIRMED", "registered", "claimed", ["confirmed"]),
         "issuer": (MISSING, None, 1, "x" * 33, ["delegate"]),
         "migrated": (MISSING, None, 0, "false"),
         "generation": (MISSING, None, True, -1, 1.5, "3", 1 << 53),

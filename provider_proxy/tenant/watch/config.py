@@ -19,6 +19,7 @@ from provider_proxy.common.settings.schema import named_tables, read_over, read_
 from provider_proxy.common.settings.values import fail
 from provider_proxy.errors import ConfigError
 from provider_proxy.evidence.model import HashAlg
+from provider_proxy.evidence.vtpm_link import STATES
 from provider_proxy.tenant.watch.tables import (
     OWN_KEYS,
     TABLES,
@@ -141,8 +142,8 @@ def _check_host(key: str, rules: HostRules, *, needs_policy: bool) -> None:
         raise ConfigError(f"{key}.insecure_any_state must not stand beside a policy")
     if (rules.vm is None) != (rules.vm_ek is None):
         raise ConfigError(f"{key}.vm and vm_ek belong together")
-    if rules.vm_confirmed and rules.vm is None:
-        raise ConfigError(f"{key}.vm_confirmed needs vm")
+    if rules.vm_least != STATES[0] and rules.vm is None:
+        raise ConfigError(f"{key}.vm_least needs vm")
     if rules.registrar is not None and rules.uuid is None:
         raise ConfigError(f"{key}.registrar needs uuid, the host's id there")
     if rules.timeout_s > rules.max_age_s:

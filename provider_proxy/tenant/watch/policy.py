@@ -102,7 +102,7 @@ class HostPolicy:
             self.first_use = FirstUsePolicy(rules.first_use_pcrs, known)
             policies.append(self.first_use)
         if rules.vm is not None and rules.vm_ek is not None:
-            policies.append(files.link(rules.vm, rules.vm_ek, confirmed=rules.vm_confirmed))
+            policies.append(files.link(rules.vm, rules.vm_ek, least=rules.vm_least))
         log_mask = judged.policy.uefi_mask | (1 << IMA_PCR if rules.ima else 0)
         if log_mask or rules.insecure_any_state or judged_elsewhere:
             policies.append(UnsafeAcceptAny())  # the logs are judged after the PCRs, below

@@ -37,6 +37,7 @@ from provider_proxy.common.settings.values import (
 from provider_proxy.evidence.logs.ima_judge import Violations
 from provider_proxy.evidence.logs.judge import DEFAULT_UEFI_PCRS
 from provider_proxy.evidence.model import HashAlg
+from provider_proxy.evidence.vtpm_link import STATES
 
 MAX_COMMAND_WORDS = 100
 
@@ -169,8 +170,8 @@ class HostRules:
     vm_ek: Path | None = setting(
         read_path, None, "EK of that VM's vTPM: TPM2B_PUBLIC, raw or base64; a file."
     )
-    vm_confirmed: bool = setting(
-        read_flag, False, "Whether the host must have read that EK back from the VM's own vTPM."
+    vm_least: str = setting(
+        one_of(*STATES), STATES[0], "The least that the host must know of that EK."
     )
     mode: str = setting(
         one_of("pull", "push"),

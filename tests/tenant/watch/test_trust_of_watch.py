@@ -176,7 +176,7 @@ async def test_hosts_without_a_registrar_have_their_pins(tmp_path: Path, book: F
         ({}, {"registrar": "mine", "uuid": "a/b"}, "uuid must be"),
         ({}, {"vm": VM}, "vm and vm_ek belong together"),
         ({}, {"vm_ek": "x"}, "vm and vm_ek belong together"),
-        ({}, {"vm_confirmed": True}, "vm_confirmed needs vm"),
+        ({}, {"vm_least": "confirmed"}, "vm_least needs vm"),
     ],
 )
 def test_what_is_wrong_is_named(
@@ -227,8 +227,8 @@ def vm_ek() -> bytes:
     ("changes", "rules", "error"),
     [
         ({}, {}, None),
-        ({"confirmed": True}, {"vm_confirmed": True}, None),
-        ({}, {"vm_confirmed": True}, "NotConfirmedError"),
+        ({"confirmed": True}, {"vm_least": "confirmed"}, None),
+        ({}, {"vm_least": "confirmed"}, "NotConfirmedError"),
         ({"running": False}, {}, "VmNotRunningError"),
         ({"eks": []}, {}, "EkNotLinkedError"),
         ({"vm": "6f1d2c3b-4a5e-4c7d-8e9f-0a1b2c3d4e5f"}, {}, "ClaimsError"),
