@@ -83,7 +83,10 @@ class Keeper:
     def listed(self) -> list[dict[str, object]]:
         """Every VM, for the operator."""
         found = sorted(self._registry.all(), key=lambda entry: (entry.name, entry.vm))
-        return [entry_values(entry) for entry in found]
+        return [
+            {**entry_values(entry), "running": self.running_entry(entry.vm) is not None}
+            for entry in found
+        ]
 
     def running_entry(self, vm: uuid.UUID) -> Entry | None:
         """What is known of a VM that runs here now; None of every other."""
