@@ -41,7 +41,7 @@ DEBIAN_OPTIONAL := chromium chromium-driver mandoc zsh fish git
 DEBIAN_BUILD := build-essential debhelper dpkg-dev fakeroot lintian
 DEBIAN_KVM := e2fsprogs mmdebstrap ovmf qemu-system-x86
 # For test-libvirt alone.
-DEBIAN_LIBVIRT := libvirt-daemon-system libvirt-clients qemu-system-x86
+DEBIAN_LIBVIRT := libvirt-daemon-system libvirt-clients qemu-system-x86 iproute2
 GUEST := .guest/.unpacked
 PROMTOOL := .promtool/usr/bin/promtool
 MAX_SKIPPED ?= 40
@@ -143,7 +143,8 @@ check: format lint types test wheel
 # libvirtd, QEMU and this project's hooks in a mount namespace of their own; as root. It tells what it does.
 test-libvirt: install keylime libvirt guest
 	@[ "$$(id -u)" = 0 ] || { echo "test-libvirt needs root"; exit 3; }
-	TEST_LIBVIRT=1 unshare --mount --propagation private $(BIN)/python -m pytest -q -s tests/system/test_vtpm_libvirt.py tests/system/test_vtpm_guest.py
+	TEST_LIBVIRT=1 unshare --mount --propagation private $(BIN)/python -m pytest -q -s tests/system/test_vtpm_libvirt.py \
+	  tests/system/test_vtpm_guest.py tests/system/test_vtpm_migration.py
 
 # Everything of the bridge that takes longer, beside what `make test` runs of it.
 test-keylime-bridge: install keylime system-tests $(KEYLIME_VENV)-7.13.1/.installed

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from provider_proxy.errors import (
@@ -47,6 +48,15 @@ _DIGEST_RE = re.compile(r"[0-9a-f]{64}", re.ASCII)
 def spki_digest(key: PublicKey) -> bytes:
     """SHA-256 of a key's SubjectPublicKeyInfo (RFC 5280, section 4.1.2.7), DER: 32 bytes."""
     return sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).digest()
+
+
+def spire_name(ek: PublicKey) -> str:
+    """What spire-tpm-plugin calls an EK: hex SHA-256 of an RSA key's RSAPublicKey (RFC 8017, A.1.1), DER.
+
+    It knows no other keys; those are named by their SubjectPublicKeyInfo here.
+    """
+    form = PublicFormat.PKCS1 if isinstance(ek, RSAPublicKey) else PublicFormat.SubjectPublicKeyInfo
+    return sha256(ek.public_bytes(Encoding.DER, form)).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from provider_proxy.common.files import read_file, read_trusted
-from provider_proxy.errors import UsageError, VerificationError
+from provider_proxy.errors import EvidenceFormatError, UsageError
 from provider_proxy.evidence.logs.boot_policy import BootPolicy, parse_boot_policy
 from provider_proxy.evidence.logs.ima_judge import LineJudge, Violations
 from provider_proxy.evidence.logs.judge import LogPolicy
@@ -26,7 +26,8 @@ from provider_proxy.evidence.logs.runtime_policy_file import parse_runtime_polic
 from provider_proxy.evidence.model import HashAlg
 from provider_proxy.evidence.policy import PcrPolicy, parse_tpm_policy
 from provider_proxy.evidence.strict_json import parse_own_json
-from provider_proxy.evidence.vtpm_link import VtpmLink, ek_digest
+from provider_proxy.evidence.tpm_keys import PublicKey, parse_public
+from provider_proxy.evidence.vtpm_link import VtpmLink, spki_digest
 
 T = TypeVar("T")
 
@@ -153,13 +154,17 @@ class PolicyFiles:
 
     def link(self, vm: UUID, ek: Path, *, least: str) -> VtpmLink:
         """The link of a VM to its host, the EK of its vTPM in a file. Raises: UsageError, HostError."""
-        data = self._read(ek, MAX_PUBLIC_BYTES)
+        return VtpmLink(vm=vm, ek=spki_digest(self.ek(ek)), least=least)
+
+    def ek(self, path: Path) -> PublicKey:
+        """The EK of a vTPM: TPM2B_PUBLIC, raw or base64. Raises: UsageError, HostError."""
+        data = self._read(path, MAX_PUBLIC_BYTES)
         with contextlib.suppress(binascii.Error):  # raw, then
             data = base64.b64decode(data.strip(), validate=True)
         try:
-            return VtpmLink(vm=vm, ek=ek_digest(data), least=least)
-        except VerificationError as exc:
-            raise UsageError(f"{ek}: {exc}") from exc
+            return parse_public(data).public_key
+        except EvidenceFormatError as exc:
+            raise UsageError(f"{path}: the EK is no TPM2B_PUBLIC: {exc}") from exc
 
     def _once(
         self,

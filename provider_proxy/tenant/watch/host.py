@@ -94,6 +94,11 @@ class HostWatch:
     def rules(self) -> HostRules:
         return self._questions.setting.rules
 
+    @property
+    def ek_name(self) -> str | None:
+        """What `ek_directory` calls the EK of its VM; None where there is none."""
+        return self._questions.setting.ek_name
+
     def renew(self, setting: Setting) -> None:
         """Use another setting from the next round on, which comes soon where the interval is new."""
         changed = setting.rules.interval_s != self.rules.interval_s

@@ -103,12 +103,14 @@ class Setting:
 
     Attributes:
         endpoint: None for a host that is not asked.
+        ek_name: what `ek_directory` calls the EK of the host's VM; None where there is none.
     """
 
     rules: HostRules
     files: PolicyFiles
     aks: AkSource
     endpoint: Endpoint | None
+    ek_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -324,6 +324,11 @@ class WatchConfig:
     save_interval_s: float = setting(
         number(0.05, 60), 1.0, "How often accepted clock states are saved, all at once, in seconds."
     )
+    ek_dir: Path | None = setting(
+        read_path,
+        None,
+        "Directory with an empty file for each EK that is linked to a trusted host now.",
+    )
     defaults: HostRules = table_of(HostRules)
     hosts: Mapping[str, HostRules] = field(default_factory=dict)
     registrars: Mapping[str, RegistrarTable] = field(default_factory=dict)

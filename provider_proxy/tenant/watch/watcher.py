@@ -25,8 +25,10 @@ from provider_proxy.common import memory
 from provider_proxy.common.files import read_file
 from provider_proxy.common.tls import TlsFiles, client_context
 from provider_proxy.errors import ConfigError, HostError, ProviderProxyError, first_of
+from provider_proxy.evidence.vtpm_link import spire_name
 from provider_proxy.tenant.policies import PolicyFiles
 from provider_proxy.tenant.watch.budget import Budget
+from provider_proxy.tenant.watch.ek_directory import EkDirectory, lives_s
 from provider_proxy.tenant.watch.host import HostWatch, Shared
 from provider_proxy.tenant.watch.http import Endpoint
 from provider_proxy.tenant.watch.metrics import WatchMetrics, write_textfile
@@ -38,6 +40,7 @@ from provider_proxy.tenant.watch.reports import (
     CommandSink,
     LineSink,
     Reporter,
+    Settled,
     Sink,
     WebhookSink,
     webhook_client,
@@ -82,7 +85,10 @@ def make_settings(
             # Reads its files, and says now what is wrong with them.
             HostPolicy(rules, files, judged_elsewhere=judged_elsewhere)
             endpoint = _endpoint(name, rules, contexts)
-        settings[name] = Setting(rules=rules, files=files, aks=aks, endpoint=endpoint)
+        ek_name = None if rules.vm_ek is None else spire_name(files.ek(rules.vm_ek))
+        settings[name] = Setting(
+            rules=rules, files=files, aks=aks, endpoint=endpoint, ek_name=ek_name
+        )
     files.forget_before()
     return settings
 
@@ -160,6 +166,7 @@ class Watcher:
         self._settings = make_settings(config, KnownAks(self._registrars))
         self._budget = Budget()
         self._reporter: Reporter | None = None
+        self._eks = None if config.ek_dir is None else EkDirectory(config.ek_dir)
         self._scopes: dict[str, trio.CancelScope] = {}
         self.hosts: dict[str, HostWatch] = {}
 
@@ -175,7 +182,13 @@ class Watcher:
             HostError: nobody reads stdout any more, or the state cannot be saved at the end.
         """
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            await self._with_reports(self._watch, signals, read_config, task_status)
+            if self._eks is not None:
+                self._eks.open()
+            try:
+                await self._with_reports(self._watch, signals, read_config, task_status)
+            finally:
+                if self._eks is not None:
+                    self._eks.close()
 
     async def once(self) -> Mapping[str, HostWatch]:
         """One round of every host that is asked.
@@ -233,12 +246,24 @@ class Watcher:
             store=self._store,
             metrics=self.metrics,
             tell=reporter.tell,
-            settled=reporter.settled,
+            settled=self._settled,
             budget=self._budget,
             rng=self._rng,
         )
         host = self.hosts[name] = HostWatch(name, setting, shared)
         return host
+
+    def _settled(self, settled: Settled) -> None:
+        """A round of a host is over."""
+        assert self._reporter is not None
+        self._reporter.settled(settled)
+        host = self.hosts.get(settled.host)
+        if self._eks is None or host is None or host.ek_name is None:
+            return
+        if settled.verdict.state is State.TRUSTED:
+            self._eks.proven(settled.host, host.ek_name, lives_s(host.rules))
+        else:
+            self._eks.refuted(settled.host)
 
     async def _round_of_all(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -255,6 +280,8 @@ class Watcher:
         task_status: trio.TaskStatus[None],
     ) -> None:
         async with trio.open_nursery() as nursery:
+            if self._eks is not None:
+                nursery.start_soon(self._eks.run)
             nursery.start_soon(memory.collect)
             nursery.start_soon(
                 save_often,
@@ -309,6 +336,7 @@ class Watcher:
             "webhook",
             "command",
             "metrics",
+            "ek_dir",
             "save_interval_s",
         ):
             if getattr(config, name) != getattr(self._config, name):
@@ -316,6 +344,8 @@ class Watcher:
         for name in set(self._settings) - set(settings):
             self._scopes.pop(name).cancel()
             del self.hosts[name]
+            if self._eks is not None:
+                self._eks.refuted(name)
             self.metrics.forget_host(name)
         for name in set(self._settings) & set(settings):
             self.hosts[name].renew(settings[name])

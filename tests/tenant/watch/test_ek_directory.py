@@ -1,0 +1,179 @@
+"""The directory of EKs that are linked now: what stands in it, for how long, and what is never left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from helpers import until
+from soft_ek import SoftHost, rsa_ek
+from vtpm_helpers import ecc_key, rsa_key
+
+from provider_proxy.errors import HostError, ProviderProxyError, VmNotRunningError
+from provider_proxy.evidence.vtpm_link import spire_name, spki_digest
+from provider_proxy.tenant.watch.config import parse_watch_config
+from provider_proxy.tenant.watch.ek_directory import EkDirectory
+from provider_proxy.tenant.watch.host import HostWatch
+from provider_proxy.tenant.watch.states import Event
+from provider_proxy.tenant.watch.watcher import Watcher
+
+VM = "0b8c5f0e-8f5a-4b7e-9d3c-2a1f6e5d4c3b"
+ONE, OTHER = "1" * 64, "2" * 64
+
+
+def test_names_are_those_of_spire_s_plugin() -> None:
+    """`sha256sum` of `openssl rsa -RSAPublicKey_out -outform der`."""
+    pem = rsa_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    words = ("openssl", "rsa", "-pubin", "-RSAPublicKey_out", "-outform", "der")
+    der = subprocess.run(words, input=pem, capture_output=True, check=True).stdout
+    said = subprocess.run(["sha256sum"], input=der, capture_output=True, check=True).stdout
+    assert spire_name(rsa_key()) == said.split()[0].decode()
+    assert spire_name(ecc_key()) == spki_digest(ecc_key()).hex()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run/eks"
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+async def test_a_proof_counts_for_its_life(
+    folder: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    directory = EkDirectory(folder)
+    directory.open()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(directory.run)
+        directory.proven("a", ONE, 10)
+        await trio.sleep(9)
+        assert names(folder) == {ONE}
+        assert (folder / ONE).read_bytes() == b""
+        directory.proven("a", ONE, 10)
+        await trio.sleep(9)
+        assert names(folder) == {ONE}
+        await trio.sleep(1.5)
+        assert names(folder) == set()
+        nursery.cancel_scope.cancel()
+
+
+async def test_one_host_that_proves_it_is_enough(folder: Path) -> None:
+    directory = EkDirectory(folder)
+    directory.open()
+    directory.proven("a", ONE, 10)
+    directory.proven("b", ONE, 10)
+    directory.refuted("a")
+    assert names(folder) == {ONE}
+    directory.refuted("b")
+    assert names(folder) == set()
+    directory.proven("a", ONE, 10)
+    directory.proven("a", OTHER, 10)  # another EK is configured for it now
+    assert names(folder) == {OTHER}
+    directory.close()
+    assert names(folder) == set()
+
+
+def test_what_a_killed_one_has_left_goes_at_the_start(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in (ONE, "README", ONE.upper().replace("1", "A")):
+        (folder / name).touch()
+    EkDirectory(folder).open()
+    assert ONE not in names(folder)
+    assert "README" in names(folder)
+
+
+def test_a_folder_that_others_can_change_is_refused(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    with pytest.raises(HostError, match="others can change it"):
+        EkDirectory(folder).open()
+
+
+def test_a_folder_that_cannot_be_written_ends_nothing(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = EkDirectory(folder, now=time.monotonic)
+    directory.open()
+    folder.rmdir()
+    directory.proven("a", ONE, 10)
+    assert "cannot write" in caplog.text
+    directory.close()
+
+
+# --- in the watcher -----------------------------------------------------------------------------------
+
+
+class Verdicts:
+    """What the hosts' rounds end with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.error: ProviderProxyError | None = None
+        self.hangs = False
+        monkeypatch.setattr(HostWatch, "_attempt", lambda host: self._attempt())
+
+    async def _attempt(self) -> tuple[Event, ProviderProxyError | None]:
+        await trio.sleep(1e6 if self.hangs else 0)
+        if self.error is None:
+            return Event.GOOD, None
+        return Event.REFUSED, self.error
+
+
+@asynccontextmanager
+async def watching(tmp_path: Path, folder: Path) -> AsyncIterator[str]:
+    """A watcher of one host with a VM; the name of its EK."""
+    ek = rsa_ek(3)
+    (tmp_path / "ek").write_bytes(SoftHost(ek=ek).ek_public)
+    host = {"provider_ip": "127.0.0.1", "insecure_plaintext": True, "insecure_any_state": True}
+    host |= {"vm": VM, "vm_ek": str(tmp_path / "ek"), "interval_s": 0.1, "timeout_s": 0.3}
+    tables = {"state_dir": str(tmp_path / "state"), "pins": str(tmp_path / "pins")}
+    config = parse_watch_config({**tables, "ek_dir": str(folder), "hosts": {"h": host}})
+    watcher = Watcher(config)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(watcher.run, None))
+        yield spire_name(ek.public_key())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+async def test_the_watcher_s_verdicts(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts = Verdicts(monkeypatch)
+    async with watching(tmp_path, folder) as name:
+        await until(lambda: names(folder) == {name}, "the file")
+        verdicts.error = VmNotRunningError("it left")
+        await until(lambda: names(folder) == set(), "its end")
+        verdicts.error = None
+        await until(lambda: names(folder) == {name}, "the file, again")
+        verdicts.hangs = True  # no verdict comes any more
+        await until(lambda: names(folder) == set(), "its end without a verdict")
+    verdicts.hangs = False
+    async with watching(tmp_path, folder) as name:
+        await until(lambda: names(folder) == {name}, "the file")
+    assert names(folder) == set()  # nothing outlives the watcher
+
+
+def test_kill_9_leaves_nothing_after_the_next_start(folder: Path) -> None:
+    program = (
+        "import os, sys; from pathlib import Path\n"
+        "from provider_proxy.tenant.watch.ek_directory import EkDirectory\n"
+        "d = EkDirectory(Path(sys.argv[1]), now=lambda: 0.0); d.open(); d.proven('a', '1' * 64, 9)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(folder)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert names(folder) == {ONE}
+    EkDirectory(folder).open()
+    assert names(folder) == set()
