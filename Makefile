@@ -148,10 +148,10 @@ test-libvirt: install keylime libvirt guest
 
 # Everything of the bridge that takes longer, beside what `make test` runs of it.
 test-keylime-bridge: install keylime system-tests $(KEYLIME_VENV)-7.13.1/.installed
-	KEYLIME_BRIDGE=1 $(BIN)/python -m pytest -q -s tests/system/test_keylime_bridge.py
+	TEST_KEYLIME_BRIDGE=1 $(BIN)/python -m pytest -q -s tests/system/test_keylime_bridge.py
 
 test-keylime-releases: install keylime system-tests $(RELEASES:%=$(KEYLIME_VENV)-%/.installed)
-	KEYLIME_RELEASES=1 $(BIN)/python -m pytest -q -s tests/system/test_keylime_releases.py
+	TEST_KEYLIME_RELEASES=1 $(BIN)/python -m pytest -q -s tests/system/test_keylime_releases.py
 
 # What CI runs in a minimal Debian; downloads are kept in .cache.
 RELEASE ?= bookworm

@@ -1,7 +1,7 @@
 """The bridge and all the real parts: registrar, verifier and `keylime_tenant` from PyPI, swtpms.
 
-What is quick runs always. `make test-keylime-bridge` (KEYLIME_BRIDGE=1) runs it all: 200 polls under each
-kind of policy, restarts of everything, a hundred hosts of which one hangs, and the release before.
+What is quick runs always. `make test-keylime-bridge` (TEST_KEYLIME_BRIDGE=1) runs it all: 200 polls
+under each kind of policy, restarts of everything, a hundred hosts of which one hangs, the release before.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from provider_proxy.trust.pins import PinStore
 
 pytestmark = pytest.mark.real
 
-ALL = pytest.mark.skipif("KEYLIME_BRIDGE" not in os.environ, reason="make test-keylime-bridge")
+ALL = pytest.mark.skipif("TEST_KEYLIME_BRIDGE" not in os.environ, reason="make test-keylime-bridge")
 FIRMWARE = json.dumps({"0": [sha256(b"firmware").hexdigest()]})
 DETECTION_S = 10.0  # an interval of 0.25 s, on a machine with other things to do
 SETTINGS = {
@@ -285,7 +285,9 @@ async def no_host(keylime: Keylime, bridge: Running, agent_id: str, tmp_path: Pa
 
 
 async def test_hosts_that_lie_are_invalid_with_the_reason(keylime: Keylime, tmp_path: Path) -> None:
-    await tale_of_lies(keylime, tmp_path, LIES if "KEYLIME_BRIDGE" in os.environ else QUICK_LIES)
+    await tale_of_lies(
+        keylime, tmp_path, LIES if "TEST_KEYLIME_BRIDGE" in os.environ else QUICK_LIES
+    )
 
 
 # --- every kind of policy, over a real daemon ---------------------------------------------------------

@@ -140,7 +140,7 @@ class HostAgent:
         said = ""
         while True:
             try:
-                listener = await listen(self._ip, self.port)
+                listener = listen(self._ip, self.port)
             except OSError as exc:
                 # Another program's fault, of which it may repent; the other hosts go on.
                 if said != (said := str(exc.strerror or exc)):

@@ -138,7 +138,7 @@ class Bridge:
     async def _open_admin(self, nursery: trio.Nursery) -> None:
         ip, port = split_address(self._config.bridge.admin)
         try:
-            listener = await listen(ip, port)
+            listener = listen(ip, port)
         except OSError as exc:
             raise HostError(f"bridge.admin: cannot listen at {ip}:{port}: {exc.strerror}") from exc
         nursery.start_soon(Door(Admin(self).answer, None).serve, listener)

@@ -2,7 +2,7 @@
 
 Keylime's verifier opens a connection with TLS for each poll, so there is nothing to keep. Every wait on a
 client has a deadline, every size a bound, and connections are counted: one more than `MAX_OPEN` of a
-port is closed. What it is about is a `Handler`'s.
+port ends the one that has waited for its client the longest. What it is about is a `Handler`'s.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import h11
 import trio
 
+from provider_proxy.common.streams import SocketStream
+
 log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 16 * 1024
@@ -31,7 +33,15 @@ CLOSE_LIMIT_S = 1.0
 MAX_OPEN = 32  # of one port: a verifier has 10 connections a worker, and one for each agent
 BACKLOG = 64
 ACCEPT_AGAIN_S = 0.1  # where the process has no file left
-NO_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+# No file left, no memory; and what a connection that is gone already says (accept(2)).
+TRANSIENT = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+    errno.ECONNABORTED,
+    errno.EPROTO,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,22 +71,23 @@ class Answer:
 Handler = Callable[[Asked], Awaitable[Answer]]
 
 
-async def listen(ip: str, port: int) -> trio.SocketListener:
+def listen(ip: str, port: int) -> socket.socket:
     """Open a port.
 
     Raises:
         OSError: it is not to be opened: taken, or an address that is not this machine's.
     """
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
+        sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        await sock.bind((ip, port))
+        sock.bind((ip, port))
         sock.listen(BACKLOG)
     except BaseException:
         sock.close()
         raise
-    return trio.SocketListener(sock)
+    return sock
 
 
 class Door:
@@ -91,29 +102,42 @@ class Door:
         self._handler = handler
         self._context = context
         self._open = 0
+        self._slow: dict[trio.CancelScope, None] = {}  # who waits for its client, the longest first
 
-    async def serve(self, listener: trio.SocketListener) -> None:
+    async def serve(self, listener: socket.socket) -> None:
         """Serve until cancelled; closes the listener."""
-        async with listener, trio.open_nursery() as nursery:
-            while True:
-                try:
-                    stream = await listener.accept()
-                except OSError as exc:
-                    if exc.errno not in NO_FILES:
-                        raise
-                    log.error("accepting a connection: %s", exc.strerror)
-                    await trio.sleep(ACCEPT_AGAIN_S)
-                    continue
-                if self._open >= MAX_OPEN:
-                    await trio.aclose_forcefully(stream)
-                    continue
-                self._open += 1
-                nursery.start_soon(self._connection, stream)
+        try:
+            async with trio.open_nursery() as nursery:
+                while True:
+                    await trio.lowlevel.wait_readable(listener)
+                    try:
+                        sock, _ = listener.accept()
+                    except BlockingIOError:
+                        continue
+                    except OSError as exc:
+                        if exc.errno not in TRANSIENT:
+                            raise
+                        log.error("accepting a connection: %s", exc.strerror)
+                        await trio.sleep(ACCEPT_AGAIN_S)
+                        continue
+                    if self._open >= MAX_OPEN and not self._make_room():
+                        sock.close()
+                        continue
+                    self._open += 1
+                    nursery.start_soon(self._connection, SocketStream(sock, self._context))
+        finally:
+            listener.close()
 
-    async def _connection(self, raw: trio.SocketStream) -> None:
-        stream: trio.abc.Stream = raw
-        if self._context is not None:
-            stream = trio.SSLStream(raw, self._context, server_side=True, https_compatible=True)
+    def _make_room(self) -> bool:
+        """End a connection on which no request has come yet; False where there is none."""
+        scope = next(iter(self._slow), None)
+        if scope is None:
+            return False
+        del self._slow[scope]
+        scope.cancel()
+        return True
+
+    async def _connection(self, stream: SocketStream) -> None:
         try:
             await self._converse(stream)
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError) as exc:
@@ -128,17 +152,21 @@ class Door:
                 with contextlib.suppress(trio.BrokenResourceError):
                     await stream.aclose()
 
-    async def _converse(self, stream: trio.abc.Stream) -> None:
+    async def _converse(self, stream: SocketStream) -> None:
         http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
         limit_s = REQUEST_LIMIT_S  # for the first request TLS's handshake is in it
         while True:
             asked: Asked | None = None
             answer: Answer | None = None
-            with trio.move_on_after(limit_s):
+            with trio.move_on_after(limit_s) as scope:
+                self._slow[scope] = None
                 try:
+                    await stream.do_handshake()
                     asked = await _read(http, stream)
                 except h11.RemoteProtocolError as exc:
                     answer = Answer(status=exc.error_status_hint or 400, body=b"{}")
+                finally:
+                    self._slow.pop(scope, None)
             if asked is not None:
                 answer = await self._handler(asked)
             if answer is None or not _may_send(http):
@@ -158,7 +186,7 @@ def _is_kept(http: h11.Connection) -> bool:
     return http.our_state is h11.DONE and http.their_state is h11.DONE
 
 
-async def _read(http: h11.Connection, stream: trio.abc.Stream) -> Asked | None:
+async def _read(http: h11.Connection, stream: SocketStream) -> Asked | None:
     """A whole request; None where the client has ended.
 
     Raises:
@@ -188,7 +216,7 @@ async def _read(http: h11.Connection, stream: trio.abc.Stream) -> Asked | None:
             return None
 
 
-async def _send(http: h11.Connection, stream: trio.abc.Stream, answer: Answer) -> None:
+async def _send(http: h11.Connection, stream: SocketStream, answer: Answer) -> None:
     head = h11.Response(
         status_code=answer.status,
         headers=[
