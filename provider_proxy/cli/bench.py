@@ -13,6 +13,7 @@ from rich.table import Table
 
 from provider_proxy.bench import (
     bindings,
+    bridge,
     contention,
     faults,
     ima,
@@ -31,6 +32,7 @@ SUITES = {
     "contention": contention.run,
     "overload": overload.run,
     "bindings": bindings.run,
+    "bridge": bridge.run,
     "plan": plan.run,
     "ima": ima.run,
     "watch": watch.run,

@@ -60,6 +60,16 @@ class Poll:
     mask: int
     ima_ml_entry: int
 
+    @property
+    def wants_list(self) -> bool:
+        """Whether the IMA list goes with the answer."""
+        return bool(self.mask >> IMA_PCR & 1)
+
+    @property
+    def wants_uefi(self) -> bool:
+        """Whether the firmware's log does."""
+        return self.mask & MEASURED_BOOT_PCRS == MEASURED_BOOT_PCRS
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
@@ -245,8 +255,7 @@ class Agent:
             question.done.set()
 
     async def _ask(self, poll: Poll) -> Shown:
-        wants_list = bool(poll.mask >> IMA_PCR & 1)
-        boot = self._view.asked(poll.ima_ml_entry) if wants_list else None
+        boot = self._view.asked(poll.ima_ml_entry) if poll.wants_list else None
         judged = await self._judged(poll, 0 if boot is None else poll.ima_ml_entry)
         if boot is not None and boot != judged.quote.clock.reset_count:
             judged = await self._judged(poll, 0)
@@ -260,10 +269,10 @@ class Agent:
 
     async def _judged(self, poll: Poll, entry: int) -> Judged:
         """An answer whose clock is above all that was shown."""
-        wants_list = bool(poll.mask >> IMA_PCR & 1)
         wanted = Wanted(
             mask=poll.mask,
-            ima_ml_entry=entry if wants_list else None,
+            logs=poll.wants_list or poll.wants_uefi,
+            ima_ml_entry=entry if poll.wants_list else None,
             make_nonce=lambda: self._make_nonce(poll.nonce),
         )
         for _ in range(MAX_EQUAL):
@@ -309,9 +318,9 @@ class Agent:
                 firmware=quote.firmware_version,
             ),
             boottime=quoting.shown_boottime(quote.clock),
-            ima=logs.ima if poll.mask >> IMA_PCR & 1 else None,
+            ima=logs.ima if poll.wants_list else None,
             ima_entry=logs.ima_entry,
-            uefi=logs.uefi if poll.mask & MEASURED_BOOT_PCRS == MEASURED_BOOT_PCRS else None,
+            uefi=logs.uefi if poll.wants_uefi else None,
         )
 
     def _note(self, result: str, reason: str | None) -> None:

@@ -28,6 +28,7 @@ from provider_proxy.tenant.bridge.keys import BridgeKeys, load_keys
 from provider_proxy.tenant.bridge.metrics import BridgeMetrics
 from provider_proxy.tenant.bridge.ports import PortBook
 from provider_proxy.tenant.watch.budget import Budget
+from provider_proxy.tenant.watch.metrics import write_textfile
 from provider_proxy.tenant.watch.questions import HostQuestions, Setting
 from provider_proxy.tenant.watch.registrars import KnownAks, Registrars
 from provider_proxy.tenant.watch.saving import save, save_often
@@ -77,7 +78,6 @@ class Bridge:
         self.metrics = BridgeMetrics()
         self.keys = keys_of(config)
         directory = state_dir_of(config)
-        (directory / EK_CA_FILE).write_bytes(self.keys.ek_ca)
         self._store = StateStore(directory)
         self._budget = Budget()
         self._ports = PortBook(directory, config.bridge.first_port, config.bridge.last_port)
@@ -110,6 +110,7 @@ class Bridge:
         """
         self._store.open()
         try:
+            write_textfile(state_dir_of(self._config) / EK_CA_FILE, self.keys.ek_ca)
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
                 async with http_client(self._registrar_tls) as http, trio.open_nursery() as nursery:
                     self._access = RegistrarAccess(http)

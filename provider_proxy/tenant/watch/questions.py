@@ -122,9 +122,11 @@ class Wanted:
         ima_ml_entry: the IMA list from this entry on, where `mask` has PCR 10; None for whatever part
             the replay needs.
         make_nonce: makes each question's nonce; None for a random one.
+        logs: whether the host's logs are wanted, those of PCRs in `mask`.
     """
 
     mask: int = 0
+    logs: bool = False
     ima_ml_entry: int | None = None
     make_nonce: Callable[[], Nonce] | None = None
 
@@ -286,7 +288,7 @@ class HostQuestions:
                 bank=rules.bank,
                 vm=rules.vm,
                 ima_ml_entry=entry if tail is None else min(entry, tail.next_entry),
-                logs=rules.ima or rules.uefi or self._judged_elsewhere,
+                logs=rules.ima or rules.uefi or wanted.logs,
             )
             request = challenge.request
             try:

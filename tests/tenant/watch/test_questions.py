@@ -136,15 +136,15 @@ async def test_a_list_is_replayed_though_no_policy_here_wants_it(
 ) -> None:
     rig, _ = ima_rig(tmp_path, nursery)
     host = questions(rig)
-    judged = await host.attest(Wanted(mask=PCR_10, ima_ml_entry=0))
+    judged = await host.attest(Wanted(logs=True, mask=PCR_10, ima_ml_entry=0))
     assert (judged.logs.ima, judged.logs.ima_entry) == (text(HOST), 0)
     rig.proxy.answer = rig.proxy.good
     rig.proxy.logs = {"ima_measurement_list": text(HOST[1:]), "ima_measurement_list_entry": 0}
     with pytest.raises(LogError):
-        await host.attest(Wanted(mask=PCR_10, ima_ml_entry=0))
+        await host.attest(Wanted(logs=True, mask=PCR_10, ima_ml_entry=0))
     rig.proxy.logs = {}
     with pytest.raises(LogError, match="no IMA list"):  # absent is not empty
-        await host.attest(Wanted(mask=PCR_10, ima_ml_entry=0))
+        await host.attest(Wanted(logs=True, mask=PCR_10, ima_ml_entry=0))
     await host.aclose()
 
 
@@ -154,11 +154,11 @@ async def test_two_who_count_differently_get_what_each_needs(
     rig, tpm = ima_rig(tmp_path, nursery)
     host = questions(rig)
     tpm.lines = 100
-    await host.attest(Wanted(mask=PCR_10, ima_ml_entry=0))
+    await host.attest(Wanted(logs=True, mask=PCR_10, ima_ml_entry=0))
     tpm.lines = 200
-    judged = await host.attest(Wanted(mask=PCR_10, ima_ml_entry=50))
+    judged = await host.attest(Wanted(logs=True, mask=PCR_10, ima_ml_entry=50))
     assert (judged.logs.ima, judged.logs.ima_entry) == (text(HOST[50:200]), 50)
-    judged = await host.attest(Wanted(mask=PCR_10, ima_ml_entry=200))
+    judged = await host.attest(Wanted(logs=True, mask=PCR_10, ima_ml_entry=200))
     assert (judged.logs.ima, judged.logs.ima_entry) == ("", 200)
     assert [request.ima_ml_entry for _, request in rig.proxy.asked] == [0, 50, 200]
     await host.aclose()
@@ -168,9 +168,9 @@ async def test_a_long_list_is_put_together(tmp_path: Path, nursery: trio.Nursery
     rig, tpm = ima_rig(tmp_path, nursery, part=250)
     tpm.lines = 600
     host = questions(rig)
-    judged = await host.attest(Wanted(mask=PCR_10, ima_ml_entry=0))
+    judged = await host.attest(Wanted(logs=True, mask=PCR_10, ima_ml_entry=0))
     assert (judged.logs.ima, judged.logs.ima_entry) == (text(HOST[:600]), 0)
-    judged = await host.attest(Wanted(mask=PCR_10, ima_ml_entry=100))
+    judged = await host.attest(Wanted(logs=True, mask=PCR_10, ima_ml_entry=100))
     assert (judged.logs.ima, judged.logs.ima_entry) == (text(HOST[100:600]), 100)
     await host.aclose()
 
@@ -180,12 +180,12 @@ async def test_a_reboot_gives_the_list_from_its_beginning(
 ) -> None:
     rig, tpm = ima_rig(tmp_path, nursery)
     host = questions(rig)
-    await host.attest(Wanted(mask=PCR_10, ima_ml_entry=0))
+    await host.attest(Wanted(logs=True, mask=PCR_10, ima_ml_entry=0))
     tpm.clock = ClockState(reset_count=tpm.clock.reset_count + 1, restart_count=0, clock_ms=5)
     rig.proxy.answer = rig.proxy.good
     tpm.lines = 3
     rig.proxy.logs = {"ima_measurement_list": text(HOST[:3]), "ima_measurement_list_entry": 0}
-    judged = await host.attest(Wanted(mask=PCR_10, ima_ml_entry=len(HOST)))
+    judged = await host.attest(Wanted(logs=True, mask=PCR_10, ima_ml_entry=len(HOST)))
     assert (judged.logs.ima, judged.logs.ima_entry) == (text(HOST[:3]), 0)
     assert judged.was_reset
     await host.aclose()
