@@ -20,6 +20,7 @@ from provider_proxy.cli import arguments, http
 from provider_proxy.common.files import read_file, write_private
 from provider_proxy.errors import UsageError
 from provider_proxy.evidence.model import AttestationKey
+from provider_proxy.evidence.pem import one_part
 from provider_proxy.evidence.tpm_keys import parse_public
 from provider_proxy.evidence.vtpm_ca import VtpmCa, check_ca_certificate, check_vtpm_certificate
 from provider_proxy.tenant.client import ProxyClient
@@ -127,7 +128,7 @@ def _read_certificate(path: Path) -> bytes:
     if not data.lstrip().startswith(b"-----BEGIN"):
         return data
     try:
-        return x509.load_pem_x509_certificate(data).public_bytes(Encoding.DER)
+        return x509.load_pem_x509_certificate(one_part(data)).public_bytes(Encoding.DER)
     except (ValueError, binascii.Error) as exc:
         raise UsageError(f"{path} holds no certificate: {exc}") from exc
 

@@ -8,6 +8,7 @@ Source: RFC 5280, section 5. Does not read: delta lists, and lists of one kind o
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from provider_proxy.common.files import read_file
 from provider_proxy.errors import HostError, UsageError
@@ -26,23 +28,38 @@ _PEM_RE = re.compile(rb"-----BEGIN X509 CRL-----.*?-----END X509 CRL-----", re.D
 _UNDERSTOOD = (x509.CRLNumber.oid, x509.AuthorityKeyIdentifier.oid)
 
 
+IssuerKey = bytes
+"""SHA-256 of a CA's SubjectPublicKeyInfo."""
+Issued = tuple[IssuerKey, int]
+"""What names a certificate: the key that signed it, and its serial number."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crl:
     """One CA's list.
 
     Attributes:
+        issuer: whose list it is: by the key that signed it, for a name can be written in several ways,
+            and by several CAs.
         this_update: since when it speaks.
         next_update: until when; `FOR_EVER` where it does not say.
     """
 
-    issuer: x509.Name
+    issuer: IssuerKey
     serials: frozenset[int]
     this_update: datetime
     next_update: datetime
 
-    def holds(self, issuer: x509.Name, serial: int) -> bool:
-        """True where this CA's certificate with this serial is revoked."""
+    def holds(self, issued: Issued) -> bool:
+        """True where this certificate is revoked."""
+        issuer, serial = issued
         return issuer == self.issuer and serial in self.serials
+
+
+def key_of(ca: x509.Certificate) -> IssuerKey:
+    """What a CA signs with."""
+    spki = ca.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(spki).digest()
 
 
 def load_crls(name: str, path: Path, authorities: Sequence[x509.Certificate]) -> tuple[Crl, ...]:
@@ -60,6 +77,8 @@ def load_crls(name: str, path: Path, authorities: Sequence[x509.Certificate]) ->
     except (HostError, UsageError) as exc:
         raise HostError(f"{name}: {exc}") from exc
     blocks = _PEM_RE.findall(data)
+    if blocks and data.count(b"-----BEGIN ") > len(blocks):
+        raise HostError(f"{name}: {path} holds more than whole CRLs: take the rest out")
     if not blocks and (not data.strip() or b"-----BEGIN" in data):
         what = "is empty" if not data.strip() else "holds no X509 CRL"
         raise HostError(f"{name}: {path} {what}")
@@ -80,7 +99,8 @@ def _read(
     crl: x509.CertificateRevocationList,
     authorities: Sequence[x509.Certificate],
 ) -> Crl:
-    if not any(_is_signed_by(crl, ca) for ca in authorities):
+    signer = next((ca for ca in authorities if _is_signed_by(crl, ca)), None)
+    if signer is None:
         raise HostError(
             f"{name}: {path} has a CRL of {crl.issuer.rfc4514_string()!r}, and none of the CAs signed it"
         )
@@ -88,7 +108,7 @@ def _read(
         if extension.critical and extension.oid not in _UNDERSTOOD:
             raise HostError(f"{name}: {path} is a CRL of a kind that is not read: {extension.oid}")
     return Crl(
-        issuer=crl.issuer,
+        issuer=key_of(signer),
         serials=frozenset(entry.serial_number for entry in crl),
         this_update=crl.last_update_utc,
         next_update=crl.next_update_utc or FOR_EVER,
@@ -96,8 +116,6 @@ def _read(
 
 
 def _is_signed_by(crl: x509.CertificateRevocationList, ca: x509.Certificate) -> bool:
-    if ca.subject != crl.issuer:
-        return False
     try:
         return crl.is_signature_valid(ca.public_key())  # type: ignore[arg-type]
     except (InvalidSignature, TypeError, ValueError, UnsupportedAlgorithm):

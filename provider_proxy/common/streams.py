@@ -12,9 +12,11 @@ sent a byte costs a server no OpenSSL state. One task may send while another one
 
 from __future__ import annotations
 
+import _ssl
 import operator
 import socket
 import ssl
+from typing import Any
 
 import trio
 
@@ -71,6 +73,21 @@ class SocketStream(trio.abc.Stream):
         if not isinstance(self._socket, ssl.SSLSocket):
             return None
         return self._socket.getpeercert(binary_form=True)
+
+    def verified_chain(self) -> tuple[bytes, ...]:
+        """From the peer's certificate to the CA that is trusted, DER, as TLS has verified them.
+
+        Empty where the peer showed none, and where a session was resumed, which keeps the first alone.
+        """
+        if not isinstance(self._socket, ssl.SSLSocket):
+            return ()
+        public = getattr(self._socket, "get_verified_chain", None)  # Python 3.13
+        if public is not None:
+            return tuple(public())
+        ssl_object: Any = self._socket._sslobj  # type: ignore[attr-defined]
+        return tuple(
+            each.public_bytes(_ssl.ENCODING_DER) for each in ssl_object.get_verified_chain() or ()
+        )
 
     async def do_handshake(self) -> None:
         """TLS's handshake; nothing for plaintext or where it is done.

@@ -262,6 +262,10 @@ def _check_pair(files: TlsFiles, chain: Sequence[x509.Certificate], key: bytes) 
 def _key_block(name: str, path: Path) -> bytes:
     blocks = _blocks(name, path, MAX_KEY_BYTES, private=True)
     keys = [text for label, text in blocks if label in _KEY_LABELS]
+    if len(keys) > 1:
+        raise HostError(
+            f"{name}: {path} holds {len(keys)} private keys; leave the one that is used"
+        )
     if keys:
         return keys[0]
     if any(label == _ENCRYPTED for label, _ in blocks):

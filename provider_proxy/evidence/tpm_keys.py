@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from provider_proxy.errors import EvidenceFormatError, UntrustedAkError
 from provider_proxy.evidence.model import AkName, AttestationKey, HashAlg
+from provider_proxy.evidence.pem import one_part
 from provider_proxy.evidence.tpm_reader import Reader
 
 TPM_ALG_RSA = 0x0001
@@ -200,9 +201,9 @@ def insecure_ak_from_pem(pem: bytes) -> AttestationKey:
         UntrustedAkError: not a PEM of an RSA key of 2048 bits or a P-256/P-384/P-521 key.
     """
     try:
-        key = load_pem_public_key(pem)
+        key = load_pem_public_key(one_part(pem))
     except (ValueError, UnsupportedAlgorithm) as exc:
-        raise UntrustedAkError("not a PEM public key") from exc
+        raise UntrustedAkError(f"not a PEM public key: {exc}") from exc
     if isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in {
         curve.name for curve in CURVES.values()
     }:

@@ -32,6 +32,7 @@ from cryptography.x509.oid import NameOID
 
 from provider_proxy.common.files import read_file
 from provider_proxy.errors import HostError, UsageError
+from provider_proxy.evidence.pem import one_part
 
 CA_CERT, CA_KEY, CRL = "ca.crt", "ca.key", "crl.pem"
 CA_DAYS = 3650
@@ -173,7 +174,7 @@ def _issuer_id(ca: Holder) -> x509.AuthorityKeyIdentifier:
 
 
 def load_certificate(path: Path) -> x509.Certificate:
-    """A file's first certificate. Raises: HostError."""
+    """A file's first certificate; those of its CAs may follow it. Raises: HostError."""
     try:
         return x509.load_pem_x509_certificate(read_file(path, MAX_PEM_BYTES))
     except ValueError as exc:
@@ -185,7 +186,7 @@ def load_authority(directory: Path) -> Holder:
     certificate = load_certificate(directory / CA_CERT)
     path = directory / CA_KEY
     try:
-        key = load_pem_private_key(read_file(path, MAX_PEM_BYTES), password=None)
+        key = load_pem_private_key(one_part(read_file(path, MAX_PEM_BYTES)), password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as exc:  # TypeError: it is encrypted
         raise HostError(f"{path} is no private key that can be read: {exc}") from exc
     if not isinstance(key, Key) or key.public_key() != certificate.public_key():
@@ -197,7 +198,7 @@ def load_crl(directory: Path, ca: x509.Certificate) -> Crl:
     """The CRL, signed by this CA. Raises: HostError. Does not check: its dates."""
     path = directory / CRL
     try:
-        crl = x509.load_pem_x509_crl(read_file(path, MAX_CRL_BYTES))
+        crl = x509.load_pem_x509_crl(one_part(read_file(path, MAX_CRL_BYTES)))
         public = ca.public_key()
         ours = isinstance(public, ec.EllipticCurvePublicKey) and crl.is_signature_valid(public)
         crl_number(crl)

@@ -34,6 +34,7 @@ from provider_proxy.errors import (
 )
 from provider_proxy.evidence.logs.judge import LogJudge
 from provider_proxy.evidence.model import HashAlg, VerifiedQuote
+from provider_proxy.evidence.pem import one_part
 from provider_proxy.evidence.policy import AllOf, Policy
 from provider_proxy.evidence.tpm_keys import MAX_PUBLIC_BYTES
 from provider_proxy.evidence.verify import Verifier
@@ -110,7 +111,7 @@ def read_environment(variables: Mapping[str, str]) -> tuple[str, bytes]:
 
 def _check_pem(pem: str, digest: bytes) -> None:
     try:
-        key = load_pem_public_key(pem.encode("utf-8", "surrogateescape"))
+        key = load_pem_public_key(one_part(pem.encode("utf-8", "surrogateescape")))
     except (ValueError, UnsupportedAlgorithm) as exc:
         raise EkNotLinkedError("EK is no PEM of a public key") from exc
     if not isinstance(key, ec.EllipticCurvePublicKey | rsa.RSAPublicKey):

@@ -461,7 +461,7 @@ def test_identities_are_what_the_daemon_reads(
     tenants = pytest.importorskip("provider_proxy.host.api.identity")
     assert site.json("tenant", "acme", *words)["identities"] == identities
     certificate = site.certificate("tenants/acme.crt")
-    read = tenants.parse_certificate(certificate.public_bytes(Encoding.DER)).identities
+    read = tenants.parse_chain((certificate.public_bytes(Encoding.DER),)).identities
     assert list(read[:-1]) == identities  # the last is its digest
     (common,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     assert common.value == "acme"

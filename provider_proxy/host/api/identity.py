@@ -10,16 +10,19 @@ A book is never changed: a reload makes a new one.
 from __future__ import annotations
 
 import functools
+import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
-from provider_proxy.common.crl import Crl, load_crls
+from provider_proxy.common.crl import Crl, Issued, key_of, load_crls
 from provider_proxy.common.tls import load_certificates
 from provider_proxy.errors import HostError, UnknownTenantError
 from provider_proxy.evidence.model import Tenant
@@ -32,42 +35,50 @@ CRL_EXPIRED = (
     "the provider's revocation list has run out, and nobody is let in before it is renewed"
 )
 
+CRL_MISSING = "the provider has no revocation list of a CA above your certificate"
+_URI_RE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*", re.ASCII)
+
+log = logging.getLogger(__name__)
+
 Now = Callable[[], datetime]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Certificate:
-    """What counts of a client's certificate, which TLS has verified against `listen.client_ca`.
+class Client:
+    """What counts of a client's certificate and of those above it, which TLS has verified.
 
     Attributes:
         identities: "spiffe://…", "dns:…", "email:…", "cn:…", "sha256:…", in the order in which they
-            are looked up; the CN counts only where there is no other name.
+            are looked up; the CN counts only where there is no alternative name of any kind.
+        not_before, not_after: within them all certificates of the chain are valid.
+        issued: each certificate by its issuer's key and its number, the client's own first.
     """
 
     identities: tuple[str, ...]
-    issuer: x509.Name
-    serial: int
     not_before: datetime
     not_after: datetime
+    issued: tuple[Issued, ...]
 
 
 @functools.lru_cache(maxsize=MAX_CERTS_REMEMBERED)
-def parse_certificate(der: bytes) -> Certificate:
-    """Read a client's certificate.
+def parse_chain(chain: tuple[bytes, ...]) -> Client:
+    """Read a client's certificate and those above it, DER, up to the CA that is trusted.
 
     Raises:
-        UnknownTenantError: it cannot be read.
+        UnknownTenantError: one cannot be read.
     """
     try:
-        cert = x509.load_der_x509_certificate(der)
-        names = _names(cert)
-        fingerprint = cert.fingerprint(hashes.SHA256()).hex()
-        return Certificate(
+        certificates = [x509.load_der_x509_certificate(der) for der in chain]
+        leaf = certificates[0]
+        names = _names(leaf)
+        fingerprint = leaf.fingerprint(hashes.SHA256()).hex()
+        return Client(
             identities=(*names, f"sha256:{fingerprint}"),
-            issuer=cert.issuer,
-            serial=cert.serial_number,
-            not_before=cert.not_valid_before_utc,
-            not_after=cert.not_valid_after_utc,
+            not_before=max(each.not_valid_before_utc for each in certificates),
+            not_after=min(each.not_valid_after_utc for each in certificates),
+            issued=tuple(
+                (key_of(issuer), each.serial_number) for each, issuer in pairwise(certificates)
+            ),
         )
     except (
         ValueError,
@@ -79,19 +90,39 @@ def parse_certificate(der: bytes) -> Certificate:
         raise UnknownTenantError("your certificate cannot be read") from exc
 
 
-def _names(cert: x509.Certificate) -> list[str]:
+def _names(leaf: x509.Certificate) -> list[str]:
+    """Raises: ValueError for a name that another reader could take for another one."""
     try:
-        found = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        found = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
-        found = x509.SubjectAlternativeName([])
-    uris = found.get_values_for_type(x509.UniformResourceIdentifier)
+        common = leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        return [f"cn:{name.value}" for name in common if isinstance(name.value, str)]
+    uris = [_folded_uri(uri) for uri in found.get_values_for_type(x509.UniformResourceIdentifier)]
     names = [uri for uri in uris if uri.startswith("spiffe://")]
-    names += [f"dns:{name.lower()}" for name in found.get_values_for_type(x509.DNSName)]
-    names += [f"email:{name}" for name in found.get_values_for_type(x509.RFC822Name)]
-    if not names:
-        common = cert.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        names = [f"cn:{name.value}" for name in common if isinstance(name.value, str)]
+    if len(names) > 1:
+        raise ValueError("an X.509-SVID has exactly one SPIFFE ID")
+    names += [f"dns:{_folded(name)}" for name in found.get_values_for_type(x509.DNSName)]
+    for name in found.get_values_for_type(x509.RFC822Name):
+        mailbox, at, domain = _ascii(name).rpartition("@")
+        names.append(f"email:{mailbox}{at}{_folded(domain)}")
     return names
+
+
+def _ascii(name: str) -> str:
+    if not name.isascii() or not name.isprintable():
+        raise ValueError("a name that is not printable ASCII")
+    return name
+
+
+def _folded(name: str) -> str:
+    """Letters A to Z in lower case, RFC 4343; Unicode's lower() makes a "k" of the Kelvin sign."""
+    return _ascii(name).lower()
+
+
+def _folded_uri(uri: str) -> str:
+    """Scheme and authority in lower case, RFC 3986, section 6.2.2.1."""
+    match = _URI_RE.match(_ascii(uri))
+    return uri if match is None else match[0].lower() + uri[match.end() :]
 
 
 class TenantBook:
@@ -102,7 +133,7 @@ class TenantBook:
         tenants: name to rules.
         certificates: True where clients have one (`listen.client_ca` is set).
         crls: who was revoked, of each CA.
-        crl_strict: a list that has run out lets nobody in.
+        crl_strict: a list that has run out, or that a CA does not have, lets nobody in.
     """
 
     def __init__(
@@ -139,14 +170,32 @@ class TenantBook:
             return self._by_default(peer.name)
         if peer.certificate is None:
             raise UnknownTenantError("a client certificate is needed here")
-        certificate = parse_certificate(peer.certificate)
-        if not certificate.not_before <= self._now() <= certificate.not_after:
-            raise UnknownTenantError("your certificate is not valid now")
-        if any(crl.holds(certificate.issuer, certificate.serial) for crl in self._crls):
-            raise UnknownTenantError("your certificate was revoked")
-        if self._crl_strict and any(crl.next_update < self._now() for crl in self._crls):
+        client = parse_chain(peer.chain or (peer.certificate,))
+        if not client.not_before <= self._now() <= client.not_after:
+            raise UnknownTenantError("your certificate, or a CA above it, is not valid now")
+        if self._crls:
+            self._check_revocation(client, is_whole=bool(peer.chain))
+        return self._lookup(client.identities)
+
+    def _check_revocation(self, client: Client, *, is_whole: bool) -> None:
+        """Look at every certificate of the chain.
+
+        Raises:
+            UnknownTenantError: one is revoked, or nobody knows and that is not enough.
+        """
+        if not is_whole:
+            raise UnknownTenantError("connect again with a whole TLS handshake")
+        for depth, issued in enumerate(client.issued):
+            if any(crl.holds(issued) for crl in self._crls):
+                whose = "a CA above your certificate" if depth else "your certificate"
+                raise UnknownTenantError(f"{whose} was revoked")
+        if not self._crl_strict:
+            return
+        if any(crl.next_update < self._now() for crl in self._crls):
             raise UnknownTenantError(CRL_EXPIRED)
-        return self._lookup(certificate.identities)
+        known = {crl.issuer for crl in self._crls}
+        if any(issuer not in known for issuer, _ in client.issued):
+            raise UnknownTenantError(CRL_MISSING)
 
     def _lookup(self, identities: tuple[str, ...]) -> Tenant:
         for identity in identities:
@@ -191,6 +240,11 @@ def load_book(
     if listen.client_crl is not None and listen.client_ca is not None:
         authorities = load_certificates("listen.client_ca", listen.client_ca)
         crls = load_crls("listen.client_crl", listen.client_crl, authorities)
+        known = {crl.issuer for crl in crls}
+        for authority in authorities:
+            if key_of(authority) not in known:
+                name = authority.subject.rfc4514_string()
+                log.warning("listen.client_crl has no CRL of %s: what it revokes stays good", name)
         if listen.crl_strict and any(crl.next_update < datetime.now(UTC) for crl in crls):
             raise HostError(
                 f"listen.client_crl: {listen.client_crl} has run out, and listen.crl_strict is set: get "

@@ -46,6 +46,8 @@ class Peer:
         name: address and port, or the unix socket's connection number; never a secret.
         is_gone: True once the client has hung up.
         certificate: the client's, DER, verified by TLS; None where it has none.
+        chain: from it to the CA that is trusted, DER, as TLS verified them; empty where that is not
+            known, which a resumed session does not tell.
         uid: of the process at the other end of a unix socket; None for TCP.
         limit: sets how many seconds the present request may still take; after them it is
             cancelled and answered with a `DeadlineError`.
@@ -55,6 +57,7 @@ class Peer:
     is_gone: Callable[[], bool]
     limit: Callable[[float], None]
     certificate: bytes | None = None
+    chain: tuple[bytes, ...] = ()
     uid: int | None = None
 
 

@@ -11,14 +11,9 @@ wait on the client has a deadline. `Door.finish` never cuts off a request that i
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
-import itertools
 import logging
-import select
 import socket
-import ssl
-import struct
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -37,6 +32,7 @@ from provider_proxy.host.http.messages import (
     error_response,
     joined,
 )
+from provider_proxy.host.http.peers import SILENT, Chains, handshake_failure, peer_of
 from provider_proxy.host.http.plain import response_head
 from provider_proxy.host.http.reader import RequestReader
 
@@ -55,12 +51,7 @@ LINGER_READS = 16  # 256 kB of a refused body
 TIMED_OUT = "no quote within the request's timeout"
 
 ObserveHandshake = Callable[[str], None]
-"""Called after each TLS handshake, with "ok", `SILENT`, or why it failed: see `_handshake_failure`."""
-SILENT = "silent"  # the client never sent a byte, as a balancer's probe of the port
-
-
-_UCRED = struct.Struct("=iII")  # pid, uid, gid: unix(7)
-_unix_numbers = itertools.count(1)
+"""Called after each TLS handshake, with "ok", `SILENT`, or why it failed: see `handshake_failure`."""
 
 
 class Door:
@@ -90,6 +81,7 @@ class Door:
         self.busy_status = busy_status
         self.observe = observe
         self.observe_handshake = observe_handshake
+        self.chains = Chains()
         self.closing = False
         self._max_connections = max_connections
         self._max_per_address = max_per_address
@@ -222,12 +214,12 @@ class _Connection:
         """Handshake, then requests, until either side ends."""
         if self._door.closing:
             return
-        peer = _peer_of(self._stream.socket, self._limit)
+        peer = peer_of(self._stream.socket, self._limit)
         with self._scope:
             if self._stream.is_tls:
                 self._enter(_Stage.READING, HANDSHAKE_LIMIT_S)
                 await self._shake_hands()
-                peer = dataclasses.replace(peer, certificate=self._stream.certificate())
+                peer = self._door.chains.complete(peer, self._stream)
             self._scope.deadline = self.since + IDLE_LIMIT_S
             await self._converse(peer)
         while self._scope.cancelled_caught and self._goes_on():
@@ -256,7 +248,7 @@ class _Connection:
             await self._stream.do_handshake()
             reason = "ok"
         except trio.BrokenResourceError as exc:
-            reason = _handshake_failure(exc.__cause__)
+            reason = handshake_failure(exc.__cause__)
             if reason != "client_gone":
                 await self._linger()  # its alert says why
             raise
@@ -345,36 +337,3 @@ class _Connection:
         for _ in range(LINGER_READS):
             if not await self._stream.discard_some():
                 return
-
-
-def _handshake_failure(cause: BaseException | None) -> str:
-    """Why a handshake failed, from a bounded set of words."""
-    gone = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
-    if not isinstance(cause, ssl.SSLError) or isinstance(cause, gone):
-        return "client_gone"
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return "bad_certificate"
-    if cause.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
-        return "no_certificate"
-    return "protocol"
-
-
-def _peer_of(sock: socket.socket, limit: Callable[[float], None]) -> Peer:
-    name, uid = None, None
-    try:
-        if sock.family == socket.AF_UNIX:
-            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-            uid = _UCRED.unpack(credentials)[1]
-        else:
-            name = sock.getpeername()
-    except OSError as exc:
-        raise trio.BrokenResourceError from exc  # gone before we looked
-    poll = select.poll()
-    # RDHUP: the peer closed its sending half. Seen without reading, TLS records or not.
-    poll.register(sock.fileno(), select.POLLRDHUP | select.POLLHUP | select.POLLERR)
-    return Peer(
-        name=f"{name[0]}:{name[1]}" if name else f"unix:{next(_unix_numbers)}",
-        is_gone=lambda: bool(poll.poll(0)),
-        limit=limit,
-        uid=uid,
-    )

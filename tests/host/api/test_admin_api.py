@@ -36,7 +36,8 @@ from provider_proxy.errors import QuoteError, WrongHostError
 from provider_proxy.host.api.admin import AdminDoor, check_host, page_headers
 from provider_proxy.host.config.tables import Listen
 from provider_proxy.host.http.listeners import open_listeners, tls_context
-from provider_proxy.host.http.server import SILENT, Door
+from provider_proxy.host.http.peers import SILENT
+from provider_proxy.host.http.server import Door
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.status.recent import Recent
 

@@ -22,7 +22,7 @@ from provider_proxy.common.tls import load_certificates
 from provider_proxy.errors import HostError, TenantLimitError, UnknownTenantError
 from provider_proxy.evidence.model import Tenant
 from provider_proxy.host.api import quotas as quotas_module
-from provider_proxy.host.api.identity import TenantBook, load_book, parse_certificate
+from provider_proxy.host.api.identity import TenantBook, load_book, parse_chain
 from provider_proxy.host.api.quotas import (
     LOG_BURST_BYTES,
     LOG_BYTES_PER_S,
@@ -60,12 +60,16 @@ def certificate(
     return builder.sign(CA_KEY, hashes.SHA256())
 
 
-def peer(cert: x509.Certificate | None = None, uid: int | None = None) -> Peer:
+def peer(
+    cert: x509.Certificate | None = None, *above: x509.Certificate, uid: int | None = None
+) -> Peer:
+    chain = (cert, *above) if cert is not None and above else ()
     return Peer(
         name="192.0.2.1:5",
         is_gone=lambda: False,
         limit=lambda seconds: None,
         certificate=cert.public_bytes(Encoding.DER) if cert is not None else None,
+        chain=tuple(each.public_bytes(Encoding.DER) for each in chain),
         uid=uid,
     )
 
@@ -122,7 +126,7 @@ def test_the_cn_counts_only_where_there_is_no_other_name() -> None:
 
 
 def test_an_uri_that_is_no_spiffe_id_is_no_identity() -> None:
-    assert not any("not.an.identity" in i for i in parse_certificate(_der(FULL)).identities)
+    assert not any("not.an.identity" in i for i in parse_chain((_der(FULL),)).identities)
 
 
 def _der(cert: x509.Certificate) -> bytes:
@@ -132,7 +136,7 @@ def _der(cert: x509.Certificate) -> bytes:
 @pytest.mark.parametrize("data", [b"", b"garbage", _der(FULL)[:-1]])
 def test_bytes_that_are_no_certificate_do_not_come_in(data: bytes) -> None:
     with pytest.raises(UnknownTenantError):
-        parse_certificate(data)
+        parse_chain((data,))
 
 
 def test_a_name_of_a_kind_that_nobody_reads_is_no_bug_of_ours() -> None:
@@ -152,7 +156,7 @@ def test_a_name_of_a_kind_that_nobody_reads_is_no_bug_of_ours() -> None:
         .sign(key, hashes.SHA256())
     )
     with pytest.raises(UnknownTenantError):
-        parse_certificate(_der(cert))
+        parse_chain((_der(cert),))
 
 
 def test_unlisted_tenants_come_in_where_the_defaults_say_so() -> None:
@@ -246,8 +250,8 @@ def test_a_revoked_certificate_does_not_come_in(tmp_path: Path, encoding: Encodi
     defaults = TenantRules(accept_unlisted=True)
     found = TenantBook(defaults, {}, certificates=True, crls=crls, now=lambda: NOW)
     with pytest.raises(UnknownTenantError, match="revoked"):
-        found.find(peer(certificate(serial=7)))
-    assert found.find(peer(certificate(serial=8))).name == "cn:a tenant"
+        found.find(peer(certificate(serial=7), ca_certificate()))
+    assert found.find(peer(certificate(serial=8), ca_certificate())).name == "cn:a tenant"
 
 
 def test_several_lists_in_one_file(tmp_path: Path) -> None:
@@ -271,12 +275,12 @@ def test_a_crl_that_has_run_out_still_keeps_out_whom_it_names(tmp_path: Path) ->
     for strict in (False, True):
         found = TenantBook(defaults, {}, certificates=True, crls=crls, crl_strict=strict, now=late)
         with pytest.raises(UnknownTenantError, match="revoked"):
-            found.find(peer(certificate(serial=7)))
+            found.find(peer(certificate(serial=7), ca_certificate()))
         if not strict:
-            assert found.find(peer(certificate(serial=8))).name == "cn:a tenant"
+            assert found.find(peer(certificate(serial=8), ca_certificate())).name == "cn:a tenant"
             continue
         with pytest.raises(UnknownTenantError, match="revocation list has run out"):
-            found.find(peer(certificate(serial=8)))
+            found.find(peer(certificate(serial=8), ca_certificate()))
 
 
 @pytest.mark.parametrize("strict", [False, True])

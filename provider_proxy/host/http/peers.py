@@ -1,0 +1,87 @@
+"""Who is at the other end of a connection: what the socket tells, and what TLS has verified."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import select
+import socket
+import ssl
+import struct
+from collections.abc import Callable
+
+import trio
+
+from provider_proxy.common.streams import SocketStream
+from provider_proxy.host.http.messages import Peer
+
+MAX_CHAINS = 4096  # of a few kB each
+SILENT = "silent"  # the client never sent a byte, as a balancer's probe of the port
+
+_UCRED = struct.Struct("=iII")  # pid, uid, gid: unix(7)
+_unix_numbers = itertools.count(1)
+
+
+class Chains:
+    """Remembers what led to a client's certificate, for the sessions that the client resumes: they tell
+    the certificate alone. Tickets are good under one TLS context only, so that whoever resumes has had
+    a whole handshake under it, which has put its chain here."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, tuple[bytes, ...]] = {}
+
+    def complete(self, peer: Peer, stream: SocketStream) -> Peer:
+        """A peer after its handshake."""
+        certificate = stream.certificate()
+        if certificate is None:
+            return peer
+        chain = stream.verified_chain()
+        if not chain:
+            chain = self._known.get(certificate, ())
+        else:
+            if len(self._known) >= MAX_CHAINS:
+                self._known.clear()
+            self._known[certificate] = chain
+        return dataclasses.replace(peer, certificate=certificate, chain=chain)
+
+
+def handshake_failure(cause: BaseException | None) -> str:
+    """Why a handshake failed, from a bounded set of words.
+
+    Args:
+        cause: what OpenSSL or the system said; None where the client left.
+    """
+    gone = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
+    if not isinstance(cause, ssl.SSLError) or isinstance(cause, gone):
+        return "client_gone"
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return "bad_certificate"
+    if cause.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+        return "no_certificate"
+    return "protocol"
+
+
+def peer_of(sock: socket.socket, limit: Callable[[float], None]) -> Peer:
+    """The peer of a socket, before TLS.
+
+    Raises:
+        trio.BrokenResourceError: it is gone already.
+    """
+    name, uid = None, None
+    try:
+        if sock.family == socket.AF_UNIX:
+            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+            uid = _UCRED.unpack(credentials)[1]
+        else:
+            name = sock.getpeername()
+    except OSError as exc:
+        raise trio.BrokenResourceError from exc  # gone before we looked
+    poll = select.poll()
+    # RDHUP: the peer closed its sending half. Seen without reading, TLS records or not.
+    poll.register(sock.fileno(), select.POLLRDHUP | select.POLLHUP | select.POLLERR)
+    return Peer(
+        name=f"{name[0]}:{name[1]}" if name else f"unix:{next(_unix_numbers)}",
+        is_gone=lambda: bool(poll.poll(0)),
+        limit=limit,
+        uid=uid,
+    )
