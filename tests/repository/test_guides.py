@@ -107,13 +107,14 @@ OTHERS = {
 
 def other_pages() -> list[str]:
     """Short blocks of other pages that want a daemon and a registrar."""
-    (pin_and_verify,) = guide_blocks("docs/bindings.md")
+    pin_and_verify, import_eks = guide_blocks("docs/bindings.md")
     (vms,) = (block for block in guide_blocks("docs/vtpm.md") if "provider-proxy vms" in block)
     return [
         "provider-proxy tpm ak export --out ak.b64",
         f"""echo '{{"0": ["{"00" * 32}"]}}' > policy.json""",
         *(pin_and_verify.splitlines()[0], *guide_blocks("docs/tpm.md")),
         *(pin_and_verify.splitlines()[1], *guide_blocks("docs/monitoring.md"), vms),
+        *(f"echo another,{'00' * 32} > eks.csv", import_eks),
     ]
 
 
