@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from provider_proxy.cli.arguments import add_config_argument
+from provider_proxy.errors import HostError
 from provider_proxy.host.batching.simulation import (
     EXTENDS_PER_S,
     RESERVE,
@@ -177,11 +178,22 @@ async def measure(config: Config) -> ChipTimes:
     async with open_quoter(
         dataclasses.replace(config.tpm, max_duty=1.0), config.state_dir, Metrics()
     ) as quoter:
-        for _ in range(MEASURED_QUOTES):
-            begin = time.monotonic()
-            await quoter.quote(secrets.token_hex(16).encode("ascii"), config.tpm.banks[0], 1)
-            times.append(time.monotonic() - begin)
-        small_ms = await quoter.on_chip(lambda opened: measure_small_commands(opened.context))
+        try:
+            with trio.fail_after(config.tpm.hang_limit_s):
+                for _ in range(MEASURED_QUOTES):
+                    begin = time.monotonic()
+                    nonce = secrets.token_hex(16).encode("ascii")
+                    await quoter.quote(nonce, config.tpm.banks[0], 1)
+                    times.append(time.monotonic() - begin)
+                small_ms = await quoter.on_chip(
+                    lambda opened: measure_small_commands(opened.context)
+                )
+        except trio.TooSlowError as exc:
+            limit_s = config.tpm.hang_limit_s
+            raise HostError(
+                f"the TPM was not measured within {limit_s:g} s (tpm.hang_limit_s): it hangs, or other "
+                "programs hold it"
+            ) from exc
     small = {f"{name.removeprefix('pcr_')}_s": ms / 1000 for name, ms in small_ms.items()}
     return ChipTimes(quote_s=statistics.median(times), **small)
 

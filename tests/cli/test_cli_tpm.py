@@ -133,6 +133,25 @@ def test_doctor_on_the_embedded_tpm(
 
 
 @pytest.mark.real
+def test_doctor_needs_no_configuration(
+    tmp_path: Path, chip: Swtpm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """None in its default place, or one with faults: the defaults, and another TPM by --tcti."""
+    default = tmp_path / "default.toml"
+    monkeypatch.setattr("provider_proxy.cli.arguments.DEFAULT_CONFIG", default)
+    monkeypatch.setattr("provider_proxy.cli.tpm.DEFAULT_CONFIG", default)
+    words = ("tpm", "doctor", "--tcti", chip.tcti)
+    done = expect(run_here(*words, cwd=tmp_path), GOOD)
+    for line in ("What to do:", "Make the EK and the AK", "This is a software TPM"):
+        assert line in done.stdout
+    default.write_text("[tpm]\nwrong = 1\n")
+    expect(run_here(*words, cwd=tmp_path), GOOD)
+    assert "the defaults are used" in caplog.text
+    done = run_here("tpm", "doctor", "--tcti", "swtpm:path=/nonexistent", cwd=tmp_path)
+    expect(done, ENVIRONMENT, "cannot open the TPM")
+
+
+@pytest.mark.real
 def test_an_ak_is_made_shown_and_exported(host: Host) -> None:
     """`show` and `export` make nothing; `create` makes once; all speak of the same key."""
     expect(host.run("ak", "show"), ENVIRONMENT, hex(AK_HANDLE), "tpm ak create")

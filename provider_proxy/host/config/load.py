@@ -130,8 +130,9 @@ def _check_whole(config: Config) -> None:
             "tpm.banks: sha1 proves nothing, its values can be forged; where the chip has no other "
             "bank and you know what that means, set tpm.insecure_sha1_bank = true"
         )
-    if config.tpm.ek_chain_file is not None and config.quoter.kind != "tpm":
-        raise ConfigError('tpm.ek_chain_file needs quoter.kind = "tpm"')
+    for key in ("ek_cert_file", "ek_chain_file"):
+        if getattr(config.tpm, key) is not None and config.quoter.kind != "tpm":
+            raise ConfigError(f'tpm.{key} needs quoter.kind = "tpm"')
     if config.tpm.ek_handle == config.tpm.ak_handle:
         raise ConfigError("tpm.ak_handle must differ from tpm.ek_handle")
     check_registrars(config.registrars, config.tenants, quoter=config.quoter.kind)

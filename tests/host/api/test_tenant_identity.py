@@ -223,10 +223,11 @@ def write_crl(
     key: ec.EllipticCurvePrivateKey = CA_KEY,
     until: datetime = NOW + DAY,
     encoding: Encoding = Encoding.PEM,
+    issuer: str = "ca",
 ) -> tuple[Path, Path]:
     builder = (
         x509.CertificateRevocationListBuilder()
-        .issuer_name(name("ca"))
+        .issuer_name(name(issuer))
         .last_update(NOW - DAY)
         .next_update(until)
     )
@@ -252,6 +253,14 @@ def test_a_revoked_certificate_does_not_come_in(tmp_path: Path, encoding: Encodi
     with pytest.raises(UnknownTenantError, match="revoked"):
         found.find(peer(certificate(serial=7), ca_certificate()))
     assert found.find(peer(certificate(serial=8), ca_certificate())).name == "cn:a tenant"
+
+
+def test_a_list_counts_however_the_ca_spells_its_name(tmp_path: Path) -> None:
+    """RFC 5280, section 7.1: capitals and spaces make no other CA."""
+    crls = read_crls(*write_crl(tmp_path, (7,), issuer=" CA "))
+    found = TenantBook(TenantRules(), {}, certificates=True, crls=crls, now=lambda: NOW)
+    with pytest.raises(UnknownTenantError, match="revoked"):
+        found.find(peer(certificate(serial=7)))
 
 
 def test_several_lists_in_one_file(tmp_path: Path) -> None:

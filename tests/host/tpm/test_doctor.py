@@ -8,6 +8,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from cryptography import x509
+from cryptography.x509.oid import AuthorityInformationAccessOID
+from soft_ek import Authority, ek_certificate, rsa_ek
 from tpm2_pytss import ESAPI
 from tpm2_pytss.constants import ESYS_TR
 from tpm2_pytss.types import TPM2B_SENSITIVE_CREATE
@@ -27,9 +30,14 @@ from tpm_helpers import (
 )
 
 from provider_proxy.errors import TpmError
+from provider_proxy.evidence.tpm_keys import PublicKey
+from provider_proxy.evidence.vtpm_link import spki_digest
 from provider_proxy.host.tpm import capabilities, doctor
 from provider_proxy.host.tpm.chip import close_context, open_context
+from provider_proxy.host.tpm.ek import EK_KINDS, EkCertificates
+from provider_proxy.host.tpm.ek_urls import issuer_urls
 from provider_proxy.testing.disturb import CC_PCR_EXTEND, Action
+from provider_proxy.trust.ek_certificate import parse_certificate
 
 WRITES = (0x120, 0x126, 0x12A, 0x137, 0x13C, 0x13D, 0x144, 0x145, 0x182)
 """EvictControl, Clear, NV_DefineSpace, NV_Write, PCR_Event, PCR_Reset, Startup, Shutdown,
@@ -357,3 +365,77 @@ def test_a_limit_that_the_chip_does_not_tell_is_not_made_up() -> None:
     assert list(doctor._consequences("STM", {}, ("sha256",), {"ecc": 49.0})) == [
         "One by one it quotes 20.4 times a second at the most."
     ]
+
+
+# --- what to do -------------------------------------------------------------------------------------
+
+EK = rsa_ek().public_key()
+MAKER = Authority(
+    "maker",
+    others=(
+        x509.AuthorityInformationAccess(
+            [
+                x509.AccessDescription(
+                    AuthorityInformationAccessOID.CA_ISSUERS,
+                    x509.UniformResourceIdentifier("http://pki.example/root.crt"),
+                )
+            ]
+        ),
+    ),
+)
+
+
+def advised(
+    manufacturer: str = "IFX",
+    banks: tuple[str, ...] | None = ("sha256",),
+    certificates: EkCertificates | None = None,
+    *,
+    ek: PublicKey | None = EK,
+    failures: tuple[str, ...] = (),
+) -> str:
+    nothing = EkCertificates({}, {})
+    return "\n".join(doctor.advice(manufacturer, banks, certificates or nothing, ek, failures))
+
+
+def test_advice_for_a_chip_with_a_certificate() -> None:
+    cert = parse_certificate(ek_certificate(MAKER, rsa_ek()))
+    found = EkCertificates({EK_KINDS[0]: cert}, {})
+    assert advised(certificates=found) == (
+        "Tenants need the CA 'CN=maker' of the EK certificate RSA-2048: its maker's pages."
+    )
+    passed = EkCertificates({EK_KINDS[0]: cert}, {0x01C00002: "why"})
+    assert "NV indices that were passed over" in advised(certificates=passed)
+    other = EkCertificates({EK_KINDS[0]: parse_certificate(ek_certificate(MAKER, rsa_ek(1)))}, {})
+    assert "Tenants need the CA" not in advised(certificates=other)
+    issuing = parse_certificate(MAKER.der())
+    assert issuer_urls(issuing) == ("http://pki.example/root.crt",)
+
+
+def test_advice_for_a_chip_without_one() -> None:
+    digest = spki_digest(EK).hex()
+    assert advised() == (
+        "Where no certificate can be had, tenants vouch for the EK themselves: provider-proxy pin add "
+        f"--ek-sha256 {digest}."
+    )
+    for manufacturer, server in (("INTC", "ekop.intel.com"), ("AMD", "ftpm.amd.com")):
+        text = advised(manufacturer)
+        assert f"https://{server}/" in text
+        assert "tpm.ek_cert_file" in text
+    assert advised(ek=None) == "Make the EK and the AK: provider-proxy tpm ak create."
+
+
+@pytest.mark.parametrize(
+    ("banks", "words"),
+    [
+        ((), ("tpm2_pcrallocate sha256:all, then reboot",)),
+        (("sha1",), ("tpm2_pcrallocate", "tpm.insecure_sha1_bank = true")),
+        (("sha1", "sha384"), ("tpm2_pcrallocate", 'tpm.banks = ["sha384"]')),
+    ],
+)
+def test_advice_about_banks(banks: tuple[str, ...], words: tuple[str, ...]) -> None:
+    text = advised(banks=banks)
+    for word in words:
+        assert word in text
+    assert "insecure" not in text or banks == ("sha1",)
+    assert "tpm2_pcrallocate" not in advised(banks=None, failures=("no answer",))
+    assert "Look at what failed" in advised(banks=None, failures=("no answer",))
