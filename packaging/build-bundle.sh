@@ -33,7 +33,7 @@ packaging/sbom.sh build/tools $work/app/bin/python3 "$out/$name.cdx.json"
 
 cp -r systemd "$tree/systemd"
 mkdir "$tree/hooks"
-cp provider_proxy/host/vtpm/hooks/provider-proxy-ekhook provider_proxy/host/vtpm/hooks/provider-proxy-vmhook "$tree/hooks"
+cp provider_proxy/host/vtpm/hooks/provider-proxy-ekhook provider_proxy/host/vtpm/hooks/provider-proxy-vmhook provider_proxy/host/vtpm/hooks/provider-proxy-vtpm-secret "$tree/hooks"
 cp packaging/bundle/install.sh packaging/bundle/uninstall.sh packaging/debian/provider-proxy.toml LICENSE CHANGELOG.md "$tree"
 cp packaging/debian/launcher "$tree/provider-proxy"
 cp docs/install.md "$tree/INSTALL.md"

@@ -63,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the user of the daemon, which may ask",
     )
     parser.add_argument(
+        "--secrets",
+        type=Path,
+        metavar="PATH",
+        help="socket of provider-proxy-vtpm-secret, for encrypted vTPMs; none are read without it",
+    )
+    parser.add_argument(
         "--socket",
         type=Path,
         metavar="PATH",
@@ -85,7 +91,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         eyes = Eyes(
             presence,
-            readback.StateSource(root=args.state_root, uid=swtpm_uid, work=args.work),
+            readback.StateSource(
+                root=args.state_root, uid=swtpm_uid, work=args.work, secrets=args.secrets
+            ),
             partial(read_mark, args.marks),
             on_look=lambda: systemd.notify("WATCHDOG=1", limit_s=0),
         )

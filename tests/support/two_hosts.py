@@ -29,7 +29,7 @@ from typing import Any
 from helpers import LIMIT_S, wait_until
 from libvirt_helpers import QEMU_CONF, QEMU_USER
 from places import ROOT
-from vtpm_helpers import EKHOOK, VMHOOK, setup_config
+from vtpm_helpers import EKHOOK, SECRETHOOK, VMHOOK, setup_config
 
 OWN = (
     *("/etc/libvirt", "/etc/provider-proxy", "/run/libvirt", "/var/lib/libvirt"),
@@ -173,6 +173,7 @@ class Host:
                 "vtpm-helper",
                 *("--socket", self.folder / "helper", "--marks", self.folder / "marks"),
                 *("--work", self.folder / "work", "--daemon-user", "root"),
+                *("--secrets", self.folder / "secrets"),
             ],
             "daemon": [*program, "serve", "--config", self.folder / "daemon.toml"],
         }
@@ -214,6 +215,31 @@ class Host:
                 process.stdout.close()
 
     # --- libvirt ------------------------------------------------------------------------------------
+
+    def give_secrets(self) -> None:
+        """provider-proxy-vtpm-secret, again and again, as its socket starts it."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind(str(self.folder / "secrets"))
+        sock.listen()
+        fd = sock.fileno()
+        loop = f"while :; do {SECRETHOOK} 3<&{fd}; done"
+        self._processes["secrets"] = subprocess.Popen(
+            self.enter("bash", "-c", loop), pass_fds=(fd,), process_group=0
+        )
+        sock.close()
+
+    def secret(self, domain: Domain, *, private: bool) -> None:
+        """libvirt's secret of an encrypted vTPM; the same value on both hosts."""
+        path = self.folder / "secret.xml"
+        path.write_text(
+            f"<secret ephemeral='no' private='{'yes' if private else 'no'}'>"
+            f"<uuid>{domain.secret}</uuid><usage type='vtpm'><name>{domain.name}</name></usage></secret>"
+        )
+        self.virsh("secret-define", path)
+        value = self.folder / "value"
+        value.write_text(f"passphrase of {domain.name}")
+        self.virsh("secret-set-value", str(domain.secret), "--file", value, "--plain")
+        value.unlink()
 
     def try_virsh(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

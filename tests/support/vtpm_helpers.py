@@ -27,6 +27,7 @@ from provider_proxy.host.vtpm.sightings import Holds, Reading, Sighting
 
 EKHOOK = HOOKS / "provider-proxy-ekhook"
 VMHOOK = HOOKS / "provider-proxy-vmhook"
+SECRETHOOK = HOOKS / "provider-proxy-vtpm-secret"
 VM = uuid.UUID("8a1f0e5c-3f0b-4f6e-9a51-3d1c7a1e0001")
 OTHER_VM = uuid.UUID("8a1f0e5c-3f0b-4f6e-9a51-3d1c7a1e0002")
 

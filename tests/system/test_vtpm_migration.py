@@ -35,6 +35,16 @@ pytestmark = OPT_IN
 
 PLAIN = Domain(name="plain", vm=uuid.UUID("0b8c5f0e-8f5a-4b7e-9d3c-2a1f6e5d4c01"))
 OTHER = Domain(name="other", vm=uuid.UUID("0b8c5f0e-8f5a-4b7e-9d3c-2a1f6e5d4c02"))
+SHARED = Domain(
+    name="shared",
+    vm=uuid.UUID("0b8c5f0e-8f5a-4b7e-9d3c-2a1f6e5d4c03"),
+    secret=uuid.UUID("aaaaaaaa-0000-4000-8000-00000000000a"),
+)
+PRIVATE = Domain(
+    name="private",
+    vm=uuid.UUID("0b8c5f0e-8f5a-4b7e-9d3c-2a1f6e5d4c04"),
+    secret=uuid.UUID("aaaaaaaa-0000-4000-8000-00000000000b"),
+)
 BACK_S = 10.0  # claims are back so soon after the guest goes on at the destination
 OVERSHOOT_S = 1.0  # longer than a busy machine takes to hear of a change
 SECONDS = float(os.environ.get("SOAK_SECONDS", "30"))
@@ -292,6 +302,35 @@ def test_cold_and_offline(scene: Scene) -> None:
     assert (a.eks(PLAIN), b.eks(PLAIN)) == (None, None)
     a.virsh("start", "plain")
     assert not scene.learn(a, PLAIN) & eks  # libvirt 9.0 has made a new vTPM
+
+
+def test_encrypted_on_the_move(scene: Scene) -> None:
+    """A secret that libvirt gives: as with a plain state. A private one: what came in has no claims."""
+    a, b = scene.a, scene.b
+    for host in (a, b):
+        host.secret(SHARED, private=False)
+        host.secret(PRIVATE, private=True)
+        host.give_secrets()
+    for domain in (SHARED, PRIVATE):
+        a.define(domain)
+        a.virsh("start", domain.name)
+    wait_for(lambda: (a.claim(SHARED) or {}).get("state") == "confirmed")
+    a.until_claimed(PRIVATE)
+    claim = a.claim(PRIVATE)
+    assert claim is not None
+    assert (claim["state"], claim["confirmed"]) == ("registered", False)
+    eks = a.eks(SHARED)
+    move(scene, a, b, SHARED)
+    claim = b.claim(SHARED)
+    assert claim is not None
+    assert (b.eks(SHARED), claim["state"], claim["migrated"]) == (eks, "confirmed", True)
+    finish(a.migration(PRIVATE, b))
+    wait_for(lambda: b.runs(PRIVATE))
+    time.sleep(3)
+    assert (a.claim(PRIVATE), b.claim(PRIVATE)) == (None, None)
+    for host in (a, b):
+        assert "passphrase of" not in host.log()
+        assert not list((host.folder / "work").iterdir())
 
 
 # --- in random order ----------------------------------------------------------------------------------

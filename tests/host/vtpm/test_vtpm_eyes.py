@@ -368,7 +368,9 @@ class Source:
     def stamp(self, vm: uuid.UUID, place: StatePlace) -> tuple[int, int, int, int]:
         return (0, 0, 0, self.stamps.get(vm, 0))
 
-    async def read_eks(self, vm: uuid.UUID, place: StatePlace) -> tuple[Ek, ...]:
+    async def read_eks(
+        self, vm: uuid.UUID, place: StatePlace, secret: uuid.UUID | None = None
+    ) -> tuple[Ek, ...]:
         self.reads.append((trio.current_time(), vm))
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
@@ -397,9 +399,16 @@ class Looked:
             raise self.trouble
         return dict(self.here)
 
-    def put(self, vm: uuid.UUID = VM, *, run: str = "b/1/1", state: str = "running booted") -> None:
+    def put(
+        self,
+        vm: uuid.UUID = VM,
+        *,
+        run: str = "b/1/1",
+        state: str = "running booted",
+        backend: str = "",
+    ) -> None:
         word, _, reason = state.partition(" ")
-        domain = parse_status(status_xml(word, reason, 7, vm=vm))
+        domain = parse_status(status_xml(word, reason, 7, vm=vm, backend=backend))
         assert domain is not None
         self.here[vm] = Present(domain=domain, run=run, origin=domain.origin)
 
@@ -521,6 +530,19 @@ async def test_encrypted_state_is_read_once(
     assert (len(seeing.source.reads), seeing.holds().reading) == (1, "encrypted")
 
 
+async def test_a_secret_may_be_given_later(
+    autojump_clock: trio.testing.MockClock, seeing: Seeing
+) -> None:
+    seeing.source.holds[VM] = EncryptedError("libvirt does not have it")
+    seeing.looked.put(backend=f"<encryption secret='{SECRET}'/>")
+    async with seeing.at_work():
+        await trio.sleep(5)
+        assert seeing.holds().reading == "encrypted"
+        seeing.source.holds[VM] = (RSA_LIKE,)
+        await trio.sleep(20)
+        assert seeing.holds().reading == "read"
+
+
 async def test_the_host_s_own_trouble_says_nothing_about_a_vtpm_for_a_while(
     autojump_clock: trio.testing.MockClock, seeing: Seeing
 ) -> None:
@@ -635,7 +657,8 @@ def source_of(libvirt: Libvirt, uid: int = ME) -> StateSource:
 
 
 def copied(libvirt: Libvirt, uid: int = ME) -> bytes:
-    folder = source_of(libvirt, uid).copy(VM, StatePlace())
+    folder, is_secret = source_of(libvirt, uid).copy(VM, StatePlace())
+    assert not is_secret
     data = (folder / readback.STATE_FILE).read_bytes()
     assert folder.stat().st_mode & 0o777 == 0o700
     readback.remove_copies(libvirt.root)
@@ -673,10 +696,15 @@ async def test_no_more_files_is_the_hosts_trouble(
     assert not list(libvirt.root.glob(readback.COPY_PREFIX + "*"))
 
 
-def test_encrypted_state_is_seen_as_such(libvirt: Libvirt) -> None:
+async def test_encrypted_state_is_seen_as_such(libvirt: Libvirt) -> None:
     (libvirt.state(VM) / readback.STATE_FILE).write_bytes(STATE[:5] + b"\1" + STATE[6:])
+    source = source_of(libvirt)
+    assert source.copy(VM, StatePlace())[1]
     with pytest.raises(EncryptedError):
-        copied(libvirt)
+        await source.read_eks(VM, StatePlace())
+    with pytest.raises(EncryptedError, match="secrets are not asked for"):
+        await source.read_eks(VM, StatePlace(), SECRET)
+    readback.remove_copies(libvirt.root)
 
 
 def _elsewhere(libvirt: Libvirt) -> Path:
@@ -748,7 +776,7 @@ def test_a_place_of_libvirt_s_own_choice(libvirt: Libvirt) -> None:
     source = source_of(libvirt)
     with pytest.raises(VtpmError):
         source.copy(VM, StatePlace())
-    folder = source.copy(VM, StatePlace(path=elsewhere))
+    folder, _ = source.copy(VM, StatePlace(path=elsewhere))
     assert (folder / readback.STATE_FILE).read_bytes() == STATE
     libvirt.state_root.rename(libvirt.root / "real")
     libvirt.state_root.symlink_to(libvirt.root / "real")
@@ -769,14 +797,13 @@ def test_a_state_in_one_file(libvirt: Libvirt) -> None:
     path.write_bytes(linear())
     place = StatePlace(path=path, is_file=True)
     source = source_of(libvirt)
-    assert (source.copy(VM, place) / readback.LINEAR_FILE).read_bytes() == linear()
+    assert (source.copy(VM, place)[0] / readback.LINEAR_FILE).read_bytes() == linear()
     link = libvirt.root / "link"
     link.symlink_to(path)
     if ME == 0:  # root's link, as LVM makes them
         assert source.copy(VM, StatePlace(path=link, is_file=True))
     path.write_bytes(linear(readback.FLAG_ENCRYPTED))
-    with pytest.raises(EncryptedError):
-        source.copy(VM, place)
+    assert source.copy(VM, place)[1]
     for data in (b"", bytes(4096), STATE, linear()[:20], linear()[:256]):
         path.write_bytes(data)
         with pytest.raises(VtpmError):

@@ -22,7 +22,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from provider_proxy.evidence.tpm_keys import (
     parse_public,
 )
 from provider_proxy.host.vtpm.entries import Ek, ek_of
+from provider_proxy.host.vtpm.helper.secrets import NoSecretError, passphrase_fd
 from provider_proxy.host.vtpm.helper.status import StatePlace
 
 STATE_FILE = "tpm2-00.permall"
@@ -86,12 +87,14 @@ class StateSource:
         uid: of the swtpm user, who must own a state.
         work: a directory of ours for copies; best in memory, for a copy holds the vTPM's secrets.
         limit_s: for reading one, in seconds.
+        secrets: socket of provider-proxy-vtpm-secret; None where encrypted states are not read.
     """
 
     root: Path
     uid: int
     work: Path
     limit_s: float = 15.0
+    secrets: Path | None = None
 
     def stamp(self, vm: uuid.UUID, place: StatePlace) -> Stamp | None:
         """Changes when the state is written; None where it cannot be looked at."""
@@ -101,18 +104,27 @@ class StateSource:
         except (OSError, VtpmError):
             return None
 
-    async def read_eks(self, vm: uuid.UUID, place: StatePlace) -> tuple[Ek, ...]:
+    async def read_eks(
+        self, vm: uuid.UUID, place: StatePlace, secret: uuid.UUID | None = None
+    ) -> tuple[Ek, ...]:
         """The EKs in a vTPM's state.
 
+        Args:
+            secret: UUID of libvirt's secret, where the state is encrypted with one.
+
         Raises:
-            EncryptedError: the state is encrypted.
+            EncryptedError: the state is encrypted, and its passphrase is not given.
             VtpmError: there is no such file, it is not as it must be, or it holds no EK.
             HostError: swtpm, setpriv or prlimit is missing or cannot be started, or there is no room.
         """
-        folder = await trio.to_thread.run_sync(self.copy, vm, place)
+        folder, is_secret = await trio.to_thread.run_sync(self.copy, vm, place)
         try:
-            with trio.fail_after(self.limit_s):
-                return await _ask_swtpm(folder)
+            with ExitStack() as stack:
+                key = None
+                if is_secret:
+                    key = await self._key(stack, secret)
+                with trio.fail_after(self.limit_s):
+                    return await _ask_swtpm(folder, key)
         except trio.TooSlowError as exc:
             raise VtpmError(f"the vTPM's state was not read within {self.limit_s:g} s") from exc
         except OSError as exc:  # no more files, processes or memory
@@ -121,11 +133,20 @@ class StateSource:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
 
-    def copy(self, vm: uuid.UUID, place: StatePlace) -> Path:
-        """Copy a vTPM's state into a new directory in `work`.
+    async def _key(self, stack: ExitStack, secret: uuid.UUID | None) -> int:
+        """A descriptor with the passphrase, until the stack closes. Raises: EncryptedError."""
+        if secret is None:
+            raise EncryptedError("the vTPM's state is encrypted")
+        opened = passphrase_fd(self.secrets, secret)
+        try:
+            return await trio.to_thread.run_sync(stack.enter_context, opened)
+        except NoSecretError as exc:
+            raise EncryptedError(f"the vTPM's state is encrypted, and {exc}") from exc
+
+    def copy(self, vm: uuid.UUID, place: StatePlace) -> tuple[Path, bool]:
+        """Copy a vTPM's state into a new directory in `work`; and whether it is encrypted.
 
         Raises:
-            EncryptedError: it is encrypted.
             VtpmError: it is missing, a link, not the swtpm user's, or too large.
             HostError: there is no room for the copy.
         """
@@ -139,8 +160,7 @@ class StateSource:
             raise VtpmError(f"cannot read the vTPM's state: {exc.strerror}") from exc
         if len(data) > limit:
             raise VtpmError(f"the vTPM's state has more than {limit} bytes")
-        if is_encrypted(data, linear=place.is_file):
-            raise EncryptedError("the vTPM's state is encrypted")
+        is_secret = is_encrypted(data, linear=place.is_file)
         try:
             folder = Path(tempfile.mkdtemp(prefix=COPY_PREFIX, dir=self.work))
             path = folder / (LINEAR_FILE if place.is_file else STATE_FILE)
@@ -154,7 +174,7 @@ class StateSource:
                 raise
         except OSError as exc:
             raise HostError(f"cannot copy a vTPM's state into {self.work}: {exc.strerror}") from exc
-        return folder
+        return folder, is_secret
 
     def _check(self, status: os.stat_result) -> None:
         is_plain = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
@@ -216,17 +236,17 @@ def remove_copies(work: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-async def _ask_swtpm(folder: Path) -> tuple[Ek, ...]:
+async def _ask_swtpm(folder: Path, key: int | None) -> tuple[Ek, ...]:
     """Start swtpm on one end of a pair of sockets and read the EKs at the other."""
     ours, theirs = socket.socketpair()
     async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
         with theirs:
             process = await trio.lowlevel.open_process(
-                _command(theirs.fileno(), linear=(folder / LINEAR_FILE).exists()),
+                _command(theirs.fileno(), linear=(folder / LINEAR_FILE).exists(), key=key),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(),) if key is None else (theirs.fileno(), key),
                 env={"LC_ALL": "C", "HOME": str(folder)},
                 cwd=folder,
             )
@@ -254,7 +274,7 @@ def _one_of_each(eks: tuple[Ek, ...]) -> tuple[Ek, ...]:
     return tuple(kept.values())
 
 
-def _command(fd: int, *, linear: bool = False) -> list[str]:
+def _command(fd: int, *, linear: bool = False, key: int | None = None) -> list[str]:
     """swtpm on the state in its directory, without privileges and within limits; it ends when our end
     of the socket closes."""
     programs = {name: shutil.which(name) for name in ("setpriv", "prlimit", "swtpm")}
@@ -273,6 +293,9 @@ def _command(fd: int, *, linear: bool = False) -> list[str]:
         *("--core=0", f"--fsize={FILE_LIMIT_BYTES}"),
         *(str(programs["swtpm"]), "socket", "--tpm2"),
         *("--tpmstate", f"backend-uri=file://{LINEAR_FILE}" if linear else "dir=."),
+        *(
+            () if key is None else ("--key", f"pwdfd={key},mode=aes-256-cbc,kdf=pbkdf2")
+        ),  # libvirt's
         *("--fd", str(fd), "--flags", "not-need-init,startup-clear"),
     ]
 
