@@ -1,0 +1,173 @@
+"""The fleet's tables in PostgreSQL, as numbered migrations.
+
+`provider-proxy fleet migrate` applies them, under a role that may create tables; members run under one
+that may not. A migration only adds, so that members of the last version go on beside those of the next
+one during an upgrade: `OLDEST_COMPATIBLE` says which versions of the tables this program can use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from psycopg import Connection, sql
+
+from provider_proxy.errors import HostError, UsageError
+
+DEFAULT_SHARDS = 64  # more than members that one fleet needs; moving one moves 1.6 % of the hosts
+MAX_SHARDS = 4096
+LOCK_KEY = 0x70726F7870  # one migration at a time; a number of our own for pg_advisory_xact_lock
+
+MIGRATIONS: tuple[str, ...] = (
+    """
+    create table fleet_settings (
+        one boolean primary key default true check (one),
+        shards integer not null check (shards between 1 and 4096)
+    );
+    -- The clock that decides between members. Tests put one that they can move in its place.
+    create function fleet_now() returns timestamptz language sql volatile
+        as 'select clock_timestamp()';
+    create table member (
+        id uuid primary key,
+        name text not null,
+        version text not null,
+        started timestamptz not null,
+        until timestamptz not null,
+        draining boolean not null default false
+    );
+    create table lease (
+        shard integer primary key,
+        owner uuid,
+        epoch bigint not null default 0,
+        until timestamptz not null default '-infinity'
+    );
+    create table policy (
+        digest text primary key,
+        body bytea not null
+    );
+    create sequence host_change;
+    create table host (
+        name text primary key,
+        shard integer not null references lease,
+        rules jsonb not null,
+        files jsonb not null,
+        pin bytea,
+        change bigint not null default nextval('host_change')
+    );
+    create index host_by_shard on host (shard, change);
+    create table host_state (
+        name text primary key references host on delete cascade,
+        shard integer not null,
+        ak_name bytea,
+        resets bigint,
+        restarts bigint,
+        clock_ms bigint,
+        first_use jsonb not null default '{}',
+        replay bytea,
+        verdict text,
+        verdict_at timestamptz,
+        fresh_until timestamptz,
+        error text,
+        reason text,
+        sequence bigint not null default 0
+    );
+    create index host_state_by_verdict on host_state (verdict, name);
+    create table report (
+        id uuid primary key,
+        host text not null,
+        shard integer not null,
+        epoch bigint not null,
+        sequence bigint not null,
+        made timestamptz not null,
+        body bytea not null,
+        tries integer not null default 0,
+        next_try timestamptz not null,
+        delivered timestamptz,
+        unique (host, sequence)
+    );
+    create index report_waiting on report (shard, host, sequence) where delivered is null;
+    create table silence (
+        id uuid primary key,
+        hosts text not null,
+        why text not null,
+        begins timestamptz not null,
+        ends timestamptz not null check (ends > begins)
+    );
+    """,
+)
+VERSION = len(MIGRATIONS)
+OLDEST_COMPATIBLE = 1  # tables of this version and later have all that this program uses
+DAILY_TABLES = (
+    *("fleet_version", "fleet_settings", "member", "lease", "policy", "host", "host_state"),
+    *("report", "silence"),
+)
+
+
+def version_of(connection: Connection[Any]) -> int:
+    """The version of the tables; 0 where there are none."""
+    there = connection.execute("select to_regclass('fleet_version') is not null").fetchone()
+    if there is None or not there[0]:
+        return 0
+    row = connection.execute("select coalesce(max(version), 0) from fleet_version").fetchone()
+    return int(row[0]) if row is not None else 0
+
+
+def check_version(connection: Connection[Any]) -> None:
+    """That this program can use the tables.
+
+    Raises:
+        HostError: they are missing, too old or too new; the message says what to do.
+    """
+    found = version_of(connection)
+    if found < OLDEST_COMPATIBLE:
+        what = "no tables of a fleet" if not found else f"tables of version {found}"
+        raise HostError(f"the database has {what}; run `provider-proxy fleet migrate`")
+
+
+def migrate(connection: Connection[Any], *, shards: int = DEFAULT_SHARDS) -> tuple[int, int]:
+    """Bring the tables to this program's version, in one transaction.
+
+    Args:
+        shards: for a new fleet; an existing one keeps its number.
+
+    Returns:
+        The version before and after.
+
+    Raises:
+        UsageError: a number of shards that is out of range.
+    """
+    if not 1 <= shards <= MAX_SHARDS:
+        raise UsageError(f"shards must be from 1 to {MAX_SHARDS}")
+    with connection.transaction():
+        connection.execute("select pg_advisory_xact_lock(%s)", (LOCK_KEY,))
+        connection.execute(
+            "create table if not exists fleet_version ("
+            " version integer primary key, applied timestamptz not null default now())"
+        )
+        before = version_of(connection)
+        for number, text in enumerate(MIGRATIONS[before:], before + 1):
+            connection.execute(text.encode("utf-8"))
+            connection.execute("insert into fleet_version (version) values (%s)", (number,))
+        if not before:
+            connection.execute("insert into fleet_settings (shards) values (%s)", (shards,))
+            connection.execute(
+                "insert into lease (shard) select n from generate_series(0, %s - 1) as n", (shards,)
+            )
+    return before, max(before, VERSION)
+
+
+def grant_daily(connection: Connection[Any], role: str) -> None:
+    """Let a role do the daily work: rows, but no tables."""
+    name = sql.Identifier(role)
+    tables = sql.SQL(", ").join(map(sql.Identifier, DAILY_TABLES))
+    with connection.transaction():
+        connection.execute(
+            sql.SQL("grant select, insert, update, delete on {} to {}").format(tables, name)
+        )
+        connection.execute(sql.SQL("grant usage on sequence host_change to {}").format(name))
+
+
+def shards_of(connection: Connection[Any]) -> int:
+    """How many shards the fleet has."""
+    row = connection.execute("select shards from fleet_settings").fetchone()
+    assert row is not None  # `migrate` writes it
+    return int(row[0])

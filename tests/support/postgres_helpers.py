@@ -1,0 +1,98 @@
+"""A real PostgreSQL for tests: a cluster of its own, on a unix socket alone, thrown away afterwards."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+START_LIMIT_S = 60
+USER = "postgres"
+# No durability: nobody reads this cluster after a crash of the machine.
+SETTINGS = (
+    *("-c", "listen_addresses="),
+    *("-c", "fsync=off"),
+    *("-c", "synchronous_commit=off"),
+    *("-c", "full_page_writes=off"),
+    *("-c", "max_connections=40"),
+)
+
+
+def find_bin() -> Path | None:
+    """The folder of PostgreSQL's programs; None where there is none."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)
+    if found:
+        return found[0].parent
+    there = shutil.which("initdb")
+    return Path(there).parent if there else None
+
+
+needs_postgres = pytest.mark.skipif(find_bin() is None, reason="PostgreSQL is not installed")
+
+
+class Postgres:
+    """A running cluster.
+
+    Attributes:
+        dsn: for libpq, without a database's name.
+    """
+
+    def __init__(self, folder: Path, programs: Path) -> None:
+        self.folder = folder
+        self.data = folder / "data"
+        self._programs = programs
+        # The server refuses to run as root.
+        self._user = USER if os.geteuid() == 0 else None
+        self.dsn = f"host={folder} user={USER} dbname=postgres connect_timeout=5"
+
+    def run(self, program: str, *arguments: str) -> None:
+        """Run one of PostgreSQL's programs to its end."""
+        subprocess.run(
+            [self._programs / program, *arguments],
+            user=self._user,
+            cwd=self.folder,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            timeout=START_LIMIT_S,
+        )
+
+    def start(self) -> None:
+        """Start the server, and wait until it answers."""
+        options = " ".join((*SETTINGS, "-k", str(self.folder)))
+        log = str(self.folder / "log")
+        self.run("pg_ctl", "start", "-w", "-D", str(self.data), "-l", log, "-o", options)
+
+    def stop(self, how: str = "immediate") -> None:
+        """Stop the server."""
+        self.run("pg_ctl", "stop", "-w", "-m", how, "-D", str(self.data))
+
+
+@contextmanager
+def postgres() -> Iterator[Postgres]:
+    """A cluster for as long as the context lasts."""
+    programs = find_bin()
+    assert programs is not None
+    # A short path: a socket's has 107 bytes at most.
+    with tempfile.TemporaryDirectory(prefix="pg") as name:
+        folder = Path(name)
+        if os.geteuid() == 0:
+            entry = pwd.getpwnam(USER)
+            os.chown(folder, entry.pw_uid, entry.pw_gid)
+        server = Postgres(folder, programs)
+        server.run(
+            *("initdb", "-D", str(server.data), "-U", USER, "--auth=trust", "--no-sync"),
+            *("--locale=C", "--encoding=UTF8"),
+        )
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
