@@ -21,7 +21,7 @@ compile() {
 
 locks=packaging/locks
 compile $locks/dev.txt --all-extras pyproject.toml
-compile $locks/host.txt --constraint $locks/dev.txt --extra host --extra client --extra watch pyproject.toml
+compile $locks/host.txt --constraint $locks/dev.txt --extra host --extra client --extra watch --extra fleet pyproject.toml
 compile $locks/tenant.txt --constraint $locks/dev.txt pyproject.toml
 for name in build package pip; do
     compile $locks/$name.txt --constraint $locks/dev.txt $locks/$name.in

@@ -41,6 +41,7 @@ SUBCOMMANDS = {
     "identity": "show what a proxy says of its host's keys",
     "watch": "verify the hosts under one's VMs, again and again",
     "bridge": "hosts as agents of one's own, unmodified Keylime",
+    "fleet": "hosts that several watchers share, on PostgreSQL",
     "pki": "make a small CA, a server's and tenants' certificates",
     "audit": "prove that a nonce was in a batch of the audit log",
     "pin": "say which AK is trusted for which host",
@@ -62,6 +63,7 @@ EXTRA_OF = {
     "prometheus_client": "host",
     "rich": "host",
     "matplotlib": "plot",
+    "psycopg": "fleet",
 }
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import resource
 import sys
 from functools import partial
@@ -16,9 +18,12 @@ from pathlib import Path
 import trio
 
 from provider_proxy.common import memory
-from provider_proxy.errors import HostError
+from provider_proxy.common.version import program_version
+from provider_proxy.errors import HostError, UsageError
+from provider_proxy.tenant.fleet.driver import import_with_libpq
 from provider_proxy.tenant.watch.config import load_watch_config
 from provider_proxy.tenant.watch.host import HostWatch
+from provider_proxy.tenant.watch.tables import WatchConfig
 from provider_proxy.tenant.watch.watcher import Watcher, verdicts
 
 OTHER_FILES = 100  # state, policies, webhook, commands
@@ -45,12 +50,40 @@ def run(args: argparse.Namespace) -> int:
         HostError: a file is missing, or the state cannot be kept.
     """
     config = load_watch_config(args.config)
+    if config.state is not None:
+        return _as_member(config, once=args.once)
     allow_connections(len(config.hosts))
     if args.once:
         return _once(Watcher(config), args.json)
     watcher = Watcher(config, write=_write)
     memory.tune_gc()
     trio.run(partial(watcher.run, partial(load_watch_config, args.config)))
+    return 0
+
+
+def _as_member(config: WatchConfig, *, once: bool) -> int:
+    """Watch as a member of a fleet.
+
+    Raises:
+        UsageError: the address is wrong, or `--once` was asked for.
+        HostError: the database is away, or has no tables.
+    """
+    if once:
+        raise UsageError("--once is for a file without state: a fleet's hosts have their members")
+    # Needs psycopg, which a watcher without a database does not.
+    member_module = import_with_libpq("provider_proxy.tenant.fleet.member")
+    assert config.state is not None
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection a host, and shards come
+    member = member_module.FleetMember(
+        config,
+        config.state,
+        name=config.member or f"{platform.node()}-{os.getpid()}",
+        version=program_version(),
+        write=_write,
+    )
+    memory.tune_gc()
+    trio.run(member.run)
     return 0
 
 

@@ -292,7 +292,17 @@ def _read(path: Path) -> _Pin:
     return _parse(read_trusted(path, MAX_PIN_BYTES), path)
 
 
-def _parse(data: bytes, path: Path) -> _Pin:
+def parse_pin(data: bytes, label: str) -> tuple[TrustedHost, ClockState | None]:
+    """Whom a pin's file trusts, and the newest clock state that it knows.
+
+    Raises:
+        HostError: it is damaged.
+    """
+    pin = _parse(data, label)
+    return TrustedHost(ak=parse_ak(pin.ak_public), label=label), pin.newest
+
+
+def _parse(data: bytes, path: Path | str) -> _Pin:
     try:
         fields = Fields(parse_json_object(data, "pin"), "pin")
         if fields.text("format", 64) != FORMAT:

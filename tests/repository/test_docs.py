@@ -186,7 +186,7 @@ TOML_BLOCKS = [(doc, block) for doc in OWN for block in fenced(doc, "toml")]
 @pytest.mark.parametrize(("doc", "block"), TOML_BLOCKS)
 def test_toml_blocks_are_configurations(doc: Path, block: str) -> None:
     values = tomllib.loads(block)
-    if doc.name == "watch.md":
+    if doc.name in ("watch.md", "fleet.md"):
         parse_watch_config(values)
     elif doc.name == "bridge.md":
         parse_watch_config(values, for_bridge=True)
@@ -199,7 +199,7 @@ def test_toml_blocks_are_configurations(doc: Path, block: str) -> None:
 def test_toml_blocks_are_there() -> None:
     assert {doc.name for doc, _ in TOML_BLOCKS} == {
         *("configuration.md", "keylime-agent.md", "registration.md", "vtpm.md", "watch.md"),
-        "bridge.md",
+        *("bridge.md", "fleet.md"),
     }
 
 
@@ -563,7 +563,7 @@ def test_documented_metrics_are_the_code_s() -> None:
     listed = rows(API, "Metric", "Kind", "Meaning")
     assert {"provider_proxy_" + code(row[0]): row[1] for row in listed} == kinds
     for doc in OWN:
-        for name in re.findall(r"(?:provider_proxy|…)_(\w+)_total", read(doc)):
+        for name in re.findall(r"(?:provider_proxy|…)_(?!fleet_)(\w+)_total", read(doc)):
             assert kinds[f"provider_proxy_{name}"] == "counter"
 
 

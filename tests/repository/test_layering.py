@@ -48,6 +48,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "trust.registration": frozenset({"trio", "httpx"}),
     "tenant": frozenset({"cryptography", "httpx", "anyio"}),
     "tenant.bridge": frozenset({"cryptography", "httpx", "trio", "h11", "prometheus_client"}),
+    "tenant.fleet": frozenset({"trio", "psycopg", "prometheus_client"}),
     "tenant.watch": frozenset({"httpx", "trio", "h11", "prometheus_client"}),
     "host": frozenset({"cryptography", "trio", "prometheus_client"}),
     "host.config": frozenset(),
@@ -62,7 +63,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "host.status": frozenset({"trio"}),
     "testing": frozenset({"cryptography", "tpm2_pytss"}),
     "bench": frozenset({"cryptography", "trio", "httpx", "h11", "matplotlib"}),
-    "cli": frozenset({"cryptography", "trio", "httpx", "rich"}),
+    "cli": frozenset({"psycopg", "cryptography", "trio", "httpx", "rich"}),
     "__main__": frozenset(),
 }
 """What each folder may import that is neither ours nor the standard library's.

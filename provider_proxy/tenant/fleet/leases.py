@@ -32,13 +32,15 @@ select (select count(*) from member where until > fleet_now() and not draining),
        (select count(*) from lease)
 """
 _TAKE = """
-update lease set owner = %(me)s, epoch = epoch + 1,
+update lease set owner = %(me)s, epoch = lease.epoch + 1,
     until = fleet_now() + make_interval(secs => %(lease)s)
-where shard in (
-    select shard from lease where until <= fleet_now()
-    order by random() limit %(want)s for update skip locked
-)
-returning shard, epoch
+from (
+    select shard, owner from lease
+    where until <= fleet_now() and (owner = %(me)s or not %(own_only)s)
+    order by (owner = %(me)s) desc nulls last, random() limit %(want)s for update skip locked
+) as free
+where lease.shard = free.shard
+returning lease.shard, lease.epoch, free.owner is not distinct from %(me)s
 """
 _GIVE = """
 update lease set owner = null, until = '-infinity'
@@ -82,20 +84,26 @@ class Share:
 
     Attributes:
         epochs: the shards that the member holds now, with their epochs.
+        fresh: those of them that it did not hold last: what it knows of their hosts may be old.
         given: shards that it gave back, because others have less.
         members: how many members serve, this one included unless it drains.
     """
 
     epochs: Mapping[int, int]
+    fresh: frozenset[int]
     given: frozenset[int]
     members: int
 
 
-def renew(connection: Connection[Any], member: Member) -> Share:
+def renew(connection: Connection[Any], member: Member, *, own_only: bool = False) -> Share:
     """Say that the member lives, keep its leases, and move towards a fair share.
 
     A lease that has run out is not renewed, even where nobody has taken it: between its end and now
     somebody may have. It is taken again under a new epoch instead.
+
+    Args:
+        own_only: take only what this member held last. After an outage of the database every lease has
+            run out, and everybody is to have its own again.
     """
     values = member.values()
     with connection.transaction():
@@ -109,10 +117,15 @@ def renew(connection: Connection[Any], member: Member) -> Share:
         given = frozenset(sorted(held)[fair:])
         if given:
             connection.execute(_GIVE, values | {"shards": list(given)})
-        elif len(held) < fair:
-            held |= dict(connection.execute(_TAKE, values | {"want": fair - len(held)}).fetchall())
+        fresh: set[int] = set()
+        if len(held) < fair:
+            more = values | {"want": fair - len(held), "own_only": own_only}
+            for shard, epoch, was_mine in connection.execute(_TAKE, more).fetchall():
+                held[shard] = epoch
+                if not was_mine:
+                    fresh.add(shard)
     kept = {shard: epoch for shard, epoch in held.items() if shard not in given}
-    return Share(epochs=kept, given=given, members=members)
+    return Share(epochs=kept, fresh=frozenset(fresh), given=given, members=members)
 
 
 def leave(connection: Connection[Any], member: Member) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 from psycopg import Connection, sql
 
 from provider_proxy.errors import HostError, UsageError
+from provider_proxy.tenant.fleet.lease import DEFAULT_SHARDS
 
-DEFAULT_SHARDS = 64  # more than members that one fleet needs; moving one moves 1.6 % of the hosts
 MAX_SHARDS = 4096
 LOCK_KEY = 0x70726F7870  # one migration at a time; a number of our own for pg_advisory_xact_lock
 
@@ -61,8 +61,7 @@ MIGRATIONS: tuple[str, ...] = (
         resets bigint,
         restarts bigint,
         clock_ms bigint,
-        first_use jsonb not null default '{}',
-        replay bytea,
+        record jsonb,
         verdict text,
         verdict_at timestamptz,
         fresh_until timestamptz,
@@ -159,7 +158,11 @@ def grant_daily(connection: Connection[Any], role: str) -> None:
     """Let a role do the daily work: rows, but no tables."""
     name = sql.Identifier(role)
     tables = sql.SQL(", ").join(map(sql.Identifier, DAILY_TABLES))
+    row = connection.execute("select current_schema").fetchone()
+    assert row is not None
     with connection.transaction():
+        schema = sql.Identifier(row[0])
+        connection.execute(sql.SQL("grant usage on schema {} to {}").format(schema, name))
         connection.execute(
             sql.SQL("grant select, insert, update, delete on {} to {}").format(tables, name)
         )

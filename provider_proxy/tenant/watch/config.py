@@ -77,7 +77,7 @@ def parse_watch_config(
         if getattr(config.defaults, name) != getattr(HostRules(), name):
             raise ConfigError(f"defaults.{name} belongs in [hosts.NAME]")
     hosts = named_tables(data, "hosts")
-    if not hosts:
+    if not hosts and config.state is None:
         raise fail("hosts", "tables, [hosts.NAME], one at least")
     if len(hosts) > MAX_HOSTS:
         raise ConfigError(f"hosts are more than {MAX_HOSTS}")

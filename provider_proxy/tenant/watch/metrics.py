@@ -6,14 +6,19 @@ node_exporter's textfile collector never reads half of it.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import trio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from provider_proxy.errors import HostError
 from provider_proxy.tenant.watch.states import State
+from provider_proxy.tenant.watch.tables import MetricsTable
+
+log = logging.getLogger(__name__)
 
 LATENESS_BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 FILE_MODE = 0o644  # node_exporter is another user; there is no secret in it
@@ -98,3 +103,23 @@ def write_textfile(path: Path, data: bytes) -> None:
         part.replace(path)
     except OSError as exc:
         raise HostError(f"cannot write {path}: {exc.strerror}") from exc
+
+
+def write_now(metrics: WatchMetrics, table: MetricsTable, states: Iterable[State]) -> None:
+    """Write the text file, where one is configured; what fails is logged."""
+    if table.textfile is None:
+        return
+    metrics.count_states(states)
+    try:
+        write_textfile(table.textfile, metrics.text())
+    except HostError as exc:
+        log.error("metrics: %s", exc)
+
+
+async def write_often(
+    metrics: WatchMetrics, table: MetricsTable, states: Callable[[], Iterable[State]]
+) -> None:
+    """Write the text file at its interval, for ever; return where none is configured."""
+    while table.textfile is not None:
+        write_now(metrics, table, states())
+        await trio.sleep(table.interval_s)

@@ -19,6 +19,7 @@ import random
 import subprocess
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,7 +33,7 @@ from provider_proxy.common.tls import TlsFiles, client_context
 from provider_proxy.errors import HostError
 from provider_proxy.tenant.watch.metrics import WatchMetrics
 from provider_proxy.tenant.watch.states import State, retry_wait_s
-from provider_proxy.tenant.watch.tables import Command, Webhook
+from provider_proxy.tenant.watch.tables import Command, WatchConfig, Webhook
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,10 @@ class Reporter:
 
     def tell(self, report: Report) -> None:
         """Queue a report; never waits."""
-        body = json.dumps(report, separators=(",", ":")).encode("ascii")
+        self.tell_body(json.dumps(report, separators=(",", ":")).encode("ascii"))
+
+    def tell_body(self, body: bytes) -> None:
+        """Queue a report that is written already; never waits."""
         for sink, send, _ in self._ways:
             try:
                 send.send_nowait(body)
@@ -307,3 +311,31 @@ class CommandSink:
                 "command: %s took more than %g s", self._settings.argv[0], self._settings.timeout_s
             )
         return False
+
+
+async def open_sinks(
+    stack: AsyncExitStack,
+    config: WatchConfig,
+    write: Callable[[bytes], object] | None,
+    *,
+    rng: random.Random,
+) -> Sequence[Sink]:
+    """The ways to tell that a configuration names.
+
+    Args:
+        stack: closes them.
+        write: for JSON lines; None for none.
+
+    Raises:
+        HostError: the webhook's secret or CA is wrong.
+    """
+    sinks: list[Sink] = []
+    if write is not None:
+        sinks.append(LineSink(write))
+    if config.webhook.url is not None:
+        secret = webhook_secret(config.webhook)
+        client = await stack.enter_async_context(webhook_client(config.webhook))
+        sinks.append(WebhookSink(config.webhook, client, secret, rng=rng))
+    if config.command.argv:
+        sinks.append(CommandSink(config.command))
+    return sinks

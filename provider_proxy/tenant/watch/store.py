@@ -92,7 +92,7 @@ class HostRecords:
     def __init__(self) -> None:
         self._records: dict[str, HostRecord] = {}
         self._histories: dict[str, tuple[AkName, WatchedHistory]] = {}
-        self._first_use: dict[tuple[str, AkName], Mapping[int, bytes]] = {}
+        self._first_use: dict[str, tuple[AkName, Mapping[int, bytes]]] = {}
         self._ima: dict[str, tuple[AkName, ImaRecord | None]] = {}
         self._touched: set[str] = set()
         self.is_dirty = False
@@ -101,6 +101,20 @@ class HostRecords:
         """A host's record has changed."""
         self._touched.add(name)
         self.is_dirty = True
+
+    def put(self, name: str, record: HostRecord | None) -> None:
+        """Begin with what was saved of a host; what was known of it before is forgotten."""
+        self.forget(name)
+        if record is not None:
+            self._records[name] = record
+
+    def forget(self, name: str) -> None:
+        """A host is somebody else's now; what was not saved yet is lost."""
+        self._records.pop(name, None)
+        self._histories.pop(name, None)
+        self._first_use.pop(name, None)
+        self._ima.pop(name, None)
+        self._touched.discard(name)
 
     def history(self, name: str, ak_name: AkName, newest: ClockState | None) -> WatchedHistory:
         """The history of a host under one AK; the same object as long as the AK is the same.
@@ -122,11 +136,13 @@ class HostRecords:
 
     def first_use(self, name: str, ak_name: AkName) -> Mapping[int, bytes] | None:
         """PCR values trusted at first use under this AK; None where there were none."""
-        mine = self._first_use.get((name, ak_name))
+        mine = self._first_use.get(name)
+        if mine is not None and mine[0] == ak_name:
+            return mine[1]
         record = self._records.get(name)
-        if mine is None and record is not None and record.ak_name == ak_name:
-            mine = record.first_use or None
-        return mine
+        if record is not None and record.ak_name == ak_name:
+            return record.first_use or None
+        return None
 
     def was_pinned_anew(self, name: str, ak_name: AkName) -> bool:
         """True where what was saved is about another AK."""
@@ -136,7 +152,7 @@ class HostRecords:
     def trust_first_use(self, name: str, ak_name: AkName, values: Mapping[int, bytes]) -> None:
         """Remember PCR values for good."""
         if self.first_use(name, ak_name) != values:
-            self._first_use[name, ak_name] = dict(values)
+            self._first_use[name] = (ak_name, dict(values))
             self.touch(name)
 
     def ima(self, name: str, ak_name: AkName) -> ImaRecord | None:
@@ -223,6 +239,11 @@ class StateStore(HostRecords):
 
 def encode_record(name: str, record: HostRecord) -> bytes:
     """A host's part of the file."""
+    return json.dumps({name: record_values(record)}, separators=(",", ":")).encode("ascii")[1:-1]
+
+
+def record_values(record: HostRecord) -> dict[str, object]:
+    """A record as JSON has it."""
     values: dict[str, object] = {"ak_name": record.ak_name.hex()}
     if record.newest is not None:
         values["newest"] = clock_values(record.newest)
@@ -230,7 +251,7 @@ def encode_record(name: str, record: HostRecord) -> bytes:
         values["first_use"] = {str(pcr): v.hex() for pcr, v in record.first_use.items()}
     if record.ima is not None:
         values |= _ima_values(record.ima)
-    return json.dumps({name: values}, separators=(",", ":")).encode("ascii")[1:-1]
+    return values
 
 
 def parse_state(data: bytes, path: Path) -> dict[str, HostRecord]:
@@ -246,7 +267,7 @@ def parse_state(data: bytes, path: Path) -> dict[str, HostRecord]:
         hosts = values.get("hosts")
         if not isinstance(hosts, dict):
             raise EvidenceFormatError("no hosts")
-        return {name: _parse_record(name, record) for name, record in hosts.items()}
+        return {name: parse_record(name, record) for name, record in hosts.items()}
     except EvidenceFormatError as exc:
         raise HostError(
             f"{path} is damaged ({exc}); without it no host's past is known: restore it, or "
@@ -254,7 +275,8 @@ def parse_state(data: bytes, path: Path) -> dict[str, HostRecord]:
         ) from exc
 
 
-def _parse_record(name: str, record: object) -> HostRecord:
+def parse_record(name: str, record: object) -> HostRecord:
+    """A record from JSON. Raises: EvidenceFormatError."""
     if not isinstance(record, dict):
         raise EvidenceFormatError(f"{name} is not an object")
     fields = Fields(record, name)

@@ -316,6 +316,12 @@ class WatchConfig:
     state_dir: Path = setting(
         read_path, Path("/var/lib/provider-proxy-watch"), "Where what was accepted is remembered."
     )
+    state: str | None = setting(
+        read_text, None, "PostgreSQL of a fleet, postgresql://…; then its hosts are the fleet's."
+    )
+    member: str | None = setting(
+        read_label, None, "Name of this process in a fleet; the machine's and its id by default."
+    )
     pins: Path = setting(
         read_path,
         Path("/var/lib/provider-proxy-watch/pins"),

@@ -15,7 +15,7 @@ import math
 import random
 import signal
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -24,27 +24,22 @@ import trio
 from provider_proxy.common import memory
 from provider_proxy.common.files import read_file
 from provider_proxy.common.tls import TlsFiles, client_context
-from provider_proxy.errors import ConfigError, HostError, ProviderProxyError, first_of
+from provider_proxy.errors import ConfigError, ProviderProxyError, first_of
 from provider_proxy.evidence.vtpm_link import spire_name
 from provider_proxy.tenant.policies import PolicyFiles
 from provider_proxy.tenant.watch.budget import Budget
 from provider_proxy.tenant.watch.ek_directory import EkDirectory, lives_s
 from provider_proxy.tenant.watch.host import HostWatch, Shared
 from provider_proxy.tenant.watch.http import Endpoint
-from provider_proxy.tenant.watch.metrics import WatchMetrics, write_textfile
+from provider_proxy.tenant.watch.metrics import WatchMetrics, write_now, write_often
 from provider_proxy.tenant.watch.policy import HostPolicy
 from provider_proxy.tenant.watch.questions import AkSource, Setting
 from provider_proxy.tenant.watch.registrars import KnownAks, Registrars
 from provider_proxy.tenant.watch.reports import (
     DRAIN_LIMIT_S,
-    CommandSink,
-    LineSink,
     Reporter,
     Settled,
-    Sink,
-    WebhookSink,
-    webhook_client,
-    webhook_secret,
+    open_sinks,
 )
 from provider_proxy.tenant.watch.saving import save, save_often
 from provider_proxy.tenant.watch.states import State
@@ -77,14 +72,14 @@ def make_settings(
         HostError: a file is missing or no PEM.
     """
     files = PolicyFiles(next(iter(before.values())).files if before else None)
-    contexts: Contexts = {}
+    endpoints = Endpoints()
     settings = {}
     for name, rules in config.hosts.items():
         endpoint = None
         if rules.need_provider_quote:
             # Reads its files, and says now what is wrong with them.
             HostPolicy(rules, files, judged_elsewhere=judged_elsewhere)
-            endpoint = _endpoint(name, rules, contexts)
+            endpoint = endpoints.of(name, rules)
         ek_name = None if rules.vm_ek is None else spire_name(files.ek(rules.vm_ek))
         settings[name] = Setting(
             rules=rules, files=files, aks=aks, endpoint=endpoint, ek_name=ek_name
@@ -104,26 +99,29 @@ def tls_files(name: str, rules: HostRules) -> TlsFiles:
     )
 
 
-def _endpoint(
-    name: str,
-    rules: HostRules,
-    contexts: Contexts,
-) -> Endpoint:
-    context, tls = None, b""
-    if not rules.insecure_plaintext:
-        key = (rules.tls_ca, rules.tls_cert, rules.tls_key)
-        if key not in contexts:
-            # The files first: one that changes meanwhile is then seen at the next reload.
-            digest = _digest_of(key)
-            contexts[key] = client_context(tls_files(name, rules)), digest
-        context, tls = contexts[key]
-    return Endpoint(
-        host=rules.provider_ip,
-        port=rules.provider_port,
-        context=context,
-        server_name=rules.tls_name or rules.provider_ip,
-        tls=tls,
-    )
+class Endpoints:
+    """Where hosts' proxies answer; hosts with the same TLS files share a context."""
+
+    def __init__(self) -> None:
+        self._contexts: Contexts = {}
+
+    def of(self, name: str, rules: HostRules) -> Endpoint:
+        """A host's endpoint. Raises: HostError where a TLS file is missing or wrong."""
+        context, tls = None, b""
+        if not rules.insecure_plaintext:
+            key = (rules.tls_ca, rules.tls_cert, rules.tls_key)
+            if key not in self._contexts:
+                # The files first: one that changes meanwhile is then seen at the next reload.
+                digest = _digest_of(key)
+                self._contexts[key] = client_context(tls_files(name, rules)), digest
+            context, tls = self._contexts[key]
+        return Endpoint(
+            host=rules.provider_ip,
+            port=rules.provider_port,
+            context=context,
+            server_name=rules.tls_name or rules.provider_ip,
+            tls=tls,
+        )
 
 
 def _digest_of(paths: Iterable[Path | None]) -> bytes:
@@ -205,7 +203,9 @@ class Watcher:
         try:
             async with AsyncExitStack() as stack:
                 stack.push_async_callback(self._registrars.aclose)
-                self._reporter = Reporter(await self._sinks(stack), self.metrics)
+                self._reporter = Reporter(
+                    await open_sinks(stack, self._config, self._write, rng=self._rng), self.metrics
+                )
                 try:
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(self._reporter.run)
@@ -225,19 +225,6 @@ class Watcher:
                     await save(self._store, self.metrics.save_failures.inc)
                 finally:
                     self._store.close()
-
-    async def _sinks(self, stack: AsyncExitStack) -> Sequence[Sink]:
-        sinks: list[Sink] = []
-        if self._write is not None:
-            sinks.append(LineSink(self._write))
-        webhook, command = self._config.webhook, self._config.command
-        if webhook.url is not None:
-            secret = webhook_secret(webhook)
-            client = await stack.enter_async_context(webhook_client(webhook))
-            sinks.append(WebhookSink(webhook, client, secret, rng=self._rng))
-        if command.argv:
-            sinks.append(CommandSink(command))
-        return sinks
 
     def _host(self, name: str, setting: Setting) -> HostWatch:
         reporter = self._reporter
@@ -271,7 +258,7 @@ class Watcher:
                 host = self._host(name, setting)
                 if setting.endpoint is not None:
                     nursery.start_soon(_round_and_close, host)
-        self._write_metrics()
+        write_now(self.metrics, self._config.metrics, self._states())
 
     async def _watch(
         self,
@@ -289,8 +276,7 @@ class Watcher:
                 self._config.save_interval_s,
                 self.metrics.save_failures.inc,
             )
-            if self._config.metrics.textfile is not None:
-                nursery.start_soon(self._write_metrics_often)
+            nursery.start_soon(write_often, self.metrics, self._config.metrics, self._states)
             self._start(nursery, self._settings)
             asked = sum(setting.endpoint is not None for setting in self._settings.values())
             log.info("watching %d hosts, %d more are listed", asked, len(self._settings) - asked)
@@ -354,20 +340,8 @@ class Watcher:
         self._settings = settings
         log.info("reloaded: %d hosts", len(settings))
 
-    async def _write_metrics_often(self) -> None:
-        while True:
-            self._write_metrics()
-            await trio.sleep(self._config.metrics.interval_s)
-
-    def _write_metrics(self) -> None:
-        path = self._config.metrics.textfile
-        if path is None:
-            return
-        self.metrics.count_states(host.state for host in self.hosts.values())
-        try:
-            write_textfile(path, self.metrics.text())
-        except HostError as exc:
-            log.error("metrics: %s", exc)
+    def _states(self) -> list[State]:
+        return [host.state for host in self.hosts.values()]
 
 
 async def _within(scope: trio.CancelScope, host: HostWatch, due: float) -> None:

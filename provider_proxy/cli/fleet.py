@@ -1,0 +1,77 @@
+"""`provider-proxy fleet`: hosts that several processes watch together, on PostgreSQL.
+
+migrate   makes or upgrades the tables
+import    makes the database's hosts those of a watcher's file; shows first what would change
+status    members, shards, hosts by state, the outbox
+hosts     hosts, one a line
+reports   what was reported, and what waits
+silence   holds the reports of some hosts back for a while
+drain     has a member give its shards back
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from provider_proxy.tenant.fleet.driver import import_with_libpq
+from provider_proxy.tenant.fleet.lease import DEFAULT_SHARDS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommands and their options."""
+    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
+
+    def add(name: str, text: str) -> Any:
+        part = parts.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        part.add_argument(
+            "--config", type=Path, required=True, metavar="FILE", help="the watcher's file"
+        )
+        return part
+
+    made = add("migrate", "make or upgrade the tables of a fleet")
+    made.add_argument(
+        "--shards",
+        type=int,
+        default=DEFAULT_SHARDS,
+        help="parts that a new fleet is divided into (default: %(default)s); 1 for active and standby",
+    )
+    made.add_argument("--grant", metavar="ROLE", help="let this role do the daily work")
+    made = add("import", "make the database's hosts those of the file")
+    made.add_argument("--apply", action="store_true", help="change it; without, only show")
+    made.add_argument("--remove", action="store_true", help="remove hosts that the file has not")
+    made = add("status", "show members, shards, hosts by state, and the outbox")
+    made.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    made = add("hosts", "list hosts as they may be shown now")
+    made.add_argument(
+        "--like", default="%", metavar="PATTERN", help="names; %% stands for any characters"
+    )
+    made.add_argument("--state", metavar="STATE", help="only hosts that are shown so")
+    made.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    made = add("reports", "show reports, the newest last")
+    made.add_argument(
+        "--like", default="%", metavar="PATTERN", help="hosts; %% stands for any characters"
+    )
+    made.add_argument("--waiting", action="store_true", help="only those that wait for a receiver")
+    made = add("silence", "hold the reports of some hosts back for a while")
+    made.add_argument(
+        "--like", required=True, metavar="PATTERN", help="hosts; %% stands for any characters"
+    )
+    made.add_argument("--minutes", type=float, required=True, help="until it ends by itself")
+    made.add_argument("--why", required=True, help="the reason, for others")
+    made = add("drain", "have a member give its shards back and take none")
+    made.add_argument("member", metavar="MEMBER", help="its name or id")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do the part.
+
+    Raises:
+        UsageError: the file names no database, or an option is wrong.
+        HostError: the database is away, or has no tables.
+    """
+    # A parser can be made, and pages written from it, where psycopg or libpq is not installed.
+    parts = import_with_libpq("provider_proxy.cli.fleet_parts")
+    code: int = parts.PARTS[args.part](args)
+    return code

@@ -1,0 +1,199 @@
+"""The parts of `provider-proxy fleet`, each on an open database; `fleet` declares their options."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+from psycopg import Connection, Error
+
+from provider_proxy.errors import UsageError
+from provider_proxy.tenant.fleet import imports, schema, views
+from provider_proxy.tenant.fleet.database import connect, read_address, translated
+from provider_proxy.tenant.fleet.hosts import read_fleet
+from provider_proxy.tenant.watch.config import load_watch_config
+from provider_proxy.tenant.watch.tables import WatchConfig
+
+MAX_SHOWN_CHANGES = 200
+
+
+def _with_database(
+    args: argparse.Namespace, work: Callable[[Connection[Any], WatchConfig], int]
+) -> int:
+    config = load_watch_config(args.config)
+    if config.state is None:
+        raise UsageError(f'{args.config} has no state = "postgresql://…"')
+    with connect(read_address(config.state)) as connection:
+        try:
+            return work(connection, config)
+        except Error as exc:
+            raise translated(exc) from exc
+
+
+def _migrate(args: argparse.Namespace) -> int:
+    def work(connection: Connection[Any], _: WatchConfig) -> int:
+        before, after = schema.migrate(connection, shards=args.shards)
+        if args.grant:
+            schema.grant_daily(connection, args.grant)
+        print(
+            f"tables of version {after}" + ("" if before == after else f", were of {before}")
+            if before
+            else f"made the tables, version {after}, {schema.shards_of(connection)} shards"
+        )
+        return 0
+
+    return _with_database(args, work)
+
+
+def _import(args: argparse.Namespace) -> int:
+    def work(connection: Connection[Any], config: WatchConfig) -> int:
+        schema.check_version(connection)
+        fleet = read_fleet(config)
+        if args.apply:
+            plan = imports.apply(connection, fleet, remove=args.remove)
+        else:
+            plan = imports.plan(connection, fleet)
+        for line in _plan_lines(plan, remove=args.remove):
+            print(line)
+        if not args.apply:
+            print("nothing is changed; add --apply")
+        return 0
+
+    return _with_database(args, work)
+
+
+def _plan_lines(plan: imports.Plan, *, remove: bool) -> list[str]:
+    lines = [f"+ {name}" for name in plan.added]
+    lines += [f"~ {name}: {', '.join(words)}" for name, words in plan.changed.items()]
+    kept = "" if remove else " (stays; --remove removes it)"
+    lines += [f"- {name}{kept}" for name in plan.removed]
+    if len(lines) > MAX_SHOWN_CHANGES:
+        lines[MAX_SHOWN_CHANGES:] = [f"… and {len(lines) - MAX_SHOWN_CHANGES} more"]
+    gone = len(plan.removed) if remove else 0
+    lines.append(
+        f"{len(plan.added)} new, {len(plan.changed)} changed, {gone} removed, {plan.same} the same"
+    )
+    return lines
+
+
+def _status(args: argparse.Namespace) -> int:
+    def work(connection: Connection[Any], _: WatchConfig) -> int:
+        schema.check_version(connection)
+        view = views.fleet_view(connection)
+        if args.json:
+            print(json.dumps(_status_values(view)))
+            return 0
+        print(f"members  {len(view.members)}")
+        for member in view.members:
+            draining = ", draining" if member.draining else ""
+            print(f"  {member.name}  {member.shards} shards, {member.version}{draining}")
+        print(f"shards   {view.shards}, {view.free_shards} of them held by nobody")
+        print(f"hosts    {sum(view.by_state.values())}")
+        for state, count in sorted(view.by_state.items()):
+            print(f"  {state}  {count}")
+        print(f"oldest verdict  {_age(view.oldest_verdict_s)}")
+        print(f"reports waiting  {view.waiting_reports}, the oldest {_age(view.oldest_report_s)}")
+        return 0
+
+    return _with_database(args, work)
+
+
+def _status_values(view: views.FleetView) -> dict[str, object]:
+    return {
+        "members": [
+            {
+                "id": str(member.id),
+                "name": member.name,
+                "version": member.version,
+                "shards": member.shards,
+                "draining": member.draining,
+            }
+            for member in view.members
+        ],
+        "shards": view.shards,
+        "free_shards": view.free_shards,
+        "hosts": view.by_state,
+        "oldest_verdict_s": view.oldest_verdict_s,
+        "waiting_reports": view.waiting_reports,
+        "oldest_report_s": view.oldest_report_s,
+    }
+
+
+def _age(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.0f} s old"
+
+
+def _hosts(args: argparse.Namespace) -> int:
+    def work(connection: Connection[Any], _: WatchConfig) -> int:
+        schema.check_version(connection)
+        found = views.host_views(connection, like=args.like, state=args.state)
+        if args.json:
+            print(json.dumps({"hosts": [_host_values(host) for host in found]}))
+            return 0
+        width = max((len(host.name) for host in found), default=0)
+        for host in found:
+            since = host.since.isoformat(timespec="seconds") if host.since else "-"
+            why = f"  {host.error}: {host.reason}" if host.error else ""
+            print(f"{host.name:{width}}  {host.state}  {since}{why}")
+        return 0
+
+    return _with_database(args, work)
+
+
+def _host_values(host: views.HostView) -> dict[str, object]:
+    return {
+        "name": host.name,
+        "shard": host.shard,
+        "state": host.state,
+        "verdict_at": host.since.isoformat() if host.since else None,
+        "error": host.error,
+        "reason": host.reason,
+    }
+
+
+def _reports(args: argparse.Namespace) -> int:
+    def work(connection: Connection[Any], _: WatchConfig) -> int:
+        schema.check_version(connection)
+        for report in views.report_views(connection, like=args.like, waiting=args.waiting):
+            state = "delivered" if report.delivered else f"waiting, {report.tries} tries"
+            print(f"{report.made.isoformat(timespec='seconds')}  {report.host}  {state}")
+            print(f"  {report.body.decode('ascii', 'replace')}")
+        return 0
+
+    return _with_database(args, work)
+
+
+def _silence(args: argparse.Namespace) -> int:
+    if not 0 < args.minutes <= 60 * 24 * 31:
+        raise UsageError("--minutes must be above 0 and at most 31 days")
+
+    def work(connection: Connection[Any], _: WatchConfig) -> int:
+        schema.check_version(connection)
+        __, count, ends = views.silence(connection, args.like, minutes=args.minutes, why=args.why)
+        print(f"reports of {count} hosts wait until {ends.isoformat(timespec='seconds')}")
+        return 0
+
+    return _with_database(args, work)
+
+
+def _drain(args: argparse.Namespace) -> int:
+    def work(connection: Connection[Any], _: WatchConfig) -> int:
+        schema.check_version(connection)
+        count = views.drain(connection, args.member)
+        print(f"{count} member{'s' if count > 1 else ''} will give back all shards")
+        return 0
+
+    return _with_database(args, work)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "migrate": _migrate,
+    "import": _import,
+    "status": _status,
+    "hosts": _hosts,
+    "reports": _reports,
+    "silence": _silence,
+    "drain": _drain,
+}

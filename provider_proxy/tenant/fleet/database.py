@@ -1,0 +1,150 @@
+"""PostgreSQL from trio: statements run in worker threads, on two connections at most.
+
+No PostgreSQL driver is trio's own, so psycopg's blocking connections are used in threads. Every
+statement has a limit on the server, every connection one in the kernel, so that a thread comes back from
+a database that stalls or vanishes. A connection that failed is closed and opened again by the next call.
+
+TLS, the service file and the password's file are libpq's own affair. An address that holds a password
+is refused: it would stand in a file with other settings, and in messages.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import psycopg
+import trio
+from psycopg import Connection
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from provider_proxy.errors import HostError, UsageError
+from provider_proxy.tenant.fleet import schema
+
+T = TypeVar("T")
+
+MAX_CONNECTIONS = 2  # one for leases, one for everything else: leases do not wait behind a batch
+CONNECT_LIMIT_S = 3
+STATEMENT_LIMIT_MS = 10_000
+# The kernel's: a server that vanished is noticed although nothing says so.
+TCP_LIMIT_MS = 5_000
+SCHEME_RE = re.compile(r"postgres(ql)?://", re.ASCII)
+
+
+class DatabaseError(HostError):
+    """The database is away, or refuses; nothing was written."""
+
+
+def is_database(text: str) -> bool:
+    """Whether a setting names a database and not a folder."""
+    return SCHEME_RE.match(text) is not None
+
+
+def read_address(text: str) -> str:
+    """A libpq URL, checked and with this program's limits.
+
+    Raises:
+        UsageError: it is no URL of PostgreSQL's, or holds a password.
+    """
+    try:
+        values = conninfo_to_dict(text)
+    except psycopg.ProgrammingError as exc:
+        raise UsageError(f"not an address of PostgreSQL: {str(exc).strip()}") from exc
+    if values.get("password") is not None:
+        raise UsageError(
+            "the address holds a password; put it in libpq's passfile (passfile=…), or name a "
+            "service (service=…)"
+        )
+    limits: dict[str, str | int] = {
+        "connect_timeout": CONNECT_LIMIT_S,
+        "tcp_user_timeout": TCP_LIMIT_MS,
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": 2,
+        "application_name": "provider-proxy",
+    }
+    return make_conninfo(text, **{key: v for key, v in limits.items() if key not in values})
+
+
+def connect(address: str) -> Connection[Any]:
+    """Open a connection whose statements commit by themselves.
+
+    Raises:
+        DatabaseError: it cannot be reached, or refuses.
+    """
+    try:
+        opened = psycopg.connect(address, autocommit=True)
+        opened.execute(f"set statement_timeout = {STATEMENT_LIMIT_MS}")
+        opened.execute(f"set lock_timeout = {STATEMENT_LIMIT_MS}")
+        opened.execute("set idle_in_transaction_session_timeout = '30s'")
+    except psycopg.Error as exc:
+        raise translated(exc) from exc
+    return opened
+
+
+def translated(error: psycopg.Error) -> DatabaseError:
+    """psycopg's error as ours: one line, with the server's own reason."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return DatabaseError(f"the database: {text}")
+
+
+class Database:
+    """Runs functions of a connection in worker threads.
+
+    Args:
+        address: from `read_address`.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._limiter = trio.CapacityLimiter(MAX_CONNECTIONS)
+        self._idle: list[Connection[Any]] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    async def run(self, work: Callable[[Connection[Any]], T], *, limit_s: float = 30.0) -> T:
+        """Run `work` with a connection of its own for that time.
+
+        Cancelled, it returns at once; the statement goes on to its own limit.
+
+        Raises:
+            DatabaseError: the database is away, refuses, or does not answer within `limit_s`.
+        """
+        try:
+            with trio.fail_after(limit_s):
+                return await trio.to_thread.run_sync(
+                    self._in_thread, work, limiter=self._limiter, abandon_on_cancel=True
+                )
+        except trio.TooSlowError as exc:
+            raise DatabaseError(f"the database: no answer within {limit_s:g} s") from exc
+
+    def _in_thread(self, work: Callable[[Connection[Any]], T]) -> T:
+        with self._lock:
+            connection = self._idle.pop() if self._idle else None
+        if connection is None:
+            connection = connect(self._address)
+            schema.check_version(connection)
+        try:
+            result = work(connection)
+        except psycopg.Error as exc:
+            connection.close()
+            raise translated(exc) from exc
+        except BaseException:
+            connection.close()
+            raise
+        with self._lock:
+            if not self._closed:
+                self._idle.append(connection)
+                return result
+        connection.close()
+        return result
+
+    def close(self) -> None:
+        """Close the connections that are idle; one that works is closed when it is done."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()

@@ -1,0 +1,25 @@
+"""Whether PostgreSQL can be spoken to: psycopg is an extra, and libpq is not Python's."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from provider_proxy.errors import HostError
+
+
+def import_with_libpq(name: str) -> ModuleType:
+    """Import a module that needs psycopg.
+
+    Raises:
+        ModuleNotFoundError: psycopg is not installed.
+        HostError: PostgreSQL's own library is not.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise
+    except ImportError as exc:
+        raise HostError(
+            "PostgreSQL's client library cannot be loaded; install it (libpq5 on Debian)"
+        ) from exc

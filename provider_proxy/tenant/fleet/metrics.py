@@ -1,0 +1,37 @@
+"""What a member of a fleet counts beside the watcher's own metrics."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+
+class FleetMetrics:
+    """Counters and gauges; names begin with `provider_proxy_fleet_`."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        prefix = "provider_proxy_fleet_"
+        self.shards = Gauge(prefix + "shards", "Shards that this member holds.", registry=registry)
+        self.members = Gauge(
+            prefix + "members", "Members that serve, as the database said last.", registry=registry
+        )
+        self.database_up = Gauge(
+            prefix + "database_up", "1 while the database answers.", registry=registry
+        )
+        self.unsaved_seconds = Gauge(
+            prefix + "unsaved_seconds",
+            "Age of the oldest result that is not in the database yet.",
+            registry=registry,
+        )
+        self.takeovers = Counter(
+            prefix + "shards_taken", "Shards that this member has taken.", registry=registry
+        )
+        self.refused_writes = Counter(
+            prefix + "refused_writes",
+            "Batches of a shard that were not written because its lease was lost.",
+            registry=registry,
+        )
+        self.lost_reports = Gauge(
+            prefix + "lost_reports",
+            "Reports that found no room while the database was away. Must stay 0.",
+            registry=registry,
+        )

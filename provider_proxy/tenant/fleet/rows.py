@@ -1,0 +1,239 @@
+"""The hosts and what is known of them, as rows: read when a shard is taken, written under its lease.
+
+Nothing goes back: a clock state is written only where it is not older than the one that is there, and
+every write names the epoch of its shard's lease (`leases.fenced`). Synchronous; runs in the database's
+worker threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg import Connection
+from psycopg.types.json import Jsonb
+
+from provider_proxy.errors import EvidenceFormatError, HostError
+from provider_proxy.tenant.fleet import leases
+from provider_proxy.tenant.watch.reports import Verdict
+from provider_proxy.tenant.watch.states import State
+from provider_proxy.tenant.watch.store import HostRecord, parse_record, record_values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostRow:
+    """A host as it was imported.
+
+    Attributes:
+        rules: its keys of the watcher's file, defaults included.
+        files: policy files by key: the digest of each one's content.
+        pin: the pin's file.
+        change: rises with each change of any host.
+    """
+
+    name: str
+    shard: int
+    rules: Mapping[str, object]
+    files: Mapping[str, str]
+    pin: bytes
+    change: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What is known of a host.
+
+    Attributes:
+        record: None where nothing was accepted yet.
+        verdict: that was told last; None where none was.
+        sequence: of its newest report.
+    """
+
+    record: HostRecord | None
+    verdict: Verdict | None
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outgoing:
+    """A report on its way to the outbox.
+
+    Attributes:
+        body: the exact bytes that receivers get, however often.
+    """
+
+    id: uuid.UUID
+    sequence: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What is to be written of one host; the parts that are None stay as they are.
+
+    Attributes:
+        age_s: how long ago the verdict was reached, in seconds.
+        good_for_s: from then on, how long it may be shown.
+    """
+
+    host: str
+    shard: int
+    record: HostRecord | None = None
+    verdict: Verdict | None = None
+    reason: str | None = None
+    age_s: float = 0.0
+    good_for_s: float = 0.0
+    reports: Sequence[Outgoing] = ()
+
+
+def shard_of(name: str, shards: int) -> int:
+    """The shard of a host: the same in every member and release."""
+    return int.from_bytes(hashlib.sha256(name.encode("ascii")).digest()[:8], "big") % shards
+
+
+def read_hosts(connection: Connection[Any], since: Mapping[int, int]) -> list[HostRow]:
+    """The hosts of some shards that changed after a number, which each shard has of its own."""
+    rows = connection.execute(
+        "select name, h.shard, rules, files, pin, change from host h"
+        " join unnest(%s::int[], %s::bigint[]) as s (shard, since)"
+        " on h.shard = s.shard and h.change > s.since order by name",
+        (list(since), list(since.values())),
+    )
+    return [
+        HostRow(name=name, shard=shard, rules=rules, files=files, pin=pin or b"", change=change)
+        for name, shard, rules, files, pin, change in rows
+    ]
+
+
+ALL = -1  # before every change
+
+
+def read_names(connection: Connection[Any], shards: Sequence[int]) -> set[str]:
+    """The names of all hosts of some shards."""
+    rows = connection.execute("select name from host where shard = any(%s)", (list(shards),))
+    return {name for (name,) in rows}
+
+
+def read_policy(connection: Connection[Any], digest: str) -> bytes | None:
+    """A policy file's content; None where it is not there."""
+    row = connection.execute("select body from policy where digest = %s", (digest,)).fetchone()
+    return bytes(row[0]) if row is not None else None
+
+
+def read_known(connection: Connection[Any], shards: Sequence[int]) -> dict[str, Known]:
+    """What is known of the hosts of some shards."""
+    rows = connection.execute(
+        "select name, record, verdict, error, sequence from host_state where shard = any(%s)",
+        (list(shards),),
+    )
+    found = {}
+    for name, values, state, error, sequence in rows:
+        record = None if values is None else _read_record(name, values)
+        verdict = None if state is None else Verdict(State(state), error)
+        found[name] = Known(record=record, verdict=verdict, sequence=sequence)
+    return found
+
+
+def write(
+    connection: Connection[Any],
+    member: leases.Member,
+    epochs: Mapping[int, int],
+    updates: Sequence[Update],
+) -> set[int]:
+    """Write what shards' holders found, with its reports, in one transaction.
+
+    Args:
+        epochs: under which the writer holds the shards of the updates.
+
+    Returns:
+        The shards whose lease holds. Nothing was written of the others.
+    """
+    with connection.transaction(), connection.cursor() as cursor:
+        good = leases.fenced(connection, member, epochs)
+        mine = [update for update in updates if update.shard in good]
+        records = [update for update in mine if update.record is not None]
+        if records:
+            cursor.executemany(_RECORD, [_record_values(update) for update in records])
+        verdicts = [update for update in mine if update.verdict is not None]
+        if verdicts:
+            cursor.executemany(_VERDICT, [_verdict_values(update) for update in verdicts])
+        reports = [
+            (
+                *(report.id, update.host, update.shard, epochs[update.shard]),
+                *(report.sequence, report.body),
+            )
+            for update in mine
+            for report in update.reports
+        ]
+        if reports:
+            cursor.executemany(_REPORT, reports)
+            last = [(update.reports[-1].sequence, update.host) for update in mine if update.reports]
+            cursor.executemany("update host_state set sequence = %s where name = %s", last)
+    return good
+
+
+def _read_record(name: str, values: object) -> HostRecord:
+    """Raises: HostError: it is damaged; without it the host's past is not known."""
+    try:
+        return parse_record(name, values)
+    except EvidenceFormatError as exc:
+        raise HostError(f"the database's record of {name} is damaged: {exc}") from exc
+
+
+# A host that was removed meanwhile has no row in `host`, and none is written.
+_RECORD = """
+insert into host_state as s (name, shard, ak_name, resets, restarts, clock_ms, record)
+select h.name, h.shard, %(ak_name)s, %(resets)s, %(restarts)s, %(clock_ms)s, %(record)s
+from host h where h.name = %(name)s
+on conflict (name) do update set
+    shard = excluded.shard, ak_name = excluded.ak_name, resets = excluded.resets,
+    restarts = excluded.restarts, clock_ms = excluded.clock_ms, record = excluded.record
+where s.ak_name is distinct from excluded.ak_name
+    or s.resets is null
+    or (s.resets, s.restarts, s.clock_ms)
+        <= (excluded.resets, excluded.restarts, excluded.clock_ms)
+"""
+_VERDICT = """
+insert into host_state as s (name, shard, verdict, verdict_at, fresh_until, error, reason)
+select h.name, h.shard, %(verdict)s, fleet_now() - make_interval(secs => %(age)s),
+    fleet_now() - make_interval(secs => %(age)s) + make_interval(secs => %(good_for)s),
+    %(error)s, %(reason)s
+from host h where h.name = %(name)s
+on conflict (name) do update set
+    shard = excluded.shard, verdict = excluded.verdict, verdict_at = excluded.verdict_at,
+    fresh_until = excluded.fresh_until, error = excluded.error, reason = excluded.reason
+"""
+_REPORT = """
+insert into report (id, host, shard, epoch, sequence, made, next_try, body)
+values (%s, %s, %s, %s, %s, fleet_now(), fleet_now(), %s)
+on conflict (id) do nothing
+"""
+
+
+def _record_values(update: Update) -> dict[str, object]:
+    record = update.record
+    assert record is not None
+    newest = record.newest
+    return {
+        "name": update.host,
+        "ak_name": record.ak_name,
+        "resets": newest and newest.reset_count,
+        "restarts": newest and newest.restart_count,
+        "clock_ms": newest and newest.clock_ms,
+        "record": Jsonb(record_values(record)),
+    }
+
+
+def _verdict_values(update: Update) -> dict[str, object]:
+    assert update.verdict is not None
+    return {
+        "name": update.host,
+        "verdict": update.verdict.state.value,
+        "error": update.verdict.error,
+        "reason": update.reason,
+        "age": update.age_s,
+        "good_for": update.good_for_s,
+    }

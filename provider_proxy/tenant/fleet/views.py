@@ -1,0 +1,210 @@
+"""What people see of a fleet, read from its database: members, shards, hosts, reports, silences.
+
+A host is trusted only while its verdict is younger than its bound; after that it is "not verified
+since", whatever the last verdict was.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from psycopg import Connection
+
+from provider_proxy.errors import UsageError
+
+NOT_VERIFIED = "NOT_VERIFIED_SINCE"
+NEVER_VERIFIED = "NEVER_VERIFIED"
+MAX_ROWS = 100_000
+_STATE = f"""
+case when s.verdict is null then '{NEVER_VERIFIED}'
+     when s.fresh_until <= fleet_now() then '{NOT_VERIFIED}'
+     else s.verdict end
+"""
+_FROM = "from host h left join host_state s on s.name = h.name"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberView:
+    """A process that lives.
+
+    Attributes:
+        seen_s: how long ago it renewed its leases, in seconds.
+    """
+
+    id: uuid.UUID
+    name: str
+    version: str
+    shards: int
+    draining: bool
+    seen_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetView:
+    """The whole fleet.
+
+    Attributes:
+        free_shards: shards that nobody holds: their hosts are not verified now.
+        by_state: hosts by what may be shown of them.
+        oldest_verdict_s: age of the oldest verdict of a host that is asked, in seconds.
+        waiting_reports: of the outbox.
+        oldest_report_s: age of the oldest of those, in seconds.
+    """
+
+    members: tuple[MemberView, ...]
+    shards: int
+    free_shards: int
+    by_state: dict[str, int]
+    oldest_verdict_s: float | None
+    waiting_reports: int
+    oldest_report_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostView:
+    """A host as it may be shown now."""
+
+    name: str
+    shard: int
+    state: str
+    since: datetime | None
+    error: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportView:
+    """A report in the outbox, or delivered."""
+
+    id: uuid.UUID
+    host: str
+    made: datetime
+    delivered: datetime | None
+    tries: int
+    body: bytes
+
+
+def fleet_view(connection: Connection[Any]) -> FleetView:
+    """The fleet as of now."""
+    members = connection.execute(
+        "select m.id, m.name, m.version, m.draining,"
+        " (select count(*) from lease l where l.owner = m.id and l.until > fleet_now()),"
+        " extract(epoch from fleet_now() - m.until)::float8"
+        " from member m where m.until > fleet_now() order by m.name, m.id"
+    ).fetchall()
+    (shards, free) = _row(
+        connection, "select count(*), count(*) filter (where until <= fleet_now()) from lease"
+    )
+    states = connection.execute(f"select {_STATE} as state, count(*) {_FROM} group by 1")
+    (oldest,) = _row(
+        connection,
+        "select extract(epoch from fleet_now() - min(s.verdict_at))::float8 from host_state s",
+    )
+    (waiting, report_s) = _row(
+        connection,
+        "select count(*), extract(epoch from fleet_now() - min(made))::float8"
+        " from report where delivered is null",
+    )
+    return FleetView(
+        members=tuple(
+            MemberView(
+                id=id_, name=name, version=version, shards=held, draining=draining, seen_s=-ago
+            )
+            for id_, name, version, draining, held, ago in members
+        ),
+        shards=shards,
+        free_shards=free,
+        by_state=dict(states.fetchall()),
+        oldest_verdict_s=oldest,
+        waiting_reports=waiting,
+        oldest_report_s=report_s,
+    )
+
+
+def host_views(
+    connection: Connection[Any], *, like: str = "%", state: str | None = None, most: int = MAX_ROWS
+) -> list[HostView]:
+    """Hosts by name.
+
+    Args:
+        like: SQL's pattern of names, "%" for any characters.
+        state: only hosts that are shown so.
+    """
+    rows = connection.execute(
+        f"select * from (select h.name, h.shard, {_STATE} as state, s.verdict_at, s.error, s.reason"  # noqa: S608
+        f" {_FROM} where h.name like %s) v where %s::text is null or state = %s"
+        " order by name limit %s",
+        (like, state, state, most),
+    )
+    return [
+        HostView(name=name, shard=shard, state=shown, since=since, error=error, reason=reason)
+        for name, shard, shown, since, error, reason in rows
+    ]
+
+
+def report_views(
+    connection: Connection[Any], *, like: str = "%", waiting: bool = False, most: int = 1000
+) -> list[ReportView]:
+    """The newest reports of some hosts, the newest last."""
+    rows = connection.execute(
+        "select id, host, made, delivered, tries, body from report"
+        " where host like %s and (not %s or delivered is null)"
+        " order by made desc, host, sequence desc limit %s",
+        (like, waiting, most),
+    ).fetchall()
+    return [
+        ReportView(id=id_, host=host, made=made, delivered=delivered, tries=tries, body=bytes(body))
+        for id_, host, made, delivered, tries, body in reversed(rows)
+    ]
+
+
+def drain(connection: Connection[Any], name: str) -> int:
+    """Have members give their shards back and take none; by name or id. How many they are.
+
+    Raises:
+        UsageError: no such member lives.
+    """
+    done = connection.execute(
+        "update member set draining = true"
+        " where (name = %s or id::text = %s) and until > fleet_now()",
+        (name, name),
+    )
+    if not done.rowcount:
+        raise UsageError(f"no member {name!r} lives; see `provider-proxy fleet status`")
+    return done.rowcount
+
+
+def silence(
+    connection: Connection[Any], hosts: str, *, minutes: float, why: str
+) -> tuple[uuid.UUID, int, datetime]:
+    """Hold the reports of some hosts back for a while.
+
+    Args:
+        hosts: SQL's pattern of names.
+
+    Returns:
+        Its id, how many hosts it is about now, and when it ends.
+
+    Raises:
+        UsageError: it is about no host.
+    """
+    (count,) = _row(connection, "select count(*) from host where name like %s", (hosts,))
+    if not count:
+        raise UsageError(f"no host is called like {hosts!r}")
+    id_ = uuid.uuid4()
+    (ends,) = _row(
+        connection,
+        "insert into silence (id, hosts, why, begins, ends) values (%s, %s, %s, fleet_now(),"
+        " fleet_now() + make_interval(secs => %s)) returning ends",
+        (id_, hosts, why, minutes * 60),
+    )
+    return id_, count, ends
+
+
+def _row(connection: Connection[Any], statement: str, values: tuple[object, ...] = ()) -> Any:
+    row = connection.execute(statement.encode("utf-8"), values).fetchone()
+    assert row is not None  # an aggregate, or a returning insert
+    return row

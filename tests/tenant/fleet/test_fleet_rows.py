@@ -1,0 +1,195 @@
+"""Rows under leases, on a real PostgreSQL: nothing goes back, nothing without a lease."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from postgres_helpers import Postgres, needs_postgres, postgres
+
+from provider_proxy.errors import HostError, UsageError
+from provider_proxy.evidence.model import AkName, ClockState
+from provider_proxy.tenant.fleet import imports, leases, outbox, rows, schema, views
+from provider_proxy.tenant.fleet.database import DatabaseError, connect, translated
+from provider_proxy.tenant.fleet.hosts import ImportedFleet, ImportedHost
+from provider_proxy.tenant.watch.reports import Verdict
+from provider_proxy.tenant.watch.states import State
+from provider_proxy.tenant.watch.store import HostRecord
+
+pytestmark = [needs_postgres, pytest.mark.real]
+
+SHARDS = 4
+AK, OTHER_AK = AkName(b"\0\x0b" + bytes(32)), AkName(b"\0\x0b" + b"\1" * 32)
+MEMBER = leases.Member(id=uuid.uuid4(), name="m", version="1", lease_s=3600)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Postgres]:
+    with postgres() as running:
+        yield running
+
+
+@pytest.fixture
+def connection(server: Postgres) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(server.dsn, autocommit=True) as opened:
+        opened.execute("drop schema public cascade; create schema public")
+        schema.migrate(opened, shards=SHARDS)
+        imports.apply(opened, fleet_of("a", "b"), remove=False)
+        yield opened
+
+
+def fleet_of(*names: str, interval_s: float = 5.0) -> ImportedFleet:
+    return ImportedFleet(
+        hosts=tuple(
+            ImportedHost(
+                name=name, rules={"interval_s": interval_s}, files={"tpm_policy": "d1"}, pin=b""
+            )
+            for name in names
+        ),
+        policies={"d1": b"{}"},
+    )
+
+
+def clock(resets: int, clock_ms: int) -> ClockState:
+    return ClockState(reset_count=resets, restart_count=0, clock_ms=clock_ms)
+
+
+def record(newest: ClockState, ak: AkName = AK) -> HostRecord:
+    return HostRecord(ak_name=ak, newest=newest, first_use={0: b"\1" * 32})
+
+
+def write(connection: psycopg.Connection[Any], **values: Any) -> set[int]:
+    update = rows.Update(host="a", shard=rows.shard_of("a", SHARDS), **values)
+    epochs = leases.renew(connection, MEMBER).epochs
+    mine = {update.shard: epochs[update.shard]}
+    return rows.write(connection, MEMBER, mine, [update])
+
+
+def known(connection: psycopg.Connection[Any]) -> rows.Known:
+    return rows.read_known(connection, range(SHARDS))["a"]
+
+
+def test_a_clock_never_goes_back(connection: psycopg.Connection[Any]) -> None:
+    for newest in (clock(2, 500), clock(2, 400), clock(1, 9000)):
+        assert write(connection, record=record(newest))
+    assert known(connection).record == record(clock(2, 500))
+    write(connection, record=record(clock(3, 1)))
+    assert known(connection).record == record(clock(3, 1))
+    write(connection, record=record(clock(1, 1), OTHER_AK))  # pinned anew: another TPM's clock
+    assert known(connection).record == record(clock(1, 1), OTHER_AK)
+
+
+def test_without_the_lease_nothing_is_written(connection: psycopg.Connection[Any]) -> None:
+    shard = rows.shard_of("a", SHARDS)
+    epoch = leases.renew(connection, MEMBER).epochs[shard]
+    report = rows.Outgoing(id=uuid.uuid4(), sequence=1, body=b"{}")
+    update = rows.Update(
+        host="a", shard=shard, record=record(clock(1, 1)), verdict=Verdict(State.TRUSTED),
+        good_for_s=60, reports=(report,),
+    )  # fmt: skip
+    assert rows.write(connection, MEMBER, {shard: epoch - 1}, [update]) == set()
+    assert rows.read_known(connection, range(SHARDS)) == {}
+    assert views.report_views(connection) == []
+    assert rows.write(connection, MEMBER, {shard: epoch}, [update]) == {shard}
+    assert known(connection) == rows.Known(
+        record=record(clock(1, 1)), verdict=Verdict(State.TRUSTED), sequence=1
+    )
+
+
+def test_a_verdict_has_an_end(connection: psycopg.Connection[Any]) -> None:
+    states = [host.state for host in views.host_views(connection)]
+    assert states == [views.NEVER_VERIFIED] * 2
+    write(connection, verdict=Verdict(State.TRUSTED), age_s=1, good_for_s=60)
+    assert views.host_views(connection, like="a")[0].state == "TRUSTED"
+    write(connection, verdict=Verdict(State.TRUSTED), age_s=61, good_for_s=60)
+    assert views.host_views(connection, like="a")[0].state == views.NOT_VERIFIED
+    assert views.fleet_view(connection).by_state == {
+        views.NEVER_VERIFIED: 1,
+        views.NOT_VERIFIED: 1,
+    }
+
+
+def test_a_host_that_was_removed_meanwhile_leaves_no_row(
+    connection: psycopg.Connection[Any],
+) -> None:
+    imports.apply(connection, fleet_of("b"), remove=True)
+    assert write(connection, record=record(clock(1, 1)), verdict=Verdict(State.TRUSTED))
+    assert rows.read_known(connection, range(SHARDS)) == {}
+
+
+def test_an_import_shows_what_it_changes(connection: psycopg.Connection[Any]) -> None:
+    fleet = fleet_of("a", "c", interval_s=9.0)
+    plan = imports.plan(connection, fleet)
+    assert (plan.added, plan.removed, plan.same) == (("c",), ("b",), 0)
+    assert plan.changed == {"a": ("interval_s 5.0 -> 9.0",)}
+    since = dict.fromkeys(range(SHARDS), rows.ALL)
+    before = {row.name: row.change for row in rows.read_hosts(connection, since)}
+    assert imports.apply(connection, fleet, remove=False) == plan
+    after = {row.name: row.change for row in rows.read_hosts(connection, since)}
+    assert after["a"] > before["a"]
+    assert after["b"] == before["b"]
+    assert imports.apply(connection, fleet, remove=False).same == 2
+    imports.apply(connection, ImportedFleet(hosts=(), policies={}), remove=True)
+    assert rows.read_policy(connection, "d1") is None
+
+
+def test_reports_wait_in_order_for_each_host(connection: psycopg.Connection[Any]) -> None:
+    first, second = (
+        rows.Outgoing(id=uuid.uuid4(), sequence=n, body=json.dumps({"n": n}).encode())
+        for n in (1, 2)
+    )
+    write(connection, verdict=Verdict(State.TRUSTED), reports=(first, second))
+    shards = list(range(SHARDS))
+    (waiting,) = outbox.next_reports(connection, shards)
+    assert waiting.id == first.id
+    outbox.failed(connection, first.id, 60)
+    assert outbox.next_reports(connection, shards) == []  # the second does not overtake it
+    outbox.delivered(connection, [first.id])
+    (waiting,) = outbox.next_reports(connection, shards)
+    assert (waiting.id, waiting.body) == (second.id, second.body)
+    assert outbox.forget_old(connection) == 0
+
+
+def test_a_silence_is_about_hosts_that_are_there(connection: psycopg.Connection[Any]) -> None:
+    with pytest.raises(UsageError, match="no host is called like"):
+        views.silence(connection, "x%", minutes=1, why="none")
+    with pytest.raises(UsageError, match="no member 'x' lives"):
+        views.drain(connection, "x")
+
+
+def test_migrations_are_applied_once_and_shards_stay(connection: psycopg.Connection[Any]) -> None:
+    assert schema.migrate(connection, shards=9) == (schema.VERSION, schema.VERSION)
+    assert schema.shards_of(connection) == SHARDS
+    connection.execute("delete from fleet_version")
+    with pytest.raises(HostError, match="fleet migrate"):
+        schema.check_version(connection)
+    with pytest.raises(UsageError, match="shards must be from 1 to 4096"):
+        schema.migrate(connection, shards=0)
+
+
+def test_the_daily_role_has_rows_and_no_tables(
+    server: Postgres, connection: psycopg.Connection[Any]
+) -> None:
+    connection.execute("drop role if exists daily; create role daily login")
+    schema.grant_daily(connection, "daily")
+    with psycopg.connect(
+        f"host={server.folder} user=daily dbname=postgres", autocommit=True
+    ) as daily:
+        assert leases.renew(daily, MEMBER).epochs
+        assert write(daily, verdict=Verdict(State.TRUSTED), good_for_s=60)
+        views.fleet_view(daily)
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            daily.execute("alter table host add column x text")
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            daily.execute("create table x (y text)")
+    connection.execute("drop owned by daily; drop role daily")
+
+
+def test_a_database_that_is_away_says_so(server: Postgres) -> None:
+    with pytest.raises(DatabaseError, match="the database: "):
+        connect(f"host={server.folder}/nowhere user=postgres dbname=postgres")
+    assert "\n" not in str(translated(psycopg.OperationalError("one\ntwo")))
