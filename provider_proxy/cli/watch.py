@@ -10,14 +10,13 @@ import argparse
 import json
 import os
 import platform
-import resource
 import sys
 from functools import partial
 from pathlib import Path
 
 import trio
 
-from provider_proxy.common import memory
+from provider_proxy.common import descriptors, memory
 from provider_proxy.common.version import program_version
 from provider_proxy.errors import HostError, UsageError
 from provider_proxy.tenant.fleet.driver import import_with_libpq
@@ -73,8 +72,7 @@ def _as_member(config: WatchConfig, *, once: bool) -> int:
     # Needs psycopg, which a watcher without a database does not.
     member_module = import_with_libpq("provider_proxy.tenant.fleet.member")
     assert config.state is not None
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection a host, and shards come
+    descriptors.raise_limit()  # a connection a host, and shards come
     member = member_module.FleetMember(
         config,
         config.state,
@@ -93,12 +91,9 @@ def allow_connections(hosts: int) -> None:
     Raises:
         HostError: they are too few.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = hosts + OTHER_FILES
-    if hard != resource.RLIM_INFINITY and needed > hard:
-        raise HostError(f"{hosts} hosts need {needed} open files, and the limit is {hard}")
-    if soft != resource.RLIM_INFINITY and needed > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    limit, needed = descriptors.raise_limit(), hosts + OTHER_FILES
+    if needed > limit:
+        raise HostError(f"{hosts} hosts need {needed} open files, and the limit is {limit}")
 
 
 def _write(line: bytes) -> None:

@@ -54,6 +54,8 @@ from provider_proxy.host.vtpm.open_service import open_keeper, share_socket
 from provider_proxy.host.vtpm.requests import Issuer
 from provider_proxy.host.vtpm.service import Keeper
 
+ADMIN_CONNECTIONS = 16  # Prometheus, a status page or two, `top`; one more closes the idlest
+
 HostQuoter = EsysQuoter | AgentQuoter
 OpenQuoter = Callable[[Config, Metrics], AbstractAsyncContextManager[HostQuoter]]
 OpenIssuer = Callable[[Config, EsysQuoter], Awaitable[Issuer]]
@@ -182,7 +184,9 @@ async def open_parts(
             draining=draining,
             tenant_door=door,
             tenants=tenants,
-            admin=Door(admin, observe=lambda status, reason: None),
+            admin=Door(
+                admin, observe=lambda status, reason: None, max_connections=ADMIN_CONNECTIONS
+            ),
             open_tenants=stack.enter_context(
                 _opened(adopted, ours=False)
                 if adopted

@@ -23,16 +23,19 @@ from dataclasses import dataclass
 
 import trio
 
-from provider_proxy.common import memory
+from provider_proxy.common import descriptors, memory
+from provider_proxy.errors import HostError
 from provider_proxy.host import assembly, systemd
 from provider_proxy.host.assembly import OpenIssuer, OpenQuoter
 from provider_proxy.host.config.tables import Config
 from provider_proxy.host.http import listeners
+from provider_proxy.host.http.server import Door
 from provider_proxy.host.reload import ReadConfig, Reloader
 from provider_proxy.host.status import unit_line, watchdog
 
 log = logging.getLogger(__name__)
 
+RESERVED_FILES = assembly.ADMIN_CONNECTIONS + 16  # TPM, audit log, host's logs, state, registrars
 CLOSE_LIMIT_S = 5.0  # for answers that are on their way when the drain is over
 
 
@@ -63,6 +66,7 @@ async def run(
         HostError: TPM, key, port or file is missing.
         ConfigError: an inherited socket does not fit the configuration.
     """
+    descriptors.raise_limit()
     systemd.notify_status(unit_line.OPENING)
     opening = assembly.open_parts(config, open_quoter=open_quoter, open_issuer=open_issuer)
     async with opening as parts:
@@ -71,6 +75,7 @@ async def run(
             admin_addresses=listeners.describe(parts.open_admin),
         )
         _announce(config, started)
+        _hold_to_descriptors(config, parts.tenants)
         if parts.keeper is not None:
             await parts.keeper.start()  # the socket is there: nothing that happens now is missed
         memory.tune_gc()
@@ -113,6 +118,27 @@ def _start(nursery: trio.Nursery, config: Config, parts: assembly.Parts) -> None
         nursery.start_soon(parts.keeper.run, parts.open_hooks)
     for listener in parts.open_admin:
         nursery.start_soon(listener.serve, parts.admin.serve)
+
+
+def _hold_to_descriptors(config: Config, tenants: Door) -> None:
+    """Take no more connections than can be open beside what else needs files.
+
+    Raises:
+        HostError: there is room for none.
+    """
+    room = descriptors.room(RESERVED_FILES)
+    if room < 1:
+        raise HostError(
+            f"the limit of open files leaves no room for connections: {RESERVED_FILES} are kept for the "
+            "TPM, the logs and the admin listener; raise it (LimitNOFILE= in the unit, ulimit -n)"
+        )
+    if tenants.limit_connections(room) < config.limits.max_connections:
+        log.warning(
+            "limits.max_connections is %d, and the limit of open files leaves room for %d; raise it "
+            "(LimitNOFILE= in the unit, ulimit -n)",
+            config.limits.max_connections,
+            room,
+        )
 
 
 def _announce(config: Config, started: Started) -> None:

@@ -19,7 +19,14 @@ from provider_proxy.host.tpm.state import ChipState
 NONCE = "nonce-that-must-not-be-shown"
 TENANT = Tenant(name="acme", pcr_allow=0xFFFFFF)
 HOST = {"uuid": "0ddba11c-0ffe-4bad-8bad-00000c0ffee0", "ak_name": "000b" + "5c" * 32}
-HANDSHAKE_FAILURES = ("timeout", "client_gone", "no_certificate", "bad_certificate", "protocol")
+HANDSHAKE_FAILURES = (
+    "timeout",
+    "crowded_out",
+    "client_gone",
+    "no_certificate",
+    "bad_certificate",
+    "protocol",
+)
 HOSTILE = "<img src=x onerror=alert(1)> \x1b[31mred\x1b[0m\n<6>batch=1"
 
 

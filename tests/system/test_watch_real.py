@@ -375,7 +375,7 @@ def test_open_files_are_enough_or_it_says_so(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: asked.append(pair))
     cli_watch.allow_connections(10)
     cli_watch.allow_connections(2000)
-    assert asked == [(2100, 4096)]
+    assert set(asked) == {(4096, 4096)}
     with pytest.raises(HostError, match="4000 hosts need 4100 open files, and the limit is 4096"):
         cli_watch.allow_connections(4000)
 

@@ -16,6 +16,7 @@ from provider_proxy.common.streams import SocketStream
 from provider_proxy.host.http.messages import Peer
 
 MAX_CHAINS = 4096  # of a few kB each
+CROWDED_OUT = "crowded_out"  # too many handshakes were in progress, and this was the oldest
 SILENT = "silent"  # the client never sent a byte, as a balancer's probe of the port
 
 _UCRED = struct.Struct("=iII")  # pid, uid, gid: unix(7)

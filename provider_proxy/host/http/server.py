@@ -16,7 +16,7 @@ import logging
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from email.utils import formatdate
 
 import trio
@@ -32,7 +32,7 @@ from provider_proxy.host.http.messages import (
     error_response,
     joined,
 )
-from provider_proxy.host.http.peers import SILENT, Chains, handshake_failure, peer_of
+from provider_proxy.host.http.peers import CROWDED_OUT, SILENT, Chains, handshake_failure, peer_of
 from provider_proxy.host.http.plain import response_head
 from provider_proxy.host.http.reader import RequestReader
 
@@ -45,6 +45,8 @@ LEAST_ANSWER_S = 10.0  # what a handler that sets no limit of its own has at the
 SEND_LIMIT_S = 30.0  # a client that does not read its 3 kB; an IMA list takes longer, see below
 SEND_BYTES_PER_S = 64 * 1024  # what a slow reader must take on top of that
 HANDSHAKE_LIMIT_S = 10.0
+MAX_HANDSHAKES = 512  # in progress; a good one takes milliseconds
+MAX_HANDSHAKES_PER_ADDRESS = 64  # many tenants may come through one address, one after the other
 CLOSE_LIMIT_S = 1.0  # for TLS's close_notify
 LINGER_S = 1.0
 LINGER_READS = 16  # 256 kB of a refused body
@@ -64,6 +66,8 @@ class Door:
         max_connections: one more closes the one that has been idle, or slow, the longest; where
             all others are being answered it is closed itself.
         max_per_address: one more from the same IP address is closed.
+        max_handshakes: one more TLS handshake at a time closes the one that takes the longest; so does
+            one more than `max_handshakes_per_address`, among those of its address.
         busy_status: see `error_response`.
     """
 
@@ -75,6 +79,8 @@ class Door:
         observe_handshake: ObserveHandshake = lambda reason: None,
         max_connections: int = 4096,
         max_per_address: int = 4096,
+        max_handshakes: int = MAX_HANDSHAKES,
+        max_handshakes_per_address: int = MAX_HANDSHAKES_PER_ADDRESS,
         busy_status: int = 503,
     ) -> None:
         self.handler = handler
@@ -87,6 +93,10 @@ class Door:
         self._max_per_address = max_per_address
         self._open: set[_Connection] = set()
         self._per_address: Counter[str] = Counter()
+        self._max_handshakes = max_handshakes
+        self._max_handshakes_per_address = max_handshakes_per_address
+        self._shaking: dict[_Connection, str] = {}  # in the order in which they began
+        self._shaking_of: Counter[str] = Counter()
         self._ended = trio.Event()
         self._date = (0, b"")
 
@@ -133,6 +143,37 @@ class Door:
         self.observe(0, "made room")
         return True
 
+    def limit_connections(self, most: int) -> int:
+        """Take no more connections than that; how many it takes now."""
+        self._max_connections = min(self._max_connections, most)
+        return self._max_connections
+
+    @contextlib.contextmanager
+    def shaking(self, connection: _Connection, address: str) -> Iterator[None]:
+        """Around a TLS handshake: where too many are in progress, the oldest is cut off. A good client
+        is through in milliseconds; one that stalls is the oldest soon."""
+        if len(self._shaking) >= self._max_handshakes:
+            self._crowd_out(next(iter(self._shaking)))
+        elif address and self._shaking_of[address] >= self._max_handshakes_per_address:
+            self._crowd_out(next(c for c, of in self._shaking.items() if of == address))
+        self._shaking[connection] = address
+        self._shaking_of[address] += 1
+        try:
+            yield
+        finally:
+            self._is_done_shaking(connection)
+
+    def _crowd_out(self, connection: _Connection) -> None:
+        connection.crowd_out()
+        self._is_done_shaking(connection)  # now, for many may come before its task runs
+
+    def _is_done_shaking(self, connection: _Connection) -> None:
+        address = self._shaking.pop(connection, None)
+        if address is not None:
+            self._shaking_of[address] -= 1
+            if not self._shaking_of[address]:
+                del self._shaking_of[address]
+
     @property
     def connections(self) -> int:
         """How many are open."""
@@ -176,6 +217,7 @@ class _Connection:
         self._stage = _Stage.IDLE
         self._scope = trio.CancelScope()
         self._cut_off = False
+        self._crowded_out = False
         self._early: Request | Response | None = None  # came when the last deadline did
         self.since = trio.current_time()
         self._outgoing: list[bytes] = []
@@ -197,6 +239,11 @@ class _Connection:
         """End at once, to make room."""
         self._cut_off = True
         self._scope.cancel()
+
+    def crowd_out(self) -> None:
+        """End a handshake, to make room for another one."""
+        self._crowded_out = True
+        self.cut_off()
 
     def close_if_idle(self) -> None:
         if self._stage is _Stage.IDLE:
@@ -245,7 +292,8 @@ class _Connection:
         """TLS's handshake, counted."""
         reason = "timeout"  # whoever else cancels, to make room or to end, has waited too
         try:
-            await self._stream.do_handshake()
+            with self._door.shaking(self, self.address() or ""):
+                await self._stream.do_handshake()
             reason = "ok"
         except trio.BrokenResourceError as exc:
             reason = handshake_failure(exc.__cause__)
@@ -253,7 +301,11 @@ class _Connection:
                 await self._linger()  # its alert says why
             raise
         finally:
-            self._door.observe_handshake(reason if self._stream.heard else SILENT)
+            if self._crowded_out:
+                reason = CROWDED_OUT
+            elif not self._stream.heard:
+                reason = SILENT
+            self._door.observe_handshake(reason)
 
     def _limit(self, seconds: float) -> None:
         """The handler says how long it may take."""

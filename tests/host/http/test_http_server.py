@@ -13,6 +13,7 @@ import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
@@ -1029,6 +1030,32 @@ async def test_one_address_cannot_take_all_the_room() -> None:
             assert (await again.get("/ok")).status == 200
     assert reasons(site) == ["too many connections of an address"]
     assert not site.door._per_address  # nothing is kept of those who went
+
+
+@pytest.mark.parametrize("limit", ["max_handshakes", "max_handshakes_per_address"])
+async def test_handshakes_that_stall_end_for_those_that_come(
+    site: Site, certs: Certs, limit: str
+) -> None:
+    """The oldest goes, counted by itself: a good client is through in milliseconds."""
+    results: list[str] = []
+    limits: dict[str, Any] = {limit: 3}
+    site.door = Door(site.handle, observe=site.note, observe_handshake=results.append, **limits)
+    async with open_port(site, server_context(certs)) as address, AsyncExitStack() as stack:
+        stalling = [await stack.enter_async_context(connect(address)) for _ in range(8)]
+        for wire in stalling[::2]:
+            with contextlib.suppress(trio.BrokenResourceError):
+                await wire.send(b"\x16\x03\x01\x02")
+        await until(lambda: results.count("crowded_out") == 5)
+        for _ in range(4):
+            async with connect(address, certs.client()) as good:
+                assert (await good.get("/ok")).status == 200
+        assert results.count("ok") == 4
+        assert not set(results) - {"ok", "crowded_out"}
+        for wire in stalling[:5]:
+            assert await wire.is_closed()
+    await until(lambda: not site.door._open)
+    assert not site.door._shaking
+    assert not site.door._shaking_of
 
 
 async def test_who_the_client_is(site: Site, certs: Certs) -> None:
