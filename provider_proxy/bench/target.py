@@ -44,17 +44,36 @@ def _open_disturbed(
     )
 
 
+LAG_EVERY_S = 0.005
+
+
 def _tell(address: str) -> None:
     print(json.dumps({"address": address}), flush=True)
 
 
-async def _serve_daemon(config: Config, plans: list[Plan]) -> None:
+async def _serve_daemon(config: Config, plans: list[Plan], lag_file: Path | None) -> None:
     opener = partial(_open_disturbed, together(*plans)) if plans else assembly.open_quoter
-    async with trio.open_nursery() as nursery:
-        started: daemon.Started = await nursery.start(
-            partial(daemon.run, config, open_quoter=opener)
-        )
-        _tell(started.addresses[0])
+    async with trio.open_nursery() as watching:
+        async with trio.open_nursery() as nursery:
+            started: daemon.Started = await nursery.start(
+                partial(daemon.run, config, open_quoter=opener)
+            )
+            if lag_file is not None:
+                watching.start_soon(_note_lag, lag_file)
+            _tell(started.addresses[0])
+        watching.cancel_scope.cancel()
+
+
+async def _note_lag(path: Path) -> None:
+    """Write by how much the event loop wakes too late, in ms, every few ms until the end."""
+    lags = []
+    try:
+        while True:
+            due = trio.current_time() + LAG_EVERY_S
+            await trio.sleep_until(due)
+            lags.append(round((trio.current_time() - due) * 1000, 3))
+    finally:
+        path.write_text(json.dumps(lags))  # noqa: ASYNC240  # the end: nobody waits
 
 
 async def _serve_bare(size: int) -> None:
@@ -75,6 +94,7 @@ def main() -> None:
     parser.add_argument("--log-level", default="critical")
     parser.add_argument("--fault-share", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--loop-lag", type=Path, metavar="FILE")
     parser.add_argument("--baseline", type=int, default=0, metavar="BYTES")
     args = parser.parse_args()
     logging.basicConfig(level=args.log_level.upper(), stream=sys.stderr)
@@ -88,7 +108,7 @@ def main() -> None:
             plans.append(slow_down(CHIPS[args.chip]))
         if args.quote_delay_ms:
             plans.append(delay_quotes(args.quote_delay_ms / 1000))
-        trio.run(_serve_daemon, load_config(args.config, environ={}), plans)
+        trio.run(_serve_daemon, load_config(args.config, environ={}), plans, args.loop_lag)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from provider_proxy.bench import (
     contention,
     faults,
     ima,
+    logs,
     overload,
     plan,
     quotes,
@@ -35,6 +36,7 @@ SUITES = {
     "bridge": bridge.run,
     "plan": plan.run,
     "ima": ima.run,
+    "logs": logs.run,
     "watch": watch.run,
 }
 DEFAULT_SEED = 1

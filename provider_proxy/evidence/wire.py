@@ -213,17 +213,24 @@ def escape_text(text: str) -> bytes:
     return json.dumps(text).encode("ascii")[1:-1]
 
 
-def encode_logs(logs: HostLogs, *, ima: bytes | None = None, ima_entry: int = 0) -> bytes | None:
+LogsPart = tuple[bytes, ...]
+"""Logs as a part of an answer, in pieces: megabytes that nobody copies once more."""
+
+
+def encode_logs(
+    logs: HostLogs, *, ima: LogsPart | None = None, ima_entry: int = 0
+) -> LogsPart | None:
     """Logs as a part of an answer; None where there are none, nor a reason for it.
 
     Args:
-        ima: the IMA list from `ima_entry` on, through `escape_text`; in the place of `logs.ima`.
+        ima: the IMA list from `ima_entry` on, each piece through `escape_text`; in the place of
+            `logs.ima`.
     """
     if logs.ima is not None:
-        ima, ima_entry = escape_text(logs.ima), logs.ima_entry
+        ima, ima_entry = (escape_text(logs.ima),), logs.ima_entry
     parts: list[bytes] = []
     if ima is not None:
-        parts += [b',"ima_measurement_list":"', ima, b'"']
+        parts += [b',"ima_measurement_list":"', *ima, b'"']
         parts.append(b',"ima_measurement_list_entry":%d' % ima_entry)
     if logs.uefi is not None:
         parts += [b',"mb_measurement_list":"', base64.b64encode(logs.uefi), b'"']
@@ -233,7 +240,7 @@ def encode_logs(logs: HostLogs, *, ima: bytes | None = None, ima_entry: int = 0)
     ):
         if missing is not None:
             parts.append(b',"%b":"%b"' % (key, escape_text(missing)))
-    return b"".join(parts) or None
+    return tuple(parts) or None
 
 
 class EvidenceEncoder:
@@ -278,13 +285,13 @@ class EvidenceEncoder:
         proof: InclusionProof,
         *,
         claims: bytes | None = None,
-        logs: bytes | None = None,
+        logs: LogsPart | None = None,
         queued_ms: float = 0.0,
     ) -> tuple[bytes, ...]:
         """One answer's body, in parts to be sent one after the other.
 
         Args:
-            logs: of `encode_logs`; may be megabytes, and one object for all who get the same.
+            logs: of `encode_logs`; the same pieces for all who get the same.
         """
         path = b"".join(proof.path).hex(",", -HASH_BYTES).replace(",", '","')
         tail = (
@@ -298,4 +305,4 @@ class EvidenceEncoder:
             tail += f',"claims":"{base64.b64encode(claims).decode("ascii")}"'
         if logs is None:
             return (self._head + tail.encode("ascii") + b"}}",)
-        return (self._head + tail.encode("ascii"), logs, b"}}")
+        return (self._head + tail.encode("ascii"), *logs, b"}}")

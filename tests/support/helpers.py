@@ -205,11 +205,11 @@ def make_answer(
     return Answer(encoder=encoder, proof=proof, claims=claims, logs=None, queued_s=0.0)
 
 
-def logs_in(part: bytes | None) -> HostLogs | None:
+def logs_in(part: tuple[bytes, ...] | None) -> HostLogs | None:
     """The logs of an answer's part, as a tenant reads them; None where there is none."""
     if part is None:
         return None
-    values = json.loads(b"{" + part[1:] + b"}")
+    values = json.loads(b"{" + b"".join(part)[1:] + b"}")
     uefi = values.pop("mb_measurement_list", None)
     read = HostLogs(
         ima=values.pop("ima_measurement_list", None),

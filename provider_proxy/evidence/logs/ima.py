@@ -138,7 +138,15 @@ class ImaReplay:
         walk, hasher, value = self._walk, self._bank.hasher, self._value
         begin, chars, most = at, 0, min(len(lines), at + CHUNK_LINES)
         while at < most and chars <= CHUNK_CHARS:
-            chars += len(lines[at])
+            line = lines[at]
+            chars += len(line)
+            usual = None if walk.is_open else self._judge.usual.get(line)
+            if usual is not None:
+                at += 1
+                value = hasher(value + usual).digest()
+                if value == quoted:
+                    break
+                continue
             made, count = walk.step(lines, at)
             at += count
             if made is None:

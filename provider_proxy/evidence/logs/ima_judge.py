@@ -64,6 +64,10 @@ class LineJudge:
     Args:
         bank: of the signed PCR 10.
         policy: None to only replay; violations are then counted, whatever `violations` says.
+
+    Attributes:
+        usual: what PCR 10 is extended with by lines that were judged lately, are allowed, and concern
+            nothing else: most of most lists, for the loop that goes through them.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class LineJudge:
         self.first_keys = NO_KEYS if policy is None else policy.keys
         self._hasher = bank.hasher
         self._ones = b"\xff" * bank.digest_bytes
+        self.usual: dict[str, bytes] = {}
         self._young: dict[str, JudgedLine] = {}
         self._old: dict[str, JudgedLine] = {}
         self._chars = 0
@@ -89,13 +94,17 @@ class LineJudge:
         Raises:
             LogError: it cannot be read.
         """
-        known = self._young.get(line) or self._old.get(line)
-        if known is not None and (known.needs is None or known.needs == keys):
-            return known
-        made = self._judge(line, keys)
+        made = self._young.get(line)
+        if made is not None and (made.needs is None or made.needs == keys):
+            return made
+        made = self._old.get(line)
+        if made is None or not (made.needs is None or made.needs == keys):
+            made = self._judge(line, keys)
         if self._chars > MAX_REMEMBERED_CHARS:
-            self._old, self._young, self._chars = self._young, {}, 0
+            self._old, self._young, self.usual, self._chars = self._young, {}, {}, 0
         self._young[line] = made
+        if made.needs is None and made.problem is None and not made.violation and made.extended:
+            self.usual[line] = made.extended
         self._chars += len(line)
         return made
 

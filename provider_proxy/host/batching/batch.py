@@ -26,7 +26,7 @@ from provider_proxy.evidence.model import (
     Tenant,
 )
 from provider_proxy.evidence.verify import check_covered, check_request_in_quote
-from provider_proxy.evidence.wire import EvidenceEncoder
+from provider_proxy.evidence.wire import EvidenceEncoder, LogsPart
 from provider_proxy.host.batching import merkle
 
 
@@ -37,7 +37,7 @@ class Answer:
     encoder: EvidenceEncoder
     proof: InclusionProof
     claims: bytes | None
-    logs: bytes | None
+    logs: LogsPart | None
     queued_s: float
 
     def body(self) -> tuple[bytes, ...]:

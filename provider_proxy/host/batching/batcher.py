@@ -41,7 +41,7 @@ from provider_proxy.evidence.model import (
     QuoteRequest,
     Tenant,
 )
-from provider_proxy.evidence.wire import EvidenceEncoder
+from provider_proxy.evidence.wire import EvidenceEncoder, LogsPart
 from provider_proxy.host.batching.batch import (
     Answer,
     Batch,
@@ -87,7 +87,7 @@ class Quoter(Protocol):
 class LogSource(Protocol):
     """Reads the host's logs after a quote."""
 
-    async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[bytes | None, ...]:
+    async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[LogsPart | None, ...]:
         """For each request the logs that its mask asks for, of `encode_logs`; None for none."""
         ...
 
@@ -359,7 +359,7 @@ class Batcher:
             batch.refuse(error)
             return
         requests = tuple(waiter.request for waiter in batch.waiters)
-        logs: tuple[bytes | None, ...] = (None,) * len(requests)
+        logs: tuple[LogsPart | None, ...] = (None,) * len(requests)
         if self._logs is not None:
             logs = await self._logs.read(requests)
         encoder = EvidenceEncoder(

@@ -16,6 +16,7 @@ from pathlib import Path
 import trio
 
 from provider_proxy.evidence.model import QuoteRequest
+from provider_proxy.evidence.wire import LogsPart
 from provider_proxy.host.logs.follow import ABSENT, TOO_LONG, UNREADABLE, FollowedList
 from provider_proxy.host.logs.parts import Logs, share_out
 
@@ -39,7 +40,7 @@ class HostLogFiles:
         self._turn = trio.Lock()
         self._begun = self._done = 0  # readings of the list
 
-    async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[bytes | None, ...]:
+    async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[LogsPart | None, ...]:
         """For each request the logs that its mask asks for, as JSON; None where it asks for none."""
         ima = any(request.wants_ima for request in requests)
         uefi = any(request.wants_boot_log for request in requests)
@@ -59,11 +60,13 @@ class HostLogFiles:
 
     def _without_ima(
         self, requests: tuple[QuoteRequest, ...], uefi: bool
-    ) -> tuple[bytes | None, ...]:
+    ) -> tuple[LogsPart | None, ...]:
         data = self._read_uefi() if uefi else None
         return share_out(requests, Logs(uefi=data, uefi_missing=self._uefi_missing))
 
-    def _with_ima(self, requests: tuple[QuoteRequest, ...], uefi: bool) -> tuple[bytes | None, ...]:
+    def _with_ima(
+        self, requests: tuple[QuoteRequest, ...], uefi: bool
+    ) -> tuple[LogsPart | None, ...]:
         data = self._read_uefi() if uefi else None
         logs = Logs(
             ima=self._list.list,

@@ -15,6 +15,7 @@ import re
 import tempfile
 import weakref
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 
 MAX_LIST_BYTES = 1024 * 1024 * 1024  # six million lines; bounds the room that the copy may take
@@ -109,38 +110,33 @@ class ImaList:
                 at = data.find(line, at + 1)
             return None if at < 0 else at
 
-    def part(self, entry: int, limit: int) -> tuple[int, bytes]:
-        """The list from an entry on: whole entries within a limit of bytes.
+    def pieces(self, entry: int, size: int) -> tuple[int, Iterator[bytes]]:
+        """The list from an entry on, in pieces of whole entries.
 
         Returns:
-            The entry that it begins with, and the lines. All of it from 0 where the entry is beyond
+            The entry that it begins with, and the pieces. All of it from 0 where the entry is beyond
             the end, as Keylime's agent does: the host has booted since the tenant counted.
         """
         start = entry if entry <= self.lines else 0
         mark = bisect.bisect_right(self._mark_lines, start) - 1
         offset = self._mark_offsets[mark]
         skip = start - self._mark_lines[mark]
-        if skip:
-            data, at = os.pread(self._fd, 2 * MARK_BYTES, offset), 0
-            while skip:
-                found = data.find(b"\n", at) + 1
-                if not found:  # lines longer than the marks are apart
-                    data += os.pread(self._fd, MARK_BYTES, offset + len(data))
-                    continue
+        data, at = b"", 0
+        while skip:
+            found = data.find(b"\n", at) + 1
+            if found:
                 at, skip = found, skip - 1
-            offset += at
-        data = os.pread(self._fd, min(limit, self.size - offset), offset)
-        if offset + len(data) == self.size:
-            return start, data
-        return start, data[: _last_entry(data) or data.rfind(b"\n") + 1]
+            else:
+                data += self.bytes_at(offset + len(data), 2 * MARK_BYTES)
+        return start, self._pieces_from(offset + at, self.size, size)
 
-
-def _last_entry(data: bytes) -> int:
-    """Where the last entry begins whose beginning is there; 0 where none does."""
-    end = 0
-    for found in _ENTRY_RE.finditer(data, max(0, len(data) - MAX_ENTRY_BYTES)):
-        end = found.end()
-    return end
+    def _pieces_from(self, at: int, end: int, size: int) -> Iterator[bytes]:
+        while at < end:
+            # So much more than a piece that the beginning of the next entry is in it.
+            data = self.bytes_at(at, min(end - at, size + MAX_ENTRY_BYTES))
+            cut = len(data) if at + len(data) == end <= at + size else entry_after(data, size)
+            yield data[:cut]
+            at += cut
 
 
 def entry_after(data: bytes, at: int) -> int:

@@ -23,6 +23,7 @@ import trio
 from provider_proxy.errors import AkChangedError, PcrDigestError, QuoteError, VerificationError
 from provider_proxy.evidence import attestation
 from provider_proxy.evidence.model import AttestationKey, HashAlg, Quote, QuoteRequest
+from provider_proxy.evidence.wire import LogsPart
 from provider_proxy.host.logs.follow import TOO_LONG, UNREADABLE
 from provider_proxy.host.logs.ima_list import ImaList, TooLongError
 from provider_proxy.host.logs.parts import Logs, share_out
@@ -120,7 +121,7 @@ class AgentLogs:
             )
         return True
 
-    async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[bytes | None, ...]:
+    async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[LogsPart | None, ...]:
         """For each request the logs that its mask asks for, as JSON; None where it asks for none."""
         logs = Logs(ima=self._list, ima_missing=self._missing, uefi=self._uefi)
         return await trio.to_thread.run_sync(share_out, requests, logs)

@@ -43,7 +43,7 @@ from provider_proxy.evidence.model import (
     parse_nonce,
 )
 from provider_proxy.evidence.query import parse_quote_query
-from provider_proxy.evidence.wire import FORMAT, encode_logs
+from provider_proxy.evidence.wire import FORMAT, LogsPart, encode_logs
 from provider_proxy.host.api import tenant as server
 from provider_proxy.host.batching.batcher import Batcher
 from provider_proxy.host.batching.queue import BatchSettings
@@ -413,7 +413,7 @@ def check_reply(path: str | None, reply: Reply) -> None:
 class AllLogs:
     """A host's logs, for whoever asks."""
 
-    async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[bytes | None, ...]:
+    async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[LogsPart | None, ...]:
         made = encode_logs(HostLogs(ima="10 line\n", ima_entry=2, uefi=b"event log"))
         return tuple(made for _ in requests)
 

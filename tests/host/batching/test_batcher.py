@@ -40,7 +40,7 @@ from provider_proxy.evidence.model import (
 )
 from provider_proxy.evidence.policy import UnsafeAcceptAny
 from provider_proxy.evidence.verify import Challenge, MemoryHistory, Verifier
-from provider_proxy.evidence.wire import encode_logs
+from provider_proxy.evidence.wire import LogsPart, encode_logs
 from provider_proxy.host.batching.batch import Answer
 from provider_proxy.host.batching.batcher import Batcher
 from provider_proxy.host.batching.queue import BatchSettings, Line
@@ -586,7 +586,7 @@ async def test_logs_are_read_after_the_quote_and_go_to_who_asked(
     quoter = FakeQuoter()
 
     class Logs:
-        async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[bytes | None, ...]:
+        async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[LogsPart | None, ...]:
             assert quoter.quotes
             return tuple(
                 encode_logs(HostLogs(ima="10 x\n")) if r.mask & 1 else None for r in requests
@@ -605,7 +605,7 @@ async def test_a_long_ima_list_keeps_nobody_else_waiting(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     class Slow:
-        async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[bytes | None, ...]:
+        async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[LogsPart | None, ...]:
             if any(r.mask >> 10 & 1 for r in requests):
                 await trio.sleep(20)
             return (None,) * len(requests)
