@@ -55,7 +55,6 @@ _TEMPLATE_HASHES: Mapping[int, Callable[[bytes], Hash]] = {
 """By the number of hex digits: ascii_runtime_measurements_sha256 and its like have other hashes."""
 
 _HEAD_RE = re.compile(r" ?([0-9]{1,2}) ([0-9a-f]{40,128}) ", re.ASCII)
-_HEX_RE = re.compile(r"(?:[0-9a-f]{2})*", re.ASCII)
 _DIGEST_RE = re.compile(
     r"((?:(?:ima|verity):)?([a-z0-9_-]{1,32})):((?:[0-9a-f]{2}){1,128})", re.ASCII
 )
@@ -225,9 +224,13 @@ def _field(kind: str, text: str) -> bytes:
         return number.to_bytes(int(kind), "little")
     if kind == "d" and text:
         return _digest("", text)[2]
-    if _HEX_RE.fullmatch(text) is None:
+    try:
+        data = bytes.fromhex(text)
+    except ValueError:
+        data = b""
+    if data.hex() != text:  # white space and capitals are other writings of the same
         raise LogError("the IMA list has something that is no hex")
-    return bytes.fromhex(text)
+    return data
 
 
 def _names(text: str) -> Iterator[bytes]:

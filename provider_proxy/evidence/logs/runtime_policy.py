@@ -89,11 +89,16 @@ class RuntimePolicy:
         return self._list_problem(name, digest, self.digests)
 
     def _file_problem(self, entry: ImaEntry, keys: KeySet) -> str | None:
-        problem = self.unsigned_problem(entry.path, entry.digest.hex())
-        if problem is None or entry.template not in _SIGNED_TEMPLATES or not entry.extra:
-            return problem
+        if not entry.extra or entry.template not in _SIGNED_TEMPLATES:
+            return self.unsigned_problem(entry.path, entry.digest.hex())
+        # A signature proves as much as a list does, and costs more: it is looked at last.
+        if entry.digest.hex() in self.digests.get(entry.path, ()):
+            return None
+        if self.excludes is not None and self.excludes.match(entry.path):
+            return None
         if is_signed(entry.extra, entry.digest, entry.algorithm, keys):
             return None
+        problem = self.unsigned_problem(entry.path, entry.digest.hex())
         return f"{problem}, and no key that is trusted has signed it"
 
     def _judge_buffer(self, entry: ImaEntry, keys: KeySet) -> Verdict:
