@@ -8,6 +8,7 @@ bind the same folders.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -17,17 +18,28 @@ from provider_proxy.host import systemd
 from provider_proxy.host.vtpm.helper import readback, serve
 from provider_proxy.host.vtpm.helper.eyes import Eyes
 from provider_proxy.host.vtpm.helper.presence import Presence
+from provider_proxy.host.vtpm.helper.proxmox import ProxmoxPresence
 from provider_proxy.host.vtpm.helper.window import read_mark
+
+PLATFORMS: Mapping[str, tuple[type[Presence], Path]] = {
+    "libvirt": (Presence, Path("/run/libvirt/qemu")),
+    "proxmox": (ProxmoxPresence, Path("/run/qemu-server")),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
+        "--platform",
+        choices=PLATFORMS,
+        default="libvirt",
+        help="what runs VMs here; default %(default)s",
+    )
+    parser.add_argument(
         "--status-root",
         type=Path,
         metavar="DIR",
-        default=Path("/run/libvirt/qemu"),
-        help="libvirt's folder of domains' status files",
+        help="its folder of status or pid files; default /run/libvirt/qemu, or /run/qemu-server",
     )
     parser.add_argument(
         "--state-root",
@@ -87,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
     swtpm_uid = serve.uid_of(args.swtpm_user, "--swtpm-user")
     sock = serve.open_socket(args.socket)
     readback.remove_copies(args.work)
-    presence = Presence(args.status_root)
+    make, usual = PLATFORMS[args.platform]
+    presence = make(args.status_root or usual)
     try:
         eyes = Eyes(
             presence,

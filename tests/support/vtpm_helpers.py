@@ -328,6 +328,7 @@ def running_helper(
     swtpm_user: str,
     state_root: Path | None = None,
     launcher: Sequence[str] = (),
+    more: Sequence[str] = (),
     log: Path | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """provider-proxy-vtpm as a process; it answers whoever runs the tests."""
@@ -336,6 +337,7 @@ def running_helper(
     words += ["--socket", str(socket_path), "--status-root", str(status_root)]
     words += ["--marks", str(marks), "--work", str(work)]
     words += ["--swtpm-user", swtpm_user, "--daemon-user", pwd.getpwuid(os.getuid()).pw_name]
+    words += more
     if state_root is not None:
         words += ["--state-root", str(state_root)]
     log = log or socket_path.with_suffix(".log")
