@@ -22,6 +22,7 @@ from provider_proxy.cli.http import open_client
 from provider_proxy.cli.watch import allow_connections
 from provider_proxy.common import memory
 from provider_proxy.common.files import write_private
+from provider_proxy.common.log import in_background
 from provider_proxy.errors import HostError, UsageError
 from provider_proxy.tenant.bridge.bridge import Bridge, keys_of
 from provider_proxy.tenant.bridge.keys import make_keys
@@ -80,7 +81,8 @@ def _run(args: argparse.Namespace) -> int:
     allow_connections(FILES_A_HOST * len(config.hosts))
     bridge = Bridge(config)
     memory.tune_gc()
-    trio.run(partial(bridge.run, partial(_load, args.config)))
+    with in_background():
+        trio.run(partial(bridge.run, partial(_load, args.config)))
     return 0
 
 

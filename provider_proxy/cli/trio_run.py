@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from provider_proxy.common import log
 from provider_proxy.errors import ProviderProxyError, first_of
 
 
@@ -16,7 +17,8 @@ def run_to_the_end(main: Callable[[], Awaitable[None]]) -> None:
         ProviderProxyError: the first of ours that ended it; several at once happen only while stopping.
     """
     try:
-        trio.run(main)
+        with log.in_background():
+            trio.run(main)
     except BaseExceptionGroup as group:
         ours, others = group.split(ProviderProxyError)
         if others is not None or ours is None:

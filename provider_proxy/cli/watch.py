@@ -16,7 +16,7 @@ from pathlib import Path
 
 import trio
 
-from provider_proxy.common import descriptors, memory
+from provider_proxy.common import descriptors, log, memory
 from provider_proxy.common.version import program_version
 from provider_proxy.errors import HostError, UsageError
 from provider_proxy.tenant.fleet.driver import import_with_libpq
@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
         return _once(Watcher(config), args.json)
     watcher = Watcher(config, write=_write)
     memory.tune_gc()
-    trio.run(partial(watcher.run, partial(load_watch_config, args.config)))
+    with log.in_background():
+        trio.run(partial(watcher.run, partial(load_watch_config, args.config)))
     return 0
 
 
@@ -81,7 +82,8 @@ def _as_member(config: WatchConfig, *, once: bool) -> int:
         write=_write,
     )
     memory.tune_gc()
-    trio.run(member.run)
+    with log.in_background():
+        trio.run(member.run)
     return 0
 
 

@@ -14,9 +14,13 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import TextIO
+
+from provider_proxy.common.log_writer import LineWriter, write_to
 
 TEXT = "text"
 JSON = "json"
@@ -119,16 +123,63 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
+        self.writer: LineWriter | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line; none where stderr is closed, and is None."""
-        if sys.stderr is not None:
+        """Write a line, or have it written; none where stderr is closed, and is None."""
+        if sys.stderr is None:
+            return
+        if self.writer is None:
             super().emit(record)
+            return
+        try:
+            line = self.format(record)
+        except Exception:  # noqa: BLE001  # a record that cannot be formatted fails nobody's request
+            self.writer.dropped += 1
+            return
+        self.writer.put(line.encode("utf-8", "backslashreplace") + b"\n")
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
         """Where it goes."""
         return sys.stderr
+
+
+def dropped_lines() -> int:
+    """How many lines were dropped since `in_background` began, because their reader was too slow."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, StderrHandler) and handler.writer is not None:
+            return handler.writer.dropped
+    return 0
+
+
+@contextmanager
+def in_background() -> Iterator[None]:
+    """Within it, no log line waits for the log's reader: see `dropped_lines`.
+
+    Lines are written by a thread, see `log_writer`. At the end what is left is written, for a second at
+    the most. It changes nothing where whoever started the program has set up logging.
+    """
+    handlers = [h for h in logging.getLogger().handlers if isinstance(h, StderrHandler)]
+    if not handlers or sys.stderr is None:
+        yield
+        return
+    (handler,) = handlers
+    number = sys.stderr.fileno()
+
+    def say(count: int) -> bytes:
+        text = "the log's reader was too slow: %d lines were dropped"
+        record = logging.LogRecord(__name__, logging.ERROR, "", 0, text, (count,), None)
+        return handler.format(record).encode("utf-8") + b"\n"
+
+    writer = LineWriter(partial(write_to, number), say)
+    writer.start()
+    handler.writer = writer
+    try:
+        yield
+    finally:
+        handler.writer = None
+        writer.close()
 
 
 def is_journal(stream: TextIO | None) -> bool:

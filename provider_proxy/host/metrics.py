@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from provider_proxy.common.dates import Dated
+from provider_proxy.common.log import dropped_lines
 
 LEAVES_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
@@ -116,6 +117,12 @@ class Metrics:
         self.connections = Gauge(
             prefix + "connections", "Tenants' connections that are open.", registry=self.registry
         )
+        self.log_dropped = Gauge(
+            prefix + "log_lines_dropped",
+            "Lines of the log that were dropped since the start, because their reader was too slow.",
+            registry=self.registry,
+        )
+        self.log_dropped.set_function(dropped_lines)
         self.build_info = Gauge(
             prefix + "build_info",
             "Always 1; the labels name the versions of the program and of Python.",
