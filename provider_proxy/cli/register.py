@@ -20,7 +20,7 @@ from provider_proxy.trust.registration.state import GOOD, Report, State
 
 EXIT_REFUSED = 1
 EXIT_ENVIRONMENT = 3
-SAID_NO = frozenset((State.CONFLICT, State.REFUSED, State.WRONG_CHALLENGE))
+SAID_NO = frozenset((State.CONFLICT, State.UNREAD, State.REFUSED, State.WRONG_CHALLENGE))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ from provider_proxy.errors import (
 from provider_proxy.evidence.strict_json import Fields, parse_json_object
 
 # The versions whose record is the one that is parsed here, the best first. 3.0 answers 500 (7.14.3).
+OLD_HINT = ", as Keylime before 7.12 does on this port: 7.12 or later is needed"
 VERSIONS = ("2.6", "2.5", "2.4", "2.3", "2.2", "2.1", "2.0")
 CALL_LIMIT_S = 30.0  # version and record together; Keylime's own tenant waits 60 s
 MAX_ANSWER_BYTES = 256 * 1024  # a record with DevID certificates is some 10 kB
@@ -102,7 +103,10 @@ class AgentRecords:
     async def _negotiate(self) -> str:
         status, body = await self._get("/version")
         if status != 200:
-            raise ReplyError(f"the registrar answered {status} for its versions", status=status)
+            old = OLD_HINT if status in (400, 404) else ""
+            raise ReplyError(
+                f"the registrar answered {status} for its versions{old}", status=status
+            )
         self._version = _best_version(body)
         return self._version
 

@@ -338,7 +338,7 @@ def running_bridge(
     keylime: Keylime, folder: Path, hosts: dict[str, dict[str, Any]], **options: Any
 ) -> Iterator[Running]:
     """A bridge; pins must be made before it starts: see `Running.start`."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     first = port_outside_the_ephemeral(len(hosts) + 8)
     bridge = Running(folder, keylime, hosts, first, first + len(hosts) + 7, options)
     try:

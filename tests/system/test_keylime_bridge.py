@@ -371,7 +371,7 @@ async def test_two_hundred_polls_under_each_kind_of_policy(
 async def tale_of_restarts(folder: Path, *, site: Path | None = None) -> None:
     """Reboots of the host, and restarts of bridge, verifier and registrar: all are attested on."""
     host = RealHost(folder / "host")
-    (folder / "keylime").mkdir()
+    (folder / "keylime").mkdir(parents=True)
     ports = {"port": free_port(), "tls_port": free_port()}
     verifier_port = free_port()
     async with AsyncExitStack() as stack:

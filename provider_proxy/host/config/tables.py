@@ -261,6 +261,11 @@ class RegistrarTable:
     interval_s: float = setting(
         number(10, 86_400), 300.0, "How often the record is looked at, in seconds."
     )
+    register_unread: bool = setting(
+        read_flag,
+        False,
+        "Register though the record cannot be read and Keylime up to 7.13 lets it be replaced.",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

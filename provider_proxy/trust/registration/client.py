@@ -33,7 +33,12 @@ MAX_CERT_BYTES = 16 * 1024
 CALL_LIMIT_S = 30.0  # for a whole call, from connecting to the last byte
 CONNECT_LIMIT_S = 10.0
 NEWEST = (2, 6)  # of the versions that were tried; 3.0 answers 500 in Keylime 7.14
-OLDEST = (2, 1)
+OLDEST = (
+    2,
+    3,
+)  # Keylime 7.12; earlier ones refuse an EK's or AK's attributes, and serve no TLS port
+OVERWRITING = (2, 4)  # up to Keylime 7.13 whoever registers gets another's record
+TOO_OLD = "so does Keylime before 7.12, which takes no keys like these: 7.12 or later is needed"
 VERSION_RE = re.compile(r"(\d{1,3})\.(\d{1,3})", re.ASCII)
 MAX_VERSIONS = 64
 
@@ -72,6 +77,11 @@ class RegistrarRules(Protocol):
     @property
     def interval_s(self) -> float:
         """How often the record is looked at, in seconds."""
+        ...
+
+    @property
+    def register_unread(self) -> bool:
+        """Register even where another's record could be replaced unseen."""
         ...
 
 
@@ -145,19 +155,33 @@ class RegistrarClient:
         Raises:
             RegistrarError: no answer, or no version that both know.
         """
-        results = self._results(await self._call("GET", "/version"))
+        try:
+            results = self._results(await self._call("GET", "/version"))
+        except RegistrarError as exc:
+            if exc.status not in (400, 404):
+                raise
+            raise RegistrarError(f"{exc}; {TOO_OLD}", status=exc.status) from exc
         raw = results.get("supported_versions")
         if not isinstance(raw, list) or len(raw) > MAX_VERSIONS:
             raise RegistrarError("the registrar does not say which versions it supports")
         found = [VERSION_RE.fullmatch(item) for item in raw if isinstance(item, str)]
         versions = [(int(match[1]), int(match[2])) for match in found if match is not None]
         common = [version for version in versions if OLDEST <= version <= NEWEST]
+        if not common and versions and max(versions) < OLDEST:
+            raise RegistrarError(
+                "the registrar speaks API {}.{} at most; ".format(*max(versions)) + TOO_OLD
+            )
         if not common:
             raise RegistrarError(
                 f"the registrar speaks none of the API versions 2.{OLDEST[1]} to 2.{NEWEST[1]}"
             )
         self._version = max(common)
         return "{}.{}".format(*self._version)
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether this registrar lets one TPM replace the record of another; 7.14 answers 403."""
+        return self._version <= OVERWRITING
 
     async def read(self) -> Record | None:
         """The record, if it is active; None where it is not, or is not there.

@@ -207,6 +207,13 @@ class Registration:
             steps.append(_good("read", f"{difference}: registering again"))
         elif readable:
             steps.append(_good("read", "there is no active record"))
+        elif client.overwrites and not self.table.register_unread:
+            text = (
+                f"API {version} lets a second host replace the record {self.agent_id}, and it cannot "
+                "be read first: give a client certificate, or set register_unread where nobody else "
+                "uses the id"
+            )
+            raise _bad(steps, "read", State.UNREAD, text)
         await self._register(client, steps)
         if not readable:
             return State.UNCONFIRMED

@@ -17,6 +17,7 @@ class State(enum.Enum):
     REGISTERED = "registered"  # read back: active, and with this TPM's keys
     UNCONFIRMED = "unconfirmed"  # activated, but the registrar lets us not read
     CONFLICT = "conflict"  # the record is another TPM's
+    UNREAD = "unread"  # not registered: a record that may be another's could not be read first
     REFUSED = "refused"  # the registrar does not take these keys
     WRONG_CHALLENGE = "wrong_challenge"  # it was not for these keys, or its answer was refused
     AWAY = "away"  # no answer, or none that makes sense
@@ -24,7 +25,9 @@ class State(enum.Enum):
 
 
 GOOD = frozenset((State.REGISTERED, State.UNCONFIRMED))
-PATIENT = frozenset((State.CONFLICT, State.REFUSED))  # a person has to act: no hurry to ask again
+PATIENT = frozenset(
+    (State.CONFLICT, State.UNREAD, State.REFUSED)
+)  # a person has to act: no hurry to ask again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -378,11 +378,50 @@ async def test_a_drop_at_any_call_is_set_right_by_the_next_round(
 async def test_the_newest_version_that_both_know_is_spoken(
     registrar: FakeRegistrar, tpm: FakeTpm
 ) -> None:
-    for versions, spoken in ((["1.0", "2.1"], "2.1"), (["2.3", "2.10", "3.0"], "2.3")):
+    for versions, spoken in ((["1.0", "2.1", "2.4"], "2.4"), (["2.3", "2.10", "3.0"], "2.3")):
         registrar.versions = versions
         registrar.calls.clear()
         assert (await make(registrar, tpm).once()).state is State.REGISTERED
         assert {path for _, path in registrar.calls} == {"/version", f"/v{spoken}/agents/{ID}"}
+
+
+async def test_a_registrar_before_7_12_is_named(registrar: FakeRegistrar, tpm: FakeTpm) -> None:
+    registrar.versions = ["1.0", "2.0", "2.1"]
+    report = await make(registrar, tpm).once()
+    assert (report.state, names(report)) == (State.AWAY, ["version!"])
+    assert report.error is not None
+    assert "API 2.1 at most; so does Keylime before 7.12" in report.error
+    assert {path for _, path in registrar.calls} == {"/version"}
+
+    async def unknown(request: httpx.Request) -> httpx.Response | None:
+        return reply(400, status="API Version not supported")
+
+    registrar.intercept = unknown  # what its TLS port says
+    report = await make(registrar, tpm).once()
+    assert report.error is not None
+    assert "7.12 or later is needed" in report.error
+
+
+@pytest.mark.parametrize("newest", ["2.3", "2.4", "2.5", "2.6"])
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize("cert", [True, False])
+async def test_nothing_is_registered_unread_where_it_could_be_another_s(
+    tpm: FakeTpm, newest: str, allowed: bool, cert: bool
+) -> None:
+    """Up to 7.13 (API 2.4) a registrar replaces another host's record."""
+    registrar = FakeRegistrar(has_cert=False)
+    registrar.versions = [v for v in registrar.versions if v <= newest]
+    mine = make(registrar, tpm, register_unread=allowed)
+    if not cert:
+        mine.table = replace(mine.table, client_cert=None, client_key=None)  # type: ignore[type-var]
+    report = await mine.once()
+    if allowed or newest >= "2.5":
+        assert report.state is State.UNCONFIRMED
+        return
+    assert report.state is State.UNREAD
+    assert report.error is not None
+    assert "register_unread" in report.error
+    assert registrar.records == {}
 
 
 # --- for ever -----------------------------------------------------------------------------------------
