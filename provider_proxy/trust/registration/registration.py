@@ -47,6 +47,9 @@ TPM_LIMIT_S = 120.0  # for our turn at a busy chip; a registrar's challenge does
 LOCK_LIMIT_S = 60.0  # for another process' round
 LOCK_POLL_S = 0.1
 FORMAT_ONE = 0x080  # TPM_RC of a bad parameter, not of a chip in trouble (TPM 2.0 Part 2, 6.6.2)
+UNREAD = (
+    "give a client certificate to read it first, or set register_unread if the id is yours alone"
+)
 AUTH_CODES = (0x08E, 0x0A2)  # TPM_RC_AUTH_FAIL, TPM_RC_BAD_AUTH: ours, not the registrar's fault
 
 
@@ -208,11 +211,7 @@ class Registration:
         elif readable:
             steps.append(_good("read", "there is no active record"))
         elif client.overwrites and not self.table.register_unread:
-            text = (
-                f"API {version} lets a second host replace the record {self.agent_id}, and it cannot "
-                "be read first: give a client certificate, or set register_unread where nobody else "
-                "uses the id"
-            )
+            text = f"API {version} lets a second host replace the record {self.agent_id}: {UNREAD}"
             raise _bad(steps, "read", State.UNREAD, text)
         await self._register(client, steps)
         if not readable:
