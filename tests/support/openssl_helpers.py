@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -40,13 +41,22 @@ def check_same_as_openssl(data: bytes) -> None:
 
 
 def openssl_verifies(data: bytes, anchors_pem: bytes, folder: Path) -> bool:
-    """Whether `openssl verify -partial_chain` accepts a certificate under these anchors.
+    """Whether `openssl verify -partial_chain` accepts a certificate, DER, under these anchors."""
+    command = ["openssl", "x509", "-inform", "DER"]
+    leaf = subprocess.run(command, input=data, check=True, capture_output=True).stdout
+    return openssl_verifies_each([leaf], anchors_pem, folder)[0]
+
+
+def openssl_verifies_each(leaves: Sequence[bytes], anchors_pem: bytes, folder: Path) -> list[bool]:
+    """The same of several certificates, PEM.
 
     Critical extensions are ignored: OpenSSL does not know a directory name in a subjectAltName.
     """
     (folder / "anchors.pem").write_bytes(anchors_pem)
-    command: list[str | Path] = ["openssl", "x509", "-inform", "DER", "-out", folder / "leaf.pem"]
-    subprocess.run(command, input=data, check=True, capture_output=True)
+    paths = [folder / f"leaf-{number}.pem" for number in range(len(leaves))]
+    for path, leaf in zip(paths, leaves, strict=True):
+        path.write_bytes(leaf)
     command = ["openssl", "verify", "-ignore_critical", "-partial_chain"]
-    command += ["-CAfile", folder / "anchors.pem", folder / "leaf.pem"]
-    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+    command += ["-CAfile", str(folder / "anchors.pem"), *map(str, paths)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return [f"{path}: OK" in done.stdout for path in paths]

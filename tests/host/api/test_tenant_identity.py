@@ -260,7 +260,7 @@ def test_a_list_counts_however_the_ca_spells_its_name(tmp_path: Path) -> None:
     crls = read_crls(*write_crl(tmp_path, (7,), issuer=" CA "))
     found = TenantBook(TenantRules(), {}, certificates=True, crls=crls, now=lambda: NOW)
     with pytest.raises(UnknownTenantError, match="revoked"):
-        found.find(peer(certificate(serial=7)))
+        found.find(peer(certificate(serial=7), ca_certificate()))
 
 
 def test_several_lists_in_one_file(tmp_path: Path) -> None:
