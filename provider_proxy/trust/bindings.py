@@ -230,6 +230,7 @@ class RegistrarBindings:
         async def ask_host() -> HostCertificates:
             return HostCertificates(ek_cert=ek_cert, ek_chain=ek_chain)
 
+        await self._eks.freshen()
         binding = self._known(agent_id, label or agent_id)
         if binding is None:
             binding = await self.get(agent_id, label=label, ask_host=ask_host)

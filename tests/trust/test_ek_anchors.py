@@ -125,6 +125,13 @@ def test_what_the_tenant_marks_is_virtual_under_any_certificate_of_its_key() -> 
             judge(other, store=(HARDWARE,), marked=(marked,), helpers=(other,))
 
 
+def test_a_mark_holds_for_what_the_key_signed_under_another_name() -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    marked, renamed = Authority("plain name", key=key), Authority("another name", key=key)
+    below = Authority("below", renamed)
+    check_virtual(below, "a CA for virtual TPMs", store=(renamed, below), marked=(marked,))
+
+
 def test_what_is_below_a_virtual_ca_is_virtual_and_what_is_beside_it_is_not() -> None:
     root = Authority("root of a cloud")
     issuing = Authority("issuing of a cloud", root)
