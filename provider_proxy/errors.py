@@ -152,6 +152,12 @@ class UnknownTenantError(RequestError):
     closes = True
 
 
+class ClientCertError(RequestError):
+    """A front did not pass on exactly one certificate of its client."""
+
+    closes = True
+
+
 class NotFoundError(RequestError):
     """No such path, or no such VM for this tenant."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from provider_proxy.errors import UsageError
@@ -84,6 +85,26 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+class Networks:
+    """IP networks, asked often.
+
+    Args:
+        listed: addresses and networks, "10.0.0.0/8".
+    """
+
+    def __init__(self, listed: Iterable[str]) -> None:
+        self._networks = tuple(ipaddress.ip_network(text) for text in listed)
+
+    def holds(self, address: str) -> bool:
+        """True where an IP address lies in one of them."""
+        if not self._networks:
+            return False
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+        if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+            parsed = parsed.ipv4_mapped
+        return any(parsed in network for network in self._networks)
 
 
 def is_safe_url(url: str) -> bool:

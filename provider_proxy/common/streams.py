@@ -112,6 +112,30 @@ class SocketStream(trio.abc.Stream):
         finally:
             self._sending = self._receiving = False
 
+    async def receive_before_tls(self, count: int) -> bytes:
+        """Exactly so many bytes, before a handshake and not deciphered: a proxy's word on the client.
+
+        Raises:
+            trio.BrokenResourceError: the connection failed, or ended before.
+            trio.BusyResourceError: TLS has begun.
+        """
+        if isinstance(self._socket, ssl.SSLSocket):
+            raise trio.BusyResourceError("TLS has begun")
+        data = b""
+        while len(data) < count:
+            self._check_open()
+            await trio.lowlevel.wait_readable(self._socket)
+            try:
+                part = self._socket.recv(count - len(data))
+            except BlockingIOError:
+                continue
+            except OSError as exc:
+                raise trio.BrokenResourceError("the connection failed") from exc
+            if not part:
+                raise trio.BrokenResourceError("the peer left before it said who the client is")
+            data += part
+        return data
+
     async def _hear(self) -> None:
         """Wait for the first byte and leave it where it is."""
         while True:

@@ -22,11 +22,13 @@ from dataclasses import dataclass
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from provider_proxy.common.addresses import Networks
 from provider_proxy.common.dates import Calendar
 from provider_proxy.common.version import program_version
 from provider_proxy.errors import HostError
 from provider_proxy.host import systemd
 from provider_proxy.host.api.admin import AdminDoor
+from provider_proxy.host.api.front import FrontDoor, make_front_door
 from provider_proxy.host.api.identity import TenantBook, load_book
 from provider_proxy.host.api.tenant import TenantDoor, identity_results, vtpm_ca_results
 from provider_proxy.host.audit.file import AuditLog
@@ -103,6 +105,7 @@ class Parts:
         keeper: the registry of vTPMs; None where `vtpm.enabled` is false.
         draining: set once the daemon is going down.
         tenant_door, tenants: the tenants' requests, and the server that reads them.
+        front_door, front: the same for a front's listeners; no door where there are none.
         admin: the server of the admin listener.
         open_tenants, open_admin, open_hooks: the listeners, in the order of the configuration.
     """
@@ -118,7 +121,10 @@ class Parts:
     tenant_door: TenantDoor
     tenants: Door
     admin: Door
+    front_door: FrontDoor | None
+    front: Door
     open_tenants: Sequence[listeners.Listener]
+    open_front: Sequence[listeners.Listener]
     open_admin: Sequence[listeners.Listener]
     open_hooks: Sequence[listeners.Listener]
 
@@ -163,8 +169,19 @@ async def open_parts(
             max_connections=config.limits.max_connections,
             max_per_address=config.limits.max_connections_per_address,
             busy_status=config.limits.busy_status,
+            passed_on=Networks(config.listen.proxy_protocol_from).holds,
         )
-        metrics.connections.set_function(lambda: tenants.connections)
+        front_door = make_front_door(config.listen, door, book, recent.count)
+        front = Door(
+            front_door or door,
+            observe=metrics.count_request,
+            observe_handshake=metrics.count_handshake,
+            max_connections=config.limits.max_connections,
+            max_per_address=config.limits.max_connections,
+            busy_status=config.limits.busy_status,
+            front=True,
+        )
+        metrics.connections.set_function(lambda: tenants.connections + front.connections)
         board = _make_status_board(config, quoter, batcher, recent, metrics, draining, calendar)
         admin = AdminDoor(
             metrics,
@@ -184,6 +201,8 @@ async def open_parts(
             draining=draining,
             tenant_door=door,
             tenants=tenants,
+            front_door=front_door,
+            front=front,
             admin=Door(
                 admin, observe=lambda status, reason: None, max_connections=ADMIN_CONNECTIONS
             ),
@@ -193,6 +212,9 @@ async def open_parts(
                 else _opened(
                     listeners.open_listeners("listen.address", config.listen.address, context)
                 )
+            ),
+            open_front=stack.enter_context(
+                _opened(listeners.open_listeners("listen.front", config.listen.front, context))
             ),
             open_admin=stack.enter_context(
                 _opened(listeners.open_listeners("admin.address", config.admin.address, None))

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -45,6 +45,7 @@ class Started:
 
     addresses: list[str]
     admin_addresses: list[str]
+    front_addresses: list[str] = field(default_factory=list)
 
 
 async def run(
@@ -73,6 +74,7 @@ async def run(
         started = Started(
             addresses=listeners.describe(parts.open_tenants),
             admin_addresses=listeners.describe(parts.open_admin),
+            front_addresses=listeners.describe(parts.open_front),
         )
         _announce(config, started)
         _hold_to_descriptors(config, parts.tenants)
@@ -85,9 +87,10 @@ async def run(
                 config,
                 read_config or (lambda: config),
                 parts.tenant_door,
-                parts.open_tenants,
+                (*parts.open_tenants, *parts.open_front),
                 parts.registrations,
                 parts.calendar,
+                parts.front_door,
             )
             await nursery.start(_reload_at_signal, reloader)
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -102,6 +105,8 @@ async def run(
                 async with trio.open_nursery() as doors:
                     for listener in parts.open_tenants:
                         doors.start_soon(listener.serve, parts.tenants.serve)
+                    for listener in parts.open_front:
+                        doors.start_soon(listener.serve, parts.front.serve)
                     doors.start_soon(_drain_at_signal, config, signals, parts, doors.cancel_scope)
             nursery.cancel_scope.cancel()
     log.info("stopped")
@@ -144,6 +149,8 @@ def _hold_to_descriptors(config: Config, tenants: Door) -> None:
 def _announce(config: Config, started: Started) -> None:
     for address in started.addresses:
         log.info("listening on %s", address)
+    for address in started.front_addresses:
+        log.info("a front may ask at %s", address)
     for address in started.admin_addresses:
         log.info("admin listens on %s", address)
     if config.listen.insecure_plaintext:
@@ -178,5 +185,7 @@ async def _drain_at_signal(
         log.warning("limits.drain_ms is over; whoever still waits is refused")
         parts.batcher.abandon()
     with trio.move_on_after(CLOSE_LIMIT_S):
-        await parts.tenants.finish()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(parts.tenants.finish)
+            nursery.start_soon(parts.front.finish)
     doors.cancel()

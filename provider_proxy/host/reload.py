@@ -20,6 +20,7 @@ import trio
 from provider_proxy.common.dates import Calendar, Dated
 from provider_proxy.errors import ConfigError, ProviderProxyError
 from provider_proxy.host import systemd
+from provider_proxy.host.api.front import FrontDoor, FrontJudge, load_front_judge
 from provider_proxy.host.api.identity import TenantBook, load_book
 from provider_proxy.host.api.tenant import TenantDoor
 from provider_proxy.host.config.tables import Config
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 ReadConfig = Callable[[], Config]
 RELOADED = ("tenants", "tenant_defaults", "registrars")
-RELOADED_LISTEN = ("tls_cert", "tls_key", "client_ca", "client_crl", "crl_strict")
+RELOADED_LISTEN = ("tls_cert", "tls_key", "client_ca", "client_crl", "crl_strict", "front_peers")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,7 @@ class _Fresh:
 
     config: Config
     book: TenantBook
+    front: FrontJudge | None
     context: ssl.SSLContext | None
     registrations: Sequence[HostRegistration]
     dates: Sequence[Dated]
@@ -61,7 +63,9 @@ class Reloader:
         doors: Sequence[listeners.Listener],
         registrations: Registrations,
         calendar: Calendar,
+        front: FrontDoor | None = None,
     ) -> None:
+        self._front = front
         self._config = config
         self._read_config = read_config
         self._door = door
@@ -89,6 +93,8 @@ class Reloader:
         for key in _unchangeable(self._config, fresh.config):
             log.warning("reload: %s has changed, which takes a restart", key)
         self._door.identify = fresh.book.find
+        if self._front is not None and fresh.front is not None:
+            self._front.judge = fresh.front
         if fresh.context is not None:
             for listener in self._tls:
                 listener.context = fresh.context
@@ -105,9 +111,11 @@ class Reloader:
         config = self._read_config()
         if config.listen.insecure_plaintext != self._config.listen.insecure_plaintext:
             raise ConfigError("listen.insecure_plaintext cannot change while serving")
+        book = load_book(config.listen, config.tenant_defaults, config.tenants)
         return _Fresh(
             config=config,
-            book=load_book(config.listen, config.tenant_defaults, config.tenants),
+            book=book,
+            front=load_front_judge(config.listen, book),
             context=listeners.tls_context(config.listen),
             registrations=self._registrations.make(config.registrars),
             dates=read_dates(config),

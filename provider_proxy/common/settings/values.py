@@ -6,6 +6,7 @@ A reader takes the key and the TOML value, and gives the value that the program 
 from __future__ import annotations
 
 import enum
+import ipaddress
 import json
 import re
 import uuid
@@ -224,6 +225,20 @@ def read_addresses(key: str, value: object) -> tuple[str, ...]:
     """An address or a list of them."""
     listed = value if isinstance(value, list) else [value]
     return tuple(_read_address(key, item) for item in listed)
+
+
+def read_networks(key: str, value: object) -> tuple[str, ...]:
+    """A list of IP addresses and networks."""
+    must = 'a list of IP addresses and networks ("10.0.0.0/8")'
+    if not isinstance(value, list):
+        raise fail(key, must)
+    found = []
+    for item in value:
+        try:
+            found.append(str(ipaddress.ip_network(read_text(key, item))))
+        except ValueError as exc:
+            raise fail(key, must) from exc
+    return tuple(found)
 
 
 def read_identities(key: str, value: object) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from provider_proxy.evidence.model import Tenant
 from provider_proxy.host.config.tables import Listen, TenantRules
 from provider_proxy.host.http.messages import Peer
 
-MAX_CERTS_REMEMBERED = 4096
+MAX_CERTS_REMEMBERED = 16_384  # more tenants than that ask in turns: each is read again
 ALL_REFUSED = "no tenant of this provider"
 CRL_EXPIRED = (
     "the provider's revocation list has run out, and nobody is let in before it is renewed"
@@ -164,10 +164,18 @@ class TenantBook:
         Raises:
             UnknownTenantError: none, or its certificate has expired or was revoked.
         """
-        if peer.uid is not None:
-            return self._lookup((f"uid:{peer.uid}",))
-        if not self._certificates:
+        if peer.uid is None and not self._certificates:
             return self._by_default(peer.name)
+        return self._lookup(self.identities(peer))
+
+    def identities(self, peer: Peer) -> tuple[str, ...]:
+        """All that a peer may call itself as of now, by its uid or its certificate.
+
+        Raises:
+            UnknownTenantError: it has neither, or its certificate has expired or was revoked.
+        """
+        if peer.uid is not None:
+            return (f"uid:{peer.uid}",)
         if peer.certificate is None:
             raise UnknownTenantError("a client certificate is needed here")
         client = parse_chain(peer.chain or (peer.certificate,))
@@ -175,7 +183,7 @@ class TenantBook:
             raise UnknownTenantError("your certificate, or a CA above it, is not valid now")
         if self._crls:
             self._check_revocation(client, is_whole=bool(peer.chain))
-        return self._lookup(client.identities)
+        return client.identities
 
     def _check_revocation(self, client: Client, *, is_whole: bool) -> None:
         """Look at every certificate of the chain.

@@ -112,6 +112,10 @@ def _check_whole(config: Config) -> None:
             "listen.tls_cert and listen.tls_key must be set (or, to try things out on loopback, "
             "listen.insecure_plaintext)"
         )
+    if listen.front and (listen.client_ca is None or not listen.front_peers):
+        raise ConfigError("listen.front needs listen.client_ca and listen.front_peers")
+    if listen.front_peers and not listen.front:
+        raise ConfigError("listen.front_peers needs listen.front")
     if listen.client_crl is not None and listen.client_ca is None:
         raise ConfigError("listen.client_crl needs listen.client_ca")
     if config.tenant_defaults.identities or config.tenant_defaults.vms:

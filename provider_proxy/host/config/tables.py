@@ -27,6 +27,7 @@ from provider_proxy.common.settings.values import (
     read_flag,
     read_handle,
     read_identities,
+    read_networks,
     read_path,
     read_paths,
     read_pcrs,
@@ -65,6 +66,17 @@ class Listen:
         read_flag,
         False,
         "A CRL that has run out lets nobody in, and stops the start; else it warns, and alerts.",
+    )
+    front: tuple[str, ...] = setting(
+        read_addresses, (), "Where a front asks, which ends the tenants' TLS: see docs/fronts.md."
+    )
+    front_peers: tuple[str, ...] = setting(
+        read_identities,
+        (),
+        'Who the front is: "uid:33" on a unix socket, "dns:…" by its certificate.',
+    )
+    proxy_protocol_from: tuple[str, ...] = setting(
+        read_networks, (), "TCP proxies that say by the PROXY protocol whose connection it is."
     )
     insecure_plaintext: bool = setting(
         read_flag, False, "No TLS. On loopback and unix sockets only; for trying things out."

@@ -15,6 +15,7 @@ from provider_proxy.evidence.wire import encode_envelope
 
 MAX_TARGET_CHARS = 2048
 JOIN_BYTES = 64 * 1024  # one write for what is small; an IMA list is not copied once more
+CLIENT_CERT = b"client-cert"  # RFC 9440
 JSON = b"application/json"
 HTML = b"text/html; charset=utf-8"
 TEXT = b"text/plain; version=0.0.4; charset=utf-8"
@@ -67,6 +68,7 @@ class Request:
 
     Attributes:
         host: the Host header: what the client calls this server. Untrusted.
+        client_certs: the values of all `Client-Cert` headers, on a front's listener; none elsewhere.
     """
 
     method: str
@@ -74,6 +76,7 @@ class Request:
     query: str
     peer: Peer
     host: str = ""
+    client_certs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,8 +170,12 @@ def is_chunked(head: h11.Request) -> bool:
     return b"transfer-encoding" in [name.lower() for name, _ in head.headers.raw_items()]
 
 
-def to_request(head: h11.Request, peer: Peer) -> Request | Response:
-    """A request of ours out of h11's, or the refusal of one whose target is too long."""
+def to_request(head: h11.Request, peer: Peer, *, front: bool = False) -> Request | Response:
+    """A request of ours out of h11's, or the refusal of one whose target is too long.
+
+    Args:
+        front: the peer is a front, whose `Client-Cert` headers count.
+    """
     if len(head.target) > MAX_TARGET_CHARS:
         return refuse(414, f"the target is longer than {MAX_TARGET_CHARS} characters", "target")
     target = head.target.decode("ascii", "replace")
@@ -183,4 +190,7 @@ def to_request(head: h11.Request, peer: Peer) -> Request | Response:
         query=query,
         peer=peer,
         host=host.decode("ascii", "replace"),
+        client_certs=tuple(
+            value.decode("latin-1") for name, value in head.headers if front and name == CLIENT_CERT
+        ),
     )

@@ -14,6 +14,7 @@ import trio
 
 from provider_proxy.common.streams import SocketStream
 from provider_proxy.host.http.messages import Peer
+from provider_proxy.host.http.proxy_protocol import Client
 
 MAX_CHAINS = 4096  # of a few kB each
 CROWDED_OUT = "crowded_out"  # too many handshakes were in progress, and this was the oldest
@@ -62,8 +63,14 @@ def handshake_failure(cause: BaseException | None) -> str:
     return "protocol"
 
 
-def peer_of(sock: socket.socket, limit: Callable[[float], None]) -> Peer:
+def peer_of(
+    sock: socket.socket, limit: Callable[[float], None], client: Client | None = None
+) -> Peer:
     """The peer of a socket, before TLS.
+
+    Args:
+        limit: see `Peer`.
+        client: whose connection a TCP proxy passes on; None where it is the peer's own.
 
     Raises:
         trio.BrokenResourceError: it is gone already.
@@ -73,6 +80,8 @@ def peer_of(sock: socket.socket, limit: Callable[[float], None]) -> Peer:
         if sock.family == socket.AF_UNIX:
             credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
             uid = _UCRED.unpack(credentials)[1]
+        elif client is not None:
+            name = (client.address, client.port)
         else:
             name = sock.getpeername()
     except OSError as exc:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 
-from provider_proxy.host.http.messages import MAX_TARGET_CHARS, REASONS, Response
+from provider_proxy.host.http.messages import CLIENT_CERT, MAX_TARGET_CHARS, REASONS, Response
 
 _NOT_HERE = rb"host|content-length|transfer-encoding|connection|upgrade|expect|te|trailer"
 _OTHER = (
@@ -21,6 +21,7 @@ _PLAIN_GET = re.compile(
     rb"GET (/[!-~]{0,%d}+) HTTP/1\.1\r\n(?:%b)*+(?i:host):[\t ]*+([!-~]*+)\r\n(?:%b)*+\r\n"
     % (MAX_TARGET_CHARS - 1, _OTHER, _OTHER)
 )
+_CLIENT_CERT = re.compile(rb"\r\n(?i:%b):([\t -~]*+)(?=\r\n)" % CLIENT_CERT)
 
 
 def plain_get(data: bytes) -> tuple[str, str, int] | None:
@@ -37,6 +38,11 @@ def plain_get(data: bytes) -> tuple[str, str, int] | None:
         return None
     target, host = match.groups()
     return target.decode("ascii"), host.decode("ascii"), match.end()
+
+
+def client_certs(head: bytes) -> tuple[str, ...]:
+    """The values of the `Client-Cert` headers of a head that `plain_get` has taken."""
+    return tuple(value.decode("ascii").strip("\t ") for value in _CLIENT_CERT.findall(head))
 
 
 def response_head(response: Response, date: bytes, *, keeps: bool) -> bytes:

@@ -21,7 +21,7 @@ from provider_proxy.host.http.messages import (
     refuse_protocol,
     to_request,
 )
-from provider_proxy.host.http.plain import plain_get
+from provider_proxy.host.http.plain import client_certs, plain_get
 
 
 class RequestReader:
@@ -29,14 +29,16 @@ class RequestReader:
 
     Args:
         max_head_bytes: of a request that has not come to its end.
+        front: the client is a front, whose `Client-Cert` headers count.
 
     Attributes:
         keeps: the last request leaves the connection fit for another one.
         head_only: the answer to the last request goes without its body.
     """
 
-    def __init__(self, stream: SocketStream, max_head_bytes: int) -> None:
+    def __init__(self, stream: SocketStream, max_head_bytes: int, *, front: bool = False) -> None:
         self._stream = stream
+        self._front = front
         self._max_head_bytes = max_head_bytes
         self._ahead = b""  # of the next request, sent too early
         self.keeps = True
@@ -65,7 +67,10 @@ class RequestReader:
         target, host, end = plain
         self._ahead = data[end:]
         path, _, query = target.partition("?")
-        return Request(method="GET", path=path, query=query, peer=peer, host=host)
+        certs = client_certs(data[:end]) if self._front else ()
+        return Request(
+            method="GET", path=path, query=query, peer=peer, host=host, client_certs=certs
+        )
 
     async def _judged(
         self, data: bytes, peer: Peer, started: Callable[[], None]
@@ -83,7 +88,7 @@ class RequestReader:
                         return refuse_body()
                     self._ahead, _ = conn.trailing_data
                     self.keeps = _keeps(conn)
-                    return to_request(head, peer)
+                    return to_request(head, peer, front=self._front)
                 if event is h11.NEED_DATA:
                     if is_new:
                         started()

@@ -15,14 +15,16 @@ import enum
 import logging
 import socket
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable
 from email.utils import formatdate
 
 import trio
 
 from provider_proxy.common.streams import SocketStream
 from provider_proxy.errors import DeadlineError, ProviderProxyError
+from provider_proxy.host.http import proxy_protocol
+from provider_proxy.host.http.handshakes import HandshakeRoom
 from provider_proxy.host.http.messages import (
     Handler,
     Observer,
@@ -47,6 +49,7 @@ SEND_BYTES_PER_S = 64 * 1024  # what a slow reader must take on top of that
 HANDSHAKE_LIMIT_S = 10.0
 MAX_HANDSHAKES = 512  # in progress; a good one takes milliseconds
 MAX_HANDSHAKES_PER_ADDRESS = 64  # many tenants may come through one address, one after the other
+PROXY_LIMIT_S = 5.0  # a TCP proxy sends its header with the connection
 CLOSE_LIMIT_S = 1.0  # for TLS's close_notify
 LINGER_S = 1.0
 LINGER_READS = 16  # 256 kB of a refused body
@@ -56,7 +59,7 @@ ObserveHandshake = Callable[[str], None]
 """Called after each TLS handshake, with "ok", `SILENT`, or why it failed: see `handshake_failure`."""
 
 
-class Door:
+class Door(HandshakeRoom):
     """Serves one kind of listener.
 
     Args:
@@ -69,6 +72,8 @@ class Door:
         max_handshakes: one more TLS handshake at a time closes the one that takes the longest; so does
             one more than `max_handshakes_per_address`, among those of its address.
         busy_status: see `error_response`.
+        front: the clients are fronts; their requests' `Client-Cert` headers are handed on.
+        passed_on: True for the address of a TCP proxy, which must say whose connection it is.
     """
 
     def __init__(
@@ -82,8 +87,15 @@ class Door:
         max_handshakes: int = MAX_HANDSHAKES,
         max_handshakes_per_address: int = MAX_HANDSHAKES_PER_ADDRESS,
         busy_status: int = 503,
+        front: bool = False,
+        passed_on: Callable[[str], bool] = lambda address: False,
     ) -> None:
+        super().__init__(max_handshakes, max_handshakes_per_address)
         self.handler = handler
+        self.front = front
+        self.waiting: OrderedDict[_Connection, None] = OrderedDict()  # for a client, longest first
+        self._passed_on = passed_on
+        self._asked = 0  # proxies that have not said yet whose connection it is
         self.busy_status = busy_status
         self.observe = observe
         self.observe_handshake = observe_handshake
@@ -93,10 +105,6 @@ class Door:
         self._max_per_address = max_per_address
         self._open: set[_Connection] = set()
         self._per_address: Counter[str] = Counter()
-        self._max_handshakes = max_handshakes
-        self._max_handshakes_per_address = max_handshakes_per_address
-        self._shaking: dict[_Connection, str] = {}  # in the order in which they began
-        self._shaking_of: Counter[str] = Counter()
         self._ended = trio.Event()
         self._date = (0, b"")
 
@@ -104,17 +112,19 @@ class Door:
         """Serve one connection until it ends; closes it."""
         connection = _Connection(self, stream)
         address = connection.address()
+        if address and self._passed_on(address):
+            address = await self._client_address(connection)
         if address is None or not self._has_room(address):
             await trio.aclose_forcefully(stream)
             return
         self._open.add(connection)
+        self.waiting[connection] = None
         self._per_address[address] += 1
         try:
             await connection.run()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return  # the client went away
-        except Exception:
-            # A bug that one connection meets must not end the service of all others.
+        except Exception:  # a bug that one connection meets must not end the service of all
             log.exception("a connection ended with an unexpected error")
             self.observe(500, "bug")
         finally:
@@ -123,6 +133,7 @@ class Door:
                 with contextlib.suppress(trio.BrokenResourceError):
                     await stream.aclose()
             self._open.discard(connection)
+            self.waiting.pop(connection, None)
             self._per_address[address] -= 1
             if not self._per_address[address]:
                 del self._per_address[address]
@@ -135,11 +146,11 @@ class Door:
             return False
         if len(self._open) < self._max_connections:
             return True
-        slow = [c for c in self._open if c.is_waiting_for_client()]
-        if not slow:
+        if not self.waiting:
             self.observe(0, "too many connections")
             return False
-        min(slow, key=lambda c: c.since).cut_off()
+        slowest, _ = self.waiting.popitem(last=False)
+        slowest.cut_off()
         self.observe(0, "made room")
         return True
 
@@ -148,31 +159,20 @@ class Door:
         self._max_connections = min(self._max_connections, most)
         return self._max_connections
 
-    @contextlib.contextmanager
-    def shaking(self, connection: _Connection, address: str) -> Iterator[None]:
-        """Around a TLS handshake: where too many are in progress, the oldest is cut off. A good client
-        is through in milliseconds; one that stalls is the oldest soon."""
-        if len(self._shaking) >= self._max_handshakes:
-            self._crowd_out(next(iter(self._shaking)))
-        elif address and self._shaking_of[address] >= self._max_handshakes_per_address:
-            self._crowd_out(next(c for c, of in self._shaking.items() if of == address))
-        self._shaking[connection] = address
-        self._shaking_of[address] += 1
+    async def _client_address(self, connection: _Connection) -> str | None:
+        """Whose connection a TCP proxy passes on; None where it does not say so in time."""
+        if self._asked >= self._max_connections:
+            self.observe(0, "too many connections")
+            return None
+        self._asked += 1
+        bad = (proxy_protocol.ProxyHeaderError, trio.BrokenResourceError)
         try:
-            yield
+            with contextlib.suppress(*bad), trio.move_on_after(PROXY_LIMIT_S):
+                return await connection.ask_proxy()
         finally:
-            self._is_done_shaking(connection)
-
-    def _crowd_out(self, connection: _Connection) -> None:
-        connection.crowd_out()
-        self._is_done_shaking(connection)  # now, for many may come before its task runs
-
-    def _is_done_shaking(self, connection: _Connection) -> None:
-        address = self._shaking.pop(connection, None)
-        if address is not None:
-            self._shaking_of[address] -= 1
-            if not self._shaking_of[address]:
-                del self._shaking_of[address]
+            self._asked -= 1
+        self.observe(0, "no PROXY header")
+        return None
 
     @property
     def connections(self) -> int:
@@ -213,7 +213,8 @@ class _Connection:
     def __init__(self, door: Door, stream: SocketStream) -> None:
         self._door = door
         self._stream = stream
-        self._reader = RequestReader(stream, MAX_HEAD_BYTES)
+        self._reader = RequestReader(stream, MAX_HEAD_BYTES, front=door.front)
+        self._client: proxy_protocol.Client | None = None  # whose connection a proxy passes on
         self._stage = _Stage.IDLE
         self._scope = trio.CancelScope()
         self._cut_off = False
@@ -224,6 +225,8 @@ class _Connection:
 
     def address(self) -> str | None:
         """The client's IP address; empty for a unix socket, None where it is gone already."""
+        if self._client is not None:
+            return self._client.address
         if self._stream.socket.family == socket.AF_UNIX:
             return ""
         try:
@@ -231,9 +234,14 @@ class _Connection:
         except OSError:
             return None
 
-    def is_waiting_for_client(self) -> bool:
-        """True while nothing but the client keeps this connection busy."""
-        return self._stage in (_Stage.IDLE, _Stage.READING) and not self._cut_off
+    async def ask_proxy(self) -> str | None:
+        """Read what a TCP proxy says before all else; the client's address, or the proxy's own.
+
+        Raises:
+            ProxyHeaderError, trio.BrokenResourceError: it says nothing that can be read.
+        """
+        self._client = await proxy_protocol.read_header(self._stream.receive_before_tls)
+        return self.address()
 
     def cut_off(self) -> None:
         """End at once, to make room."""
@@ -261,7 +269,7 @@ class _Connection:
         """Handshake, then requests, until either side ends."""
         if self._door.closing:
             return
-        peer = peer_of(self._stream.socket, self._limit)
+        peer = peer_of(self._stream.socket, self._limit, self._client)
         with self._scope:
             if self._stream.is_tls:
                 self._enter(_Stage.READING, HANDSHAKE_LIMIT_S)
@@ -275,7 +283,7 @@ class _Connection:
             with trio.CancelScope(deadline=begin + IDLE_LIMIT_S) as self._scope:
                 if not is_idle:
                     await self._send()
-                    if not self._next_cycle():
+                    if not self._reader.keeps or self._door.closing:
                         return
                 await self._converse(peer)
 
@@ -319,6 +327,7 @@ class _Connection:
             if isinstance(incoming, Request):
                 # Its deadline is still the last one; a handler that waits sets its own.
                 self._stage = _Stage.ANSWERING
+                self._door.waiting.pop(self, None)
                 try:
                     response = await self._door.handler(incoming)
                 except ProviderProxyError as exc:
@@ -327,16 +336,12 @@ class _Connection:
                 response = incoming
             self._compose(response)
             await self._send()
-            if not self._next_cycle():
+            if not self._reader.keeps or self._door.closing:
                 # Behind a refusal more may come unread. After an answer, TLS's own close_notify is
                 # enough: to wait for the client would hold up one that reads to the end.
                 if not self._stream.is_tls or not isinstance(incoming, Request):
                     await self._linger()
                 return
-
-    def _next_cycle(self) -> bool:
-        """False where the connection ends."""
-        return self._reader.keeps and not self._door.closing
 
     async def _next_request(self, peer: Peer) -> Request | Response | None:
         """The next request; a refusal of what is none; None where the client has ended."""
@@ -346,6 +351,8 @@ class _Connection:
                 # Its deadline stays the last request's until a new one is needed: each costs.
                 self._stage = _Stage.IDLE
                 self.since = trio.current_time()
+                if not self._cut_off:
+                    self._door.waiting[self] = None
             incoming = await self._reader.next(peer, self._read_on)
         now = trio.current_time()
         if self._cut_off or self._door.closing or self._scope.deadline < now + LEAST_ANSWER_S:

@@ -45,6 +45,12 @@ KEYS: dict[str, tuple[Any, list[tuple[str, Any]]]] = {
     "listen.client_ca": (None, []),
     "listen.client_crl": (None, []),
     "listen.crl_strict": (False, [("true", True)]),
+    "listen.front": ((), []),  # needs more, see below
+    "listen.front_peers": ((), []),
+    "listen.proxy_protocol_from": (
+        (),
+        [('["192.0.2.7", "2001:DB8::/32"]', ("192.0.2.7/32", "2001:db8::/32"))],
+    ),
     "listen.insecure_plaintext": (False, [("true", True)]),
     "admin.address": (
         (),
@@ -180,6 +186,11 @@ BAD: list[tuple[str, str, str]] = [
     ("host_uuid", '"me"', "a UUID"),
     ("host_uuid", "7", TEXT),
     ("listen.address", "8890", TEXT),
+    ("listen.proxy_protocol_from", '"192.0.2.7"', "a list of IP addresses and networks"),
+    ("listen.proxy_protocol_from", '["localhost"]', "a list of IP addresses and networks"),
+    ("listen.proxy_protocol_from", '["10.0.0.1/8"]', "a list of IP addresses and networks"),
+    ("listen.front_peers", '"uid:33"', "a list of identities"),
+    ("listen.front", "1", TEXT),
     ("listen.address", '"8890"', ADDRESS),
     ("listen.address", '":8890"', ADDRESS),
     ("listen.address", '"127.0.0.1"', ADDRESS),

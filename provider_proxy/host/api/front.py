@@ -1,0 +1,240 @@
+"""The listener of a front: a proxy of the provider's that ends the tenants' TLS and passes each one's
+certificate on, in RFC 9440's `Client-Cert`.
+
+The front is trusted to have seen the tenant's proof of possession, and with nothing else: chain,
+dates, CRL and tenant are judged here, for each request, because a front sends many tenants over one
+connection. Who the front is follows from its uid or its own certificate.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from datetime import UTC, datetime
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import verification
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from provider_proxy.common.tls import load_certificates
+from provider_proxy.errors import ClientCertError, UnknownTenantError
+from provider_proxy.host.api.identity import TenantBook
+from provider_proxy.host.api.tenant import Count
+from provider_proxy.host.config.tables import Listen
+from provider_proxy.host.http.messages import Handler, Request, Response
+from provider_proxy.host.status.recent import STRANGERS
+
+MAX_CERTIFICATE_BYTES = 8 * 1024  # a head of 16 kB holds no more
+MAX_REMEMBERED = 16_384  # certificates whose chain was found good; 10,000 tenants and some more
+REMEMBERED_S = 60.0  # a CA that has run out meanwhile is seen so late
+
+
+def parse_client_cert(values: Sequence[str]) -> bytes:
+    """The certificate in the `Client-Cert` headers of a request: RFC 9440, section 2.2.
+
+    Args:
+        values: of all headers of that name; untrusted.
+
+    Returns:
+        DER, not looked into yet.
+
+    Raises:
+        ClientCertError: none, several, or not one byte sequence of RFC 8941.
+    """
+    if len(values) != 1:
+        count = "no" if not values else "more than one"
+        raise ClientCertError(f"the front sent {count} Client-Cert header")
+    value = values[0].strip(" \t")
+    if len(value) < 3 or value[0] != ":" or value[-1] != ":":
+        raise ClientCertError("Client-Cert must be a base64 text between two colons (RFC 9440)")
+    try:
+        der = base64.b64decode(value[1:-1], validate=True)
+    except (binascii.Error, ValueError) as exc:
+        raise ClientCertError("Client-Cert is not base64") from exc
+    if not der or len(der) > MAX_CERTIFICATE_BYTES:
+        raise ClientCertError(f"Client-Cert must hold 1 to {MAX_CERTIFICATE_BYTES} bytes")
+    return der
+
+
+class ClientChain:
+    """Checks that certificates lead to `listen.client_ca`, as the TLS of the other listeners does.
+
+    Args:
+        authorities: of that file; those that issued themselves are where a chain may end.
+        now: for the dates of the whole chain.
+        monotonic: seconds; for how long a good chain is remembered.
+    """
+
+    def __init__(
+        self,
+        authorities: Collection[x509.Certificate],
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        roots = [ca for ca in authorities if ca.issuer == ca.subject]
+        self._between = [ca for ca in authorities if ca.issuer != ca.subject]
+        self._store = verification.Store(roots) if roots else None
+        self._now = now
+        self._monotonic = monotonic
+        self._good: OrderedDict[bytes, tuple[float, tuple[bytes, ...]]] = OrderedDict()
+
+    def check(self, der: bytes) -> tuple[bytes, ...]:
+        """The chain from a client's certificate to this CA, DER.
+
+        Does not check: the CRL, and who it is; see `TenantBook.find`.
+
+        Raises:
+            ClientCertError: it is no certificate.
+            UnknownTenantError: it does not lead to the CA.
+        """
+        now = self._monotonic()
+        seen = self._good.get(der)
+        if seen is not None and now - seen[0] < REMEMBERED_S:
+            return seen[1]
+        chain = self._verify(der)
+        self._good[der] = now, chain
+        self._good.move_to_end(der)
+        if len(self._good) > MAX_REMEMBERED:
+            self._good.popitem(last=False)
+        return chain
+
+    def _verify(self, der: bytes) -> tuple[bytes, ...]:
+        try:
+            certificate = x509.load_der_x509_certificate(der)
+        except (ValueError, UnsupportedAlgorithm) as exc:
+            raise ClientCertError("Client-Cert holds no certificate") from exc
+        if self._store is None:
+            raise UnknownTenantError("listen.client_ca holds no CA that issued itself")
+        verifier = (
+            verification.PolicyBuilder()
+            .store(self._store)
+            .time(self._now())
+            .extension_policies(ca_policy=_ca_policy(), ee_policy=_client_policy())
+            .build_client_verifier()
+        )
+        try:
+            verified = verifier.verify(certificate, self._between)
+        except (verification.VerificationError, ValueError, UnsupportedAlgorithm) as exc:
+            raise UnknownTenantError("your certificate does not lead to listen.client_ca") from exc
+        return tuple(part.public_bytes(Encoding.DER) for part in verified.chain)
+
+
+def _ca_policy() -> verification.ExtensionPolicy:
+    def is_ca(_: object, __: object, constraints: x509.BasicConstraints) -> None:
+        if not constraints.ca:
+            raise ValueError("not a CA")
+
+    def signs(_: object, __: object, usage: x509.KeyUsage | None) -> None:
+        if usage is not None and not usage.key_cert_sign:
+            raise ValueError("may not sign certificates")
+
+    either = verification.Criticality.AGNOSTIC
+    return (
+        verification.ExtensionPolicy.permit_all()
+        .require_present(x509.BasicConstraints, either, is_ca)
+        .may_be_present(x509.KeyUsage, either, signs)
+    )
+
+
+def _client_policy() -> verification.ExtensionPolicy:
+    def for_clients(_: object, __: object, usage: x509.ExtendedKeyUsage | None) -> None:
+        good = (ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE)
+        if usage is not None and not any(oid in usage for oid in good):
+            raise ValueError("not for clients")
+
+    def signs(_: object, __: object, usage: x509.KeyUsage | None) -> None:
+        if usage is not None and not (usage.digital_signature or usage.key_agreement):
+            raise ValueError("may not prove that its key is there")
+
+    either = verification.Criticality.AGNOSTIC
+    return (
+        verification.ExtensionPolicy.permit_all()
+        .may_be_present(x509.ExtendedKeyUsage, either, for_clients)
+        .may_be_present(x509.KeyUsage, either, signs)
+    )
+
+
+class FrontJudge:
+    """Says for whom a front asks. Never changed: a reload makes a new one.
+
+    Args:
+        book: the tenants.
+        peers: who the front may be, as identities ("uid:…", "dns:…").
+        chain: of the tenants' certificates.
+    """
+
+    def __init__(self, book: TenantBook, peers: Collection[str], chain: ClientChain) -> None:
+        self._book = book
+        self._peers = frozenset(peers)
+        self._chain = chain
+
+    def admit(self, request: Request) -> Request:
+        """The request as if its tenant had come itself.
+
+        Raises:
+            UnknownTenantError: the peer is no front, or the certificate is not good.
+            ClientCertError: the front did not pass on one certificate.
+        """
+        if self._peers.isdisjoint(self._book.identities(request.peer)):
+            raise UnknownTenantError("this listener is for the provider's front alone")
+        der = parse_client_cert(request.client_certs)
+        chain = self._chain.check(der)
+        peer = dataclasses.replace(request.peer, certificate=der, chain=chain, uid=None)
+        return dataclasses.replace(request, peer=peer, client_certs=())
+
+
+def load_front_judge(listen: Listen, book: TenantBook) -> FrontJudge | None:
+    """The judge of a configuration; None where it has no front.
+
+    Raises:
+        HostError: `listen.client_ca` cannot be read.
+    """
+    if not listen.front or listen.client_ca is None:
+        return None
+    authorities = load_certificates("listen.client_ca", listen.client_ca)
+    return FrontJudge(book, listen.front_peers, ClientChain(authorities))
+
+
+class FrontDoor:
+    """The handler of a front's listeners, before the tenants' own.
+
+    Attributes:
+        judge: may be replaced, for the requests that come after.
+    """
+
+    def __init__(self, handler: Handler, judge: FrontJudge, count: Count) -> None:
+        self._handler = handler
+        self._count = count
+        self.judge = judge
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer a request.
+
+        Raises:
+            RequestError, ServiceError: see the handler's, and `FrontJudge.admit`.
+        """
+        try:
+            admitted = self.judge.admit(request)
+        except (UnknownTenantError, ClientCertError) as exc:
+            self._count(STRANGERS, type(exc).__name__)
+            raise
+        return await self._handler(admitted)
+
+
+def make_front_door(
+    listen: Listen, handler: Handler, book: TenantBook, count: Count
+) -> FrontDoor | None:
+    """The front's door; None where there is none.
+
+    Raises:
+        HostError: see `load_front_judge`.
+    """
+    judge = load_front_judge(listen, book)
+    return None if judge is None else FrontDoor(handler, judge, count)
