@@ -12,6 +12,16 @@ SOURCE_DATE_EPOCH=$(packaging/source-date.sh)
 export SOURCE_DATE_EPOCH
 umask 022
 
+# What was built from this very commit need not be built again.
+built=$out/.deb-commit
+commit=$(git -c safe.directory='*' rev-parse HEAD 2>/dev/null || true)
+[ -z "$(git -c safe.directory='*' status --porcelain 2>/dev/null)" ] || commit=
+package=$out/provider-proxy_${version}-${revision}_$(dpkg --print-architecture).deb
+if [ -n "$commit" ] && [ -f "$package" ] && [ "$(cat "$built" 2>/dev/null)" = "$commit $package" ]; then
+    echo "$package is this commit's"
+    exit 0
+fi
+
 tree=build/deb/provider-proxy-$version
 rm -rf build/deb
 mkdir -p "$tree" "$out"
@@ -32,6 +42,6 @@ tools=$PWD/build/tools
 (cd "$tree" && TOOLS="$tools" dpkg-buildpackage -b -us -uc > ../build.log 2>&1) || { tail -40 build/deb/build.log; exit 3; }
 rm -f "$out"/provider-proxy_*
 mv "build/deb/provider-proxy_${version}-${revision}_"*.deb "$out"
-package=$(ls "$out/provider-proxy_${version}-${revision}_"*.deb)
 mv build/deb/sbom.cdx.json "${package%.deb}.cdx.json"
+echo "$commit $package" >"$built"
 ls "$package" "${package%.deb}.cdx.json"

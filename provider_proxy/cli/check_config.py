@@ -107,12 +107,18 @@ def _as_json(loaded: Loaded[Any]) -> dict[str, object]:
 
 
 def _print(loaded: Loaded[Any]) -> None:
+    for line in lines_of(loaded):
+        print(line)
+
+
+def lines_of(loaded: Loaded[Any]) -> Iterator[str]:
+    """The configuration as TOML, each line with the place that it came from."""
     lines = []
     for key, text, origin in effective(loaded):
         name = ".".join(part if BARE_KEY_RE.fullmatch(part) else json.dumps(part) for part in key)
         shown = f"# {name} is not set" if text is None else f"{name} = {text}"
         lines.append((shown, "" if text is None else f"# {origin}"))
     width = max(len(shown) for shown, _ in lines if len(shown) <= MAX_COLUMN)
-    print("# read: " + ", ".join(str(path) for path in loaded.document.files))
+    yield "# read: " + ", ".join(str(path) for path in loaded.document.files)
     for shown, place in lines:
-        print(f"{shown:{width}}  {place}".rstrip())
+        yield f"{shown:{width}}  {place}".rstrip()

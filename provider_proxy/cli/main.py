@@ -27,6 +27,7 @@ EXIT_ENVIRONMENT = 3
 SUBCOMMANDS = {
     "serve": "run the daemon",
     "vtpm-helper": "look at this host's vTPMs for the daemon; its unit is provider-proxy-vtpm",
+    "support-bundle": "collect what those who help want to see, without secrets",
     "check-config": "show every setting and the file and line that it came from",
     "status": "what a running daemon does: its TPM, queue, batches, tenants",
     "top": "the same, live in the terminal",
