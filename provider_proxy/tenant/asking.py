@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import anyio
 import anyio.lowlevel
 
 from provider_proxy.errors import ReplyError
@@ -24,7 +25,10 @@ from provider_proxy.evidence.wire import parse_evidence
 from provider_proxy.tenant.client import ProxyClient
 from provider_proxy.tenant.ima_tail import ImaTail
 
-MAX_ASKS = 2 * MAX_PARTS  # an IMA list twice, in parts
+MAX_ASKS = 4 * MAX_PARTS  # an IMA list twice, in parts, and waits between them
+TOO_MANY = 429
+LEAST_WAIT_S = 0.1
+MAX_WAIT_S = 300.0  # for all of a list, whatever Retry-After says: 600 MB at the daemon's 2 MB/s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +66,7 @@ async def attest_whole(
         VerificationError: an answer was refused.
         ReplyError: no answer, or a list without an end.
     """
-    collected = ImaTail(0)
+    collected, waited_s = ImaTail(0), 0.0
     for _ in range(MAX_ASKS):
         entry = judge.ima_ml_entry
         challenge = new_challenge(
@@ -77,6 +81,13 @@ async def attest_whole(
         try:
             evidence = parse_evidence(await proxy.fetch(challenge.request))
             quote = verifier.verify(evidence, challenge, host, history, now_s=now())
+        except ReplyError as exc:
+            if entry == 0 or exc.status != TOO_MANY or waited_s > MAX_WAIT_S:
+                raise
+            wait_s = max(LEAST_WAIT_S, exc.retry_after_s or 0.0)
+            waited_s += wait_s
+            await anyio.sleep(wait_s)  # a long list has more bytes than a tenant may have at once
+            continue
         finally:
             history.spend(challenge.request.nonce)  # unanswered or refused: never good again
         logs = evidence.logs

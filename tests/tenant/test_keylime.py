@@ -123,6 +123,7 @@ class Site:
         self.spoil: Callable[[bytes], bytes] = lambda body: body
         self.logs: Callable[[QuoteRequest], dict[str, object]] = lambda request: {}
         self.questions: list[QuoteRequest] = []
+        self.busy: set[int] = set()
         self.registered = RegisteredHost(
             host=TrustedHost(ak=self.tpm.ak),
             history=MemoryHistory(),
@@ -134,6 +135,8 @@ class Site:
         if request.url.path == "/verifier/quote":
             asked = parse_quote_query(request.url.query.decode("ascii"))
             self.questions.append(asked)
+            if len(self.questions) in self.busy:
+                return httpx.Response(429, headers={"Retry-After": "2"}, json={"status": "slower"})
             values = json.loads(make_evidence(self.tpm, asked))
             values["results"] |= self.logs(asked)
             return httpx.Response(200, content=self.spoil(json.dumps(values).encode()))
@@ -343,6 +346,24 @@ async def test_a_long_list_is_fetched_to_its_end() -> None:
     await site.check(KeylimePolicies(runtime=RUNTIME))
     assert [request.ima_ml_entry for request in site.questions] == [0, 7, 14, 21, 28, 35]
     assert site.asked[0]["ima_measurement_list"] == listed(LINES)
+
+
+async def test_a_tenant_s_limit_of_bytes_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr("provider_proxy.tenant.asking.anyio.sleep", sleep)
+    site = ima_site()
+    site.logs = listing(LINES, part=7)
+    site.busy = {3, 4}
+    await site.check(KeylimePolicies(runtime=RUNTIME))
+    assert waits == [2.0, 2.0]
+    assert site.asked[0]["ima_measurement_list"] == listed(LINES)
+    site.busy = {len(site.questions) + 1}  # of the first part: there is nothing to go on with
+    with pytest.raises(ReplyError, match="429"):
+        await site.check(KeylimePolicies(runtime=RUNTIME))
 
 
 async def test_a_list_whose_end_does_not_come_is_no_verdict() -> None:
