@@ -5,6 +5,7 @@
 # make check     format, lint, types, tests, wheel
 # make test-bare make demo and make test in a minimal Debian with an empty environment (as root);
 #                RELEASE=trixie, BARE_USER=1 for an ordinary user with sudo, BARE="deb test-deb" for other targets
+# make mutants   breaks the pure core on purpose, and looks whether a test notices (SAMPLE=130; 0 for all)
 # make docs      docs/api.md from the OpenAPI description
 # make bench     the figures of this machine
 # make man       the manual pages and the shells' completion, into build/
@@ -47,7 +48,7 @@ PROMTOOL := .promtool/usr/bin/promtool
 MAX_SKIPPED ?= 40
 SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help install system system-tests system-deb promtool libvirt guest keylime demo test test-keylime-bridge test-keylime-releases test-libvirt test-bare test-slow check format lint types wheel soak bench docs man lock deb test-deb test-upgrade test-reproducible bundle test-bundle system-kvm test-kvm clean
+.PHONY: help install system system-tests system-deb promtool libvirt guest keylime demo test test-keylime-bridge test-keylime-releases test-libvirt test-bare test-slow check format lint types wheel soak bench docs man lock deb test-deb test-upgrade test-reproducible bundle test-bundle system-kvm test-kvm clean mutants
 
 install: $(DEV)
 
@@ -166,6 +167,9 @@ test-slow: test-deb test-upgrade test-reproducible test-bundle test-keylime-brid
 
 soak: install
 	SOAK_SECONDS=$${SOAK_SECONDS:-600} $(BIN)/python -m pytest -q -s tests/system/test_soak.py
+
+mutants: install
+	$(BIN)/python tests/support/mutants.py --sample $${SAMPLE:-130}
 
 docs: install
 	$(BIN)/python tests/support/api_page.py > docs/api.md
