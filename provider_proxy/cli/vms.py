@@ -7,18 +7,24 @@ import json
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from provider_proxy.cli.ask_admin import AdminClient
-from provider_proxy.errors import ReplyError
+from provider_proxy.cli.keep_eks import keep
+from provider_proxy.cli.trio_run import run_to_the_end
+from provider_proxy.errors import ReplyError, UsageError
+from provider_proxy.tenant.watch.ek_directory import EkDirectory
 
 MAX_LIST_BYTES = 128 * 1024 * 1024  # vtpm.max_vms at its most, at 700 bytes each
 COLUMNS = ("VM", "state", "EKs, SHA-256", "made")
 FILE_WIDTH = 160  # where nobody looks at lines: no UUID is broken
 SHOWN_HEX = 16
+INTERVAL_S, MAX_INTERVAL_S = 2.0, 600.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "admin", metavar="ADMIN", help='admin.address of the daemon: "host:port" or "unix:/path"'
     )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument(
+        "--ek-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep an empty file there for each EK that is confirmed of a VM that runs; until ended",
+    )
+    parser.add_argument(
+        "--interval-s",
+        type=float,
+        default=INTERVAL_S,
+        metavar="SECONDS",
+        help="with --ek-dir: how often the daemon is asked; default %(default)g",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,8 +54,16 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         HostError: nobody answers there.
         ReplyError: the answer is not a daemon's.
+        UsageError: an option is out of bounds.
     """
-    results = AdminClient(args.admin, called="ADMIN").get("/vms", MAX_LIST_BYTES)
+    client = AdminClient(args.admin, called="ADMIN")
+    if args.ek_dir is not None:
+        if not 0 < args.interval_s <= MAX_INTERVAL_S:
+            raise UsageError(f"--interval-s must be above 0 and at most {MAX_INTERVAL_S:g}")
+        directory = EkDirectory(args.ek_dir)
+        run_to_the_end(partial(keep, client, MAX_LIST_BYTES, directory, interval_s=args.interval_s))
+        return 0
+    results = client.get("/vms", MAX_LIST_BYTES)
     if args.json:
         print(json.dumps(results))
         return 0

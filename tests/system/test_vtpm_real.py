@@ -606,8 +606,13 @@ async def test_certificates_of_the_host_end_in_the_vtpm(host: Host) -> None:
         assert listed["issuer"] == "tpm"
         nursery.cancel_scope.cancel()
     assert [request.kind for request in issuer.requests] == ["ek", "platform", "ek"]
+    beside = {path.name: path.read_bytes() for path in host.libvirt.state(VM).glob("*.crt")}
     with host.libvirt.running(VM, user=SWTPM_USER) as tcti:
         in_vm = eks_of(tcti)
+        assert beside == {
+            name: certificate_in(tcti, index).public_bytes(serialization.Encoding.DER)
+            for name, index in (("ek-rsa2048.crt", NV_RSA), ("ek-secp384r1.crt", NV_ECC))
+        }
         for number, index in enumerate((NV_RSA, NV_PLATFORM, NV_ECC), 1):
             certificate = certificate_in(tcti, index)
             assert certificate.serial_number == number

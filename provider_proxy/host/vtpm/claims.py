@@ -63,4 +63,5 @@ def encode_claims(entry: Entry) -> bytes:
 def entry_values(entry: Entry) -> dict[str, object]:
     """An entry for the operator: the claims, and what tenants do not see."""
     values: dict[str, object] = json.loads(encode_claims(entry))
-    return {"name": entry.name, **values, "changed_at": entry.changed_at}
+    spire = [ek.spire for ek in entry.eks if ek.spire]
+    return {"name": entry.name, **values, "spire": spire, "changed_at": entry.changed_at}

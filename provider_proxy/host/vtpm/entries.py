@@ -19,6 +19,7 @@ from typing import Final, Literal
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from provider_proxy.evidence.vtpm_link import spire_name
 from provider_proxy.host.vtpm.requests import EkPublicKey
 
 CLAIMED: Final = "claimed"
@@ -36,10 +37,12 @@ class Ek:
     Attributes:
         alg: "rsa2048", "rsa3072", "rsa4096", "p256" or "p384".
         spki_sha256: SHA-256 of its SubjectPublicKeyInfo, DER, in hex.
+        spire: what spire-tpm-plugin calls it; empty where an older registry did not know.
     """
 
     alg: str
     spki_sha256: str
+    spire: str = dataclasses.field(default="", compare=False)
 
     @property
     def family(self) -> str:
@@ -51,7 +54,8 @@ def ek_of(key: EkPublicKey) -> Ek:
     """A public key as the registry keeps it."""
     spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     family = "rsa" if isinstance(key, RSAPublicKey) else "p"
-    return Ek(alg=f"{family}{key.key_size}", spki_sha256=hashlib.sha256(spki).hexdigest())
+    digest = hashlib.sha256(spki).hexdigest()
+    return Ek(alg=f"{family}{key.key_size}", spki_sha256=digest, spire=spire_name(key))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,11 +34,15 @@ CREATE TABLE vms (
 ) STRICT;
 CREATE TABLE eks (
     spki_sha256 TEXT PRIMARY KEY, alg TEXT NOT NULL,
-    vm TEXT NOT NULL REFERENCES vms ON DELETE CASCADE
+    vm TEXT NOT NULL REFERENCES vms ON DELETE CASCADE,
+    spire TEXT NOT NULL DEFAULT ''
 ) STRICT;
 """
 # Version 1 took EKs at any time: they stay "claimed" until they are read.
-UPGRADES = {1: "ALTER TABLE vms ADD COLUMN run TEXT NOT NULL DEFAULT ''"}
+UPGRADES = {
+    1: "ALTER TABLE vms ADD COLUMN run TEXT NOT NULL DEFAULT '';"
+    "ALTER TABLE eks ADD COLUMN spire TEXT NOT NULL DEFAULT ''"
+}
 VM_COLUMNS = (
     *("vm", "name", "state", "running", "making", "generation", "issuer", "migrated"),
     *("registered_at", "changed_at", "run"),
@@ -98,8 +102,9 @@ class Registry:
         elif version != SCHEMA_VERSION:
             raise ValueError(f"it is of version {version}, this program reads {SCHEMA_VERSION}")
         eks: dict[str, list[Ek]] = {}
-        for digest, alg, vm in self._db.execute("SELECT spki_sha256, alg, vm FROM eks"):
-            eks.setdefault(vm, []).append(Ek(alg=alg, spki_sha256=digest))
+        columns = "spki_sha256, alg, vm, spire"
+        for digest, alg, vm, spire in self._db.execute(f"SELECT {columns} FROM eks"):  # noqa: S608  # constants
+            eks.setdefault(vm, []).append(Ek(alg=alg, spki_sha256=digest, spire=spire))
         for row in self._db.execute(f"SELECT {', '.join(VM_COLUMNS)} FROM vms"):  # noqa: S608  # constants
             values = dict(zip(VM_COLUMNS, row, strict=True))
             for flag in ("running", "making", "migrated"):
@@ -245,8 +250,8 @@ class Registry:
         marks = ", ".join("?" * len(values))
         self._db.execute(f"INSERT INTO vms ({', '.join(VM_COLUMNS)}) VALUES ({marks})", values)  # noqa: S608  # constants
         self._db.executemany(
-            "INSERT INTO eks (spki_sha256, alg, vm) VALUES (?, ?, ?)",
-            [(ek.spki_sha256, ek.alg, str(entry.vm)) for ek in entry.eks],
+            "INSERT INTO eks (spki_sha256, alg, vm, spire) VALUES (?, ?, ?, ?)",
+            [(ek.spki_sha256, ek.alg, str(entry.vm), ek.spire) for ek in entry.eks],
         )
 
     def _remember(self, entry: Entry) -> None:

@@ -189,7 +189,7 @@ _HOLDS = ("reading", "eks", "why")
 
 
 def _holds_values(holds: Holds) -> dict[str, object]:
-    eks = [{"alg": ek.alg, "spki_sha256": ek.spki_sha256} for ek in holds.eks]
+    eks = [{"alg": ek.alg, "spki_sha256": ek.spki_sha256, "spire": ek.spire} for ek in holds.eks]
     return {"reading": holds.reading, "eks": eks, "why": holds.why[:MAX_WHY_CHARS]}
 
 
@@ -206,13 +206,15 @@ def _parse_holds(values: Mapping[str, object], fields: Fields) -> Holds:
 
 
 def _parse_ek(item: object) -> Ek:
-    if not isinstance(item, dict) or set(item) != {"alg", "spki_sha256"}:
+    if not isinstance(item, dict) or set(item) != {"alg", "spki_sha256", "spire"}:
         raise VtpmError("an EK is not of its form")
     fields = Fields(item, "eks")
     alg, digest = fields.text("alg", MAX_WORD_CHARS), fields.text("spki_sha256", 64)
-    if not _ALG_RE.fullmatch(alg) or not _DIGEST_RE.fullmatch(digest):
+    spire = fields.text("spire", 64)
+    digests = (digest, spire) if spire else (digest,)
+    if not _ALG_RE.fullmatch(alg) or not all(map(_DIGEST_RE.fullmatch, digests)):
         raise VtpmError("an EK is not of its form")
-    return Ek(alg=alg, spki_sha256=digest)
+    return Ek(alg=alg, spki_sha256=digest, spire=spire)
 
 
 def _line(values: Mapping[str, object]) -> bytes:

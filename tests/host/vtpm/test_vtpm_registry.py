@@ -568,7 +568,8 @@ def test_a_registry_of_version_1_is_read(tmp_path: Path) -> None:
     registry.close()
     old = sqlite3.connect(path)
     old.executescript(
-        "ALTER TABLE vms DROP COLUMN run; UPDATE vms SET state = 'claimed'; PRAGMA user_version = 1"
+        "ALTER TABLE vms DROP COLUMN run; ALTER TABLE eks DROP COLUMN spire;"
+        "UPDATE vms SET state = 'claimed'; PRAGMA user_version = 1"
     )
     old.close()
     for _ in range(2):

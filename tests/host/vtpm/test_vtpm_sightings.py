@@ -112,7 +112,7 @@ def changed(word: Sighting | Window | Gone, **values: object) -> bytes:
     return json.dumps(json.loads(encode_word(word)) | values).encode()
 
 
-EK = {"alg": "p384", "spki_sha256": "00" * 32}
+EK = {"alg": "p384", "spki_sha256": "00" * 32, "spire": ""}
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,7 @@ EK = {"alg": "p384", "spki_sha256": "00" * 32}
         changed(sighting(eks=EKS), eks=[EK | {"spki_sha256": "00" * 31}]),
         changed(sighting(eks=EKS), eks=[EK | {"spki_sha256": "AB" * 32}]),
         changed(sighting(eks=EKS), eks=[EK | {"more": 1}]),
+        changed(sighting(eks=EKS), eks=[EK | {"spire": "../x"}]),
         changed(sighting(eks=EKS), eks=[EK] * 5),
         changed(sighting(eks=EKS), eks="x"),
         changed(sighting(), name="x" * 513),

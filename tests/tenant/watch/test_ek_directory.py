@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -20,7 +21,8 @@ from helpers import until
 from soft_ek import SoftHost, rsa_ek
 from vtpm_helpers import ecc_key, rsa_key
 
-from provider_proxy.errors import HostError, ProviderProxyError, VmNotRunningError
+from provider_proxy.cli.keep_eks import keep, linked_eks
+from provider_proxy.errors import HostError, ProviderProxyError, ReplyError, VmNotRunningError
 from provider_proxy.evidence.vtpm_link import spire_name, spki_digest
 from provider_proxy.tenant.watch.config import parse_watch_config
 from provider_proxy.tenant.watch.ek_directory import EkDirectory
@@ -176,4 +178,47 @@ def test_kill_9_leaves_nothing_after_the_next_start(folder: Path) -> None:
     assert done.returncode == -signal.SIGKILL
     assert names(folder) == {ONE}
     EkDirectory(folder).open()
+    assert names(folder) == set()
+
+
+# --- on the host --------------------------------------------------------------------------------------
+
+
+def vm(number: int, **changes: Any) -> dict[str, Any]:
+    values = {"vm": f"vm-{number}", "running": True, "confirmed": True, "spire": [f"{number:064x}"]}
+    return values | changes
+
+
+def test_what_a_host_s_list_says() -> None:
+    vms = [vm(1), vm(2, running=False), vm(3, confirmed=False), vm(4, spire=[]), vm(5, running=1)]
+    two = vm(6, spire=["a" * 64, "b" * 64, "../x"])
+    found = linked_eks({"vms": [*vms, two]})
+    assert found == {"vm-1/0": f"{1:064x}", "vm-6/0": "a" * 64, "vm-6/1": "b" * 64}
+    for results in ({}, {"vms": None}, {"vms": [7]}, {"vms": [vm(1, spire=None)]}):
+        with pytest.raises(ReplyError):
+            linked_eks(results)
+
+
+async def test_a_host_s_directory_follows_its_daemon(folder: Path) -> None:
+    class Client:
+        def __init__(self) -> None:
+            self.results: dict[str, Any] | None = {"vms": [vm(1), vm(2)]}
+
+        def get(self, path: str, limit: int) -> dict[str, Any]:
+            if self.results is None:
+                raise HostError("no daemon answers")
+            return self.results
+
+    client = Client()
+    async with trio.open_nursery() as nursery:
+        call = partial(keep, client, 1000, EkDirectory(folder), interval_s=0.05)  # type: ignore[arg-type]
+        nursery.start_soon(call)
+        await until(lambda: folder.exists() and len(names(folder)) == 2, "both")
+        client.results = {"vms": [vm(2), vm(1, running=False)]}
+        await until(lambda: names(folder) == {f"{2:064x}"}, "the one that runs")
+        client.results = None  # the daemon is away: what was proven goes when its time is over
+        await until(lambda: names(folder) == set(), "nothing")
+        client.results = {"vms": [vm(1)]}
+        await until(lambda: names(folder) == {f"{1:064x}"}, "the daemon's return")
+        os.kill(os.getpid(), signal.SIGTERM)
     assert names(folder) == set()
