@@ -35,6 +35,7 @@ from helpers import (
     until_answered,
 )
 from keylime_helpers import Registrar, running_registrar
+from manufactured import manufacture, provision
 from simulated_registrar import FakeKeys, wrap
 from test_docs import codes, fenced, read, rows
 from test_registrar_contract import certificate
@@ -46,6 +47,7 @@ from tpm_helpers import (
     open_quoter,
     plain_config,
     quote_once,
+    swtpm_at,
 )
 
 from provider_proxy.host.config.tables import Config, Listen, RegistrarTable, TenantRules
@@ -565,3 +567,28 @@ def test_documented_session_runs(registrar: Registrar, tmp_path: Path) -> None:
     start = got.index(wanted[0])
     assert got[start : start + len(wanted)] == wanted
     assert "INFO stopped" in output
+
+
+@pytest.mark.parametrize("kind", ["ecc384", "rsa3072"])
+def test_the_registrar_takes_eks_of_the_high_range(
+    registrar: Registrar, tmp_path: Path, kind: str
+) -> None:
+    """Their name algorithm is SHA-384, and they are used with a password: the challenge is solved."""
+    with swtpm_at(manufacture(tmp_path)) as made:
+        provision(
+            made.tcti,
+            "tpm2_evictcontrol -Q -C o -c 0x81010001\n"
+            "tpm2_nvundefine -C p 0x01c00002\ntpm2_nvundefine -C p 0x01c00016\n"
+            f"tpm2_createek -Q -c 0x81010001 -G {kind} -u e.pub\n",
+            tmp_path,
+        )
+        (tmp_path / "c.toml").write_text(
+            f'state_dir = "{tmp_path}/s"\n[listen]\ninsecure_plaintext = true\n'
+            f'[tpm]\ntcti = "{made.tcti}"\n[registrars.a]\nurl = "{registrar.https_url}"\n'
+            f'ca = "{registrar.ca}"\nclient_cert = "{registrar.client_cert}"\n'
+            f'client_key = "{registrar.client_key}"\n'
+        )
+        done = run_command("register", "--config", "c.toml", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (report,) = json.loads(done.stdout.splitlines()[-1])["registrations"]
+    assert report["state"] == "registered"

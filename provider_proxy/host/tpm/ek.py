@@ -317,8 +317,8 @@ def _make(
                 kept = context.evict_control(ESYS_TR.OWNER, primary, handle)
         if kind.key not in ("RSA-2048", "P-256"):
             log.warning(
-                "the EK is %s, for want of a certificate of a more common kind; older registrars "
-                "know RSA-2048 and P-256 alone",
+                "the EK is %s, for want of a certificate of a more common kind: not every registrar may "
+                "know it (Keylime 7.14 does)",
                 kind.name,
             )
         return _info(kept, public, handle, certificates, own, files, made=True)

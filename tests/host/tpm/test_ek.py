@@ -218,7 +218,7 @@ def test_a_p_384_certificate_alone_is_said(way: Way, caplog: pytest.LogCaptureFi
     info = way.find()
     assert kind_of(info) == "P-384"
     check_own(info)
-    assert "older registrars know RSA-2048 and P-256 alone" in caplog.text
+    assert "the EK is P-384, for want of a certificate of a more common kind" in caplog.text
 
 
 @pytest.mark.real
