@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from provider_proxy.cli.arguments import read_public
 from provider_proxy.common.files import read_file
-from provider_proxy.errors import EvidenceFormatError, UntrustedEkError
+from provider_proxy.errors import EvidenceFormatError, HostError, UntrustedEkError, UsageError
 from provider_proxy.evidence.tpm_keys import PublicKey, parse_public
 from provider_proxy.trust.ek_anchors import Anchor, Anchors, Purpose
 from provider_proxy.trust.ek_certificate import (
@@ -79,18 +79,25 @@ def run(args: argparse.Namespace) -> int:
     """Do what was asked.
 
     Raises:
-        HostError: a file cannot be read.
-        UsageError: the store has no CA.
+        HostError: a file cannot be read, or the store has no CA.
     """
     code: int = args.act(args, datetime.now(UTC))
     return code
+
+
+def _load(paths: Sequence[Path]) -> LoadedStore:
+    """A store that is of no use is the environment's fault, as a file that is missing."""
+    try:
+        return load_store(paths)
+    except UsageError as exc:
+        raise HostError(str(exc)) from exc
 
 
 # --- show ---------------------------------------------------------------------------------------------
 
 
 def _show(args: argparse.Namespace, now: datetime) -> int:
-    store = load_store(args.paths)
+    store = _load(args.paths)
     listed = sorted(store.anchors.all, key=lambda a: (a.maker, a.purpose.value, a.certificate.name))
     if args.json:
         print(json.dumps(_store_values(store, listed, now)))
@@ -186,7 +193,7 @@ def _key_of(certificate: TpmCertificate) -> str:
 
 
 def _check(args: argparse.Namespace, now: datetime) -> int:
-    store = load_store(args.ek_ca)
+    store = _load(args.ek_ca)
     values: dict[str, object] = {"good": False}
     try:
         verdict = _judge(args, store, now, values)

@@ -32,7 +32,8 @@ MAX_CERTIFICATES = 20_000  # all makers together have some hundreds
 MAX_DEPTH = 8  # directories below each other
 SUFFIXES = frozenset((".pem", ".crt", ".cer", ".der"))
 VIRTUAL_DIRECTORY = "virtual"
-PEM_RE = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----(.*?)-----END \1-----", re.DOTALL)
+# A block is bounded: one without its end must not have the rest of a large file searched for it.
+PEM_RE = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----(.{0,100000}?)-----END \1-----", re.DOTALL)
 PEM_BEGIN = b"-----BEGIN "
 CERTIFICATE_LABELS = (b"CERTIFICATE", b"X509 CERTIFICATE")
 NOT_CERTIFICATES = {

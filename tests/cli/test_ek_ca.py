@@ -146,6 +146,9 @@ def test_files_that_cannot_be_read_are_the_environment_s(store: Path, tmp_path: 
     assert done.returncode == 3, done.stderr
     done = ek_ca("show", missing)
     assert done.returncode == 3, done.stderr
+    done = ek_ca("check", "--cert", cert, "--ek-ca", store / "broken.pem")
+    assert done.returncode == 3, done.stderr
+    assert "has no CA certificate that can be used" in done.stderr
 
 
 def test_the_documented_commands(store: Path, tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import trio
 
-from provider_proxy.common.files import read_secret
+from provider_proxy.common.files import FileLock, read_secret
 from provider_proxy.errors import HostError, QuoteError
 from provider_proxy.host.config.tables import Tpm
 from provider_proxy.host.quoters.ak_store import AkStore
 from provider_proxy.host.quoters.local_tpm import EsysQuoter
+from provider_proxy.host.quoters.tpm_opener import LOCK_POLL_S, OPEN_LOCK
 from provider_proxy.host.tpm import ca_key, keys
 
 KEY_FILE = "vtpm-ca-key.json"
@@ -62,21 +63,31 @@ async def open_ca_signer(
         owner=read_secret("tpm.owner_auth_file", settings.owner_auth_file),
         endorsement=read_secret("tpm.endorsement_auth_file", settings.endorsement_auth_file),
     )
-    store = AkStore(
-        state_dir,
-        key="vTPM CA's key",
-        handle="vtpm.ca_handle",
-        file=KEY_FILE,
-        after="tenants must then trust the new CA",
-    )
+    lock = FileLock(state_dir / OPEN_LOCK)
+    waits_for = f"another process holds {state_dir / OPEN_LOCK}"
     try:
         with trio.fail_after(OPEN_LIMIT_S):
+            while not lock.take():  # noqa: ASYNC110  # of another process
+                await trio.sleep(LOCK_POLL_S)
+            waits_for = "the TPM gives no answer, or other programs hold it"
+            # Read under the lock: another start may just have made the key.
+            store = AkStore(
+                state_dir,
+                key="vTPM CA's key",
+                handle="vtpm.ca_handle",
+                file=KEY_FILE,
+                after="tenants must then trust the new CA",
+            )
             key = await quoter.on_chip(
                 lambda chip: ca_key.find_or_make(chip, handle, auths, store.auth_for)
             )
+            store.confirm(key.name)
     except trio.TooSlowError as exc:
-        raise HostError(f"the vTPM CA's key was not to be had in {OPEN_LIMIT_S:g} s") from exc
+        raise HostError(
+            f"gave up after {OPEN_LIMIT_S:g} s of waiting for the vTPM CA's key: {waits_for}"
+        ) from exc
     except QuoteError as exc:
         raise HostError(f"the vTPM CA's key: {exc.__cause__ or exc}") from exc
-    store.confirm(key.name)
+    finally:
+        lock.release()
     return CaSigner(quoter, key)

@@ -30,6 +30,7 @@ from keylime_helpers import PYTHON, keylime_environment
 from test_tenant_api import make_door
 from tpm_helpers import AK_HANDLE, EK_HANDLE, Faults, Swtpm, open_quoter, swtpm_at, tool
 
+from provider_proxy.common.files import FileLock
 from provider_proxy.errors import (
     EkCertificateError,
     EvidenceFormatError,
@@ -54,6 +55,7 @@ from provider_proxy.evidence.vtpm_ca import (
 from provider_proxy.host.config.tables import Tpm
 from provider_proxy.host.quoters import ca_signer
 from provider_proxy.host.quoters.ca_signer import open_ca_signer
+from provider_proxy.host.quoters.tpm_opener import OPEN_LOCK
 from provider_proxy.host.vtpm import ca as vtpm_ca
 from provider_proxy.host.vtpm import profile
 from provider_proxy.host.vtpm.ca import CERTIFICATE_FILE, HostCa, open_host_ca
@@ -681,3 +683,24 @@ async def test_the_ca_s_key_outlives_faults_and_is_never_overwritten(tmp_path: P
             async with open_quoter(made.tcti, state) as quoter:
                 with pytest.raises(HostError, match=words):
                     await open_ca_signer(quoter, Tpm(tcti=made.tcti), state, handle)
+
+
+@pytest.mark.real
+async def test_two_starts_take_turns_at_the_ca_s_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the authValue on the disk is that of the key in the chip."""
+    with swtpm_at(tmp_path / "chip") as made:
+        state = tmp_path / "s"
+        async with open_quoter(made.tcti, state) as quoter:
+            lock = FileLock(state / OPEN_LOCK)
+            assert lock.take()
+            monkeypatch.setattr(ca_signer, "OPEN_LIMIT_S", 0.3)
+            with pytest.raises(HostError, match=f"another process holds {state / OPEN_LOCK}"):
+                await open_ca_signer(quoter, Tpm(tcti=made.tcti), state, CA_HANDLE)
+            assert not (state / ca_signer.KEY_FILE).exists()
+            lock.release()
+            monkeypatch.setattr(ca_signer, "OPEN_LIMIT_S", 60.0)
+            await open_ca_signer(quoter, Tpm(tcti=made.tcti), state, CA_HANDLE)
+            assert lock.take()
+            lock.release()
