@@ -111,8 +111,8 @@ def test_only_the_owner_reads_it(tmp_path: Path, umask: int) -> None:
 
 def test_a_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
     AkStore(tmp_path).auth_for(is_new=True)
-    (tmp_path / "ak.json").chmod(0o640)
-    with pytest.raises(HostError, match="only its owner can read"):
+    (tmp_path / "ak.json").chmod(0o644)
+    with pytest.raises(HostError, match="must not be readable by others"):
         AkStore(tmp_path)
 
 

@@ -36,6 +36,7 @@ def other(field: dataclasses.Field[Any]) -> Any:
         "bank": HashAlg.SHA384,
         "mode": "push",
         "on_invalid": "stop",
+        "vm_least": "confirmed",
         "vm": uuid.UUID(int=5),
         "uuid": "a-host",
         "first_use_pcrs": 0x81,
