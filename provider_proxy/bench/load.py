@@ -290,17 +290,6 @@ async def with_retry_after(host: str, port: int, seed: int, limit_s: float) -> b
     return False
 
 
-async def one_by_one(host: str, port: int, count: int, seed: int, context: ssl.SSLContext) -> None:
-    """So many small requests, each on a TLS connection of its own, as Keylime's verifier does."""
-    for _ in range(count):
-        reader, writer = await asyncio.open_connection(
-            host, port, ssl=context, server_hostname=TLS_NAME
-        )
-        writer.write(b"GET /version HTTP/1.1\r\nHost: proxy\r\nConnection: close\r\n\r\n")
-        await reader.read()
-        writer.close()
-
-
 async def tls_trusted_host(host: str, port: int, context: ssl.SSLContext) -> TrustedHost:
     """As `trusted_host`, by mutual TLS."""
     reader, writer = await asyncio.open_connection(

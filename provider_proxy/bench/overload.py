@@ -17,7 +17,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from provider_proxy.bench import load
+from provider_proxy.bench import connections, load
 from provider_proxy.bench.process import Target, config_text
 from provider_proxy.bench.quotes import quantile
 from provider_proxy.host import pki
@@ -36,7 +36,6 @@ POLITE = 10
 POLITE_LIMIT_S = 30.0
 CPU_TENANTS = 200
 CPU_S = 2.0
-NEW_CONNECTIONS = 300
 
 Say = Callable[[str], None]
 Contexts = list[ssl.SSLContext]
@@ -51,6 +50,7 @@ def run(seed: int, say: Say) -> dict[str, object]:
             **_overload(directory, seed, say),
             **_fairness(directory, contexts, seed, say),
             **_tls_cost(directory, contexts[0], seed, say),
+            **connections.measure(directory, tls_config(directory, "fresh", max_duty=1.0), say),
         }
 
 
@@ -80,7 +80,8 @@ def make_certificates(directory: Path, tenants: int) -> Contexts:
     return contexts
 
 
-def _tls_config(directory: Path, name: str, **settings: float) -> str:
+def tls_config(directory: Path, name: str, **settings: float) -> str:
+    """A configuration with mutual TLS, out of `make_certificates`' files."""
     text = config_text(directory / name, **settings)  # type: ignore[arg-type]
     tls = "".join(
         f'{key} = "{directory / file}"\n'
@@ -173,7 +174,7 @@ async def _polite(target: Target, flood: int, seed: int) -> int:
 
 def _fairness(directory: Path, contexts: Contexts, seed: int, say: Say) -> dict[str, object]:
     """Latency of good tenants with and without one who asks a hundred times its rate."""
-    config = _tls_config(directory, "fair", max_duty=1.0, max_leaves=MAX_LEAVES)
+    config = tls_config(directory, "fair", max_duty=1.0, max_leaves=MAX_LEAVES)
     config = config.replace(
         "rate = 1000\nburst = 1000", f"rate = {FLOOD_RATE}\nburst = {FLOOD_RATE}"
     )
@@ -235,7 +236,7 @@ def _tls_cost(directory: Path, context: ssl.SSLContext, seed: int, say: Say) -> 
     slow = ("--quote-delay-ms", "50")
     plain_config = config_text(directory / "plain", max_duty=1)
     with (
-        Target(directory, "mtls", _tls_config(directory, "mtls", max_duty=1.0), *slow) as mtls,
+        Target(directory, "mtls", tls_config(directory, "mtls", max_duty=1.0), *slow) as mtls,
         Target(directory, "plain", plain_config, *slow) as plain,
     ):
         for turn in range(ROUNDS):
@@ -243,17 +244,12 @@ def _tls_cost(directory: Path, context: ssl.SSLContext, seed: int, say: Say) -> 
             for name, target, contexts in (("mtls", mtls, [context]), ("plain", plain, None)):
                 cpu, count = asyncio.run(_cpu_of(target, contexts, seed + turn))
                 used[name].append(cpu / count * 1e6)
-        say("a connection for each request")
-        begin = mtls.cpu_s()
-        asyncio.run(load.one_by_one(mtls.host, mtls.port, NEW_CONNECTIONS, seed, context))
-        fresh = (mtls.cpu_s() - begin) / NEW_CONNECTIONS * 1000
     ratios = [a / b for a, b in zip(used["mtls"], used["plain"], strict=True)]
     return {
         "mtls_cpu_ratio": round(statistics.median(ratios), 2),
         "mtls_cpu_ratio_spread": [round(min(ratios), 2), round(max(ratios), 2)],
         "mtls_cpu_us": round(statistics.median(used["mtls"]), 1),
         "plain_cpu_us": round(statistics.median(used["plain"]), 1),
-        "new_connection_cpu_ms": round(fresh, 2),
     }
 
 

@@ -23,11 +23,18 @@ class Target:
         host, port: where it answers.
     """
 
-    def __init__(self, directory: Path, name: str, config: str, *arguments: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        config: str,
+        *arguments: str,
+        module: str = "provider_proxy.bench.target",
+    ) -> None:
         path = directory / f"{name}.toml"
         path.write_text(config)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "provider_proxy.bench.target", str(path), *arguments],
+            [sys.executable, "-m", module, str(path), *arguments],
             stdout=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
         )
@@ -66,10 +73,17 @@ class Target:
 
     def peak_rss_mb(self) -> float:
         """Largest resident size so far, in MB (10^6 bytes)."""
+        return self._status_mb("VmHWM")
+
+    def rss_mb(self) -> float:
+        """Resident size now, in MB (10^6 bytes)."""
+        return self._status_mb("VmRSS")
+
+    def _status_mb(self, name: str) -> float:
         for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024 / 1e6
-        raise HostError("the kernel does not tell VmHWM")
+        raise HostError(f"the kernel does not tell {name}")
 
 
 def config_text(

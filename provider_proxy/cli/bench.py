@@ -21,6 +21,7 @@ from provider_proxy.bench import (
     overload,
     plan,
     quotes,
+    scale,
     sweeps,
     watch,
 )
@@ -36,6 +37,7 @@ SUITES = {
     "bridge": bridge.run,
     "plan": plan.run,
     "ima": ima.run,
+    "scale": scale.run,
     "logs": logs.run,
     "watch": watch.run,
 }

@@ -77,7 +77,7 @@ async def run(
             front_addresses=listeners.describe(parts.open_front),
         )
         _announce(config, started)
-        _hold_to_descriptors(config, parts.tenants)
+        _hold_to_descriptors(config, parts.tenants, parts.front)
         if parts.keeper is not None:
             await parts.keeper.start()  # the socket is there: nothing that happens now is missed
         memory.tune_gc()
@@ -125,7 +125,7 @@ def _start(nursery: trio.Nursery, config: Config, parts: assembly.Parts) -> None
         nursery.start_soon(listener.serve, parts.admin.serve)
 
 
-def _hold_to_descriptors(config: Config, tenants: Door) -> None:
+def _hold_to_descriptors(config: Config, tenants: Door, front: Door) -> None:
     """Take no more connections than can be open beside what else needs files.
 
     Raises:
@@ -137,6 +137,7 @@ def _hold_to_descriptors(config: Config, tenants: Door) -> None:
             f"the limit of open files leaves no room for connections: {RESERVED_FILES} are kept for the "
             "TPM, the logs and the admin listener; raise it (LimitNOFILE= in the unit, ulimit -n)"
         )
+    front.limit_connections(room)
     if tenants.limit_connections(room) < config.limits.max_connections:
         log.warning(
             "limits.max_connections is %d, and the limit of open files leaves room for %d; raise it "
