@@ -32,7 +32,7 @@ from provider_proxy.errors import LogError, UsageError
 from provider_proxy.evidence.logs import ima_judge
 from provider_proxy.evidence.logs.ima import ImaReplay, Outcome
 from provider_proxy.evidence.logs.ima_judge import LineJudge, LineWalk, Violations
-from provider_proxy.evidence.logs.ima_keys import NO_KEYS
+from provider_proxy.evidence.logs.ima_keys import NO_KEYS, file_key
 from provider_proxy.evidence.logs.ima_line import parse_entry, parse_plain
 from provider_proxy.evidence.logs.runtime_policy_file import parse_runtime_policy
 from provider_proxy.evidence.model import HashAlg
@@ -176,6 +176,16 @@ def test_a_line_feed_does_not_hide_a_line() -> None:
     """What reads as a line of its own counts as one, unless the hash says that it is a name's rest."""
     lines = [BOOT, line("/tmp/a"), line("/evil", BAD)]
     assert "/evil is not in" in (problem(lines, policy(digests={"/tmp/a": [GOOD]})) or "")
+
+
+@pytest.mark.parametrize("junk", ["b", "", "ima-ng", "10 00"])
+def test_what_is_no_line_goes_on_no_line(junk: str) -> None:
+    """Only a violation's name may go on in the next line, for nothing vouches for it."""
+    lines = [BOOT, line("/a"), Line(junk, b""), line("/b")]
+    replay = ImaReplay(LineJudge(HashAlg.SHA256))
+    with pytest.raises(LogError):
+        for _ in replay.offer(text(lines), 0, extended([BOOT, line("/a"), line("/b")])):
+            pass
 
 
 def test_too_many_line_feeds_are_refused() -> None:
@@ -356,6 +366,17 @@ def test_keys_of_other_kinds_are_refused() -> None:
     assert "neither RSA nor EC" in (problem([BOOT, buffer_of(data)], wide) or "")
 
 
+def test_a_key_that_would_cost_too_much_signs_nothing() -> None:
+    for bits, fits in ((8192, True), (8193, False)):
+        modulus = (1 << bits - 1) + 1
+        key = rsa.RSAPublicNumbers(65537, modulus).public_key()
+        if fits:
+            file_key(key)
+        else:
+            with pytest.raises(LogError, match="8,192 bits"):
+                file_key(key)
+
+
 def test_keys_are_the_host_s_own() -> None:
     """One judge serves many hosts: what one has loaded is no other's, remembered or not."""
     _, der = certificate(RSA)
@@ -449,6 +470,9 @@ def test_the_quick_reader_takes_the_usual_lines() -> None:
         ({"verification-keys": "[]"}, "verification-keys"),
         ({"verification-keys": 7}, "verification-keys"),
         ({"verification-keys": "{}"}, "no keyids and pubkeys"),
+        ({"verification-keys": '{"keyids": 5, "pubkeys": []}'}, "no keyids and pubkeys"),
+        ({"verification-keys": '{"keyids": [], "pubkeys": 5}'}, "no keyids and pubkeys"),
+        ({"verification-keys": '{"keyids": [4294967296], "pubkeys": []}'}, "key id"),
         ({"verification-keys": '{"keyids": [-1], "pubkeys": []}'}, "key id"),
         ({"verification-keys": '{"keyids": [true], "pubkeys": []}'}, "key id"),
         ({"verification-keys": '{"keyids": [], "pubkeys": ["AAAA"]}'}, "key 0"),

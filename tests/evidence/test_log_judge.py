@@ -112,6 +112,13 @@ def test_what_a_policy_speaks_of_must_be_there(name: str) -> None:
     assert re.search(why, judge(WHOLE, logs) or "")
 
 
+def test_nothing_is_counted_where_no_list_is_judged() -> None:
+    made = LogJudge(LogPolicy(), SHA256)
+    assert (made.ima_ml_entry, made.violations, made.other_lines, made.state) == (0, 0, 0, None)
+    logs = AnswerLogs(LogPolicy(), LOGS)
+    assert (logs.violations, logs.other_lines) == (0, 0)
+
+
 def test_a_log_that_nobody_speaks_of_may_be_missing() -> None:
     assert judge(LogPolicy(ima=True), replace(LOGS, uefi=None)) is None
     assert judge(LogPolicy(uefi_mask=MEASURED), replace(LOGS, ima=None)) is None

@@ -157,8 +157,35 @@ def test_hex_of_a_tpm_policy_may_have_either_case() -> None:
 def test_a_tpm_policy_is_of_its_bank() -> None:
     policy = parse_tpm_policy({"23": ["ab" * 48]}, bank=HashAlg.SHA384)
     policy.check(quote_with({23: b"\xab" * 48}, HashAlg.SHA384))
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="PCR 23 has no sha256 digest, only other banks'"):
         parse_tpm_policy({"23": ["ab" * 48]})
+
+
+def test_values_of_other_banks_are_passed_over() -> None:
+    """As Keylime's documents write a policy: one value for each bank that a host may be asked in."""
+    values = [digit * size for digit in ("0", "1") for size in (40, 64, 96, 128)]
+    for bank in HashAlg:
+        policy = parse_tpm_policy({"22": values, "15": values[:4]}, bank=bank)
+        size = bank.digest_bytes
+        policy.check(quote_with({22: bytes(size), 15: bytes(size)}, bank))
+        policy.check(quote_with({22: b"\x11" * size, 15: bytes(size)}, bank))
+        assert "PCR 15" in refused(policy, quote_with({22: bytes(size), 15: b"\x11" * size}, bank))
+    with pytest.raises(UsageError, match="PCR 15"):
+        parse_tpm_policy({"22": values, "15": [values[0]]})
+
+
+@pytest.mark.parametrize("size", [1, 16, 19, 21, 28, 31, 33, 47, 49, 63, 65])
+def test_a_value_of_no_bank_s_length_is_refused(size: int) -> None:
+    with pytest.raises(UsageError, match=f"{size} bytes, which is no bank's digest"):
+        parse_tpm_policy({"0": [GOOD.hex(), "00" * size]})
+
+
+@pytest.mark.parametrize("pcr", [0, 1, 23])
+def test_each_pcr_may_be_named(pcr: int) -> None:
+    policy = parse_tpm_policy({str(pcr): GOOD.hex(), "mask": hex(1 << pcr)})
+    assert policy.needed_mask == 1 << pcr
+    policy.check(quote_with({pcr: GOOD}))
+    assert f"PCR {pcr} " in refused(policy, quote_with({pcr: BAD}))
 
 
 @pytest.mark.parametrize("mask", ["0x81", "129", "0b10000001", "0x000081"])
