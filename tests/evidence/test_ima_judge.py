@@ -29,11 +29,11 @@ from ima_helpers import (
 )
 
 from provider_proxy.errors import LogError, UsageError
-from provider_proxy.evidence.logs import ima_judge
+from provider_proxy.evidence.logs import ima_judge, runtime_policy, runtime_policy_file
 from provider_proxy.evidence.logs.ima import ImaReplay, Outcome
 from provider_proxy.evidence.logs.ima_judge import LineJudge, LineWalk, Violations
 from provider_proxy.evidence.logs.ima_keys import NO_KEYS, file_key
-from provider_proxy.evidence.logs.ima_line import parse_entry, parse_plain
+from provider_proxy.evidence.logs.ima_line import MAX_LINE_CHARS, parse_entry, parse_plain
 from provider_proxy.evidence.logs.runtime_policy_file import parse_runtime_policy
 from provider_proxy.evidence.model import HashAlg
 
@@ -456,6 +456,38 @@ def test_the_quick_reader_takes_the_usual_lines() -> None:
 
 
 # --- policies -------------------------------------------------------------------------------------
+
+
+def test_a_policy_has_a_bounded_number_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_policy_file, "MAX_KEYS", 2)
+    two = policy(**{"verification-keys": verification_keys(RSA, EC)})
+    assert len(parse_runtime_policy(two).keys) == 2
+    three = policy(**{"verification-keys": verification_keys(RSA, EC, EC)})
+    with pytest.raises(UsageError, match="more than 2 keys"):
+        parse_runtime_policy(three)
+
+
+def test_a_host_teaches_a_bounded_number_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_policy, "MAX_KEYS", 1)
+    ders = [certificate(key)[1] for key in (RSA, EC)]
+    listed = policy(keyrings={".ima": [hashlib.sha256(der).hexdigest() for der in ders]})
+    again = [BOOT, buffer_of(ders[0]), buffer_of(ders[0], ".ima")]
+    assert problem(again, listed) is None
+    assert "more than 1 keys" in (problem([*again, buffer_of(ders[1])], listed) or "")
+
+
+def test_the_longest_line() -> None:
+    room = MAX_LINE_CHARS - len(line("/x", template="ima-sig", more="").text)
+    for size, fits in ((room, True), (room + 2, False)):
+        longest = line("/x" + "y" * (size % 2), template="ima-sig", more="00" * (size // 2)).text
+        assert (len(longest) <= MAX_LINE_CHARS) == fits
+        if fits:
+            parse_entry(longest)
+        else:
+            with pytest.raises(LogError, match="too long"):
+                parse_entry(longest)
+    exact = line("/x" + "y" * (room % 2), template="ima-sig", more="00" * (room // 2)).text
+    assert len(exact) == MAX_LINE_CHARS
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,12 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from evidence_factory import VM
-from helpers import FakeQuoter, command, door_on_port, make_answer
+from helpers import FakeQuoter, command, door_on_port, make_answer, make_evidence
+from ima_helpers import GOOD as FILE_GOOD
+from ima_helpers import line
+from ima_helpers import text as listed
 from keylime_helpers import PYTHON, keylime_environment
+from test_keylime import ListedTpm
 from test_tenant_api import make_door
 from test_vtpm_link import EK, OTHER_EK, claims_bytes
 
@@ -30,6 +34,7 @@ from provider_proxy.common.files import demand_ours
 from provider_proxy.errors import (
     EkNotLinkedError,
     HostError,
+    LogError,
     NotConfirmedError,
     NotFoundError,
     OverloadedError,
@@ -41,8 +46,9 @@ from provider_proxy.errors import (
     VmNotRunningError,
     WrongVmError,
 )
+from provider_proxy.evidence.logs.ima_judge import Violations
 from provider_proxy.evidence.model import QuoteRequest, Tenant, mask_of
-from provider_proxy.evidence.policy import PcrPolicy
+from provider_proxy.evidence.policy import PcrPolicy, UnsafeAcceptAny
 from provider_proxy.evidence.query import parse_quote_query
 from provider_proxy.evidence.tpm_keys import parse_public
 from provider_proxy.host.batching.batcher import Batcher
@@ -57,6 +63,7 @@ from provider_proxy.tenant.ek_check import (
     read_environment,
 )
 from provider_proxy.tenant.hosts_file import HostEntry, load_link_map, parse_link_map
+from provider_proxy.tenant.policies import LogRules
 from provider_proxy.testing.soft_tpm import SoftTpm
 from provider_proxy.trust.pins import PinStore
 
@@ -404,6 +411,92 @@ async def test_hosts_without_claims_must_all_be_good(
         site.closed.clear()
         site.answers["two"] = [last]
         await site.refused(kind, "two: no proof")
+
+
+async def test_the_logs_of_a_host_are_judged(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    lines = [line("boot_aggregate"), line("/usr/bin/sh")]
+    sent: dict[str, object] = {}
+
+    def answer(tpm: SoftTpm, asked: QuoteRequest) -> httpx.Response:
+        values = json.loads(make_evidence(tpm, asked))
+        values["results"] |= sent
+        return httpx.Response(200, json=values)
+
+    site = Site(tmp_path, "never", one=[answer])
+    tpm = ListedTpm(lines)
+    PinStore(tmp_path / "pins2").pin("one", tpm.ak_public)
+    site.tpms["one"], site.values["pins"] = tpm, "pins2"
+    policy = {"digests": {"boot_aggregate": [FILE_GOOD], "/usr/bin/sh": [FILE_GOOD]}}
+    (tmp_path / "runtime.json").write_text(json.dumps(policy))
+    site.values["hosts"]["one"] |= {"runtime_policy": "runtime.json"}
+    sent |= {"ima_measurement_list": listed(lines), "ima_measurement_list_entry": 0}
+    policy_of = lambda _host: UnsafeAcceptAny()  # noqa: E731
+    known = parse_link_map(site.values, tmp_path)
+
+    async def check() -> GoodAgent:
+        return await check_agent(
+            known, AGENT, ek_digest(EK), policy_of=policy_of, open_proxy=site.open_proxy
+        )
+
+    good = await check()
+    assert good.hosts[0].quote.pcrs.keys() == {10}
+    sent.clear()
+    with pytest.raises(LogError, match="no IMA list"):
+        await check()
+    sent |= {"ima_measurement_list": "", "ima_measurement_list_entry": 0}
+    tpm.lines = []
+    with pytest.raises(LogError, match=r"does not lead|never extended"):
+        await check()
+    tpm.lines = lines
+    sent |= {"ima_measurement_list": listed(lines)}
+    del policy["digests"]["/usr/bin/sh"]
+    (tmp_path / "runtime.json").write_text(json.dumps(policy))
+    with pytest.raises(LogError, match="/usr/bin/sh is not in"):
+        await check()
+
+
+@pytest.mark.parametrize(
+    ("keys", "rules"),
+    [
+        ({"ima": True}, LogRules(ima=True)),
+        ({"uefi": True}, LogRules(uefi_mask=0xFF)),
+        (
+            {"uefi": True, "uefi_pcrs": [0, 7], "boot_policy": "b"},
+            LogRules(uefi_mask=0x81, boot_policy=Path("/base/b")),
+        ),
+        (
+            {"runtime_policy": "r", "runtime_policy_key": "k", "ima_violations": "count"},
+            LogRules(
+                runtime_policy=Path("/base/r"),
+                runtime_policy_key=Path("/base/k"),
+                violations=Violations.COUNT,
+            ),
+        ),
+    ],
+)
+def test_what_a_host_s_logs_must_be(keys: dict[str, Any], rules: LogRules) -> None:
+    values = changed("hosts.alpha.tpm_policy", "p")
+    del values["hosts"]["alpha"]["tpm_policy"]
+    values["hosts"]["alpha"] |= keys
+    assert parse_link_map(values, Path("/base")).agent(str(VM)).hosts[0].logs == rules
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"uefi_pcrs": [0]},
+        {"boot_policy": "b"},
+        {"runtime_policy_key": "k"},
+        {"ima_violations": "x"},
+    ],
+)
+def test_keys_about_logs_that_do_not_go_together(keys: dict[str, Any]) -> None:
+    values = changed("hosts.alpha.ca", "x")
+    values["hosts"]["alpha"] |= keys
+    with pytest.raises(ProviderProxyError, match=next(iter(keys))):
+        parse_link_map(values, Path("/base"))
 
 
 async def test_another_host_s_proxy_in_its_place(

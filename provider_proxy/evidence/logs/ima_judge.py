@@ -170,7 +170,10 @@ class LineWalk:
         try:
             made, count = self._judge.judge(line, self.keys), 1
         except LogError:
-            made, count = self._joined(lines, at)
+            joined = self._joined(lines, at)
+            if joined is None:
+                raise
+            made, count = joined
         if made.needs is not None:
             self.keys = made.keys
         self.is_open = made.violation or made.extended is None
@@ -181,7 +184,7 @@ class LineWalk:
         self._open_chars += len(line) + 1
         return self._open_chars <= MAX_NAME_BYTES and not looks_like_entry(line)
 
-    def _joined(self, lines: Sequence[str], at: int) -> tuple[JudgedLine, int]:
+    def _joined(self, lines: Sequence[str], at: int) -> tuple[JudgedLine, int] | None:
         """A name with line feeds makes several lines of one entry: the template hash says which."""
         chars = len(lines[at])
         for end in range(at + 1, min(at + MAX_JOINED_LINES, len(lines))):
@@ -193,4 +196,4 @@ class LineWalk:
             except LogError:
                 continue
             return made, end + 1 - at
-        return self._judge.judge(lines[at], self.keys), 1  # says what is wrong with the first line
+        return None
