@@ -29,7 +29,7 @@ from provider_proxy.evidence.model import HashAlg
 
 IMA_PCR = 10
 MAX_JOINED_LINES = 32  # a name with so many line feeds is nobody's
-MAX_REMEMBERED_CHARS = 8 * 1024 * 1024  # some 45,000 lines, twice: 50 MB of memory
+MAX_REMEMBERED_CHARS = 8 * 1024 * 1024  # some 45,000 lines, twice: 50 MB
 _IMA_PREFIX = f"{IMA_PCR} "
 
 
