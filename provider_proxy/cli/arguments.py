@@ -105,6 +105,7 @@ def option(parse: Callable[[str], str], must: str) -> Callable[[str], str]:
 
 
 safe_url = option(addresses.parse_safe_url, addresses.MUST_SAFE_URL)
+host_name = option(addresses.parse_host, addresses.MUST_HOST)
 agent_id = option(addresses.parse_agent_id, addresses.MUST_AGENT_ID)
 
 
@@ -116,6 +117,17 @@ def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ca", type=Path, metavar="FILE", help="CA of the proxy's certificate")
     parser.add_argument("--cert", type=Path, metavar="FILE", help="own certificate, PEM")
     parser.add_argument("--key", type=Path, metavar="FILE", help="its private key, PEM")
+    add_tls_name_argument(parser, "--tls-name", "the proxy's")
+
+
+def add_tls_name_argument(parser: argparse.ArgumentParser, option: str, whose: str) -> None:
+    """The name that a certificate is for, where a server is reached by another."""
+    parser.add_argument(
+        option,
+        type=host_name,
+        metavar="NAME",
+        help=f"what {whose} certificate is for, where that is not the URL's host",
+    )
 
 
 def add_registrar_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +135,7 @@ def add_registrar_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--registrar-ca", type=Path, metavar="FILE", help="CA of the registrar")
     parser.add_argument("--registrar-cert", type=Path, metavar="FILE", help="own certificate, PEM")
     parser.add_argument("--registrar-key", type=Path, metavar="FILE", help="its private key, PEM")
+    add_tls_name_argument(parser, "--registrar-tls-name", "the registrar's")
     parser.add_argument(
         "--agent-id", type=agent_id, metavar="ID", help="the host's id there (default: HOST)"
     )

@@ -137,7 +137,7 @@ async def _ask_verifier(config: WatchConfig, ids: Mapping[str, str]) -> None:
     tls = (bridge.verifier_ca, bridge.verifier_cert, bridge.verifier_key)
     names = ("bridge.verifier_ca", "bridge.verifier_cert", "bridge.verifier_key")
     assert bridge.verifier_url is not None
-    async with open_client(*tls, names=names) as http:
+    async with open_client(*tls, names=names, tls_name=bridge.verifier_tls_name) as http:
         verifier = VerifierApi(http, bridge.verifier_url)
         for name, agent_id in ids.items():
             await verifier.reactivate(agent_id)

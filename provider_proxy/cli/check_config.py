@@ -1,7 +1,8 @@
 """`provider-proxy check-config`: every value that the daemon would use, and where it came from.
 
-Reads what `serve` reads, in the same way, and starts nothing. What it prints is TOML again. Secrets
-appear as the paths that the configuration names them by; no file that it names is opened.
+Reads what the program reads, in the same way, and starts nothing. What it prints is TOML again. Then it
+opens every file that the configuration names, and says what a start would say: wrong files, pairs that do
+not fit, dates, addresses in use. Secrets appear as the paths that the configuration names them by.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -17,20 +19,43 @@ from pathlib import Path
 from typing import Any
 
 from provider_proxy.cli.arguments import add_config_argument
+from provider_proxy.common.findings import ERROR, Finding
 from provider_proxy.common.settings.document import Loaded, Origin
 from provider_proxy.common.settings.values import as_toml
 from provider_proxy.errors import ProviderProxyError
+from provider_proxy.host import preflight
 from provider_proxy.host.config.load import load
+from provider_proxy.tenant import hosts_file
 from provider_proxy.tenant.hosts_file import load_hosts_file
+from provider_proxy.tenant.watch import preflight as watch_preflight
 from provider_proxy.tenant.watch.config import load_watch
 
 SERVE, WATCH, BRIDGE, EK_CHECK = "serve", "watch", "bridge", "ek-check"
-LOADERS: dict[str, Callable[[Path], Loaded[Any]]] = {
-    SERVE: load,
-    WATCH: load_watch,
-    BRIDGE: partial(load_watch, for_bridge=True),
-    EK_CHECK: load_hosts_file,
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """A program with a file of settings.
+
+    Attributes:
+        load: reads the file.
+        find: looks at what it names.
+    """
+
+    load: Callable[[Path], Loaded[Any]]
+    find: Callable[[Any], Iterator[Finding]]
+
+
+PROGRAMS = {
+    SERVE: Program(load=load, find=preflight.find),
+    WATCH: Program(load=load_watch, find=partial(watch_preflight.find, for_bridge=False)),
+    BRIDGE: Program(
+        load=partial(load_watch, for_bridge=True),
+        find=partial(watch_preflight.find, for_bridge=True),
+    ),
+    EK_CHECK: Program(load=load_hosts_file, find=hosts_file.find),
 }
+EXIT_ENVIRONMENT = 3
 BARE_KEY_RE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 MAX_COLUMN = 60  # where the origins stand, unless a value is longer
 
@@ -41,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--for",
         dest="program",
-        choices=LOADERS,
+        choices=PROGRAMS,
         default=SERVE,
         help="whose file it is (default: %(default)s)",
     )
@@ -49,23 +74,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read and print.
+    """Read, print, and look at what the settings name; 3 where a start would fail.
 
     Raises:
         HostError: a file cannot be read.
         ConfigError: a value is wrong; the message names its file and line, or its variable.
     """
+    program = PROGRAMS[args.program]
     try:
-        loaded = LOADERS[args.program](args.config)
+        loaded = program.load(args.config)
     except ProviderProxyError as exc:
         if args.json:
             print(json.dumps({"ok": False, "error": str(exc)}))
         raise
+    found = list(program.find(loaded.config))
+    good = all(finding.level != ERROR for finding in found)
     if args.json:
-        print(json.dumps(_as_json(loaded)))
+        findings = [dataclasses.asdict(finding) for finding in found]
+        print(json.dumps({**_as_json(loaded), "ok": good, "findings": findings}))
     else:
         _print(loaded)
-    return 0
+    for finding in found:
+        place = loaded.document.origin(finding.text.partition(":")[0])
+        where = f"{place}: " if place is not None else ""
+        print(f"provider-proxy: {finding.level}: {where}{finding.text}", file=sys.stderr)
+    return 0 if good else EXIT_ENVIRONMENT
 
 
 def effective(loaded: Loaded[Any]) -> Iterator[tuple[tuple[str, ...], str | None, Origin]]:

@@ -20,7 +20,8 @@ def make_client(args: argparse.Namespace) -> httpx.AsyncClient:
         UsageError: a certificate without its key.
         HostError: a TLS file is wrong; the message names it.
     """
-    return open_client(args.ca, args.cert, args.key, names=("--ca", "--cert", "--key"))
+    names = ("--ca", "--cert", "--key")
+    return open_client(args.ca, args.cert, args.key, names=names, tls_name=args.tls_name)
 
 
 def open_client(

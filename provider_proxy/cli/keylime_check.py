@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verifier-ca", type=Path, metavar="FILE", help="CA of the verifier")
     parser.add_argument("--verifier-cert", type=Path, metavar="FILE", help="own certificate, PEM")
     parser.add_argument("--verifier-key", type=Path, metavar="FILE", help="its private key, PEM")
+    arguments.add_tls_name_argument(parser, "--verifier-tls-name", "the verifier's")
     for name, what in (
         ("--tpm-policy", 'allowed PCR values, {"0": ["hex", …]}'),
         ("--mb-policy", "measured-boot policy"),
@@ -172,7 +173,7 @@ async def _judge(args: argparse.Namespace, policies: KeylimePolicies) -> Verdict
     names = ("--verifier-ca", "--verifier-cert", "--verifier-key")
     async with (
         http.make_client(args) as proxy_http,
-        http.open_client(*tls, names=names) as keylime_http,
+        http.open_client(*tls, names=names, tls_name=args.verifier_tls_name) as keylime_http,
         open_bindings(args, by_hand=_by_hand(args)) as bindings,
     ):
         try:

@@ -80,7 +80,10 @@ def _add(args: argparse.Namespace) -> int:
     ek_by_hand = args.ek_tpm is not None
     ek_public = read_public(args.ek_tpm) if ek_by_hand else None
     if args.registrar is None:
-        theirs = (args.registrar_ca, args.registrar_cert, args.registrar_key, args.agent_id)
+        theirs = (
+            *(args.registrar_ca, args.registrar_cert, args.registrar_key),
+            *(args.registrar_tls_name, args.agent_id),
+        )
         eks = (args.ek_ca, args.ek_cert, args.ek_sha256)
         if any((*theirs, *eks, args.insecure_no_ek, args.insecure_virtual_ek)):
             raise UsageError(

@@ -66,7 +66,7 @@ async def open_bindings(
     judge = _judge(args, by_hand)
     names = ("--registrar-ca", "--registrar-cert", "--registrar-key")
     tls = (args.registrar_ca, args.registrar_cert, args.registrar_key)
-    async with open_client(*tls, names=names) as http:
+    async with open_client(*tls, names=names, tls_name=args.registrar_tls_name) as http:
         yield RegistrarBindings(http, args.registrar, pins=PinStore(args.pins), eks=judge, ttl_s=0)
 
 

@@ -20,7 +20,7 @@ from provider_proxy.common.files import write_private
 from provider_proxy.errors import ConfigError, HostError, VerificationError
 from provider_proxy.evidence.tpm_keys import parse_ak
 from provider_proxy.host.config.load import load_config
-from provider_proxy.host.config.tables import DEFAULT_STATE_DIR, Config, Tpm
+from provider_proxy.host.config.tables import DEFAULT_STATE_DIR, Config, Tpm, read_tcti
 from provider_proxy.host.quoters.tpm_opener import TpmOpener
 from provider_proxy.host.tpm import chip, doctor, progress
 
@@ -119,7 +119,7 @@ def _doctors_settings(args: argparse.Namespace) -> tuple[Tpm, Path]:
                 raise
             log.warning("%s has faults (see check-config): the defaults are used", args.config)
     if args.tcti is not None:
-        settings = dataclasses.replace(settings, tcti=args.tcti)
+        settings = dataclasses.replace(settings, tcti=read_tcti("--tcti", args.tcti))
     return settings, state_dir
 
 

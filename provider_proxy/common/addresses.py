@@ -39,6 +39,8 @@ _NUMBER_RE = re.compile(
 _URL_RE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^?#]*)(\?[^#]*)?", re.ASCII)
 _REST_RE = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})*", re.ASCII)
 _PUNYCODE = "xn--"
+_ANY = ("0.0.0.0", "::")  # noqa: S104  # nothing is bound here
+_LOCAL = {"localhost": ("127.0.0.1", "::1")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,6 +269,20 @@ def parse_address(text: str) -> str:
         return f"{_bracketed(parse_host(host))}:{parse_port(port, least=0)}"
     except UsageError as exc:
         raise UsageError(f"{shown(text)}: {exc}") from exc
+
+
+def is_conflict(one: str, other: str) -> bool:
+    """True where nobody can listen on both of two addresses that `parse_address` gave."""
+    if one.startswith("unix:") or other.startswith("unix:"):
+        return one == other
+    (host, port), (other_host, other_port) = split_address(one), split_address(other)
+    if port != other_port or port == 0:
+        return False
+    return any(
+        one == other or ((one in _ANY or other in _ANY) and (":" in one) == (":" in other))
+        for one in _LOCAL.get(host, (host,))
+        for other in _LOCAL.get(other_host, (other_host,))
+    )
 
 
 def check_local(addresses: tuple[str, ...]) -> None:

@@ -60,7 +60,13 @@ def _read(path: Path, limit: int, check: Callable[[os.stat_result], None]) -> by
     except IsADirectoryError as exc:
         raise HostError(f"cannot read {path}: it is a folder") from exc
     except OSError as exc:
-        raise HostError(f"cannot read {path}: {exc.strerror}") from exc
+        hint = ""
+        if isinstance(exc, FileNotFoundError) and path.parent == credentials_directory():
+            hint = (
+                f": credential:{path.name} is there only for the unit, while it runs: see "
+                "LoadCredential= in it, or write a path"
+            )
+        raise HostError(f"cannot read {path}: {exc.strerror}{hint}") from exc
     if len(data) > limit:
         raise UsageError(f"{path} is larger than {limit} bytes")
     return data

@@ -7,6 +7,7 @@ Nothing here starts a task of the daemon's or waits for a tenant.
 
 from __future__ import annotations
 
+import logging
 import platform
 import secrets
 import time
@@ -26,7 +27,7 @@ from provider_proxy.common.addresses import Networks
 from provider_proxy.common.dates import Calendar
 from provider_proxy.common.version import program_version
 from provider_proxy.errors import HostError
-from provider_proxy.host import systemd
+from provider_proxy.host import preflight, systemd
 from provider_proxy.host.api.admin import AdminDoor
 from provider_proxy.host.api.front import FrontDoor, make_front_door
 from provider_proxy.host.api.identity import TenantBook, load_book
@@ -57,6 +58,7 @@ from provider_proxy.host.vtpm.requests import Issuer
 from provider_proxy.host.vtpm.service import Keeper
 
 ADMIN_CONNECTIONS = 16  # Prometheus, a status page or two, `top`; one more closes the idlest
+log = logging.getLogger(__name__)
 
 HostQuoter = EsysQuoter | AgentQuoter
 OpenQuoter = Callable[[Config, Metrics], AbstractAsyncContextManager[HostQuoter]]
@@ -149,6 +151,10 @@ async def open_parts(
     adopted = listeners.adopt_listeners(systemd.take_listen_sockets(), context)
     metrics = Metrics()
     calendar = Calendar(read_dates(config), show=metrics.show_dates)
+    preflight.check_start(config, inherited=bool(adopted))
+    finding = preflight.allow_connections(config)
+    if finding is not None:
+        log.warning("%s", finding.text)
     async with AsyncExitStack() as stack:
         quoter = await stack.enter_async_context(open_quoter(config, metrics))
         issuer = await _make_issuer(config, quoter, open_issuer)

@@ -9,6 +9,8 @@ import math
 import os
 import socket
 
+from provider_proxy.errors import ConfigError
+
 LISTEN_FDS_START = 3
 MAX_LISTEN_FDS = 64
 NOTIFY_LIMIT_S = (
@@ -56,6 +58,9 @@ def take_listen_sockets() -> list[socket.socket]:
     """The sockets that systemd opened for this process; empty where it opened none.
 
     The variables are removed, so that a child does not take them for its own.
+
+    Raises:
+        ConfigError: something else than a socket was handed over.
     """
     pid = os.environ.pop("LISTEN_PID", "")
     count = os.environ.pop("LISTEN_FDS", "")
@@ -65,5 +70,11 @@ def take_listen_sockets() -> list[socket.socket]:
     sockets = []
     for fd in range(LISTEN_FDS_START, LISTEN_FDS_START + min(int(count), MAX_LISTEN_FDS)):
         os.set_inheritable(fd, False)
-        sockets.append(socket.socket(fileno=fd))
+        try:
+            sockets.append(socket.socket(fileno=fd))
+        except OSError as exc:
+            raise ConfigError(
+                f"the inherited descriptor {fd} is not a socket: the .socket unit must have "
+                "ListenStream= alone"
+            ) from exc
     return sockets

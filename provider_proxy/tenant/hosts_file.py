@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from provider_proxy.common.addresses import parse_agent_id
 from provider_proxy.common.failures import printable
+from provider_proxy.common.findings import Finding, attempt, of_dates, warned
 from provider_proxy.common.settings.document import Layout, Loaded, load, read_document
 from provider_proxy.common.settings.schema import hidden, named_tables, read_table, setting
 from provider_proxy.common.settings.values import (
@@ -32,11 +33,14 @@ from provider_proxy.common.settings.values import (
     read_safe_url,
     read_uuid,
 )
+from provider_proxy.common.tls import TlsFiles, client_context, dates_of
 from provider_proxy.errors import ConfigError, UsageError, WrongVmError
 from provider_proxy.evidence.logs.ima_judge import Violations
 from provider_proxy.evidence.logs.judge import DEFAULT_UEFI_PCRS
+from provider_proxy.evidence.model import HashAlg
 from provider_proxy.evidence.vtpm_link import ISSUERS, STATES
-from provider_proxy.tenant.policies import LogRules
+from provider_proxy.tenant.policies import LogRules, PolicyFiles
+from provider_proxy.trust.pins import PinStore
 
 LAYOUT = Layout(max_bytes=4 * 1024 * 1024)  # 10,000 agents of 200 bytes, and room
 DEFAULT_LIMIT_S = 60.0  # whoever adds an agent waits for us; Keylime's tenant sets no limit
@@ -262,3 +266,25 @@ def _check_claims(entry: AgentEntry, at: str) -> None:
         raise ConfigError(
             f'{at}: least and ek_issuer are about the link, and its hosts are claims = "never"'
         )
+
+
+def tls_files(host: HostEntry) -> TlsFiles:
+    """The TLS files of a host, by the names of their keys."""
+    key = f"hosts.{host.name}"
+    names = (f"{key}.ca", f"{key}.cert", f"{key}.key")
+    return TlsFiles(ca=host.ca, cert=host.cert, key=host.key, names=names)
+
+
+def find(known: LinkMap) -> Iterator[Finding]:
+    """All that is wrong with what a file names. Opens files."""
+    policies, pins = PolicyFiles(), PinStore(known.pins)
+    for host in known.hosts.values():
+        files = tls_files(host)
+        yield from attempt(partial(client_context, files))
+        yield from of_dates(partial(dates_of, files))
+        found = [*warned(partial(pins.load, host.pinned))]
+        if host.tpm_policy is not None:
+            found += attempt(partial(policies.tpm, host.tpm_policy, HashAlg.SHA256))
+        found += attempt(partial(policies.logs, host.logs, HashAlg.SHA256))
+        for finding in found:
+            yield Finding(level=finding.level, text=f"hosts.{host.name}: {finding.text}")

@@ -39,11 +39,11 @@ from provider_proxy.host import pki
 from provider_proxy.host.config.tables import KeylimeAgent, Listen, RegistrarTable
 from provider_proxy.host.http.listeners import tls_context
 from provider_proxy.host.quoters.agent_binding import agent_files, registrar_files
+from provider_proxy.tenant.watch.preflight import host_files as watch_files
 from provider_proxy.tenant.watch.registrars import open_client as open_watch_registrar
 from provider_proxy.tenant.watch.reports import webhook_client
 from provider_proxy.tenant.watch.tables import HostRules, Webhook
 from provider_proxy.tenant.watch.tables import RegistrarTable as WatchRegistrar
-from provider_proxy.tenant.watch.watcher import tls_files as watch_files
 from provider_proxy.trust.registration.client import tls_context as registrar_context
 
 NAMES = ("--ca", "--cert", "--key")

@@ -36,6 +36,7 @@ HOST_FLOORS = (
     ("http", "registration", "vtpm", "audit"),
     ("status",),
     ("api",),
+    ("preflight",),
     ("assembly", "reload"),
     ("daemon", "pki"),
 )

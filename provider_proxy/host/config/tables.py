@@ -15,6 +15,7 @@ from typing import Any
 from provider_proxy.common import log as journal
 from provider_proxy.common.settings.schema import setting, table_of
 from provider_proxy.common.settings.values import (
+    fail,
     integer,
     number,
     number_of,
@@ -26,6 +27,7 @@ from provider_proxy.common.settings.values import (
     read_duty,
     read_flag,
     read_handle,
+    read_host,
     read_identities,
     read_networks,
     read_path,
@@ -45,6 +47,14 @@ DEFAULT_UEFI_LOG = "/sys/kernel/security/tpm0/binary_bios_measurements"
 KEYLIME_AGENT = "keylime-agent"
 DEFAULT_ISOLATED = (10, 11, 12, 13, 14, 15, 16, 23)  # they move, can be reset, or upset Keylime
 ALL_BUT_IMA = tuple(pcr for pcr in range(PCR_COUNT) if pcr != 10)
+
+
+def read_tcti(key: str, value: object) -> str:
+    """A tpm2-tss string, which begins with the name of a way to the TPM."""
+    text = read_text(key, value)
+    if text.startswith("/"):
+        raise fail(key, f'a tpm2-tss string: write "device:{text}"')
+    return text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +107,7 @@ class Tpm:
     """`[tpm]`: the chip."""
 
     tcti: str = setting(
-        read_text, "device:/dev/tpmrm0", 'A tpm2-tss string, or "embedded" for a swtpm of our own.'
+        read_tcti, "device:/dev/tpmrm0", 'A tpm2-tss string, or "embedded" for a swtpm of our own.'
     )
     ek_handle: int = setting(read_handle, 0x81010001, "Persistent handle of the endorsement key.")
     ak_handle: int = setting(read_handle, 0x81000100, "Persistent handle of the attestation key.")
@@ -162,6 +172,9 @@ class KeylimeAgent:
         read_safe_url, None, "The provider's own registrar, where the agent is registered, https."
     )
     registrar_ca: Path | None = setting(read_path, None, "CA of the registrar's certificate.")
+    registrar_tls_name: str | None = setting(
+        read_host, None, "What the registrar's certificate is for; the URL's host by default."
+    )
     registrar_cert: Path | None = setting(read_path, None, "Certificate for the registrar, PEM.")
     registrar_key: Path | None = setting(
         read_path, None, "Its private key, PEM; not readable by others."
@@ -257,6 +270,9 @@ class RegistrarTable:
     )
     client_key: Path | None = setting(
         read_path, None, "Its private key, PEM, not encrypted; not readable by others."
+    )
+    tls_name: str | None = setting(
+        read_host, None, "What its certificate is for; the URL's host by default."
     )
     insecure_plaintext: bool = setting(
         read_flag, False, "The URL is http://: nothing can be read back, nor who answers be known."

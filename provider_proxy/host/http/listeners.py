@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import os
 import socket
 import ssl
 import stat
@@ -20,6 +21,7 @@ from provider_proxy.common.tls import TlsFiles, server_context
 from provider_proxy.errors import ConfigError, HostError
 from provider_proxy.host.config.tables import Listen
 
+FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 BACKLOG = 1024  # a burst of tenants that all begin at once; the kernel caps it at somaxconn
 UNIX_SOCKET_MODE = 0o660
 NOT_OURS = frozenset(
@@ -155,8 +157,16 @@ def adopt_listeners(
     """
     listeners: list[Listener] = []
     for sock in sockets:
+        if sock.type != socket.SOCK_STREAM or sock.family not in FAMILIES:
+            raise ConfigError(
+                f"the inherited socket is of {sock.family.name} and {sock.type.name}, and does not "
+                "listen as this daemon does: the .socket unit must have ListenStream= alone"
+            )
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise ConfigError("the inherited socket does not listen (is it Accept=no?)")
+            raise ConfigError(
+                "the inherited socket does not listen (is it Accept=no?): the .socket unit must have "
+                "Accept=no, or else each connection starts a daemon"
+            )
         is_unix = sock.family == socket.AF_UNIX
         if context is None and not is_unix and not is_loopback(sock.getsockname()[0]):
             raise ConfigError(
@@ -165,6 +175,29 @@ def adopt_listeners(
             )
         listeners.append(Listener(sock, None if is_unix else context))
     return listeners
+
+
+def check_free(key: str, addresses: Sequence[str]) -> None:
+    """Look whether `open_listeners` would succeed, and open nothing for longer than that takes.
+
+    Raises:
+        HostError: an address is in use or not of this host, or the place of a unix socket is not ours.
+    """
+    for address in addresses:
+        if not address.startswith("unix:"):
+            for sock in _bind_tcp(key, address, listen=False):
+                sock.close()
+            continue
+        path = Path(address[5:])
+        try:
+            if not os.access(path.parent, os.W_OK | os.X_OK):
+                raise HostError(
+                    f"{key}: cannot listen on {address}: {path.parent} is missing, or not writable"
+                )
+            if _is_socket(path):
+                _demand_stale(path)
+        except OSError as exc:
+            raise HostError(f"{key}: cannot listen on {address}: {exc}") from exc
 
 
 def close_all(listeners: Sequence[Listener]) -> None:
@@ -180,7 +213,7 @@ def remove_unix_sockets(names: Sequence[str]) -> None:
             Path(name[5:]).unlink(missing_ok=True)
 
 
-def _bind_tcp(key: str, address: str) -> list[socket.socket]:
+def _bind_tcp(key: str, address: str, *, listen: bool = True) -> list[socket.socket]:
     host, port = split_address(address)
     sockets = []
     try:
@@ -194,7 +227,8 @@ def _bind_tcp(key: str, address: str) -> list[socket.socket]:
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind(where)
-            sock.listen(BACKLOG)
+            if listen:
+                sock.listen(BACKLOG)
     except (OSError, UnicodeError) as exc:
         for sock in sockets:
             sock.close()
@@ -217,13 +251,28 @@ def _bind_unix(key: str, path: Path) -> socket.socket:
 
 def _remove_stale(path: Path) -> None:
     """Remove a socket that nobody listens on; leave one that is in use, and anything else."""
-    if not path.exists() or not stat.S_ISSOCK(path.stat().st_mode):
-        return
+    if _is_socket(path):
+        _demand_stale(path)
+        path.unlink()
+
+
+def _is_socket(path: Path) -> bool:
+    """False where nothing is there. Raises: OSError where something else is."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISSOCK(mode):
+        raise OSError(errno.EEXIST, "something that is no socket is there: remove it")
+    return True
+
+
+def _demand_stale(path: Path) -> None:
+    """Raises: OSError where somebody listens on a socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
-            path.unlink()
             return
     raise OSError(errno.EADDRINUSE, "another process listens there")
 

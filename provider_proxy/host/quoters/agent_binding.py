@@ -94,7 +94,9 @@ async def _bind(
     assert settings.url is not None
     try:
         context = client_context(registrar_files(settings))
-        async with http_client(context, read_limit_s=REGISTRAR_S) as http:
+        async with http_client(
+            context, read_limit_s=REGISTRAR_S, tls_name=settings.registrar_tls_name
+        ) as http:
             bindings = RegistrarBindings(
                 http, settings.registrar_url, pins=PinStore(pins), eks=judge, ttl_s=0
             )

@@ -53,7 +53,9 @@ def make_registration(
         table,
         agent_id_of(name, table, host_uuid),
         tpm,
-        open_http=partial(http_client, tls_context(f"registrars.{name}", table)),
+        open_http=partial(
+            http_client, tls_context(f"registrars.{name}", table), tls_name=table.tls_name
+        ),
         lock=state_dir / LOCKS / f"{name}.lock",
     )
 

@@ -35,7 +35,7 @@ from provider_proxy.errors import EvidenceFormatError, HostError, TpmError, Veri
 from provider_proxy.evidence import attestation
 from provider_proxy.evidence.model import HashAlg, PcrValues, Quote, pcrs_of
 from provider_proxy.evidence.tpm_keys import USER_WITH_AUTH, TpmPublic
-from provider_proxy.host.tpm import progress
+from provider_proxy.host.tpm import device, progress
 from provider_proxy.host.tpm.known_pcrs import KnownPcrs
 from provider_proxy.host.tpm.response_codes import Step, hint_for, step_for, wait_s
 
@@ -156,6 +156,9 @@ def open_context(tcti: str) -> ESAPI:
     Raises:
         TpmError: there is no such TCTI, or no TPM behind it.
     """
+    problem = device.problem(tcti)
+    if problem is not None:
+        raise TpmError(f"cannot open the TPM at {tcti!r}: {problem}")
     with tss_errors(f"cannot open the TPM at {tcti!r}"):
         try:
             return ESAPI(tcti)

@@ -112,7 +112,10 @@ class Bridge:
         try:
             write_textfile(state_dir_of(self._config) / EK_CA_FILE, self.keys.ek_ca)
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-                async with http_client(self._registrar_tls) as http, trio.open_nursery() as nursery:
+                async with (
+                    http_client(self._registrar_tls, tls_name=self._registrar.tls_name) as http,
+                    trio.open_nursery() as nursery,
+                ):
                     self._access = RegistrarAccess(http)
                     nursery.start_soon(
                         save_often,

@@ -14,6 +14,7 @@ from pathlib import Path
 import trio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from provider_proxy.common.dates import Dated
 from provider_proxy.errors import HostError
 from provider_proxy.tenant.watch.states import State
 from provider_proxy.tenant.watch.tables import MetricsTable
@@ -63,6 +64,12 @@ class WatchMetrics:
             ["sink", "outcome"],
             registry=self.registry,
         )
+        self.not_after = Gauge(
+            prefix + "not_after_seconds",
+            "When a certificate or a CA ends to be valid, in seconds since the epoch.",
+            ["what"],
+            registry=self.registry,
+        )
         self.save_failures = Counter(
             prefix + "save_failures",
             "Saves of the state that failed. Must stay 0.",
@@ -76,6 +83,12 @@ class WatchMetrics:
             found[state] += 1
         for state, count in found.items():
             self.hosts.labels(state.value).set(count)
+
+    def show_dates(self, dates: Iterable[Dated]) -> None:
+        """Say when each ends to be valid; those that were said before are forgotten."""
+        self.not_after.clear()
+        for dated in dates:
+            self.not_after.labels(dated.name).set(dated.not_after.timestamp())
 
     def forget_host(self, name: str) -> None:
         """A host is no longer watched."""

@@ -61,9 +61,14 @@ class Registrars:
 
 def open_client(*, name: str, table: RegistrarTable) -> httpx.AsyncClient:
     """A client for one registrar. Raises: HostError where a TLS file is wrong."""
+    context = client_context(registrar_files(name, table))
+    return http_client(context, read_limit_s=TIMEOUT_S, tls_name=table.tls_name)
+
+
+def registrar_files(name: str, table: RegistrarTable) -> TlsFiles:
+    """The TLS files towards a registrar, by the names of their keys."""
     names = (f"registrars.{name}.ca", f"registrars.{name}.cert", f"registrars.{name}.key")
-    files = TlsFiles(ca=table.ca, cert=table.cert, key=table.key, names=names)
-    return http_client(client_context(files), read_limit_s=TIMEOUT_S)
+    return TlsFiles(ca=table.ca, cert=table.cert, key=table.key, names=names)
 
 
 class KnownAks:

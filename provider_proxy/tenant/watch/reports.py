@@ -266,7 +266,9 @@ def webhook_secret(settings: Webhook) -> bytes:
 def webhook_client(settings: Webhook) -> httpx.AsyncClient:
     """A client for the webhook. Raises: HostError where its CA is no PEM file."""
     files = TlsFiles(ca=settings.ca, names=("webhook.ca", "", ""))
-    return http_client(client_context(files), read_limit_s=settings.timeout_s)
+    return http_client(
+        client_context(files), read_limit_s=settings.timeout_s, tls_name=settings.tls_name
+    )
 
 
 class CommandSink:

@@ -194,6 +194,9 @@ class RegistrarTable:
     )
     cert: Path | None = setting(read_path, None, "Own certificate, PEM; it demands one.")
     key: Path | None = setting(read_path, None, "Its private key, PEM.")
+    tls_name: str | None = setting(
+        read_host, None, "What its certificate is for; the URL's host by default."
+    )
     ek_ca: tuple[Path, ...] = setting(
         read_paths, (), "TPM makers' CAs that vouch for EKs: directories or PEM bundles."
     )
@@ -217,6 +220,9 @@ class Webhook:
     )
     ca: Path | None = setting(
         read_path, None, "CA of its certificate, PEM; the system's by default."
+    )
+    tls_name: str | None = setting(
+        read_host, None, "What its certificate is for; the URL's host by default."
     )
     timeout_s: float = setting(number(0.1, 120), 10.0, "How long one try may take, in seconds.")
     max_tries: int = setting(integer(1, 100), 8, "Tries of a report before it is given up.")
@@ -307,6 +313,9 @@ class BridgeTable:
         read_path, None, "Own certificate, PEM; for reactivate it demands one."
     )
     verifier_key: Path | None = setting(read_path, None, "Its private key, PEM.")
+    verifier_tls_name: str | None = setting(
+        read_host, None, "What its certificate is for; the URL's host by default."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,8 +22,9 @@ from pathlib import Path
 import trio
 
 from provider_proxy.common import memory
+from provider_proxy.common.dates import Calendar
 from provider_proxy.common.files import read_file
-from provider_proxy.common.tls import TlsFiles, client_context
+from provider_proxy.common.tls import client_context
 from provider_proxy.errors import ConfigError, ProviderProxyError, first_of
 from provider_proxy.evidence.vtpm_link import spire_name
 from provider_proxy.tenant.policies import PolicyFiles
@@ -33,6 +34,7 @@ from provider_proxy.tenant.watch.host import HostWatch, Shared
 from provider_proxy.tenant.watch.http import Endpoint
 from provider_proxy.tenant.watch.metrics import WatchMetrics, write_now, write_often
 from provider_proxy.tenant.watch.policy import HostPolicy
+from provider_proxy.tenant.watch.preflight import host_files, read_dates
 from provider_proxy.tenant.watch.questions import AkSource, Setting
 from provider_proxy.tenant.watch.registrars import KnownAks, Registrars
 from provider_proxy.tenant.watch.reports import (
@@ -88,17 +90,6 @@ def make_settings(
     return settings
 
 
-def tls_files(name: str, rules: HostRules) -> TlsFiles:
-    """The TLS files of a host, by the names of their keys."""
-    key = f"hosts.{name}"
-    return TlsFiles(
-        ca=rules.tls_ca,
-        cert=rules.tls_cert,
-        key=rules.tls_key,
-        names=(f"{key}.tls_ca", f"{key}.tls_cert", f"{key}.tls_key"),
-    )
-
-
 class Endpoints:
     """Where hosts' proxies answer; hosts with the same TLS files share a context."""
 
@@ -113,7 +104,7 @@ class Endpoints:
             if key not in self._contexts:
                 # The files first: one that changes meanwhile is then seen at the next reload.
                 digest = _digest_of(key)
-                self._contexts[key] = client_context(tls_files(name, rules)), digest
+                self._contexts[key] = client_context(host_files(name, rules)), digest
             context, tls = self._contexts[key]
         return Endpoint(
             host=rules.provider_ip,
@@ -161,6 +152,7 @@ class Watcher:
         self._rng = rng or random.Random()  # noqa: S311  # spreads; no secret
         self._store = StateStore(config.state_dir)
         self._registrars = Registrars(config)
+        self._calendar = Calendar(read_dates(config), show=self.metrics.show_dates)
         self._settings = make_settings(config, KnownAks(self._registrars))
         self._budget = Budget()
         self._reporter: Reporter | None = None
@@ -270,6 +262,7 @@ class Watcher:
             if self._eks is not None:
                 nursery.start_soon(self._eks.run)
             nursery.start_soon(memory.collect)
+            nursery.start_soon(self._calendar.run)
             nursery.start_soon(
                 save_often,
                 self._store,
@@ -312,6 +305,7 @@ class Watcher:
                     raise ConfigError(f"registrars.{rules.registrar} is new, which takes a restart")
             make = functools.partial(make_settings, config, aks, before=self._settings)
             settings = await trio.to_thread.run_sync(make)
+            dates = await trio.to_thread.run_sync(read_dates, config)
         except ProviderProxyError as exc:
             log.error("reload refused, going on as before: %s", exc)
             return
@@ -327,6 +321,8 @@ class Watcher:
         ):
             if getattr(config, name) != getattr(self._config, name):
                 log.warning("reload: %s has changed, which takes a restart", name)
+        self._calendar.replace(dates)
+        self._calendar.warn()
         for name in set(self._settings) - set(settings):
             self._scopes.pop(name).cancel()
             del self.hosts[name]

@@ -82,6 +82,7 @@ KEYS: dict[str, tuple[Any, list[tuple[str, Any]]]] = {
     "keylime_agent.client_key": (None, [('"/etc/k"', Path("/etc/k"))]),
     "keylime_agent.registrar_url": (None, [('"https://r:8891"', "https://r:8891")]),
     "keylime_agent.registrar_ca": (None, [('"/etc/ca"', Path("/etc/ca"))]),
+    "keylime_agent.registrar_tls_name": (None, [('"R.example"', "r.example")]),
     "keylime_agent.registrar_cert": (None, [('"/etc/c"', Path("/etc/c"))]),
     "keylime_agent.registrar_key": (None, [('"/etc/k"', Path("/etc/k"))]),
     "keylime_agent.ek_ca": (
@@ -124,6 +125,7 @@ KEYS: dict[str, tuple[Any, list[tuple[str, Any]]]] = {
     "registrars.NAME.ca": (None, [('"/etc/ca"', Path("/etc/ca"))]),
     "registrars.NAME.client_cert": (None, []),  # see the registrars' rules below
     "registrars.NAME.client_key": (None, []),
+    "registrars.NAME.tls_name": (None, [('"R.example"', "r.example")]),
     "registrars.NAME.insecure_plaintext": (False, [("false", False)]),
     "registrars.NAME.tenant": (None, [('"dns:acme.example"', "dns:acme.example")]),
     "registrars.NAME.contact": (
@@ -178,6 +180,10 @@ BANK = 'one of "sha1", "sha256", "sha384", "sha512"'
 
 # key, a bad value as TOML, what the message says the value must be
 BAD: list[tuple[str, str, str]] = [
+    ("listen.crl_strict", '"yes"', FLAG),
+    ("registrars.NAME.tls_name", '"a b"', "an IP address or a host's name"),
+    ("keylime_agent.registrar_tls_name", '"*"', "an IP address or a host's name"),
+    ("tpm.tcti", '"/dev/tpmrm0"', 'a tpm2-tss string: write "device:/dev/tpmrm0"'),
     ("state_dir", "1", TEXT),
     ("state_dir", '""', PATH),
     ("state_dir", '"a\\u0000b"', PATH),

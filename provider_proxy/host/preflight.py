@@ -1,0 +1,192 @@
+"""What a start would say, before it: every file that a configuration names, and what else it needs.
+
+`check-config` shows all of it. `serve` asks for what would stop it late, before the chip makes a key:
+addresses that are in use, an audit log that cannot be written. Nothing is changed here.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import resource
+import stat
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from provider_proxy.common.addresses import is_conflict
+from provider_proxy.common.files import read_secret
+from provider_proxy.common.findings import ERROR, WARNING, Finding, attempt, of_dates
+from provider_proxy.common.tls import client_context
+from provider_proxy.errors import HostError
+from provider_proxy.host.api.identity import load_book
+from provider_proxy.host.config.tables import KEYLIME_AGENT, Config
+from provider_proxy.host.http import listeners
+from provider_proxy.host.status.dates import files_of, read_dates
+from provider_proxy.host.tpm import device
+from provider_proxy.trust.ek_store import EkStore
+
+OTHER_FILES = 128  # the TPM, the log, registrars, the operator's listener, files that are read
+PROC = Path("/proc")
+
+
+def find(config: Config) -> Iterator[Finding]:
+    """All that is wrong with what a configuration names. Opens files and, for a moment, ports."""
+    yield from attempt(partial(listeners.tls_context, config.listen))
+    yield from attempt(partial(load_book, config.listen, config.tenant_defaults, config.tenants))
+    for files in files_of(config):
+        yield from attempt(partial(client_context, files))
+    yield from of_dates(partial(read_dates, config))
+    for key in ("owner_auth_file", "endorsement_auth_file"):
+        path = getattr(config.tpm, key)
+        yield from attempt(partial(read_secret, f"tpm.{key}", path))
+    if config.quoter.kind == KEYLIME_AGENT:
+        if config.keylime_agent.ek_ca:
+            yield from attempt(partial(EkStore, *config.keylime_agent.ek_ca))
+    else:
+        problem = device.problem(config.tpm.tcti)
+        if problem is not None:
+            # Often run where the host's TPM is not, or by another user than the daemon's.
+            yield Finding(level=WARNING, text=f"tpm.tcti: {problem}")
+    yield from _state(config.state_dir)
+    yield from attempt(partial(check_audit, config))
+    yield from attempt(partial(check_conflicts, config))
+    for key, addresses in addresses_of(config):
+        for address in addresses:
+            yield from _address(key, address)
+    yield from _descriptors(config)
+
+
+def addresses_of(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """What the daemon listens on, by key."""
+    yield "listen.address", config.listen.address
+    yield "admin.address", config.admin.address
+    if config.vtpm.enabled:
+        yield "vtpm.socket", (f"unix:{config.vtpm.socket}",)
+
+
+def check_start(config: Config, *, inherited: bool) -> None:
+    """What would stop a start late.
+
+    Args:
+        inherited: systemd has opened the tenants' sockets.
+
+    Raises:
+        HostError: an address is in use or not of this host, or the audit log cannot be written.
+    """
+    check_audit(config)
+    check_conflicts(config)
+    for key, addresses in addresses_of(config):
+        if key != "listen.address" or not inherited:
+            listeners.check_free(key, addresses)
+
+
+def check_conflicts(config: Config) -> None:
+    """Raises: HostError where two of our own listeners want one address."""
+    wanted = [(key, address) for key, addresses in addresses_of(config) for address in addresses]
+    for (first, one), (second, other) in itertools.combinations(wanted, 2):
+        if is_conflict(one, other):
+            raise HostError(f"{second}: {other} is taken by {first}: {one}; give it another port")
+
+
+def check_audit(config: Config) -> None:
+    """Raises: HostError where the audit log that was asked for cannot be written."""
+    path = config.audit.path
+    if not config.audit.enabled or path is None:
+        return
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        folder = path.parent
+        if not folder.is_dir():
+            raise HostError(f"audit.path: there is no folder {folder}: make it") from None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise HostError(f"audit.path: {folder} is not writable for this user") from None
+        return
+    except OSError as exc:
+        raise HostError(f"audit.path: cannot look at {path}: {exc.strerror}") from exc
+    if not stat.S_ISREG(there.st_mode):
+        raise HostError(f"audit.path: {path} is not a plain file")
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise HostError(f"audit.path: {path} is not writable for this user")
+
+
+def _state(folder: Path) -> Iterator[Finding]:
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return  # it is made
+    except OSError as exc:
+        yield Finding(level=ERROR, text=f"state_dir: cannot look at {folder}: {exc.strerror}")
+        return
+    if not stat.S_ISDIR(status.st_mode):
+        yield Finding(level=ERROR, text=f"state_dir: {folder} is not a folder")
+    elif not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        yield Finding(
+            level=ERROR,
+            text=f"state_dir: {folder} belongs to user {status.st_uid}, and is closed to this user: "
+            "run this as the daemon's user",
+        )
+
+
+def _address(key: str, address: str) -> Iterator[Finding]:
+    try:
+        listeners.check_free(key, (address,))
+    except HostError as exc:
+        holder = None if address.startswith("unix:") else _holder(address)
+        if getattr(exc.__cause__, "errno", None) != errno.EADDRINUSE:
+            yield Finding(level=ERROR, text=str(exc))
+        elif holder is None or "provider-proxy" not in holder:
+            who = "a daemon that runs, or another program" if holder is None else holder
+            yield Finding(
+                level=WARNING if holder is None else ERROR,
+                text=f"{key}: {address} is in use: {who}",
+            )
+
+
+def _holder(address: str) -> str | None:
+    """The command line of the process that listens on a TCP port; None where it cannot be known."""
+    port = int(address.rpartition(":")[2])
+    inodes = set()
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = (PROC / "net" / table).read_text("ascii").splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            fields = line.split()
+            if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:  # LISTEN
+                inodes.add(f"socket:[{fields[9]}]")
+    for process in PROC.iterdir():
+        if not process.name.isdecimal():
+            continue
+        try:
+            if any(os.readlink(fd) in inodes for fd in (process / "fd").iterdir()):
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                return " ".join(word.decode("utf-8", "replace") for word in words).strip()
+        except OSError:
+            continue  # another user's, or gone
+    return None
+
+
+def _descriptors(config: Config) -> Iterator[Finding]:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = config.limits.max_connections + OTHER_FILES
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        yield Finding(
+            level=WARNING,
+            text=f"limits.max_connections: {config.limits.max_connections} connections need {needed} "
+            f"open files, and this process may have {hard}: a larger LimitNOFILE= in the unit, or "
+            "fewer connections",
+        )
+
+
+def allow_connections(config: Config) -> Finding | None:
+    """Raise the soft limit of open files to what the connections need; a finding where it cannot be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = config.limits.max_connections + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return next(_descriptors(config), None)

@@ -1,0 +1,62 @@
+"""Why a TPM's device cannot be opened, in words that say what to do: tpm2-tss says "IO failure"."""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import pwd
+from pathlib import Path
+
+DEVICE = "device:"
+
+
+def problem(tcti: str) -> str | None:
+    """Why the device of a tpm2-tss string cannot be opened; None where it can, or is none.
+
+    Opens it for a moment, which disturbs nobody but another one that wants /dev/tpm0 alone.
+    """
+    path = Path(tcti.removeprefix(DEVICE))
+    if not tcti.startswith(DEVICE) or not path.is_absolute():
+        return None
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        return _words(path, exc)
+    os.close(fd)
+    return None
+
+
+def _words(path: Path, exc: OSError) -> str:
+    match exc.errno:
+        case errno.ENOENT | errno.ENODEV | errno.ENXIO:
+            return (
+                f"{path} is not there: is a TPM enabled in the firmware, and its driver loaded "
+                "(ls /dev/tpm*)? A container must be given the device"
+            )
+        case errno.EACCES | errno.EPERM:
+            return f"{path} must not be opened by {_user()}: {_remedy(path)}"
+        case errno.EBUSY:
+            return (
+                f"{path} is in use by another program, which has it alone: use the kernel's resource "
+                'manager, tcti = "device:/dev/tpmrm0"'
+            )
+        case errno.EISDIR:
+            return f"{path} is a folder"
+        case _:
+            return f"{path} cannot be opened: {exc.strerror}"
+
+
+def _user() -> str:
+    try:
+        return f"the user {pwd.getpwuid(os.geteuid()).pw_name}"
+    except KeyError:
+        return f"the user {os.geteuid()}"
+
+
+def _remedy(path: Path) -> str:
+    try:
+        group = grp.getgrgid(path.stat().st_gid).gr_name
+    except (OSError, KeyError):
+        return "see ls -l"
+    return f"it is for the group {group} (usermod -aG {group}, or SupplementaryGroups= in the unit)"
