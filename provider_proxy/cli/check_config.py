@@ -27,8 +27,8 @@ from provider_proxy.host import preflight
 from provider_proxy.host.config.load import load
 from provider_proxy.tenant import hosts_file
 from provider_proxy.tenant.hosts_file import load_hosts_file
-from provider_proxy.tenant.watch import preflight as watch_preflight
 from provider_proxy.tenant.watch.config import load_watch
+from provider_proxy.tenant.watch.tables import WatchConfig
 
 SERVE, WATCH, BRIDGE, EK_CHECK = "serve", "watch", "bridge", "ek-check"
 
@@ -46,12 +46,20 @@ class Program:
     find: Callable[[Any], Iterator[Finding]]
 
 
+def _find_watch(config: WatchConfig, *, for_bridge: bool) -> Iterator[Finding]:
+    from provider_proxy.tenant.watch import (
+        preflight as of_watch,
+    )  # brings trio, which serve's needs not
+
+    return of_watch.find(config, for_bridge=for_bridge)
+
+
 PROGRAMS = {
     SERVE: Program(load=load, find=preflight.find),
-    WATCH: Program(load=load_watch, find=partial(watch_preflight.find, for_bridge=False)),
+    WATCH: Program(load=load_watch, find=partial(_find_watch, for_bridge=False)),
     BRIDGE: Program(
         load=partial(load_watch, for_bridge=True),
-        find=partial(watch_preflight.find, for_bridge=True),
+        find=partial(_find_watch, for_bridge=True),
     ),
     EK_CHECK: Program(load=load_hosts_file, find=hosts_file.find),
 }

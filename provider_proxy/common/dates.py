@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import trio
-
 log = logging.getLogger(__name__)
 
 WARN_DAYS = 14  # certificates that last 90 days are made anew after 60; a CRL lasts 30 or less
@@ -142,7 +140,9 @@ class Calendar:
             log.log(logging.WARNING if dated.state(now) == SOON else logging.ERROR, "%s", warning)
 
     async def run(self) -> None:
-        """Warn, for ever."""
+        """Warn, for ever. Needs trio, which whoever reads dates alone may not have."""
+        import trio
+
         while True:
             self.warn()
             await trio.sleep(LOOK_EVERY_S)

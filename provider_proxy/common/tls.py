@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -70,6 +71,29 @@ class TlsFiles:
     def __post_init__(self) -> None:
         if (self.cert is None) != (self.key is None):
             raise UsageError(f"{self.names[1]} and {self.names[2]} belong together: set both")
+
+
+class ClientTable(Protocol):
+    """A table of a file that says how to talk TLS with somebody."""
+
+    @property
+    def ca(self) -> Path | None: ...
+
+    @property
+    def client_cert(self) -> Path | None: ...
+
+    @property
+    def client_key(self) -> Path | None: ...
+
+
+def client_files(key: str, table: ClientTable) -> TlsFiles:
+    """The files of a table, "registrars.acme" for example, by the names of their keys."""
+    return TlsFiles(
+        ca=table.ca,
+        cert=table.client_cert,
+        key=table.client_key,
+        names=(f"{key}.ca", f"{key}.client_cert", f"{key}.client_key"),
+    )
 
 
 def load_certificates(name: str, path: Path) -> tuple[x509.Certificate, ...]:

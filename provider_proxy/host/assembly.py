@@ -37,6 +37,7 @@ from provider_proxy.host.audit.records import records_of
 from provider_proxy.host.batching.batch import Batch
 from provider_proxy.host.batching.batcher import Audit, Batcher, LogSource
 from provider_proxy.host.batching.queue import BatchSettings
+from provider_proxy.host.config.material import read_dates
 from provider_proxy.host.config.tables import KEYLIME_AGENT, Config
 from provider_proxy.host.http import listeners
 from provider_proxy.host.http.server import Door
@@ -49,7 +50,6 @@ from provider_proxy.host.quoters.local_tpm import EsysQuoter
 from provider_proxy.host.quoters.tpm_opener import is_software
 from provider_proxy.host.registration.registrations import Registrations
 from provider_proxy.host.status.board import StatusBoard
-from provider_proxy.host.status.dates import read_dates
 from provider_proxy.host.status.recent import Recent
 from provider_proxy.host.tpm import ima
 from provider_proxy.host.vtpm.ca import HostCa, open_host_ca

@@ -18,12 +18,11 @@ from pathlib import Path
 from provider_proxy.common.addresses import is_conflict
 from provider_proxy.common.files import read_secret
 from provider_proxy.common.findings import ERROR, WARNING, Finding, attempt, of_dates
-from provider_proxy.common.tls import client_context
+from provider_proxy.common.tls import client_context, server_context
 from provider_proxy.errors import HostError
-from provider_proxy.host.api.identity import load_book
+from provider_proxy.host.config.material import files_of, listen_crls, listen_files, read_dates
 from provider_proxy.host.config.tables import KEYLIME_AGENT, Config
-from provider_proxy.host.http import listeners
-from provider_proxy.host.status.dates import files_of, read_dates
+from provider_proxy.host.http import binding
 from provider_proxy.host.tpm import device
 from provider_proxy.trust.ek_store import EkStore
 
@@ -33,8 +32,9 @@ PROC = Path("/proc")
 
 def find(config: Config) -> Iterator[Finding]:
     """All that is wrong with what a configuration names. Opens files and, for a moment, ports."""
-    yield from attempt(partial(listeners.tls_context, config.listen))
-    yield from attempt(partial(load_book, config.listen, config.tenant_defaults, config.tenants))
+    if config.listen.tls_cert is not None:
+        yield from attempt(partial(server_context, listen_files(config.listen)))
+    yield from attempt(partial(listen_crls, config.listen))
     for files in files_of(config):
         yield from attempt(partial(client_context, files))
     yield from of_dates(partial(read_dates, config))
@@ -79,7 +79,7 @@ def check_start(config: Config, *, inherited: bool) -> None:
     check_conflicts(config)
     for key, addresses in addresses_of(config):
         if key != "listen.address" or not inherited:
-            listeners.check_free(key, addresses)
+            binding.check_free(key, addresses)
 
 
 def check_conflicts(config: Config) -> None:
@@ -132,7 +132,7 @@ def _state(folder: Path) -> Iterator[Finding]:
 
 def _address(key: str, address: str) -> Iterator[Finding]:
     try:
-        listeners.check_free(key, (address,))
+        binding.check_free(key, (address,))
     except HostError as exc:
         holder = None if address.startswith("unix:") else _holder(address)
         if getattr(exc.__cause__, "errno", None) != errno.EADDRINUSE:

@@ -23,10 +23,10 @@ from provider_proxy.host import systemd
 from provider_proxy.host.api.front import FrontDoor, FrontJudge, load_front_judge
 from provider_proxy.host.api.identity import TenantBook, load_book
 from provider_proxy.host.api.tenant import TenantDoor
+from provider_proxy.host.config.material import read_dates
 from provider_proxy.host.config.tables import Config
 from provider_proxy.host.http import listeners
 from provider_proxy.host.registration.registrations import HostRegistration, Registrations
-from provider_proxy.host.status.dates import read_dates
 
 log = logging.getLogger(__name__)
 

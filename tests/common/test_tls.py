@@ -36,9 +36,9 @@ from provider_proxy.common.tls import (
 )
 from provider_proxy.errors import HostError, UsageError
 from provider_proxy.host import pki
+from provider_proxy.host.config.material import agent_files, agent_registrar_files
 from provider_proxy.host.config.tables import KeylimeAgent, Listen, RegistrarTable
 from provider_proxy.host.http.listeners import tls_context
-from provider_proxy.host.quoters.agent_binding import agent_files, registrar_files
 from provider_proxy.tenant.watch.preflight import host_files as watch_files
 from provider_proxy.tenant.watch.registrars import open_client as open_watch_registrar
 from provider_proxy.tenant.watch.reports import webhook_client
@@ -321,7 +321,7 @@ def _agent(c: Certs) -> None:
 
 def _agent_registrar(c: Certs) -> None:
     settings = KeylimeAgent(registrar_cert=c.client_cert, registrar_key=c.client_key)
-    client_context(registrar_files(settings))
+    client_context(agent_registrar_files(settings))
 
 
 def _watch_host(c: Certs) -> None:

@@ -22,10 +22,10 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
-from provider_proxy.common.crl import Crl, Issued, key_of, load_crls
-from provider_proxy.common.tls import load_certificates
-from provider_proxy.errors import HostError, UnknownTenantError
+from provider_proxy.common.crl import Crl, Issued, key_of
+from provider_proxy.errors import UnknownTenantError
 from provider_proxy.evidence.model import Tenant
+from provider_proxy.host.config.material import listen_crls
 from provider_proxy.host.config.tables import Listen, TenantRules
 from provider_proxy.host.http.messages import Peer
 
@@ -244,24 +244,10 @@ def load_book(
     Raises:
         HostError: the CRL is missing or not the CA's, or has run out and `listen.crl_strict` is set.
     """
-    crls: tuple[Crl, ...] = ()
-    if listen.client_crl is not None and listen.client_ca is not None:
-        authorities = load_certificates("listen.client_ca", listen.client_ca)
-        crls = load_crls("listen.client_crl", listen.client_crl, authorities)
-        known = {crl.issuer for crl in crls}
-        for authority in authorities:
-            if key_of(authority) not in known:
-                name = authority.subject.rfc4514_string()
-                log.warning("listen.client_crl has no CRL of %s: what it revokes stays good", name)
-        if listen.crl_strict and any(crl.next_update < datetime.now(UTC) for crl in crls):
-            raise HostError(
-                f"listen.client_crl: {listen.client_crl} has run out, and listen.crl_strict is set: get "
-                "the CA's newest list (provider-proxy pki crl makes one)"
-            )
     return TenantBook(
         defaults,
         tenants,
         certificates=listen.client_ca is not None,
-        crls=crls,
+        crls=listen_crls(listen),
         crl_strict=listen.crl_strict,
     )

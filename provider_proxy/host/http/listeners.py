@@ -5,25 +5,23 @@ from __future__ import annotations
 import errno
 import logging
 import math
-import os
 import socket
 import ssl
-import stat
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import trio
 
-from provider_proxy.common.addresses import is_loopback, split_address
+from provider_proxy.common.addresses import is_loopback
 from provider_proxy.common.streams import SocketStream
-from provider_proxy.common.tls import TlsFiles, server_context
+from provider_proxy.common.tls import server_context
 from provider_proxy.errors import ConfigError, HostError
+from provider_proxy.host.config.material import listen_files
 from provider_proxy.host.config.tables import Listen
+from provider_proxy.host.http.binding import bind_tcp, bind_unix
 
 FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
-BACKLOG = 1024  # a burst of tenants that all begin at once; the kernel caps it at somaxconn
-UNIX_SOCKET_MODE = 0o660
 NOT_OURS = frozenset(
     {errno.ECONNABORTED, errno.EPERM, errno.EPROTO, errno.ENETDOWN, errno.ENOPROTOOPT}
     | {errno.EHOSTDOWN, errno.ENONET, errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH}
@@ -137,9 +135,9 @@ def open_listeners(
     try:
         for address in addresses:
             if address.startswith("unix:"):
-                listeners.append(Listener(_bind_unix(key, Path(address[5:]))))
+                listeners.append(Listener(bind_unix(key, Path(address[5:]))))
             else:
-                listeners += [Listener(sock, context) for sock in _bind_tcp(key, address)]
+                listeners += [Listener(sock, context) for sock in bind_tcp(key, address)]
     except HostError:
         remove_unix_sockets(describe(listeners))
         close_all(listeners)
@@ -177,29 +175,6 @@ def adopt_listeners(
     return listeners
 
 
-def check_free(key: str, addresses: Sequence[str]) -> None:
-    """Look whether `open_listeners` would succeed, and open nothing for longer than that takes.
-
-    Raises:
-        HostError: an address is in use or not of this host, or the place of a unix socket is not ours.
-    """
-    for address in addresses:
-        if not address.startswith("unix:"):
-            for sock in _bind_tcp(key, address, listen=False):
-                sock.close()
-            continue
-        path = Path(address[5:])
-        try:
-            if not os.access(path.parent, os.W_OK | os.X_OK):
-                raise HostError(
-                    f"{key}: cannot listen on {address}: {path.parent} is missing, or not writable"
-                )
-            if _is_socket(path):
-                _demand_stale(path)
-        except OSError as exc:
-            raise HostError(f"{key}: cannot listen on {address}: {exc}") from exc
-
-
 def close_all(listeners: Sequence[Listener]) -> None:
     """Close listeners; those that are closed already stay so."""
     for listener in listeners:
@@ -211,70 +186,6 @@ def remove_unix_sockets(names: Sequence[str]) -> None:
     for name in names:
         if name.startswith("unix:"):
             Path(name[5:]).unlink(missing_ok=True)
-
-
-def _bind_tcp(key: str, address: str, *, listen: bool = True) -> list[socket.socket]:
-    host, port = split_address(address)
-    sockets = []
-    try:
-        found = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
-        )
-        for family, kind, proto, _, where in found:
-            sock = socket.socket(family, kind, proto)
-            sockets.append(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind(where)
-            if listen:
-                sock.listen(BACKLOG)
-    except (OSError, UnicodeError) as exc:
-        for sock in sockets:
-            sock.close()
-        raise HostError(f"{key}: cannot listen on {address}: {exc}") from exc
-    return sockets
-
-
-def _bind_unix(key: str, path: Path) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        _remove_stale(path)
-        sock.bind(str(path))
-        path.chmod(UNIX_SOCKET_MODE)
-        sock.listen(BACKLOG)
-    except OSError as exc:
-        sock.close()
-        raise HostError(f"{key}: cannot listen on unix:{path}: {exc}") from exc
-    return sock
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove a socket that nobody listens on; leave one that is in use, and anything else."""
-    if _is_socket(path):
-        _demand_stale(path)
-        path.unlink()
-
-
-def _is_socket(path: Path) -> bool:
-    """False where nothing is there. Raises: OSError where something else is."""
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return False
-    if not stat.S_ISSOCK(mode):
-        raise OSError(errno.EEXIST, "something that is no socket is there: remove it")
-    return True
-
-
-def _demand_stale(path: Path) -> None:
-    """Raises: OSError where somebody listens on a socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            return
-    raise OSError(errno.EADDRINUSE, "another process listens there")
 
 
 def describe(listeners: Sequence[Listener]) -> list[str]:
@@ -303,13 +214,3 @@ def tls_context(listen: Listen) -> ssl.SSLContext | None:
     context = server_context(listen_files(listen))
     context.set_alpn_protocols(["http/1.1"])
     return context
-
-
-def listen_files(listen: Listen) -> TlsFiles:
-    """The files of the tenants' door."""
-    return TlsFiles(
-        ca=listen.client_ca,
-        cert=listen.tls_cert,
-        key=listen.tls_key,
-        names=("listen.client_ca", "listen.tls_cert", "listen.tls_key"),
-    )

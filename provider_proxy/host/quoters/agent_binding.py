@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from provider_proxy.common.http import http_client
-from provider_proxy.common.tls import TlsFiles, client_context, pinned_context
+from provider_proxy.common.tls import client_context, pinned_context
 from provider_proxy.errors import (
     AkChangedError,
     HostError,
@@ -24,6 +24,7 @@ from provider_proxy.errors import (
     VerificationError,
 )
 from provider_proxy.evidence.model import HashAlg
+from provider_proxy.host.config.material import agent_files, agent_registrar_files
 from provider_proxy.host.config.tables import KeylimeAgent
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters import keylime_agent
@@ -93,7 +94,7 @@ async def _bind(
     assert settings.agent_id is not None
     assert settings.url is not None
     try:
-        context = client_context(registrar_files(settings))
+        context = client_context(agent_registrar_files(settings))
         async with http_client(
             context, read_limit_s=REGISTRAR_S, tls_name=settings.registrar_tls_name
         ) as http:
@@ -115,29 +116,6 @@ async def _bind(
             software=settings.insecure_no_ek,  # or so it may be: nobody vouches for the chip
         ),
         client=AgentClient(settings.url, _agent_context(settings, binding)),
-    )
-
-
-def registrar_files(settings: KeylimeAgent) -> TlsFiles:
-    """The TLS files towards the provider's registrar."""
-    return TlsFiles(
-        ca=settings.registrar_ca,
-        cert=settings.registrar_cert,
-        key=settings.registrar_key,
-        names=(
-            "keylime_agent.registrar_ca",
-            "keylime_agent.registrar_cert",
-            "keylime_agent.registrar_key",
-        ),
-    )
-
-
-def agent_files(settings: KeylimeAgent) -> TlsFiles:
-    """The TLS files towards the agent, whose own certificate the registrar knows."""
-    return TlsFiles(
-        cert=settings.client_cert,
-        key=settings.client_key,
-        names=("", "keylime_agent.client_cert", "keylime_agent.client_key"),
     )
 
 

@@ -22,7 +22,7 @@ import trio
 from provider_proxy.common import http
 from provider_proxy.common.failures import printable
 from provider_proxy.common.http import no_answer, read_body
-from provider_proxy.common.tls import TlsFiles, client_context
+from provider_proxy.common.tls import client_context, client_files
 from provider_proxy.errors import EvidenceFormatError, RegistrarError, ReplyError
 from provider_proxy.evidence.strict_json import Fields, parse_json_object
 from provider_proxy.trust.registration.credential import MAX_BLOB_BYTES
@@ -114,17 +114,7 @@ def tls_context(key: str, table: RegistrarRules) -> ssl.SSLContext | None:
     """
     if table.insecure_plaintext:
         return None
-    return client_context(tls_files(key, table))
-
-
-def tls_files(key: str, table: RegistrarRules) -> TlsFiles:
-    """The TLS files towards a registrar, by the names of their keys."""
-    return TlsFiles(
-        ca=table.ca,
-        cert=table.client_cert,
-        key=table.client_key,
-        names=(f"{key}.ca", f"{key}.client_cert", f"{key}.client_key"),
-    )
+    return client_context(client_files(key, table))
 
 
 def http_client(

@@ -15,6 +15,7 @@ from helpers import FakeQuoter, daemon_with
 from provider_proxy.cli import status_view
 from provider_proxy.errors import HostError
 from provider_proxy.host import pki
+from provider_proxy.host.config.material import read_dates
 from provider_proxy.host.config.tables import (
     Admin,
     Config,
@@ -24,7 +25,6 @@ from provider_proxy.host.config.tables import (
     RegistrarTable,
 )
 from provider_proxy.host.metrics import Metrics
-from provider_proxy.host.status.dates import read_dates
 
 pytestmark = pytest.mark.real
 DAY = timedelta(days=1)
