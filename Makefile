@@ -2,6 +2,7 @@
 # make demo      200 tenants, one TPM (a swtpm), every answer verified; installs only what that needs
 # make test      the tests (fetches a Chromium and promtool for them where they can be fetched)
 # make keylime   the real Keylime that the tests talk to, into .venv-keylime
+# make keylime-trial  that Keylime's registrar and verifier, in keylime-trial/ until Ctrl-C, to try the bridge with
 # make check     format, lint, types, tests, wheel
 # make test-bare make demo and make test in a minimal Debian with an empty environment (as root);
 #                RELEASE=trixie, BARE_USER=1 for an ordinary user with sudo, BARE="deb test-deb" for other targets
@@ -48,7 +49,7 @@ PROMTOOL := .promtool/usr/bin/promtool
 MAX_SKIPPED ?= 40
 SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help install system system-tests system-deb promtool libvirt guest keylime demo test test-keylime-bridge test-keylime-releases test-libvirt test-bare test-slow check format lint types wheel soak bench docs man lock deb test-deb test-upgrade test-reproducible bundle test-bundle system-kvm test-kvm clean mutants
+.PHONY: help install system system-tests system-deb promtool libvirt guest keylime keylime-trial demo test test-keylime-bridge test-keylime-releases test-libvirt test-bare test-slow check format lint types wheel soak bench docs man lock deb test-deb test-upgrade test-reproducible bundle test-bundle system-kvm test-kvm clean mutants
 
 install: $(DEV)
 
@@ -146,6 +147,10 @@ test-libvirt: install keylime libvirt guest
 	@[ "$$(id -u)" = 0 ] || { echo "test-libvirt needs root"; exit 3; }
 	TEST_LIBVIRT=1 unshare --mount --propagation private $(BIN)/python -m pytest -q -s tests/system/test_vtpm_libvirt.py \
 	  tests/system/test_vtpm_guest.py tests/system/test_vtpm_migration.py
+
+# Until Ctrl-C. Its registrar answers at 8891, its verifier at 8881.
+keylime-trial: install keylime
+	@PYTHONPATH=tests/support $(BIN)/python tests/system/keylime_trial.py keylime-trial
 
 # Everything of the bridge that takes longer, beside what `make test` runs of it.
 test-keylime-bridge: install keylime system-tests $(KEYLIME_VENV)-7.13.1/.installed

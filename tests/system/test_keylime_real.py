@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import struct
 import subprocess
@@ -19,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import keylime_trial
 import pytest
 import trio
 from evidence_factory import VM
 from helpers import LIMIT_S, command, free_port, make_certs, until_answered
 from keylime_helpers import KeylimeVerifier as RealVerifier
 from keylime_helpers import Registrar, running_registrar, running_verifier
+from keylime_rig import Keylime
 from test_docs import code, fenced, read, rows
 from test_ek_check import KEYLIME_REFUSES, keylime_tenant
 from test_vtpm_link import EK
@@ -81,7 +82,7 @@ class Tenant:
 def tenant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenant]:
     with (
         running_registrar(tmp_path_factory.mktemp("keylime")) as registrar,
-        running_verifier(registrar) as verifier,
+        running_verifier(registrar, settings={"enable_agent_mtls": "True"}) as verifier,
     ):
         yield Tenant(registrar=registrar, verifier=verifier)
 
@@ -376,10 +377,12 @@ DOC = "docs/tenants.md"
 
 def test_documented_session_runs(tenant: Tenant, tmp_path: Path) -> None:
     registrar = tenant.registrar
-    for file in (registrar.ca, registrar.client_cert, registrar.client_key):
-        shutil.copy(file, tmp_path)
+    with httpx.Client() as http:
+        keylime = Keylime(registrar.directory, registrar, tenant.verifier, http, "v2.6")
+        keylime_trial.put_beside(keylime, tmp_path)
     script = "".join(block for block in fenced(DOC, "sh") if ".example" not in block)
     ports = {"8890": free_port(), "8895": free_port(), "8891": registrar.tls_port}
+    ports |= {"8897": free_port(), "20000": free_port()}
     for port, ours in {**ports, "8881": tenant.verifier.port}.items():
         script = script.replace(port, str(ours))
     script = script.replace("sleep 1", "sleep 0.1")
@@ -397,14 +400,14 @@ def test_documented_session_runs(tenant: Tenant, tmp_path: Path) -> None:
         process_group=0,
     )
     try:
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=120)
     finally:
         if process.poll() is None:  # the group is this script's alone
             os.killpg(process.pid, signal.SIGTERM)
             process.communicate()
     assert process.returncode == 0, output
     shown = [block for block in fenced(DOC, "") if not block.startswith("#!")]
-    assert len(shown) == 4
+    assert len(shown) == 5
     at = 0
     for block in shown:
         assert block in output[at:], output
