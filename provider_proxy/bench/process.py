@@ -79,6 +79,14 @@ class Target:
         """Resident size now, in MB (10^6 bytes)."""
         return self._status_mb("VmRSS")
 
+    def open_files(self) -> int:
+        """How many descriptors it has open."""
+        return len(os.listdir(f"/proc/{self._process.pid}/fd"))
+
+    def threads(self) -> int:
+        """How many threads it has."""
+        return len(os.listdir(f"/proc/{self._process.pid}/task"))
+
     def _status_mb(self, name: str) -> float:
         for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
             if line.startswith(f"{name}:"):

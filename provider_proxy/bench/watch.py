@@ -79,10 +79,10 @@ def run(seed: int, say: Say) -> dict[str, object]:
 
 def _stage(hosts: int, cores: list[int], say: Say) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="provider-proxy-bench-") as name:
-        fakes = _Fakes(cores[1])
+        fakes = Fakes(cores[1])
         try:
             config = _write_config(Path(name), fakes, hosts)
-            watcher = _Watched(config, cores[0])
+            watcher = Watched(config, cores[0])
             try:
                 return _measure(fakes, watcher, hosts, say)
             finally:
@@ -91,7 +91,7 @@ def _stage(hosts: int, cores: list[int], say: Say) -> dict[str, Any]:
             fakes.stop()
 
 
-def _measure(fakes: _Fakes, watcher: _Watched, hosts: int, say: Say) -> dict[str, Any]:
+def _measure(fakes: Fakes, watcher: Watched, hosts: int, say: Say) -> dict[str, Any]:
     time.sleep(WARM_UP_S)
     trusted = watcher.seen("TRUSTED")
     if len(trusted) < hosts:
@@ -128,7 +128,7 @@ def _measure(fakes: _Fakes, watcher: _Watched, hosts: int, say: Say) -> dict[str
     }
 
 
-def _write_config(directory: Path, fakes: _Fakes, hosts: int) -> Path:
+def _write_config(directory: Path, fakes: Fakes, hosts: int) -> Path:
     pins = PinStore(directory / "pins")
     for place, ak in enumerate(fakes.about["aks"]):
         pins.pin(f"group-{place}", base64.b64decode(ak))
@@ -155,17 +155,18 @@ def _write_config(directory: Path, fakes: _Fakes, hosts: int) -> Path:
     return path
 
 
-class _Fakes:
+class Fakes:
     """The running fakes. `about` is what they said at their start."""
 
-    def __init__(self, core: int) -> None:
+    def __init__(self, core: int | None) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "provider_proxy.bench.fakes"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        os.sched_setaffinity(self._process.pid, {core})
+        if core is not None:
+            os.sched_setaffinity(self._process.pid, {core})
         self.about: Any = self._line()
 
     def _line(self) -> Any:
@@ -187,10 +188,10 @@ class _Fakes:
         self._process.communicate()
 
 
-class _Watched:
+class Watched:
     """The running watcher, its lines read by a thread as they come."""
 
-    def __init__(self, config: Path, core: int) -> None:
+    def __init__(self, config: Path, core: int | None) -> None:
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "provider_proxy", "--log-level", "warning"),
@@ -199,7 +200,8 @@ class _Watched:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
         )
-        os.sched_setaffinity(self._process.pid, {core})
+        if core is not None:
+            os.sched_setaffinity(self._process.pid, {core})
         self._seen: dict[str, dict[str, float]] = {}
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -16,6 +16,7 @@ from provider_proxy.bench import (
     bridge,
     contention,
     faults,
+    hostile,
     ima,
     logs,
     overload,
@@ -39,6 +40,7 @@ SUITES = {
     "ima": ima.run,
     "scale": scale.run,
     "logs": logs.run,
+    "hostile": hostile.run,
     "watch": watch.run,
 }
 DEFAULT_SEED = 1

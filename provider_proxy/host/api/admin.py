@@ -17,7 +17,7 @@ from provider_proxy.common.addresses import is_loopback
 from provider_proxy.errors import WrongHostError
 from provider_proxy.evidence.wire import encode_envelope
 from provider_proxy.host.api.tenant import Registrations, no_query, route
-from provider_proxy.host.http.messages import HTML, TEXT, Request, Response
+from provider_proxy.host.http.messages import HTML, TEXT, WHAT_IS_ALLOWED, Request, Response
 from provider_proxy.host.metrics import Metrics
 
 PAGE = "status.html"
@@ -65,6 +65,8 @@ class AdminDoor:
         """Answer a request. Raises: RequestError."""
         if request.peer.uid is None:  # a browser cannot be made to speak to a unix socket
             check_host(request.host)
+        if request.method == "OPTIONS":
+            return WHAT_IS_ALLOWED
         return await route(self._routes, request)(request)
 
     async def _get_page(self, request: Request) -> Response:

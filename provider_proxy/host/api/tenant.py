@@ -26,7 +26,7 @@ from provider_proxy.evidence.query import parse_quote_query
 from provider_proxy.evidence.wire import FORMAT, encode_envelope
 from provider_proxy.host.api.quotas import Quotas
 from provider_proxy.host.batching.batch import Answer
-from provider_proxy.host.http.messages import Peer, Request, Response
+from provider_proxy.host.http.messages import WHAT_IS_ALLOWED, Peer, Request, Response
 from provider_proxy.host.status.recent import STRANGERS
 
 API_VERSION = "1.0"
@@ -121,6 +121,8 @@ class TenantDoor:
         Raises:
             RequestError, ServiceError: `http1` makes the response of them.
         """
+        if request.method == "OPTIONS":
+            return WHAT_IS_ALLOWED
         try:
             tenant = self.identify(request.peer)
         except UnknownTenantError as exc:
@@ -135,6 +137,8 @@ class TenantDoor:
         return response
 
     async def _quote(self, request: Request, tenant: Tenant) -> Response:
+        if request.method != "GET":
+            raise MethodError("only GET is answered here: a quote takes the TPM's time")
         asked = parse_quote_query(request.query)
         if asked.bank not in self._banks:
             offered = ", ".join(bank.label for bank in self._banks)
@@ -191,8 +195,8 @@ def route(routes: Mapping[str, R], request: Request) -> R:
     found = routes.get(request.path)
     if found is None:
         raise NotFoundError("no such path")
-    if request.method != "GET":
-        raise MethodError("only GET is answered here")
+    if request.method not in ("GET", "HEAD"):
+        raise MethodError("only GET and HEAD are answered here")
     return found
 
 

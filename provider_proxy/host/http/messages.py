@@ -36,6 +36,7 @@ REASONS = {
     502: b"Bad Gateway",
     503: b"Service Unavailable",
     504: b"Gateway Timeout",
+    505: b"HTTP Version Not Supported",
 }
 
 
@@ -96,6 +97,10 @@ class Response:
     closes: bool = False
 
 
+ALLOW = (b"Allow", b"GET, HEAD, OPTIONS")
+WHAT_IS_ALLOWED = Response(headers=(ALLOW,))
+"""The answer to OPTIONS, which balancers ask to see whether somebody is there."""
+
 BUSY_STATUSES = (429, 503, 504)
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -122,7 +127,7 @@ def error_response(error: ProviderProxyError, busy_status: int = 503) -> Respons
     if retry_after_s is not None:
         headers.append((b"Retry-After", b"%d" % max(1, round(retry_after_s))))
     if status == 405:
-        headers.append((b"Allow", b"GET"))
+        headers.append(ALLOW)
     return Response(
         status=status,
         body=(encode_envelope(status, str(error), results),),
@@ -171,15 +176,17 @@ def is_chunked(head: h11.Request) -> bool:
 
 
 def to_request(head: h11.Request, peer: Peer, *, front: bool = False) -> Request | Response:
-    """A request of ours out of h11's, or the refusal of one whose target is too long.
+    """A request of ours out of h11's, or the refusal of one that is too long, or of another HTTP.
 
     Args:
         front: the peer is a front, whose `Client-Cert` headers count.
     """
+    if not head.http_version.startswith(b"1."):
+        return refuse(505, "HTTP/1.1 is spoken here, and no other version", "version")
     if len(head.target) > MAX_TARGET_CHARS:
         return refuse(414, f"the target is longer than {MAX_TARGET_CHARS} characters", "target")
     target = head.target.decode("ascii", "replace")
-    if target.startswith(("http://", "https://")):  # absolute form: RFC 9112, section 3.2.2
+    if target[:8].lower().startswith(("http://", "https://")):  # absolute form: RFC 9112, 3.2.2
         target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
     path, _, query = target.partition("?")
     # h11 has seen to it that there is one, or none in HTTP/1.0.

@@ -78,6 +78,7 @@ class RequestReader:
         """The same for what is not the plainest of requests, or not here in one piece."""
         conn = h11.Connection(h11.SERVER, max_incomplete_event_size=self._max_head_bytes)
         head: h11.Request | None = None
+        data = _without_empty_lines(data)
         is_new = bool(data)
         try:
             conn.receive_data(data)
@@ -103,6 +104,13 @@ class RequestReader:
                     return None
         except h11.RemoteProtocolError as exc:
             return refuse_protocol(exc)
+
+
+def _without_empty_lines(data: bytes) -> bytes:
+    """What follows empty lines, which a server should pass over: RFC 9112, section 2.2."""
+    while data.startswith(b"\r\n"):
+        data = data[2:]
+    return data
 
 
 def _keeps(conn: h11.Connection) -> bool:

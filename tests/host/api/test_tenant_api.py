@@ -226,16 +226,41 @@ async def test_an_unknown_path_is_404(submit: FakeSubmit, path: str) -> None:
         assert reply.envelope()["results"] == {}
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "get"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "options", "get"])
 @pytest.mark.parametrize("path", [GOOD, "/verifier/identity", "/version"])
 async def test_another_method_is_405(submit: FakeSubmit, method: str, path: str) -> None:
     async with connected(make_door(submit)) as wire:
         await wire.send(get_bytes(path, method=method))
         reply = await wire.reply()
         assert reply.status == 405
-        assert reply.header("Allow") == "GET"
+        assert reply.header("Allow") == "GET, HEAD, OPTIONS"
         assert (await wire.get("/version")).status == 200
     assert submit.calls == []
+
+
+@pytest.mark.parametrize("target", ["*", "/", "/version", GOOD, "/verifier/identity"])
+async def test_options_say_that_somebody_is_there(submit: FakeSubmit, target: str) -> None:
+    """A balancer's probe, in HTTP/1.0 or 1.1; nobody's identity is asked for it."""
+
+    def nobody(_peer: Peer) -> Tenant:
+        raise UnknownTenantError("you are no tenant")
+
+    for version in ("1.0", "1.1"):
+        async with connected(make_door(submit, identify=nobody)) as wire:
+            await wire.send(get_bytes(target, method="OPTIONS", version=version))
+            reply = await wire.reply()
+            assert (reply.status, reply.body) == (200, b"")
+            assert reply.header("Allow") == "GET, HEAD, OPTIONS"
+    assert submit.calls == []
+
+
+async def test_head_is_the_head_of_get(submit: FakeSubmit) -> None:
+    async with connected(make_door(submit)) as wire:
+        got = await wire.get("/version")
+        await wire.send(get_bytes("/version", method="HEAD"))
+        reply = await wire.reply(to_head=True)
+        assert (reply.status, reply.body) == (200, b"")
+        assert reply.header("Content-Length") == str(len(got.body))
 
 
 async def test_head_takes_no_quote(submit: FakeSubmit) -> None:

@@ -314,6 +314,37 @@ async def test_absolute_form_is_accepted(site: Site) -> None:
         assert (reply.status, reply.body) == (200, b"GET /abs?x=1")
 
 
+@pytest.mark.parametrize("scheme", ["HTTP", "Https", "http"])
+async def test_a_scheme_is_one_in_capitals_too(site: Site, scheme: str) -> None:
+    async with pair(site) as wire:
+        assert (await wire.get(f"{scheme}://proxy.test/abs?x=1")).body == b"GET /abs?x=1"
+
+
+@pytest.mark.parametrize("lines", [b"\r\n", b"\r\n\r\n\r\n"])
+async def test_empty_lines_before_a_request_are_passed_over(site: Site, lines: bytes) -> None:
+    """RFC 9112, section 2.2: old clients send one behind a body."""
+    async with pair(site) as wire:
+        await wire.send(lines + OK)
+        assert (await wire.reply()).status == 200
+        await wire.send(lines)
+        await trio.testing.wait_all_tasks_blocked()
+        await wire.send(OK + lines + OK)
+        assert [(await wire.reply()).status for _ in range(2)] == [200, 200]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/3.0\r\nHost: x\r\n\r\n"],
+)
+async def test_another_version_of_http_is_505(site: Site, data: bytes) -> None:
+    async with pair(site) as wire:
+        await wire.send(data)
+        reply = await wire.reply()
+        assert (reply.status, reply.reason) == (505, "HTTP Version Not Supported")
+        assert await wire.is_closed()
+    assert site.requests == []
+
+
 # --- bodies -----------------------------------------------------------------------------------------
 
 BODIES = {
