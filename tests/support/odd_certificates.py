@@ -181,6 +181,14 @@ def pathlen_of_no_ca(certificate: Certificate) -> None:
     value.value = Node(SEQUENCE, [Node(INTEGER, b"\0")]).encode()
 
 
+def half_key_identifier(certificate: Certificate) -> None:
+    """An authorityKeyIdentifier that names the issuer and no serial number."""
+    name = Node(0xA4, [certificate.field(3)])  # its CA is self-signed
+    value = Node(SEQUENCE, [Node(0xA1, [name])]).encode()
+    oid = Node(der.OID, der.encode_oid("2.5.29.35")[2:])
+    certificate.extensions.append(Node(SEQUENCE, [oid, Node(OCTET_STRING, value)]))
+
+
 def null_parameters(certificate: Certificate) -> None:
     for algorithm in (certificate.field(2), certificate.algorithm):
         algorithm.parts.append(Node(NULL, b""))
@@ -221,6 +229,7 @@ def zero_serial(certificate: Certificate) -> None:
 
 
 ODD_ANY = {
+    "half a key identifier": half_key_identifier,
     "key usage with bits behind it": key_usage_bits,
     "pathlen of no CA": pathlen_of_no_ca,
     "critical=FALSE": critical_false,
