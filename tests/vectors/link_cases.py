@@ -181,6 +181,12 @@ def _forms() -> Iterator[LinkCase]:
     for key, values in bad.items():
         for value in values:
             yield _case(f"{key}: {_name(value)}", "Form", FORM, claims=_with(**{key: value}))
+    yield _case(
+        "a state that nobody knows, not confirmed",
+        "Form",
+        FORM,
+        claims=_with(state="attested", confirmed=False),
+    )
     digests = (MISSING, None, 1, "", RSA_EK[:-2], RSA_EK + "00", RSA_EK.upper(), "g" + RSA_EK[1:])
     for digest in digests:
         yield _case(f"digest: {_name(digest)}", "Form", FORM, claims=_ek(spki_sha256=digest))
