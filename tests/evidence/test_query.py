@@ -230,3 +230,11 @@ def test_an_error_shows_no_control_characters() -> None:
         parse_quote_query(GOOD + "&%1b[2J%0d%0aSet-Cookie=1")
     assert str(caught.value).isprintable()
     assert caught.value.parameter == "?[2J??Set-Cookie"
+
+
+@pytest.mark.parametrize("logs", [True, False])
+@pytest.mark.parametrize("pcr", range(24))
+def test_which_logs_a_request_wants(pcr: int, logs: bool) -> None:
+    asked = QuoteRequest(nonce=Nonce(b"n" * 16), mask=PcrMask(1 << pcr), logs=logs)
+    assert asked.wants_ima == (logs and pcr == 10)
+    assert asked.wants_boot_log == (logs and pcr < 16 and pcr != 10)
