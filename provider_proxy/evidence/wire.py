@@ -217,21 +217,20 @@ LogsPart = tuple[bytes, ...]
 """Logs as a part of an answer, in pieces: megabytes that nobody copies once more."""
 
 
-def encode_logs(
-    logs: HostLogs, *, ima: LogsPart | None = None, ima_entry: int = 0
-) -> LogsPart | None:
+def encode_logs(logs: HostLogs, *, ima: tuple[int, LogsPart] | None = None) -> LogsPart | None:
     """Logs as a part of an answer; None where there are none, nor a reason for it.
 
     Args:
-        ima: the IMA list from `ima_entry` on, each piece through `escape_text`; in the place of
-            `logs.ima`.
+        ima: the IMA list's first entry and its text from there on, each piece through `escape_text`; in
+            the place of `logs.ima`.
     """
     if logs.ima is not None:
-        ima, ima_entry = (escape_text(logs.ima),), logs.ima_entry
+        ima = logs.ima_entry, (escape_text(logs.ima),)
     parts: list[bytes] = []
     if ima is not None:
-        parts += [b',"ima_measurement_list":"', *ima, b'"']
-        parts.append(b',"ima_measurement_list_entry":%d' % ima_entry)
+        entry, pieces = ima
+        parts += [b',"ima_measurement_list":"', *pieces, b'"']
+        parts.append(b',"ima_measurement_list_entry":%d' % entry)
     if logs.uefi is not None:
         parts += [b',"mb_measurement_list":"', base64.b64encode(logs.uefi), b'"']
     for key, missing in (

@@ -58,7 +58,7 @@ def _encoded(entry: int, logs: Logs, *, with_uefi: bool) -> LogsPart | None:
     if entry < 0 or logs.ima is None:
         return encode_logs(own)
     start, pieces = logs.ima.pieces(entry, PIECE_BYTES)
-    return encode_logs(own, ima=tuple(_escaped(pieces)), ima_entry=start)
+    return encode_logs(own, ima=(start, tuple(_escaped(pieces))))
 
 
 def _escaped(pieces: Iterator[bytes]) -> Iterator[bytes]:
