@@ -2,7 +2,8 @@
 
     python packaging/check_sbom.py SBOM LOCK
 
-Every package of the lock is in it, in that version, and nothing else but this program.
+Every package that the lock names for this system is in it, in that version, and nothing else but this
+program. Needs `packaging`, which build/tools has.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import re
 import sys
 from pathlib import Path
 
-PIN = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==(\S+)", re.MULTILINE)
+from packaging.requirements import Requirement
+
+PIN = re.compile(r"^[A-Za-z0-9][^\\\n]*==[^\\\n]*", re.MULTILINE)
 PROGRAM = "provider-proxy"
 
 
@@ -23,15 +26,19 @@ def main() -> int:
     found = {each for each in found if each[0] != PROGRAM}
     assert sbom["bomFormat"] == "CycloneDX"
     assert sbom["metadata"]["component"]["name"] == PROGRAM
-    locked = pins(Path(sys.argv[2]).read_text(encoding="utf-8"))
-    wanted = {each for each in locked if each[0] not in ("colorama",)}  # of other systems
+    wanted = pins(Path(sys.argv[2]).read_text(encoding="utf-8"))
     assert found == wanted, sorted(found ^ wanted)
     return 0
 
 
 def pins(lock: str) -> set[tuple[str, str]]:
-    """A lock's packages and versions."""
-    return {(normal(name), version) for name, version in PIN.findall(lock)}
+    """A lock's packages and versions, those of other systems left out."""
+    requirements = map(Requirement, PIN.findall(lock))
+    return {
+        (normal(each.name), str(each.specifier).removeprefix("=="))
+        for each in requirements
+        if each.marker is None or each.marker.evaluate()
+    }
 
 
 def normal(name: str) -> str:

@@ -30,6 +30,13 @@ if [ "$(id -u)" != 0 ]; then
 fi
 apt() { $sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 "$@"; }
 
+# Nothing that is installed here is to run as a service: Debian's way to say so, for as long as this takes.
+policy=/usr/sbin/policy-rc.d
+if [ ! -e $policy ]; then
+    $sudo sh -c "printf '#!/bin/sh\nexit 101\n' >$policy && chmod 755 $policy"
+    trap '$sudo rm -f $policy' EXIT
+fi
+
 echo "installing Debian packages:$missing"
 apt update || echo "apt-get update failed; going on with the package lists that are here" >&2
 if [ -z "$why" ]; then
