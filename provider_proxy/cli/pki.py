@@ -19,6 +19,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from provider_proxy.common.files import is_there
 from provider_proxy.errors import HostError, UsageError
 from provider_proxy.host import pki
 
@@ -145,7 +146,7 @@ def _report_made(
 def _revoke(args: argparse.Namespace) -> int:
     path = args.directory / TENANTS / f"{check_name(args.name)}.crt"
     ca = pki.load_certificate(args.directory / pki.CA_CERT)
-    if not path.exists():
+    if not is_there(path):
         raise UsageError(f"there is no {path}")
     certificate = _load_issued(path, ca)
     _report_crl(args, pki.update_crl(args.directory, certificate, now=datetime.now(UTC)))

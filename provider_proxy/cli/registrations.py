@@ -8,6 +8,7 @@ import time
 
 from provider_proxy.cli.arguments import add_config_argument
 from provider_proxy.cli.ask_admin import AdminClient, configured
+from provider_proxy.cli.register import EXIT_REFUSED, SAID_NO
 from provider_proxy.common.failures import printable
 from provider_proxy.errors import ReplyError
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask the daemon and show.
+    """Ask the daemon and show; 1 where a person must act: a registrar says no.
 
     Raises:
         UsageError: the configuration names no admin listener.
@@ -30,13 +31,12 @@ def run(args: argparse.Namespace) -> int:
     found = _ask(configured(args.config))
     if args.json:
         print(json.dumps({"registrations": found}))
-        return 0
-    if not found:
+    elif not found:
         print("the daemon has no [registrars.NAME]")
-        return 0
-    for each in found:
-        _show(each)
-    return 0
+    else:
+        for each in found:
+            _show(each)
+    return EXIT_REFUSED if any(each.get("state") in SAID_NO for each in found) else 0
 
 
 def _show(each: dict[str, object]) -> None:

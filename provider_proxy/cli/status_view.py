@@ -148,6 +148,10 @@ def _facts(status: Mapping[str, Any], width: int) -> Table:
     dates = status.get("dates")
     if isinstance(dates, list) and dates:
         grid.add_row("dates", _dates(dates))
+    away = status.get("turned_away")
+    if isinstance(away, list) and away:
+        who = f"{_name(away[0]['address'])}: {escaped(str(away[0]['reason']))}"
+        grid.add_row("turned away", Text(f"last {who}", style="yellow"))
     registrations = status.get("registrations")
     if isinstance(registrations, list) and registrations:
         grid.add_row("registrars", ", ".join(_registration(one) for one in registrations))

@@ -14,6 +14,21 @@ MAX_SECRET_BYTES = 4096
 UNIT_CREDENTIALS = Path("/run/credentials/provider-proxy.service")  # systemd.exec(5)
 
 
+def is_there(path: Path) -> bool:
+    """False only where nothing is there: `Path.exists` raises, or says so, where it may not look.
+
+    Raises:
+        HostError: it cannot be looked at.
+    """
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError as exc:
+        raise HostError(f"cannot look at {path}: {exc.strerror}") from exc
+    return True
+
+
 def read_file(path: Path, limit: int) -> bytes:
     """Read a whole file.
 

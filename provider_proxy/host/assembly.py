@@ -7,7 +7,6 @@ Nothing here starts a task of the daemon's or waits for a tenant.
 
 from __future__ import annotations
 
-import logging
 import platform
 import secrets
 import time
@@ -58,7 +57,6 @@ from provider_proxy.host.vtpm.requests import Issuer
 from provider_proxy.host.vtpm.service import Keeper
 
 ADMIN_CONNECTIONS = 16  # Prometheus, a status page or two, `top`; one more closes the idlest
-log = logging.getLogger(__name__)
 
 HostQuoter = EsysQuoter | AgentQuoter
 OpenQuoter = Callable[[Config, Metrics], AbstractAsyncContextManager[HostQuoter]]
@@ -152,9 +150,6 @@ async def open_parts(
     metrics = Metrics()
     calendar = Calendar(read_dates(config), show=metrics.show_dates)
     preflight.check_start(config, inherited=bool(adopted))
-    finding = preflight.allow_connections(config)
-    if finding is not None:
-        log.warning("%s", finding.text)
     async with AsyncExitStack() as stack:
         quoter = await stack.enter_async_context(open_quoter(config, metrics))
         issuer = await _make_issuer(config, quoter, open_issuer)
@@ -172,6 +167,7 @@ async def open_parts(
             door,
             observe=metrics.count_request,
             observe_handshake=metrics.count_handshake,
+            turned_away=recent.turned_away.shaken,
             max_connections=config.limits.max_connections,
             max_per_address=config.limits.max_connections_per_address,
             busy_status=config.limits.busy_status,
@@ -182,6 +178,7 @@ async def open_parts(
             front_door or door,
             observe=metrics.count_request,
             observe_handshake=metrics.count_handshake,
+            turned_away=recent.turned_away.shaken,
             max_connections=config.limits.max_connections,
             max_per_address=config.limits.max_connections,
             busy_status=config.limits.busy_status,
@@ -396,5 +393,6 @@ def _make_tenant_door(
         default_timeout_ms=config.limits.default_timeout_ms,
         max_timeout_ms=config.limits.max_timeout_ms,
         count=recent.count,
+        turned_away=recent.turned_away.note,
         vtpm_ca=vtpm_ca_results(issuer.certificate) if isinstance(issuer, HostCa) else None,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import os
 import resource
 import stat
@@ -25,6 +26,8 @@ from provider_proxy.host.config.tables import KEYLIME_AGENT, Config
 from provider_proxy.host.http import binding
 from provider_proxy.host.tpm import device
 from provider_proxy.trust.ek_store import EkStore
+
+log = logging.getLogger(__name__)
 
 OTHER_FILES = 128  # the TPM, the log, registrars, the operator's listener, files that are read
 PROC = Path("/proc")
@@ -77,6 +80,9 @@ def check_start(config: Config, *, inherited: bool) -> None:
     """
     check_audit(config)
     check_conflicts(config)
+    finding = allow_connections(config)
+    if finding is not None:
+        log.warning("%s", finding.text)
     for key, addresses in addresses_of(config):
         if key != "listen.address" or not inherited:
             binding.check_free(key, addresses)

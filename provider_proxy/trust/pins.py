@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from provider_proxy.common.files import read_trusted, write_private
+from provider_proxy.common.files import is_there, read_trusted, write_private
 from provider_proxy.common.settings.values import LABEL_RE
 from provider_proxy.errors import EvidenceFormatError, HostError, PinChangedError, UsageError
 from provider_proxy.evidence.model import ClockState, TrustedHost
@@ -166,7 +166,7 @@ class PinStore:
 
     def has(self, label: str) -> bool:
         """True where a host is pinned. Raises: UsageError for a label that is no name."""
-        return self.path_of(label).exists()
+        return is_there(self.path_of(label))
 
     def pin(
         self,
@@ -197,9 +197,12 @@ class PinStore:
         if ek_public is not None:
             parse_public(ek_public)
         new = _Pin(ak_public=ak_public, ek_public=ek_public, ek_by_hand=ek_by_hand)
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as exc:
+            raise HostError(f"cannot make {self._directory}: {exc.strerror}") from exc
         with _locked(self._directory):
-            if path.exists() and not anew:
+            if is_there(path) and not anew:
                 pinned = self.load(label)
                 pinned.demand(ak_public, ek_public or pinned.ek_public or b"")
                 if ek_public is None or (
@@ -232,7 +235,7 @@ class PinStore:
         """
         path = self.path_of(label)
         with _locked(self._directory):
-            if not path.exists():
+            if not is_there(path):
                 raise UsageError(f"{label} is not pinned")
             path.unlink()
 
@@ -263,8 +266,10 @@ def _stamp_of(path: Path | str) -> object:
     """Changes whenever the file is replaced; None where it is missing."""
     try:
         now = os.stat(path)
-    except OSError:
+    except FileNotFoundError:
         return None
+    except OSError as exc:
+        raise HostError(f"cannot look at {path}: {exc.strerror}") from exc
     return now.st_ino, now.st_mtime_ns, now.st_ctime_ns, now.st_size
 
 

@@ -61,7 +61,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "host.registration": frozenset({"trio"}),
     "host.vtpm": frozenset({"cryptography", "trio"}),
     "host.audit": frozenset({"trio"}),
-    "host.status": frozenset({"trio"}),
+    "host.status": frozenset({"cryptography", "trio"}),
     "testing": frozenset({"cryptography", "tpm2_pytss"}),
     "bench": frozenset({"cryptography", "trio", "httpx", "h11", "matplotlib"}),
     "cli": frozenset({"psycopg", "cryptography", "trio", "httpx", "rich"}),

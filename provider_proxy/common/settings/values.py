@@ -31,6 +31,10 @@ IDENTITY_RE = re.compile(
 )
 
 
+KINDS = ("spiffe", "dns", "email", "cn", "sha256", "uid")
+MUST_IDENTITIES = "identities: spiffe://…, dns:…, email:…, cn:…, sha256:<hex> or uid:<n>"
+
+
 def fail(key: str, must: str) -> ConfigError:
     """The error of a key whose value is not as it must be."""
     return ConfigError(f"{key} must be {must}", key=key)
@@ -247,8 +251,21 @@ def read_identities(key: str, value: object) -> tuple[str, ...]:
         raise fail(key, "a list of identities")
     for item in value:
         if not IDENTITY_RE.fullmatch(read_text(key, item)):
-            raise fail(key, "identities: spiffe://…, dns:…, email:…, cn:…, sha256:<hex> or uid:<n>")
+            raise fail(key, f"{MUST_IDENTITIES}: {addresses.shown(item)} {_why_no_identity(item)}")
     return tuple(value)
+
+
+def _why_no_identity(text: str) -> str:
+    """Which rule an identity breaks, and the text that would be taken, where that is plain."""
+    kind, colon, rest = text.partition(":")
+    if not colon or kind.lower() not in KINDS:
+        return f"does not begin with one of {', '.join(f'{name}:' for name in KINDS)}"
+    bare = rest.replace(":", "").lower() if kind.lower() == "sha256" else rest.lower()
+    folded = f"{kind.lower()}:{bare if kind.lower() in ('dns', 'sha256') else rest}"
+    if IDENTITY_RE.fullmatch(folded):
+        rule = "has colons or capitals in its hex" if kind.lower() == "sha256" else "has capitals"
+        return f"{rule}: write {addresses.shown(folded)}"
+    return f"is not a good {kind.lower()} identity: see docs/tenants.md"
 
 
 def read_uuids(key: str, value: object) -> frozenset[uuid.UUID]:

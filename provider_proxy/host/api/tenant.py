@@ -58,6 +58,8 @@ Registrations = Sequence[Mapping[str, object]]
 Identify = Callable[[Peer], Tenant]
 """Says who a connection's tenant is. Raises `RequestError` for one that may not come in."""
 
+TurnAway = Callable[[str, str, bytes | None], object]
+
 
 class TenantDoor:
     """The handler of the tenants' listeners.
@@ -67,6 +69,7 @@ class TenantDoor:
         identity: results of `GET /verifier/identity`.
         version: of this program.
         count: told what became of each request of a known tenant.
+        turned_away: told of who is no tenant: why, the address, the certificate.
         registrations: those of a tenant, for its `GET /verifier/identity`.
         vtpm_ca: results of `GET /verifier/vtpm-ca`; None where the host has no such CA.
     """
@@ -83,9 +86,11 @@ class TenantDoor:
         default_timeout_ms: int,
         max_timeout_ms: int,
         count: Count = lambda tenant, reason: None,
+        turned_away: TurnAway = lambda reason, address, certificate: None,
         vtpm_ca: Mapping[str, object] | None = None,
     ) -> None:
         self._count = count
+        self._turned_away = turned_away
         self._submit = submit
         self._quotas = Quotas()
         self.identify = identify
@@ -127,6 +132,7 @@ class TenantDoor:
             tenant = self.identify(request.peer)
         except UnknownTenantError as exc:
             self._count(STRANGERS, type(exc).__name__)
+            self._turned_away(str(exc), request.peer.name, request.peer.certificate)
             raise
         try:
             response = await route(self._routes, request)(request, tenant)

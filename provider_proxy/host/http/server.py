@@ -65,7 +65,7 @@ class Door(HandshakeRoom):
     Args:
         handler: answers requests; a `ProviderProxyError` of it becomes its response.
         observe: counts responses.
-        observe_handshake: counts TLS handshakes.
+        observe_handshake, turned_away: told of each TLS handshake; the second also of the address.
         max_connections: one more closes the one that has been idle, or slow, the longest; where
             all others are being answered it is closed itself.
         max_per_address: one more from the same IP address is closed.
@@ -82,6 +82,7 @@ class Door(HandshakeRoom):
         *,
         observe: Observer,
         observe_handshake: ObserveHandshake = lambda reason: None,
+        turned_away: Callable[[str, str], None] = lambda reason, address: None,
         max_connections: int = 4096,
         max_per_address: int = 4096,
         max_handshakes: int = MAX_HANDSHAKES,
@@ -99,6 +100,7 @@ class Door(HandshakeRoom):
         self.busy_status = busy_status
         self.observe = observe
         self.observe_handshake = observe_handshake
+        self.turned_away = turned_away
         self.chains = Chains()
         self.closing = False
         self._max_connections = max_connections
@@ -309,11 +311,10 @@ class _Connection:
                 await self._linger()  # its alert says why
             raise
         finally:
-            if self._crowded_out:
-                reason = CROWDED_OUT
-            elif not self._stream.heard:
-                reason = SILENT
+            heard = reason if self._stream.heard else SILENT
+            reason = CROWDED_OUT if self._crowded_out else heard
             self._door.observe_handshake(reason)
+            self._door.turned_away(reason, self.address() or "")
 
     def _limit(self, seconds: float) -> None:
         """The handler says how long it may take."""

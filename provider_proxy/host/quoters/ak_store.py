@@ -11,7 +11,7 @@ import json
 import secrets
 from pathlib import Path
 
-from provider_proxy.common.files import read_secret, write_private
+from provider_proxy.common.files import is_there, read_secret, write_private
 from provider_proxy.errors import EvidenceFormatError, HostError
 from provider_proxy.evidence.strict_json import Fields, parse_json_object
 
@@ -43,7 +43,7 @@ class AkStore:
         self._after = after
         self._auth = b""
         self._name = b""
-        if self._path.exists():
+        if is_there(self._path):
             self._load()
 
     def _load(self) -> None:

@@ -85,6 +85,7 @@ class StatusBoard:
             "tenants": self._recent.tenants(),
             "selfcheck_failures": self._metrics.selfcheck_failure_count(),
             "dates": self._calendar.values(),
+            "turned_away": self._recent.turned_away.values(),
         }
 
     def _chip_values(self) -> dict[str, object]:

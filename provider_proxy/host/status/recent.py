@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import trio
 
 from provider_proxy.host.batching.batch import Batch
+from provider_proxy.host.status.turned_away import TurnedAway
 
 RING = 240  # a quarter of an hour at the default duty and 2 s a poll; half a minute flat out
 SPAN_MINUTES = 5
@@ -91,6 +92,7 @@ class Recent:
         self._clock = clock
         self._monotonic = monotonic
         self._batches: deque[PastBatch] = deque(maxlen=RING)
+        self.turned_away = TurnedAway(now=clock)
         self._summary: tuple[float, dict[str, object]] | None = None
         self._minutes: deque[tuple[int, dict[tuple[str, str], int]]] = deque(maxlen=SPAN_MINUTES)
 

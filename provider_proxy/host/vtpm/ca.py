@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from provider_proxy.common.files import read_file, write_private
+from provider_proxy.common.files import is_there, read_file, write_private
 from provider_proxy.errors import (
     HostError,
     SelfCheckError,
@@ -139,7 +139,7 @@ async def open_host_ca(
         SelfCheckError: what came out would not pass the tenants' check.
     """
     path = state_dir / CERTIFICATE_FILE
-    if path.exists():
+    if is_there(path):
         try:
             found = check_ca_certificate(read_file(path, MAX_CA_BYTES), ak)
             subject = profile.ca_subject(host_uuid, found.public_key)

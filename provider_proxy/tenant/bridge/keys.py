@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
-from provider_proxy.common.files import read_secret, write_private
+from provider_proxy.common.files import is_there, read_secret, write_private
 from provider_proxy.common.tls import TlsFiles, server_context, show_pem
 from provider_proxy.errors import EvidenceFormatError, HostError
 from provider_proxy.evidence.model import HashAlg
@@ -242,7 +242,7 @@ def load_keys(path: Path, *, make_for: str | None) -> BridgeKeys:
     Raises:
         HostError: the file is missing, damaged, or others can read it.
     """
-    if make_for is not None and not path.exists():
+    if make_for is not None and not is_there(path):
         write_private(path, make_keys(make_for))
     return parse_keys(read_secret("bridge.keys", path, limit=MAX_KEYS_BYTES) + b"\n", path)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from provider_proxy.common.files import read_file, write_private
+from provider_proxy.common.files import is_there, read_file, write_private
 from provider_proxy.errors import EvidenceFormatError, HostError
 from provider_proxy.evidence.strict_json import Fields, parse_json_object
 
@@ -33,7 +33,7 @@ class PortBook:
         self._path = directory / FILE_NAME
         self._range = range(first, last + 1)
         self._ports: dict[str, int] = {}
-        if self._path.exists():
+        if is_there(self._path):
             self._ports = _parse(read_file(self._path, MAX_FILE_BYTES), self._path)
 
     def ports_of(self, names: list[str]) -> dict[str, int]:

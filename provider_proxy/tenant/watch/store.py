@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from provider_proxy.common.files import FileLock, read_file, write_private
+from provider_proxy.common.files import FileLock, is_there, read_file, write_private
 from provider_proxy.errors import EvidenceFormatError, HostError, LogError
 from provider_proxy.evidence.logs.ima import ReplayState
 from provider_proxy.evidence.logs.ima_keys import key_of_spki
@@ -210,7 +210,7 @@ class StateStore(HostRecords):
             raise
 
     def _read(self) -> None:
-        if self._path.exists():
+        if is_there(self._path):
             self._records = parse_state(read_file(self._path, MAX_STATE_BYTES), self._path)
             self._parts = {name: encode_record(name, r) for name, r in self._records.items()}
 

@@ -1,0 +1,103 @@
+"""Who was turned away at the door, and why: a few lines in the log, and the last of them in the status.
+
+Whoever fails at TLS, or shows a certificate of nobody that is known, leaves nothing else behind: the
+operator sees here what the tenant sees as a closed connection. Lines are few, however many come: a port
+scan must not fill the log. What a client chose, its names above all, is short and printable.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
+from provider_proxy.common.failures import printable
+
+log = logging.getLogger(__name__)
+
+KEPT = 20
+LINES_A_MINUTE = 10
+UNREMARKED = ("ok", "silent", "client_gone")  # nobody was turned away: it went by itself
+WHY = {
+    "no_certificate": "it showed no client certificate",
+    "bad_certificate": "its certificate is expired, revoked, or not of listen.client_ca",
+    "protocol": "it does not speak TLS 1.2 or newer as we do",
+    "timeout": "its handshake took too long",
+}
+
+
+class TurnedAway:
+    """The last ones.
+
+    Args:
+        now: seconds since the epoch.
+    """
+
+    def __init__(self, *, now: Callable[[], float] = time.time) -> None:
+        self._now = now
+        self._last: deque[dict[str, object]] = deque(maxlen=KEPT)
+        self._minute = 0
+        self._lines = 0
+        self._unwritten = 0
+
+    def shaken(self, reason: str, address: str) -> None:
+        """A TLS handshake has ended: "ok", or why it failed."""
+        if reason not in UNREMARKED:
+            self.note(WHY.get(reason, reason), address)
+
+    def note(self, reason: str, address: str, certificate: bytes | None = None) -> None:
+        """Remember one, and log it where there is room this minute.
+
+        Args:
+            address: of the client; an IP address, or a unix socket's number.
+            certificate: DER, as TLS verified it; None where it showed none or TLS refused it.
+        """
+        now = self._now()
+        subject, fingerprint = _facts(certificate)
+        self._last.append(
+            {
+                "at": round(now, 3),
+                "address": address,
+                "reason": printable(reason),
+                "subject": subject,
+                "fingerprint": fingerprint,
+            }
+        )
+        if int(now) // 60 != self._minute:
+            self._minute, self._lines = int(now) // 60, 0
+        self._lines += 1
+        if self._lines > LINES_A_MINUTE:
+            self._unwritten += 1
+            return
+        more = f" ({self._unwritten} more were not written)" if self._unwritten else ""
+        self._unwritten = 0
+        log.warning(
+            "turned away: address=%s reason=%r subject=%r sha256=%s%s",
+            address,
+            printable(reason),
+            subject or "none",
+            fingerprint or "none",
+            more,
+        )
+
+    def values(self) -> list[dict[str, object]]:
+        """As a status has them, the newest first."""
+        return list(reversed(self._last))
+
+
+def _facts(der: bytes | None) -> tuple[str | None, str | None]:
+    """Subject and fingerprint of a certificate; untrusted bytes."""
+    if der is None:
+        return None, None
+    try:
+        certificate = x509.load_der_x509_certificate(der)
+        return (
+            printable(certificate.subject.rfc4514_string()),
+            certificate.fingerprint(hashes.SHA256()).hex(),
+        )
+    except ValueError:
+        return None, None
