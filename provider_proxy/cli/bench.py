@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,16 @@ from provider_proxy.bench import (
     watch,
 )
 from provider_proxy.errors import UsageError
+from provider_proxy.tenant.fleet.driver import import_with_libpq
 from provider_proxy.testing.disturb import CHIPS
+
+
+def run_fleet(seed: int, say: Callable[[str], None]) -> dict[str, object]:
+    """`bench.fleet`, which needs psycopg. Raises: HostError."""
+    module = import_with_libpq("provider_proxy.bench.fleet")
+    figures: dict[str, object] = module.run(seed, say)
+    return figures
+
 
 SUITES = {
     "quotes": quotes.run,
@@ -42,6 +52,7 @@ SUITES = {
     "logs": logs.run,
     "hostile": hostile.run,
     "watch": watch.run,
+    "fleet": run_fleet,
 }
 DEFAULT_SEED = 1
 

@@ -63,7 +63,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "host.audit": frozenset({"trio"}),
     "host.status": frozenset({"cryptography", "trio"}),
     "testing": frozenset({"cryptography", "tpm2_pytss"}),
-    "bench": frozenset({"cryptography", "trio", "httpx", "h11", "matplotlib"}),
+    "bench": frozenset({"psycopg", "cryptography", "trio", "httpx", "h11", "matplotlib"}),
     "cli": frozenset({"psycopg", "cryptography", "trio", "httpx", "rich"}),
     "__main__": frozenset(),
 }

@@ -21,9 +21,10 @@ from typing import Any
 
 import psycopg
 import pytest
-from postgres_helpers import Postgres, needs_postgres, postgres
+from needs_postgres import needs_postgres
 
 from provider_proxy.tenant.fleet import views
+from provider_proxy.testing.postgres import Postgres, postgres
 from provider_proxy.trust.pins import PinStore
 
 pytestmark = [needs_postgres, pytest.mark.real]

@@ -42,8 +42,11 @@ def is_database(text: str) -> bool:
     return SCHEME_RE.match(text) is not None
 
 
-def read_address(text: str) -> str:
+def read_address(text: str, *, name: str = "") -> str:
     """A libpq URL, checked and with this program's limits.
+
+    Args:
+        name: of the member, for the server's list of connections.
 
     Raises:
         UsageError: it is no URL of PostgreSQL's, or holds a password.
@@ -63,8 +66,8 @@ def read_address(text: str) -> str:
         "keepalives_idle": 5,
         "keepalives_interval": 2,
         "keepalives_count": 2,
-        "application_name": "provider-proxy",
     }
+    limits["application_name"] = f"provider-proxy {name}".strip()
     return make_conninfo(text, **{key: v for key, v in limits.items() if key not in values})
 
 
@@ -123,16 +126,16 @@ class Database:
     def _in_thread(self, work: Callable[[Connection[Any]], T]) -> T:
         with self._lock:
             connection = self._idle.pop() if self._idle else None
-        if connection is None:
-            connection = connect(self._address)
-            schema.check_version(connection)
         try:
+            if connection is None:
+                connection = connect(self._address)
+                schema.check_version(connection)
             result = work(connection)
-        except psycopg.Error as exc:
-            connection.close()
-            raise translated(exc) from exc
-        except BaseException:
-            connection.close()
+        except BaseException as exc:
+            if connection is not None:
+                connection.close()
+            if isinstance(exc, psycopg.Error):
+                raise translated(exc) from exc
             raise
         with self._lock:
             if not self._closed:

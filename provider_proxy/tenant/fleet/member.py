@@ -89,7 +89,7 @@ class FleetMember:
         if config.ek_dir is not None:
             raise ConfigError("ek_dir is for a watcher of its own file: leave it out, or state")
         self._config = config
-        self._database = Database(read_address(address))
+        self._database = Database(read_address(address, name=name))
         self._times = times or LeaseTimes()
         self._member = leases.Member(
             id=uuid.uuid4(), name=name, version=version, lease_s=self._times.lease_s

@@ -9,16 +9,17 @@ from typing import Any
 
 import psycopg
 import pytest
-from postgres_helpers import Postgres, needs_postgres, postgres
+from needs_postgres import needs_postgres
 
 from provider_proxy.errors import HostError, UsageError
 from provider_proxy.evidence.model import AkName, ClockState
 from provider_proxy.tenant.fleet import imports, leases, outbox, rows, schema, views
-from provider_proxy.tenant.fleet.database import DatabaseError, connect, translated
+from provider_proxy.tenant.fleet.database import Database, DatabaseError, connect, translated
 from provider_proxy.tenant.fleet.hosts import ImportedFleet, ImportedHost
 from provider_proxy.tenant.watch.reports import Verdict
 from provider_proxy.tenant.watch.states import State
 from provider_proxy.tenant.watch.store import HostRecord
+from provider_proxy.testing.postgres import Postgres, postgres
 
 pytestmark = [needs_postgres, pytest.mark.real]
 
@@ -193,3 +194,31 @@ def test_a_database_that_is_away_says_so(server: Postgres) -> None:
     with pytest.raises(DatabaseError, match="the database: "):
         connect(f"host={server.folder}/nowhere user=postgres dbname=postgres")
     assert "\n" not in str(translated(psycopg.OperationalError("one\ntwo")))
+
+
+async def test_a_connection_that_breaks_at_any_point_is_a_database_error(
+    server: Postgres, connection: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is opened, while its tables are looked at, in the middle of the work; then it goes on."""
+    database = Database(server.dsn)
+
+    def broken(_: psycopg.Connection[Any]) -> None:
+        raise psycopg.OperationalError("terminating connection")
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(schema, "check_version", broken)
+            with pytest.raises(DatabaseError, match="terminating connection"):
+                await database.run(schema.shards_of)
+        with pytest.raises(DatabaseError, match="terminating connection"):
+            await database.run(broken)
+        assert await database.run(schema.shards_of) == SHARDS
+
+        def end_itself(used: psycopg.Connection[Any]) -> None:
+            used.execute("select pg_terminate_backend(pg_backend_pid())")
+
+        with pytest.raises(DatabaseError, match="terminating connection"):
+            await database.run(end_itself)
+        assert await database.run(schema.shards_of) == SHARDS
+    finally:
+        database.close()

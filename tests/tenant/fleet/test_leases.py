@@ -25,10 +25,11 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from postgres_helpers import Postgres, needs_postgres, postgres
+from needs_postgres import needs_postgres
 
 from provider_proxy.tenant.fleet import leases, schema
 from provider_proxy.tenant.fleet.lease import Holdings, LeaseTimes
+from provider_proxy.testing.postgres import Postgres, postgres
 
 pytestmark = [needs_postgres, pytest.mark.real]
 

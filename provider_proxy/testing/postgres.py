@@ -1,4 +1,5 @@
-"""A real PostgreSQL for tests: a cluster of its own, on a unix socket alone, thrown away afterwards."""
+"""A real PostgreSQL for tests and benchmarks: a cluster of its own, on a unix socket alone, thrown away
+afterwards. Nothing in it outlives a crash of the machine."""
 
 from __future__ import annotations
 
@@ -11,11 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
+from provider_proxy.errors import HostError
 
 START_LIMIT_S = 60
 USER = "postgres"
-# No durability: nobody reads this cluster after a crash of the machine.
 SETTINGS = (
     *("-c", "listen_addresses="),
     *("-c", "fsync=off"),
@@ -34,9 +34,6 @@ def find_bin() -> Path | None:
     return Path(there).parent if there else None
 
 
-needs_postgres = pytest.mark.skipif(find_bin() is None, reason="PostgreSQL is not installed")
-
-
 class Postgres:
     """A running cluster.
 
@@ -51,6 +48,12 @@ class Postgres:
         # The server refuses to run as root.
         self._user = USER if os.geteuid() == 0 else None
         self.dsn = f"host={folder} user={USER} dbname=postgres connect_timeout=5"
+
+    def pids(self) -> list[int]:
+        """The server's processes, the first one first."""
+        first = int((self.data / "postmaster.pid").read_text().splitlines()[0])
+        children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+        return [first, *map(int, children)]
 
     def run(self, program: str, *arguments: str) -> None:
         """Run one of PostgreSQL's programs to its end."""
@@ -77,9 +80,14 @@ class Postgres:
 
 @contextmanager
 def postgres() -> Iterator[Postgres]:
-    """A cluster for as long as the context lasts."""
+    """A cluster for as long as the context lasts.
+
+    Raises:
+        HostError: PostgreSQL is not installed.
+    """
     programs = find_bin()
-    assert programs is not None
+    if programs is None:
+        raise HostError("PostgreSQL is not installed (postgresql on Debian)")
     # A short path: a socket's has 107 bytes at most.
     with tempfile.TemporaryDirectory(prefix="pg") as name:
         folder = Path(name)
