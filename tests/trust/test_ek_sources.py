@@ -205,7 +205,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     """A registrar that the commands reach, whatever their options for TLS."""
     world = World(tmp_path, reencoded(ODD))
     monkeypatch.setattr(
-        "provider_proxy.cli.registrar.open_client", lambda *files, names: world.fake.client()
+        "provider_proxy.cli.registrar.open_client", lambda *files, **options: world.fake.client()
     )
     monkeypatch.setattr("provider_proxy.cli.registrar.EkStore", lambda *paths, **options: world.eks)
     return world
