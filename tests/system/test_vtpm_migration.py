@@ -32,6 +32,8 @@ from provider_proxy.host.vtpm.helper.readback import STATE_FILE, StateSource
 from provider_proxy.host.vtpm.helper.status import StatePlace
 
 pytestmark = OPT_IN
+if "TEST_LIBVIRT" not in os.environ:
+    pytest.skip("opt-in: make test-libvirt", allow_module_level=True)
 
 PLAIN = Domain(name="plain", vm=uuid.UUID("0b8c5f0e-8f5a-4b7e-9d3c-2a1f6e5d4c01"))
 OTHER = Domain(name="other", vm=uuid.UUID("0b8c5f0e-8f5a-4b7e-9d3c-2a1f6e5d4c02"))

@@ -18,12 +18,9 @@ import trio
 from helpers import LIMIT_S, get, serving, until_answered, wait_until
 from vtpm_helpers import EKHOOK, OTHER_VM, QEMU, VM, running_helper, setup_config
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(
-        os.geteuid() != 0 or shutil.which("swtpm_setup") is None, reason="needs root, swtpm-tools"
-    ),
-]
+pytestmark = pytest.mark.real
+if os.geteuid() != 0 or shutil.which("swtpm_setup") is None:
+    pytest.skip("needs root and swtpm-tools", allow_module_level=True)
 
 
 class Proxmox:

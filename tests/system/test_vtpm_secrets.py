@@ -23,10 +23,9 @@ from provider_proxy.host.vtpm.helper.readback import EncryptedError, StateSource
 from provider_proxy.host.vtpm.helper.secrets import NoSecretError, passphrase_fd
 from provider_proxy.host.vtpm.helper.status import StatePlace
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(shutil.which("swtpm_setup") is None, reason="needs swtpm-tools"),
-]
+pytestmark = pytest.mark.real
+if shutil.which("swtpm_setup") is None:
+    pytest.skip("needs swtpm-tools", allow_module_level=True)
 
 SECRET = uuid.UUID("aaaaaaaa-0000-4000-8000-00000000000a")
 PASSPHRASE = b"a passphrase\0with any bytes\xff" * 10

@@ -25,13 +25,9 @@ APP = "/usr/lib/provider-proxy"
 BOOT_S = 180
 CAP_DAC_READ_SEARCH = 2  # capability.h
 
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(
-        os.geteuid() != 0 or shutil.which("systemd-nspawn") is None,
-        reason="needs root and systemd-nspawn (systemd-container)",
-    ),
-]
+pytestmark = pytest.mark.real
+if os.geteuid() != 0 or shutil.which("systemd-nspawn") is None:
+    pytest.skip("needs root and systemd-nspawn (systemd-container)", allow_module_level=True)
 
 # In a mount namespace of its own: an overlay over all that is here, then systemd in it.
 BOOT = """
