@@ -106,8 +106,8 @@ def _status(args: argparse.Namespace) -> int:
 def _line(host: Mapping[str, object]) -> str:
     at = host["last_at"]
     when = f" at {datetime.fromtimestamp(at, UTC):%H:%M:%S}Z" if isinstance(at, float) else ""
-    place = f":{host['port']}" if host["mode"] == "pull" else "push"
-    if host["mode"] == "pull" and not host["listening"]:
+    place = f":{host['port']}"
+    if not host["listening"]:
         place += " not listening"
     words = [f"{host['agent_id']}", place, f"{host['registered']}"]
     words.append(f"{host['last'] or 'not asked yet'}{when}")

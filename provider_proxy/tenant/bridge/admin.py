@@ -70,7 +70,7 @@ def not_ready(agents: Mapping[str, HostAgent]) -> list[str]:
     return [
         name
         for name, each in agents.items()
-        if each.registration.status.state not in GOOD or not (each.is_listening or each.is_push)
+        if each.registration.status.state not in GOOD or not each.is_listening
     ]
 
 
@@ -81,7 +81,6 @@ def status(bridge: Shown) -> dict[str, object]:
         standing, registration = each.agent.standing, each.registration.status
         hosts[name] = {
             "agent_id": each.agent.agent_id,
-            "mode": "push" if each.is_push else "pull",
             "port": each.port,
             "listening": each.is_listening,
             "registered": registration.state.value,

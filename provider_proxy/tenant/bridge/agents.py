@@ -83,7 +83,7 @@ class HostAgent:
     """One host's agent and all that belongs to it.
 
     Attributes:
-        port: where it listens; also what its record names in push mode, where nobody comes.
+        port: where it listens.
         is_listening: its port is open.
     """
 
@@ -114,10 +114,6 @@ class HostAgent:
         self._context = context
         self._scope = trio.CancelScope()
 
-    @property
-    def is_push(self) -> bool:
-        return self.agent.questions.setting.rules.mode == "push"
-
     def stop(self) -> None:
         """End it, in its own time."""
         self._scope.cancel()
@@ -132,8 +128,7 @@ class HostAgent:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.agent.run)
                 nursery.start_soon(self.registration.run)
-                if not self.is_push:
-                    await self._listen(changed)
+                await self._listen(changed)
 
     async def _listen(self, changed: Callable[[], None]) -> None:
         door = Door(partial(api.answer, self.agent), self._context)

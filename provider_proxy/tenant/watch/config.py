@@ -159,10 +159,8 @@ def _check_bridge(
     if bridge.registrar not in registrars:
         raise ConfigError("bridge.registrar must name a [registrars.NAME]")
     asked = {name: rules for name, rules in hosts.items() if rules.need_provider_quote}
-    if bridge.client_ca is None and any(rules.mode == "pull" for rules in asked.values()):
+    if bridge.client_ca is None:
         raise ConfigError("bridge.client_ca is missing: whose client certificates may ask?")
-    if bridge.verifier_url is None and any(rules.mode == "push" for rules in asked.values()):
-        raise ConfigError("bridge.verifier_url is missing: where do push hosts post?")
     if bridge.first_port > bridge.last_port:
         raise ConfigError("bridge.first_port must be <= bridge.last_port")
     if (bridge.verifier_cert is None) != (bridge.verifier_key is None):

@@ -173,11 +173,6 @@ class HostRules:
     vm_least: str = setting(
         one_of(*STATES), STATES[0], "The least that the host must know of that EK."
     )
-    mode: str = setting(
-        one_of("pull", "push"),
-        "pull",
-        "For bridge: Keylime's verifier polls this host's agent, or the agent posts (experimental).",
-    )
 
 
 OWN_KEYS = ("provider_ip", "uuid", "pin", "vm", "vm_ek")
@@ -262,7 +257,7 @@ class BridgeTable:
     client_ca: Path | None = setting(
         read_path,
         None,
-        "CA of the client certificates of your verifier and its tools, PEM. Needed for pull.",
+        "CA of the client certificates of your verifier and its tools, PEM. Needed.",
     )
     listen_ip: str = setting(_read_ip, "127.0.0.1", "IP address at which the agents listen.")
     contact_ip: str | None = setting(
@@ -304,7 +299,7 @@ class BridgeTable:
     verifier_url: str | None = setting(
         read_safe_url,
         None,
-        "Your verifier, https, port 8881 as a rule: for push, and for reactivate.",
+        "Your verifier, https, port 8881 as a rule: for reactivate.",
     )
     verifier_ca: Path | None = setting(
         read_path, None, "CA of its certificate, PEM; the system's by default."

@@ -1,0 +1,86 @@
+"""The watcher's file as `bridge` reads it: what it needs beyond `watch`, and what it may leave out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from provider_proxy.cli.main import run
+from provider_proxy.errors import ConfigError
+from provider_proxy.tenant.bridge.admin import _host
+from provider_proxy.tenant.watch.config import parse_watch_config
+
+HOST = {"provider_ip": "192.0.2.1"}
+MINE = {"url": "https://registrar.example:8891", "insecure_no_ek": True}
+BRIDGE = {"registrar": "mine", "client_ca": "ca.crt"}
+
+
+def parse(bridge: dict[str, Any] | None = None, host: dict[str, Any] | None = None) -> Any:
+    values = {
+        "bridge": BRIDGE | (bridge or {}),
+        "registrars": {"mine": MINE},
+        "hosts": {"h": HOST | (host or {})},
+    }
+    return parse_watch_config(values, for_bridge=True)
+
+
+def test_a_host_needs_no_policy_here_and_one_for_watch() -> None:
+    assert parse().hosts["h"].provider_ip == "192.0.2.1"
+    with pytest.raises(ConfigError, match=r"hosts\.h has no policy"):
+        parse_watch_config({"hosts": {"h": HOST}})
+
+
+@pytest.mark.parametrize(
+    ("bridge", "host", "message"),
+    [
+        ({"registrar": "other"}, {}, r"bridge\.registrar must name"),
+        ({"client_ca": ""}, {}, r"bridge\.client_ca must be a path"),
+        ({"first_port": 30_000}, {}, "first_port must be <= bridge.last_port"),
+        ({"first_port": 0}, {}, "first_port must be >= 1"),
+        ({"verifier_cert": "x"}, {}, "verifier_cert and verifier_key belong together"),
+        ({"verifier_url": "http://127.0.0.1:1"}, {}, "verifier_url must be an https URL"),
+        ({"verifier_url": "http://192.0.2.1"}, {}, "verifier_url must be"),
+        ({"admin": "192.0.2.1:8897"}, {}, "admin must be an address of loopback"),
+        ({"listen_ip": "name.example"}, {}, "listen_ip must be an IP address"),
+        ({"hold_s": 0}, {}, "hold_s must be >= 0.1"),
+        ({"after_crash": "ignore"}, {}, "after_crash must be one of"),
+        ({"unknown": 1}, {}, r"bridge\.unknown is not a key"),
+        ({}, {"bank": "sha384"}, r'hosts\.h\.bank must be "sha256"'),
+    ],
+)
+def test_what_is_wrong_is_named(bridge: dict[str, Any], host: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(bridge, host)
+
+
+def test_without_client_ca_nobody_may_ask() -> None:
+    with pytest.raises(ConfigError, match="whose client certificates may ask"):
+        parse_watch_config(
+            {"bridge": {"registrar": "mine"}, "registrars": {"mine": MINE}, "hosts": {"h": HOST}},
+            for_bridge=True,
+        )
+
+
+@pytest.mark.parametrize(
+    ("header", "host"),
+    [
+        ("127.0.0.1:8897", "127.0.0.1"),
+        ("[::1]:8897", "::1"),
+        ("evil.example", "evil.example"),
+    ],
+)
+def test_the_admin_listener_reads_its_name(header: str, host: str) -> None:
+    assert _host(header) == host
+
+
+def test_keys_for_a_credential_are_made_once(tmp_path: Path) -> None:
+
+    path = tmp_path / "keys.pem"
+    assert run(["bridge", "make-keys", "--out", str(path), "--ip", "192.0.2.5"]) == 0
+    assert path.stat().st_mode & 0o777 == 0o600
+    before = path.read_bytes()
+    assert run(["bridge", "make-keys", "--out", str(path), "--ip", "192.0.2.5"]) == 2
+    assert path.read_bytes() == before
+    assert run(["bridge", "make-keys", "--out", str(tmp_path / "x"), "--ip", "no"]) == 2
