@@ -23,6 +23,8 @@ from provider_proxy.host.http.messages import (
 )
 from provider_proxy.host.http.plain import client_certs, plain_get
 
+EMPTY_LINE = b"\r\n"
+
 
 class RequestReader:
     """One client's requests.
@@ -57,6 +59,8 @@ class RequestReader:
         if self._ahead:
             await trio.lowlevel.checkpoint()  # who sends many at once must not keep others waiting
         data = self._ahead or await self._stream.receive_some()
+        while data.startswith(EMPTY_LINE):
+            data = _without_empty_lines(data) or await self._stream.receive_some()
         plain = plain_get(data)
         if plain is None:
             self._ahead = b""
@@ -78,7 +82,6 @@ class RequestReader:
         """The same for what is not the plainest of requests, or not here in one piece."""
         conn = h11.Connection(h11.SERVER, max_incomplete_event_size=self._max_head_bytes)
         head: h11.Request | None = None
-        data = _without_empty_lines(data)
         is_new = bool(data)
         try:
             conn.receive_data(data)
@@ -108,9 +111,10 @@ class RequestReader:
 
 def _without_empty_lines(data: bytes) -> bytes:
     """What follows empty lines, which a server should pass over: RFC 9112, section 2.2."""
-    while data.startswith(b"\r\n"):
-        data = data[2:]
-    return data
+    end = 0
+    while data.startswith(EMPTY_LINE, end):
+        end += len(EMPTY_LINE)
+    return data[end:]
 
 
 def _keeps(conn: h11.Connection) -> bool:

@@ -541,7 +541,7 @@ ERRORS: list[tuple[ProviderProxyError, int, str, dict[str, str], bool]] = [
     (ParameterError("mask", "is wrong"), 400, "Bad Request", {}, False),
     (UnknownTenantError("you are no tenant"), 403, "Forbidden", {}, True),
     (NotFoundError("no such path"), 404, "Not Found", {}, False),
-    (MethodError("only GET"), 405, "Method Not Allowed", {"Allow": "GET"}, False),
+    (MethodError("only GET"), 405, "Method Not Allowed", {"Allow": "GET, HEAD, OPTIONS"}, False),
     (
         TenantLimitError("too many", retry_after_s=2.4),
         429,
