@@ -145,6 +145,9 @@ def _facts(status: Mapping[str, Any], width: int) -> Table:
     grid.add_row("queue", f"{waits}; room for {queue['max_queue']:d}")
     rule = f"{batching['window_ms']:g} ms, then when the chip is ready"
     grid.add_row("window", f"{rule}; {batching['max_leaves']:d} requests at most")
+    if status.get("audit_lost"):
+        lost = f"{status['audit_lost']:d} batches are not in the audit log"
+        grid.add_row("audit", Text(lost, style="bold red"))
     dates = status.get("dates")
     if isinstance(dates, list) and dates:
         grid.add_row("dates", _dates(dates))

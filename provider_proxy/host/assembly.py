@@ -294,7 +294,7 @@ def _make_batcher(
         claims=keeper.claims if keeper is not None else None,
         logs=logs,
         boottime=_boottime(),
-        audit=_make_audit(config, quoter),
+        audit=_make_audit(config, quoter, metrics),
         observe=recent.batch_done,
     )
 
@@ -341,12 +341,11 @@ def _make_registrations(config: Config, quoter: HostQuoter, metrics: Metrics) ->
     )
 
 
-def _make_audit(config: Config, quoter: HostQuoter) -> Audit | None:
+def _make_audit(config: Config, quoter: HostQuoter, metrics: Metrics) -> Audit | None:
     if not config.audit.enabled:
         return None
-    audit_log = AuditLog(
-        config.audit.path, max_bytes=config.audit.max_mb * 1_000_000, keep=config.audit.keep
-    )
+    size, keep, on_loss = config.audit.max_mb * 1_000_000, config.audit.keep, metrics.audit_lost.inc
+    audit_log = AuditLog(config.audit.path, max_bytes=size, keep=keep, on_loss=on_loss)
     start = secrets.token_hex(8)  # makes batch numbers unique over restarts
 
     async def record(batch: Batch) -> None:

@@ -141,6 +141,11 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.audit_lost = Counter(
+            prefix + "audit_lost_batches",
+            "Batches whose records did not get into the audit log, or not wholly. Must stay 0.",
+            registry=self.registry,
+        )
         self.not_after = Gauge(
             prefix + "not_after_seconds",
             "When a certificate, a CA or a CRL ends to be valid, in seconds since the epoch.",
@@ -200,6 +205,10 @@ class Metrics:
         """How many batches failed the self-check."""
         name = "provider_proxy_selfcheck_failures_total"
         return int(self.registry.get_sample_value(name) or 0)
+
+    def audit_lost_count(self) -> int:
+        """How many batches are not in the audit log that was asked for."""
+        return int(self.registry.get_sample_value("provider_proxy_audit_lost_batches_total") or 0)
 
     def set_registration(self, registrar: str, state: str, states: Iterable[str]) -> None:
         """Say in which of all its states a registration is."""

@@ -41,6 +41,7 @@ class AuditLog:
         max_bytes: the file grows no further, but for a batch that alone is larger.
         keep: how many older files stay, `path.1` the youngest.
         in_worker: runs the append; a thread, but for tests of timing.
+        on_loss: told of each batch that could not be recorded, or not wholly.
 
     Attributes:
         failures: batches that could not be recorded, or not wholly.
@@ -53,12 +54,14 @@ class AuditLog:
         max_bytes: int = DEFAULT_MAX_BYTES,
         keep: int = DEFAULT_KEEP,
         in_worker: Callable[..., Awaitable[Any]] | None = None,
+        on_loss: Callable[[], object] = lambda: None,
     ) -> None:
         import trio  # here and in `write` alone: who reads a log has not got it
 
         if max_bytes < 1 or not 1 <= keep <= MAX_KEEP:
             raise ValueError(f"max_bytes must be at least 1, keep 1 to {MAX_KEEP}")
         self.failures = 0
+        self._on_loss = on_loss
         self._path, self._max_bytes, self._keep = path, max_bytes, keep
         self._one = trio.CapacityLimiter(1)
         self._in_worker = in_worker or functools.partial(
@@ -92,6 +95,7 @@ class AuditLog:
 
     def _failed(self, problem: str) -> None:
         self.failures += 1
+        self._on_loss()
         self._streak += 1
         if self._streak == 1:
             log.error("the audit log cannot be written, records are lost: %s", problem)

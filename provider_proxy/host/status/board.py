@@ -84,6 +84,7 @@ class StatusBoard:
             "batches": self._recent.batches(),
             "tenants": self._recent.tenants(),
             "selfcheck_failures": self._metrics.selfcheck_failure_count(),
+            "audit_lost": self._metrics.audit_lost_count(),
             "dates": self._calendar.values(),
             "turned_away": self._recent.turned_away.values(),
         }

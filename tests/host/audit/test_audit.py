@@ -1325,3 +1325,11 @@ def test_what_the_command_says_is_documented(folder: Folder) -> None:
         assert f"| {code} |" in said
         for part in said.split("|")[1].replace("an error", "QuoteError").split("…"):
             assert part.strip() in out
+
+
+async def test_each_loss_is_told(tmp_path: Path) -> None:
+    losses: list[None] = []
+    log = AuditLog(tmp_path / "none" / "audit.log", on_loss=lambda: losses.append(None))
+    await log.write([])
+    await log.write([])
+    assert len(losses) == log.failures == 2

@@ -179,6 +179,10 @@ FIRES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {'provider_proxy_registrations{registrar="acme", state="conflict"}': "1x120"},
         {"job": "provider-proxy", "registrar": "acme", "state": "conflict"},
     ),
+    "ProviderProxyAuditLost": (
+        {"provider_proxy_audit_lost_batches_total": "0x100 1x20"},
+        {"job": "provider-proxy"},
+    ),
     "ProviderProxyCertificateExpiresSoon": (
         {'provider_proxy_not_after_seconds{what="listen.tls_cert"}': "1000000x120"},
         {"job": "provider-proxy", "what": "listen.tls_cert"},
@@ -199,6 +203,7 @@ FIRES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
 # All of these at once, and nothing fires: a proxy that is well.
 WELL = {
     "up": "1x120",
+    "provider_proxy_audit_lost_batches_total": "0x120",
     'provider_proxy_not_after_seconds{what="listen.tls_cert"}': "2000000x120",
     'provider_proxy_not_after_seconds{what="listen.client_crl"}': "2000000x120",
     "provider_proxy_selfcheck_failures_total": "0x120",
