@@ -10,7 +10,10 @@ app=/usr/lib/provider-proxy
 
 if [ -d /run/systemd/system ]; then
     # The socket first: a tenant's question must not start the daemon again.
-    systemctl disable --now provider-proxy.socket provider-proxy.service || true
+    for unit in $(sed -n 's/.*\/\(provider-proxy[^/]*\.socket\)$/\1/p' $app/installed-files) \
+        $(sed -n 's/.*\/\(provider-proxy[^/]*\.service\)$/\1/p' $app/installed-files); do
+        systemctl disable --now "$unit" || true
+    done
 fi
 while read -r file; do rm -f "$file"; done <$app/installed-files
 rm -rf $app
