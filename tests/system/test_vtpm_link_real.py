@@ -27,6 +27,7 @@ from test_vtpm_real import (
     in_thread,
     localca,
     pytestmark,
+    until_stopped,
 )
 from tpm_helpers import tool
 from vtpm_helpers import VM
@@ -107,22 +108,22 @@ async def test_the_whole_chain(host: Host, tmp_path: Path) -> None:
     certs = make_certs(tmp_path)
     async with serving(host.folder, config_of(host, certs)) as serve:
         tenant = TenantAt(tmp_path, f"https://{serve.address}", certs)
-        made = await in_thread(host.make_vtpm)
-        assert made.returncode == 0, made.stdout
-        with host.libvirt.running(VM, user=SWTPM_USER) as tcti:
-            host.event("started", "begin")
-            await host.until_confirmed()
-            tool(tcti, "tpm2_readpublic", "-c", "0x81010001", "-f", "tss", "-o", tmp_path / "ek")
-            tool(tcti, "tpm2_readpublic", "-c", "0x81010016", "-f", "tss", "-o", tmp_path / "ek2")
-            await tenant.run("identity URL --save-ak ak")
-            await tenant.run("pin add alpha --pins pins --ak-tpm ak")
-            await _check_ca(tenant, tcti)
-            await _check_link(tenant)
-            await in_thread(vtpm_quote, tcti, tmp_path)
-            await _check_deep(tenant)
-            await _check_agent(tenant, GOOD, "linked: VM")
-        host.event("stopped", "end")
-        await _check_agent(tenant, REFUSED, "VmNotRunningError")
+        with host.helper():
+            made = await in_thread(host.make_vtpm)
+            assert made.returncode == 0, made.stdout
+            with host.libvirt.running(VM, user=SWTPM_USER) as tcti:
+                await host.until_confirmed()
+                for handle, name in (("0x81010001", "ek"), ("0x81010016", "ek2")):
+                    tool(tcti, "tpm2_readpublic", "-c", handle, "-f", "tss", "-o", tmp_path / name)
+                await tenant.run("identity URL --save-ak ak")
+                await tenant.run("pin add alpha --pins pins --ak-tpm ak")
+                await _check_ca(tenant, tcti)
+                await _check_link(tenant)
+                await in_thread(vtpm_quote, tcti, tmp_path)
+                await _check_deep(tenant)
+                await _check_agent(tenant, GOOD, "linked: VM")
+            await until_stopped(host)
+            await _check_agent(tenant, REFUSED, "VmNotRunningError")
 
 
 async def _check_ca(tenant: TenantAt, tcti: str) -> None:
