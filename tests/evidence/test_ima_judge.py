@@ -116,6 +116,24 @@ def test_the_template_evm_sig() -> None:
             parse_entry(change)
 
 
+def test_an_evm_signature_signs_no_file() -> None:
+    """It is over a file's metadata, whatever it looks like."""
+    sig = bytes.fromhex(signature(RSA, GOOD))
+    data = field(b"sha256:\0" + bytes.fromhex(GOOD)) + field(b"/x\0") + field(sig) + field(b"n\0")
+    data += field(b"") + field(b"") + field(bytes(4)) + field(bytes(4)) + field(bytes(2))
+    shown = f"10 {hashlib.sha1(data).hexdigest()} evm-sig sha256:{GOOD} /x {sig.hex()} n   0 0 0"
+    lines = [BOOT, Line(shown, data)]
+    keys = policy(**{"verification-keys": verification_keys(RSA)})
+    assert problem(lines, keys) == "IMA entry 1: /x is not in the runtime policy"
+
+
+@pytest.mark.parametrize("template", ["ima-sig", "ima-buf", "ima-modsig"])
+def test_a_line_has_the_fields_of_its_template(template: str) -> None:
+    more = line("/x", template=template, more="00").text + " 00 00 00"
+    with pytest.raises(LogError, match=f"has not the fields of {template}"):
+        parse_entry(more)
+
+
 def test_names_with_spaces_where_nothing_follows() -> None:
     assert problem([BOOT, line("/a b c")], policy(digests={"/a b c": [GOOD]})) is None
 

@@ -48,8 +48,8 @@ class ReplayState:
     next_entry: int
     value: bytes
     keys: KeySet
-    violations: int = 0
-    others: int = 0
+    violations: int
+    others: int
     problem: str | None = None
     is_open: bool = False
 
