@@ -145,6 +145,13 @@ class StderrHandler(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
+def write_last_lines() -> None:
+    """Write what `in_background` has not written yet, for a second at the most: the process ends now."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, StderrHandler) and handler.writer is not None:
+            handler.writer.close()
+
+
 def dropped_lines() -> int:
     """How many lines were dropped since `in_background` began, because their reader was too slow."""
     for handler in logging.getLogger().handlers:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import trio
 
+from provider_proxy.common.log import write_last_lines
 from provider_proxy.host import systemd
 from provider_proxy.host.tpm.state import ReadState
 
@@ -24,7 +25,8 @@ EXIT_ENVIRONMENT = 3
 
 
 def _end_process() -> None:
-    """At once: an orderly end would wait for the thread that hangs."""
+    """At once: an orderly end would wait for the thread that hangs. But the log says why."""
+    write_last_lines()
     os._exit(EXIT_ENVIRONMENT)
 
 
