@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import stat
@@ -137,6 +138,22 @@ def demand_ours(path: Path) -> None:
         raise HostError(f"cannot look at {path}: {getattr(exc, 'strerror', None) or exc}") from exc
 
 
+def make_private_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, for their owner alone.
+
+    `Path.mkdir` gives its mode to the last one only; the others are open to all.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
 def write_private(path: Path, data: bytes) -> None:
     """Write a file that only its owner can read; after a crash it is the old one or the new one.
 
@@ -148,7 +165,7 @@ def write_private(path: Path, data: bytes) -> None:
     except ValueError as exc:
         raise HostError(f"cannot write {path}: it names no file") from exc
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_folder(path.parent)
         part.unlink(missing_ok=True)
         fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "wb") as file:
@@ -162,6 +179,8 @@ def write_private(path: Path, data: bytes) -> None:
         finally:
             os.close(directory)
     except OSError as exc:
+        with contextlib.suppress(OSError):  # a full disk leaves half of it
+            part.unlink(missing_ok=True)
         raise HostError(f"cannot write {path}: {exc.strerror}") from exc
 
 
@@ -197,7 +216,7 @@ class FileLock:
         try:
             folder = self._path.parent
             is_new = not folder.exists()
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private_folder(folder)
             if is_new:
                 directory = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:

@@ -25,6 +25,7 @@ from provider_proxy.evidence.wire import parse_evidence
 from provider_proxy.tenant.client import ProxyClient
 from provider_proxy.tenant.ima_tail import ImaTail
 
+WHOLE_LIMIT_S = 900.0  # a kernel's longest list, in parts, at the pace that a proxy allows
 MAX_ASKS = 4 * MAX_PARTS  # an IMA list twice, in parts, and waits between them
 TOO_MANY = 429
 LEAST_WAIT_S = 0.1
@@ -57,15 +58,46 @@ async def attest_whole(
     timeout_ms: int | None = None,
     now: Callable[[], float] = time.monotonic,
 ) -> Attested:
-    """Ask, verify, judge the logs: good where it returns.
+    """Ask, verify, judge the logs: good where it returns. All of it has `WHOLE_LIMIT_S`.
 
     Args:
         judge: of a policy whose PCRs are asked for beside `mask`.
 
     Raises:
         VerificationError: an answer was refused.
-        ReplyError: no answer, or a list without an end.
+        ReplyError: no answer, a list without an end, or no verdict in time.
     """
+    try:
+        with anyio.fail_after(WHOLE_LIMIT_S):
+            return await _attest(
+                proxy,
+                verifier,
+                host,
+                history,
+                judge,
+                mask=mask,
+                bank=bank,
+                vm=vm,
+                timeout_ms=timeout_ms,
+                now=now,
+            )
+    except TimeoutError as exc:
+        raise ReplyError(f"no verdict within {WHOLE_LIMIT_S:g} s") from exc
+
+
+async def _attest(
+    proxy: ProxyClient,
+    verifier: Verifier,
+    host: TrustedHost,
+    history: HostHistory,
+    judge: LogJudge,
+    *,
+    mask: int,
+    bank: HashAlg,
+    vm: uuid.UUID | None,
+    timeout_ms: int | None,
+    now: Callable[[], float],
+) -> Attested:
     collected, waited_s = ImaTail(0), 0.0
     for _ in range(MAX_ASKS):
         entry = judge.ima_ml_entry

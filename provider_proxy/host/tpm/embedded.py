@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 
+from provider_proxy.common.files import make_private_folder
 from provider_proxy.errors import HostError
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class EmbeddedTpm:
         if swtpm is None:
             raise HostError('tpm.tcti = "embedded" needs swtpm: apt install swtpm')
         try:
-            self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private_folder(self._state_dir)
         except OSError as exc:
             raise HostError(f"cannot make {self._state_dir}: {exc.strerror}") from exc
         self._sockets = Path(tempfile.mkdtemp(prefix="provider-proxy-"))

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from provider_proxy.common.files import make_private_folder
 from provider_proxy.errors import HostError, VtpmError
 from provider_proxy.host.vtpm import entries
 from provider_proxy.host.vtpm.entries import Ek, Entry
@@ -73,7 +74,7 @@ class Registry:
         self._entries: dict[uuid.UUID, Entry] = {}
         self._holder: dict[str, uuid.UUID] = {}
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private_folder(path.parent)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
             # Several threads use it, one at a time.
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)

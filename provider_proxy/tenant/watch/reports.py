@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 MAX_QUEUED = 10_000  # about 5 MB; a whole fleet failing at once fits
 MIN_SECRET_BYTES = 16
 MAX_BACKOFF_S = 300.0
+DELIVERY_LIMIT_S = 3600.0  # of one report, tries and waits together
 MAX_POSTS_AT_ONCE = 8
 DRAIN_LIMIT_S = 5.0  # at the end, for what is still queued
 TIMESTAMP_HEADER = "X-Provider-Proxy-Timestamp"
@@ -215,7 +216,16 @@ class WebhookSink:
         self._rng = rng or random.Random()  # noqa: S311  # spreads retries; no secret
 
     async def deliver(self, body: bytes) -> bool:
-        """Post until the receiver says 2xx, or the tries are used up. Never raises for a receiver."""
+        """Post until the receiver says 2xx, or the tries or the time are used up.
+
+        Never raises for what a receiver does.
+        """
+        with trio.move_on_after(DELIVERY_LIMIT_S):
+            return await self._deliver(body)
+        log.error("webhook: a report was given up: not delivered within %g s", DELIVERY_LIMIT_S)
+        return False
+
+    async def _deliver(self, body: bytes) -> bool:
         problem = ""
         for attempt in range(1, self._settings.max_tries + 1):
             problem = await self._post(body)

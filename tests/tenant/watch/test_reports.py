@@ -21,6 +21,7 @@ from provider_proxy.errors import HostError
 from provider_proxy.tenant.watch import reports
 from provider_proxy.tenant.watch.metrics import WatchMetrics, write_textfile
 from provider_proxy.tenant.watch.reports import (
+    DELIVERY_LIMIT_S,
     CommandSink,
     LineSink,
     Reporter,
@@ -89,6 +90,17 @@ async def test_it_is_given_up_in_the_end(autojump_clock: trio.abc.Clock) -> None
     sink, http = webhook(lambda request: httpx.Response(500), max_tries=3)
     async with http:
         assert not await sink.deliver(b"{}")
+
+
+async def test_all_tries_of_a_report_have_one_deadline(
+    autojump_clock: trio.abc.Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each try may take two minutes, and there may be a hundred."""
+    sink, http = webhook(lambda request: httpx.Response(500), max_tries=100)
+    async with http:
+        assert not await sink.deliver(b"{}")
+    assert trio.current_time() == pytest.approx(DELIVERY_LIMIT_S)
+    assert "not delivered within 3600 s" in caplog.text
 
 
 async def test_a_receiver_that_hangs_is_left(autojump_clock: trio.abc.Clock) -> None:
