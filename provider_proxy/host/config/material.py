@@ -7,13 +7,16 @@ yet.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 
-from provider_proxy.common.crl import Crl, load_crls
+from provider_proxy.common.crl import Crl, key_of, load_crls
 from provider_proxy.common.dates import Dated, utc_now
 from provider_proxy.common.tls import TlsFiles, client_files, dates_of, load_certificates
 from provider_proxy.errors import HostError
 from provider_proxy.host.config.tables import KEYLIME_AGENT, Config, KeylimeAgent, Listen
+
+log = logging.getLogger(__name__)
 
 CRL = "listen.client_crl"
 UNKNOWN = "revocation is unknown: who was revoked since then still comes in"
@@ -67,9 +70,11 @@ def listen_crls(listen: Listen) -> tuple[Crl, ...]:
     """
     if listen.client_crl is None or listen.client_ca is None:
         return ()
-    crls = load_crls(
-        CRL, listen.client_crl, load_certificates("listen.client_ca", listen.client_ca)
-    )
+    authorities = load_certificates("listen.client_ca", listen.client_ca)
+    crls = load_crls(CRL, listen.client_crl, authorities)
+    known = {crl.issuer for crl in crls}
+    for name in (ca.subject.rfc4514_string() for ca in authorities if key_of(ca) not in known):
+        log.warning("%s has no CRL of %s: what it revokes stays good", CRL, name)
     if listen.crl_strict and any(crl.next_update < utc_now() for crl in crls):
         raise HostError(
             f"{CRL}: {listen.client_crl} has run out, and listen.crl_strict is set: get the CA's newest "
