@@ -84,7 +84,7 @@ def everything(folder: Path) -> str:
     return (
         f'state_dir = "{folder}/s"\n'
         '[listen]\naddress = "127.0.0.1:0"\ninsecure_plaintext = true\n'
-        f'[tpm]\ntcti = "embedded"\nbanks = {banks}\n'
+        f'[tpm]\ntcti = "embedded"\nbanks = {banks}\ninsecure_sha1_bank = true\n'
         f'[logs]\nima = "{folder}/ima"\nuefi = "{folder}/uefi"\n'
         "[batch]\nwindow_ms = 0\n[limits]\nmax_timeout_ms = 600000\n"
         '[admin]\naddress = "127.0.0.1:0"\n'
