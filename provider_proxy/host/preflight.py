@@ -12,14 +12,14 @@ import logging
 import os
 import resource
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 from provider_proxy.common.addresses import is_conflict
-from provider_proxy.common.files import read_secret
+from provider_proxy.common.files import credentials_directory, is_there, read_secret
 from provider_proxy.common.findings import ERROR, WARNING, Finding, attempt, of_dates
-from provider_proxy.common.tls import client_context, server_context
+from provider_proxy.common.tls import TlsFiles, client_context, server_context
 from provider_proxy.errors import HostError
 from provider_proxy.host.config.material import files_of, listen_crls, listen_files, read_dates
 from provider_proxy.host.config.tables import KEYLIME_AGENT, Config
@@ -36,14 +36,15 @@ PROC = Path("/proc")
 def find(config: Config) -> Iterator[Finding]:
     """All that is wrong with what a configuration names. Opens files and, for a moment, ports."""
     if config.listen.tls_cert is not None:
-        yield from attempt(partial(server_context, listen_files(config.listen)))
+        tls = listen_files(config.listen)
+        yield from _look(_named(tls), partial(server_context, tls))
     yield from attempt(partial(listen_crls, config.listen))
     for files in files_of(config):
-        yield from attempt(partial(client_context, files))
+        yield from _look(_named(files), partial(client_context, files))
     yield from of_dates(partial(read_dates, config))
     for key in ("owner_auth_file", "endorsement_auth_file"):
-        path = getattr(config.tpm, key)
-        yield from attempt(partial(read_secret, f"tpm.{key}", path))
+        path, name = getattr(config.tpm, key), f"tpm.{key}"
+        yield from _look(((name, path),), partial(read_secret, name, path))
     if config.quoter.kind == KEYLIME_AGENT:
         if config.keylime_agent.ek_ca:
             yield from attempt(partial(EkStore, *config.keylime_agent.ek_ca))
@@ -59,6 +60,35 @@ def find(config: Config) -> Iterator[Finding]:
         for address in addresses:
             yield from _address(key, address)
     yield from _descriptors(config)
+
+
+Named = Iterable[tuple[str, Path | None]]
+"""Files by the keys that name them."""
+
+
+def _named(files: TlsFiles) -> Named:
+    return zip(files.names, (files.ca, files.cert, files.key), strict=True)
+
+
+def _look(files: Named, call: Callable[[], object]) -> Iterator[Finding]:
+    """A finding where a call fails; a warning where one of its files cannot be there now.
+
+    systemd makes a unit's credentials when it starts it: before that, and beside it, nobody has them.
+    """
+    for key, path in files:
+        if path is not None and path.parent == credentials_directory() and not _has_credentials():
+            text = f"{key}: the credential {path.name} is there while the unit runs; it was not looked at"
+            yield Finding(level=WARNING, text=text)
+            return
+    yield from attempt(call)
+
+
+def _has_credentials() -> bool:
+    """False where the unit does not run, and where only others may look."""
+    try:
+        return is_there(credentials_directory())
+    except HostError:
+        return False
 
 
 def addresses_of(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -38,6 +38,23 @@ def test_nothing_is_wrong(tmp_path: Path) -> None:
     assert texts(replace(Place(tmp_path).config(), tpm=Tpm(tcti="embedded"))) == []
 
 
+def test_a_credential_is_there_only_while_the_unit_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check before the first start does not call it missing; while the unit runs it does."""
+    folder = tmp_path / "credentials"
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(folder))
+    good = replace(Place(tmp_path).config(), tpm=Tpm(tcti="embedded"))
+    config = replace(good, listen=replace(good.listen, tls_key=folder / "secret_server.key"))
+    assert texts(config) == [
+        "warning: listen.tls_key: the credential secret_server.key is there while the unit runs; it "
+        "was not looked at"
+    ]
+    folder.mkdir()
+    (found,) = texts(config)
+    assert found.startswith("error: listen.tls_key: cannot read ")
+
+
 def test_a_port_that_is_in_use_is_said_before_the_chip_makes_a_key(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"

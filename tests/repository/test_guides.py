@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import trustme
 from guide_helpers import HOST, Machine, guide_blocks, machine
 from keylime_helpers import Registrar, running_registrar
 
@@ -44,6 +45,20 @@ def with_registrar(host: Machine, registrar: Registrar) -> dict[str, str]:
     return {"registrar.acme.example:8891": f"127.0.0.1:{registrar.tls_port}"}
 
 
+def with_agent_files(host: Machine) -> None:
+    """What the guide on an agent says is there: certificates, keys among the secrets, CAs of EKs."""
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(str(host.etc / "registrar-ca.crt"))
+    (host.etc / "ek-ca").mkdir()
+    ca.cert_pem.write_to_path(str(host.etc / "ek-ca/ca.pem"))
+    for name in ("agent", "registrar"):
+        issued = ca.issue_cert(f"{name}.example")
+        issued.cert_chain_pems[0].write_to_path(str(host.etc / f"{name}-client.crt"))
+        key = host.etc / f"secrets/{name}.key"
+        key.touch(mode=0o600)
+        issued.private_key_pem.write_to_path(str(key))
+
+
 def test_quick_start_on_a_laptop(host: Machine) -> None:
     (block,) = (b for b in guide_blocks(QUICKSTART) if "trial.toml" in b)
     del host.environment["PROVIDER_PROXY_TPM_TCTI"], host.environment["PROVIDER_PROXY_STATE_DIR"]
@@ -58,6 +73,7 @@ def test_a_host_from_the_quick_start_to_the_operators_guide(
     host: Machine, registrar: Registrar
 ) -> None:
     """One host, in the order in which its operator reads: quick start, migration, operator's guide."""
+    with_agent_files(host)
     blocks = [b for b in guide_blocks(QUICKSTART) if "trial.toml" not in b]
     # A swtpm has no certificate of a vendor's.
     replace = {"--ek-ca tpm-cas": "--insecure-no-ek"} | with_registrar(host, registrar)

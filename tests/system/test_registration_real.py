@@ -418,7 +418,7 @@ def test_register_by_hand_says_each_step(registrar: Registrar, tmp_path: Path) -
             '[registrars.a]\nurl = "https://a"\nca = "/nonexistent"\n',
             ["register"],
             3,
-            "registrars.a.ca: cannot be used",
+            "registrars.a.ca: cannot read /nonexistent: No such file or directory",
         ),
     ],
 )
@@ -525,7 +525,7 @@ def test_documented_states_and_limits_are_the_code_s() -> None:
     assert f"is waited for, {registration.LOCK_LIMIT_S:g} s at most" in text
     assert f"comes after {registration.FIRST_RETRY_S:g} s, doubling" in text
     oldest, newest = client.OLDEST, client.NEWEST
-    assert "newest of {}.{} to {}.{} is".format(*oldest, *newest) in text
+    assert "newest of {}.{} (Keylime 7.12) to {}.{} is".format(*oldest, *newest) in text
 
 
 def test_documented_fields_are_the_code_s() -> None:
