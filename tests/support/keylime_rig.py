@@ -236,6 +236,7 @@ class Running:
             "registrar": "mine",
             "client_ca": str(registrar.ca),
             "first_port": self.first_port,
+            "last_port": self.first_port + 999,
             "admin": f"127.0.0.1:{self.admin_port}",
             "verifier_url": self.keylime.verifier.url,
             "verifier_ca": str(registrar.ca),

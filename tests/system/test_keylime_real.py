@@ -53,6 +53,7 @@ from provider_proxy.tenant.keylime import (
     RegisteredHost,
     check_host,
 )
+from provider_proxy.tenant.watch.tables import BridgeTable
 from provider_proxy.testing.soft_tpm import SoftTpm
 from provider_proxy.trust.pins import PinStore
 
@@ -249,12 +250,13 @@ async def registered(tenant: Tenant, tmp_path: Path) -> AsyncIterator[Checked]:
             answer = await http.get(f"{mine.https_url}/v2.6/agents/{AGENT_ID}")
             return answer.status_code == 200
 
-        async with two_daemons(config, plain_config(tmp_path / "two")) as (url, other_url):
-            try:
+        try:
+            async with two_daemons(config, plain_config(tmp_path / "two")) as (url, other_url):
                 await until_answered(is_registered, "the registration")
                 yield Checked(tenant, tmp_path, url, other_url)
-            finally:
-                await http.delete(f"{mine.https_url}/v2.6/agents/{AGENT_ID}")
+        finally:
+            # Once the daemon has ended: it would register itself again.
+            await http.delete(f"{mine.https_url}/v2.6/agents/{AGENT_ID}")
 
 
 @asynccontextmanager
@@ -382,7 +384,8 @@ def test_documented_session_runs(tenant: Tenant, tmp_path: Path) -> None:
         keylime_trial.put_beside(keylime, tmp_path)
     script = "".join(block for block in fenced(DOC, "sh") if ".example" not in block)
     ports = {"8890": free_port(), "8895": free_port(), "8891": registrar.tls_port}
-    ports |= {"8897": free_port(), "20000": free_port()}
+    first_port = next(port for port in iter(free_port, 0) if port < BridgeTable().last_port)
+    ports |= {"8897": free_port(), "20000": first_port}
     for port, ours in {**ports, "8881": tenant.verifier.port}.items():
         script = script.replace(port, str(ours))
     script = script.replace("sleep 1", "sleep 0.1")

@@ -154,8 +154,17 @@ THERE = (
 )
 
 
+def can_make_users() -> bool:
+    made = subprocess.run(["unshare", "--user", "true"], capture_output=True, check=False)
+    return made.returncode == 0
+
+
 @pytest.mark.parametrize("way", THERE)
 def test_the_way_is_there_without_the_sandbox(sandbox: Sandbox, way: str) -> None:
+    if way == "a namespace of users" and not can_make_users():
+        pytest.skip(
+            "no namespace of users can be made here, in a chroot for example: user_namespaces(7)"
+        )
     assert sandbox.ways("outside")[way].startswith("OPEN"), sandbox.ways("outside")[way]
 
 
