@@ -7,7 +7,7 @@
 # make test-bare make demo and make test in a minimal Debian with an empty environment (as root);
 #                RELEASE=trixie, BARE_USER=1 for an ordinary user with sudo, BARE="deb test-deb" for other targets
 # make mutants   breaks the pure core on purpose, and looks whether a test notices (SAMPLE=130; 0 for all)
-# make docs      docs/api.md from the OpenAPI description
+# make docs      docs/api.md, docs/reference.md and the comments of the example file, from the program
 # make bench     the figures of this machine
 # make man       the manual pages and the shells' completion, into build/
 # make deb       the Debian package and its SBOM, into dist/, looked at by lintian
@@ -179,6 +179,8 @@ mutants: install
 
 docs: install
 	$(BIN)/python tests/support/api_page.py > docs/api.md
+	$(BIN)/python packaging/reference.py > docs/reference.md
+	$(BIN)/python packaging/example.py
 
 bench: install
 	$(BIN)/provider-proxy bench quotes --json

@@ -39,11 +39,12 @@ ESCAPES = {
 }
 EXIT_STATUS = (
     ("0", "good"),
-    ("1", "verification refused"),
+    ("1", "refused: the evidence, the host or the record is not good"),
     ("2", "usage: a wrong option, file content or configuration"),
     (
         "3",
-        "environment: no TPM, no reply, a file missing, an extra not installed, output lost, a bug",
+        "environment: no TPM, no reply, a file missing, an extra not installed, a bug, or output that "
+        "cannot be written (a full disk, a closed stdout; nothing is said where its reader has gone)",
     ),
 )
 

@@ -25,7 +25,7 @@ from provider_proxy.bench.process import Target, config_text
 from provider_proxy.errors import HostError
 from provider_proxy.host.batching.ima_wait import EXEC_S, ImaWait
 from provider_proxy.host.batching.simulation import predict, quantile
-from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.tpm.embedded import EmbeddedTpm
 from provider_proxy.host.tpm.pace import capped_duty
 from provider_proxy.testing.broker import Broker

@@ -21,7 +21,7 @@ from provider_proxy.bench import load
 from provider_proxy.bench.process import Target, config_text
 from provider_proxy.evidence.model import ALL_PCRS, HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
 from provider_proxy.host.batching.batch import Batch, Waiter, plant_tree
-from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters.local_tpm import open_quoter
 from provider_proxy.testing.disturb import CHIPS, Plan, delay_quotes, slow_down

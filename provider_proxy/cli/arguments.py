@@ -137,7 +137,10 @@ def add_registrar_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--registrar-key", type=Path, metavar="FILE", help="its private key, PEM")
     add_tls_name_argument(parser, "--registrar-tls-name", "the registrar's")
     parser.add_argument(
-        "--agent-id", type=agent_id, metavar="ID", help="the host's id there (default: HOST)"
+        "--agent-id",
+        type=agent_id,
+        metavar="ID",
+        help="the host's id at the registrar (default: HOST)",
     )
     parser.add_argument(
         "--ek-tpm",
@@ -182,7 +185,7 @@ def add_log_arguments(parser: argparse.ArgumentParser) -> None:
         "--runtime-policy",
         type=Path,
         metavar="FILE",
-        help="files that IMA may have measured, Keylime's runtime policy",
+        help="Keylime's runtime policy, JSON; the IMA list must obey it and lead to PCR 10",
     )
     parser.add_argument(
         "--runtime-policy-key",
@@ -194,7 +197,7 @@ def add_log_arguments(parser: argparse.ArgumentParser) -> None:
         "--ima-violations",
         choices=[choice.value for choice in Violations],
         default=Violations.REFUSE.value,
-        help="files that were written to while IMA measured them (default: %(default)s)",
+        help="a file that was written to while IMA measured it (default: %(default)s)",
     )
 
 
@@ -285,7 +288,7 @@ def add_max_age_argument(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=DEFAULT_MAX_AGE_S,
         metavar="SECONDS",
-        help=f"how old the nonce may be when answered (default: {DEFAULT_MAX_AGE_S:g})",
+        help=f"how old the nonce may be at the reply, in seconds (default: {DEFAULT_MAX_AGE_S:g})",
     )
 
 

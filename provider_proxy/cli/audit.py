@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     show = actions.add_parser("show", help="show the records")
     show.add_argument("--tenant", metavar="NAME", help="of this tenant alone")
-    show.add_argument("--last", type=_count, metavar="N", help="the newest N alone")
+    show.add_argument("--last", type=_count, metavar="N", help="show only the newest N records")
     for action, act in ((proof, _prove), (show, _show)):
         action.add_argument(
             "--log",

@@ -76,7 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="plan: measure more, and draw it as PNG and SVG (needs the extra plot)",
     )
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the load generator")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=DEFAULT_SEED,
+        help="seed of the load generator (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
 

@@ -53,7 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         action.set_defaults(act=act)
     keys = actions.add_parser("make-keys", help="make the bridge's keys, for a systemd credential")
-    keys.add_argument("--out", type=Path, required=True, metavar="FILE", help="must not be there")
+    keys.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file for the keys; it must not exist yet",
+    )
     keys.add_argument(
         "--ip", required=True, metavar="IP", help="where your verifier reaches the agents"
     )

@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="program",
         choices=PROGRAMS,
         default=SERVE,
-        help="whose file it is (default: %(default)s)",
+        help="the command that reads the file (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 

@@ -71,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tenants", type=int, default=200, metavar="N", help="how many ask at once (default: 200)"
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the tenants' masks")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of the tenants' masks (default: %(default)s)"
+    )
     parser.add_argument(
         "--chip",
         choices=sorted(CHIPS),

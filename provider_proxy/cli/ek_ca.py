@@ -64,10 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="CAs between it and the store's, PEM or DER; they are trusted nothing",
+        help="CAs between the certificate and the store's, PEM or DER, not trusted; may be repeated",
     )
     check.add_argument(
-        "--ek-tpm", type=Path, metavar="FILE", help="the EK that it must be for: TPM2B_PUBLIC"
+        "--ek-tpm",
+        type=Path,
+        metavar="FILE",
+        help="the EK that the certificate must be for: TPM2B_PUBLIC, raw or base64",
     )
     check.add_argument("--insecure-virtual-ek", action="store_true", help="virtual TPMs pass, too")
     check.set_defaults(act=_check)

@@ -35,9 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vtpm-quote",
         type=Path,
         metavar="FILE",
-        help="deep quote: take a nonce that this quote of the VM's vTPM is part of",
+        help="deep quote: take a nonce that this quote of the VM's vTPM is part of; with --vm",
     )
-    parser.add_argument("--vtpm-nonce", metavar="TEXT", help="your nonce that the vTPM quoted over")
+    parser.add_argument(
+        "--vtpm-nonce",
+        metavar="TEXT",
+        help="your nonce that the vTPM quoted over; with --vtpm-quote",
+    )
     arguments.add_timeout_argument(parser)
     parser.add_argument(
         "--evidence",
@@ -54,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the question goes (default: request.json)",
     )
     parser.add_argument(
-        "--pinned", metavar="HOST", help="note how far this pinned host's clock had come"
+        "--pinned",
+        metavar="HOST",
+        help="write how far this pinned host's clock had come into the request file",
     )
     arguments.add_pins_argument(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")

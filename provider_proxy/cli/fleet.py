@@ -26,7 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add(name: str, text: str) -> Any:
         part = parts.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         part.add_argument(
-            "--config", type=Path, required=True, metavar="FILE", help="the watcher's file"
+            "--config",
+            type=Path,
+            required=True,
+            metavar="FILE",
+            help="the watcher's file; its `state` names the database",
         )
         return part
 
@@ -39,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     made.add_argument("--grant", metavar="ROLE", help="let this role do the daily work")
     made = add("import", "make the database's hosts those of the file")
-    made.add_argument("--apply", action="store_true", help="change it; without, only show")
+    made.add_argument(
+        "--apply",
+        action="store_true",
+        help="change the database; without it, only show what would change",
+    )
     made.add_argument("--remove", action="store_true", help="remove hosts that the file has not")
     made = add("status", "show members, shards, hosts by state, and the outbox")
     made.add_argument("--json", action="store_true", help="one JSON object as the last line")

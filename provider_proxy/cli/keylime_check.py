@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.safe_url,
         required=True,
         metavar="URL",
-        help="your registrar, which says what its AK is",
+        help="your registrar, https://…:8891, which knows the host's AK",
     )
     arguments.add_registrar_arguments(parser)
     parser.add_argument(
@@ -72,20 +72,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.safe_url,
         required=True,
         metavar="URL",
-        help="your verifier, https://…:8881",
+        help="your own Keylime verifier, https://…:8881, which judges what our checks have accepted",
     )
     parser.add_argument("--verifier-ca", type=Path, metavar="FILE", help="CA of the verifier")
     parser.add_argument("--verifier-cert", type=Path, metavar="FILE", help="own certificate, PEM")
     parser.add_argument("--verifier-key", type=Path, metavar="FILE", help="its private key, PEM")
     arguments.add_tls_name_argument(parser, "--verifier-tls-name", "the verifier's")
     for name, what in (
-        ("--tpm-policy", 'allowed PCR values, {"0": ["hex", …]}'),
-        ("--mb-policy", "measured-boot policy"),
+        (
+            "--tpm-policy",
+            'Keylime\'s tpm_policy, JSON, {"0": ["hex", …]}; one of the policies is needed',
+        ),
+        ("--mb-policy", "Keylime's measured-boot policy, JSON; asks for PCRs 0 to 9 and 11 to 15"),
     ):
-        parser.add_argument(name, type=Path, metavar="FILE", help=f"for Keylime: {what}")
+        parser.add_argument(name, type=Path, metavar="FILE", help=what)
     arguments.add_log_arguments(parser)
     arguments.add_uefi_argument(
-        parser, "with --mb-policy: the event log must lead to these PCRs (default: 0 to 7)"
+        parser,
+        "with --mb-policy: PCRs that the event log must lead to (default: 0 to 7)",
     )
     arguments.add_pcr_arguments(parser, required=False)
     arguments.add_timeout_argument(parser)

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--registrar",
         type=safe_url,
         metavar="URL",
-        help="take AK and EK from this registrar, and check them",
+        help="take AK and EK from this registrar, https://…:8891, and check them",
     )
     add_registrar_arguments(add)
     add.add_argument(

@@ -29,8 +29,9 @@ from provider_proxy.host.batching.simulation import (
     Scenario,
     choose,
 )
+from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.config.load import load_config
-from provider_proxy.host.config.tables import BatchTable, Config, Tpm
+from provider_proxy.host.config.tables import BatchTable, Config
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.tpm import ima
 from provider_proxy.host.tpm.pace import capped_duty
@@ -56,8 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="each polls once in so many seconds (default: %(default)g)",
     )
     chip = parser.add_mutually_exclusive_group(required=True)
-    chip.add_argument("--chip", choices=sorted(CHIPS), help="a vendor's median chip")
-    chip.add_argument("--quote-ms", type=_positive, metavar="MS", help="what a quote takes")
+    chip.add_argument(
+        "--chip",
+        choices=sorted(CHIPS),
+        help="a vendor's median chip; this, --quote-ms or --measure",
+    )
+    chip.add_argument("--quote-ms", type=_positive, metavar="MS", help="time of a quote in ms")
     chip.add_argument(
         "--measure",
         action="store_true",
@@ -96,8 +101,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="kinds of requests that share no batch (default: %(default)d)",
     )
-    parser.add_argument("--max-duty", type=_positive, metavar="SHARE", help="as tpm.max_duty")
-    parser.add_argument("--max-leaves", type=_count, metavar="N", help="as batch.max_leaves")
+    parser.add_argument(
+        "--max-duty", type=_positive, metavar="SHARE", help="as tpm.max_duty (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-leaves", type=_count, metavar="N", help="as batch.max_leaves (default: %(default)s)"
+    )
     add_config_argument(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 

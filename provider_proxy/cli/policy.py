@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_make(actions.add_parser("make", help="from verified evidence of golden hosts"))
     merged = actions.add_parser("merge", help="accept what one of some policies accepts")
     merged.add_argument("policies", nargs="+", type=Path, metavar="POLICY", help="of one kind")
-    merged.add_argument("--out", type=Path, metavar="FILE", help="where to (default: stdout)")
+    merged.add_argument(
+        "--out", type=Path, metavar="FILE", help="file for the merged policy (default: stdout)"
+    )
     merged.set_defaults(act=_merge)
     _add_judge(actions.add_parser("judge", help="which lines or events a policy refuses, and why"))
     words = actions.add_parser("explain", help="what a policy demands, in words")
@@ -107,7 +109,7 @@ def _add_make(make: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="names that the runtime policy shall not judge, a regular expression",
+        help="names that the runtime policy does not judge, a regular expression; may be repeated",
     )
     make.set_defaults(act=_make)
 
@@ -122,13 +124,13 @@ def _add_judge(judge: argparse.ArgumentParser) -> None:
         "--ima-violations",
         choices=[choice.value for choice in Violations],
         default=Violations.REFUSE.value,
-        help="files that were written to while IMA measured them (default: %(default)s)",
+        help="a file that was written to while IMA measured it (default: %(default)s)",
     )
     _add_bank(judge)
     judge.add_argument(
         "--json",
         action="store_true",
-        help="an object for each that is refused, and one of counts last",
+        help="a JSON object for each line or event that is refused, and one of counts last",
     )
     judge.set_defaults(act=_judge)
 

@@ -12,7 +12,8 @@ import trio
 from provider_proxy.cli.arguments import add_config_argument
 from provider_proxy.errors import HostError, ProviderProxyError, UsageError, first_of
 from provider_proxy.host.config.load import EMBEDDED, load_config
-from provider_proxy.host.config.tables import Config, RegistrarTable
+from provider_proxy.host.config.registrars import RegistrarTable
+from provider_proxy.host.config.tables import Config
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters.local_tpm import open_quoter
 from provider_proxy.host.registration.registrations import HostRegistration, Registrations

@@ -55,13 +55,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the daemon's configuration, TOML (default: {DEFAULT_CONFIG})",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the archive (default: by the time, here)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the archive, mode 0600 (default: provider-proxy-support-TIME.tar.gz in this folder)",
     )
     parser.add_argument(
-        "--log", type=Path, metavar="FILE", help="the daemon's log, where the journal has it not"
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="the daemon's log as a file (default: the unit's last 2,000 lines in the journal)",
     )
     parser.add_argument(
-        "--with-names", action="store_true", help="keep the names of tenants, registrars and VMs"
+        "--with-names",
+        action="store_true",
+        help="keep the names of tenants, registrars and VMs; without it they become tenant-1 and so on",
     )
     parser.add_argument(
         "--no-tpm",

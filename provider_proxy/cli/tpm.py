@@ -19,8 +19,9 @@ from provider_proxy.cli.arguments import DEFAULT_CONFIG, add_config_argument
 from provider_proxy.common.files import write_private
 from provider_proxy.errors import ConfigError, HostError, VerificationError
 from provider_proxy.evidence.tpm_keys import parse_ak
+from provider_proxy.host.config.chip_tables import Tpm, read_tcti
 from provider_proxy.host.config.load import load_config
-from provider_proxy.host.config.tables import DEFAULT_STATE_DIR, Config, Tpm, read_tcti
+from provider_proxy.host.config.tables import DEFAULT_STATE_DIR, Config
 from provider_proxy.host.quoters.tpm_opener import TpmOpener
 from provider_proxy.host.tpm import chip, doctor, progress
 
@@ -40,15 +41,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     what = actions.add_parser("doctor", help="what chip this is, and what follows")
     _add_config(what)
-    what.add_argument("--tcti", metavar="TCTI", help="the TPM, instead of the configuration's")
+    what.add_argument(
+        "--tcti", metavar="TCTI", help="the TPM, a tpm2-tss string, instead of the configuration's"
+    )
     ak = actions.add_parser("ak", help="the attestation key")
     steps = ak.add_subparsers(dest="step", required=True, metavar="STEP")
     show = steps.add_parser("show", help="show it; makes nothing")
     create = steps.add_parser("create", help="find it, or make it and the EK")
     export = steps.add_parser("export", help="write its public part to a file")
-    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to")
     export.add_argument(
-        "--format", choices=FORMATS, default="base64", help="TPM2B_PUBLIC, or a PEM (no attributes)"
+        "--out", type=Path, required=True, metavar="FILE", help="file for the public part"
+    )
+    export.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="base64",
+        help="TPM2B_PUBLIC as base64 or raw, or a PEM, which has no attributes",
     )
     for step, act in ((show, _show), (create, _create), (export, _export)):
         _add_config(step)

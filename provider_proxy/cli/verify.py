@@ -49,7 +49,11 @@ def add_judging_arguments(parser: argparse.ArgumentParser) -> None:
     """The evidence, the question, whom to trust and what to accept."""
     parser.add_argument("evidence", type=Path, metavar="EVIDENCE", help="the proxy's answer")
     parser.add_argument(
-        "--request", type=Path, required=True, metavar="FILE", help="your own request file"
+        "--request",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the request file that `fetch` wrote",
     )
     key = parser.add_mutually_exclusive_group(required=True)
     key.add_argument(
@@ -65,7 +69,9 @@ def add_judging_arguments(parser: argparse.ArgumentParser) -> None:
         help="a PEM instead; nothing then says that a TPM holds the key",
     )
     key.add_argument(
-        "--pinned", metavar="HOST", help="the AK that is pinned for this host, and its clock"
+        "--pinned",
+        metavar="HOST",
+        help="the AK that is pinned for this host, and its clock's history",
     )
     arguments.add_pins_argument(parser)
     policy = parser.add_mutually_exclusive_group()
@@ -91,14 +97,17 @@ def add_judging_arguments(parser: argparse.ArgumentParser) -> None:
 def add_link_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """Which VM, and which EK of its vTPM, must be linked."""
     parser.add_argument(
-        "--vm", metavar="UUID", required=required, help="the VM that you ordered must run there"
+        "--vm",
+        metavar="UUID",
+        required=required,
+        help="UUID of the VM that must run on the host; with --ek",
     )
     parser.add_argument(
         "--ek",
         type=Path,
         metavar="FILE",
         required=required,
-        help="with this EK, which your registrar activated: TPM2B_PUBLIC, raw or base64",
+        help="the VM's EK, which your registrar activated: TPM2B_PUBLIC, raw or base64",
     )
     parser.add_argument(
         "--least",

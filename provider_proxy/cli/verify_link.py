@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vtpm-quote",
         type=Path,
         metavar="FILE",
-        help="deep quote: the vTPM's own quote, which the host's must come after",
+        help="deep quote: the vTPM's own quote, a Keylime string, which the host's must come after",
     )
     saved.add_argument("--vtpm-nonce", metavar="TEXT", help="the nonce that the vTPM quoted over")
     saved.add_argument(
@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vtpm-policy", type=Path, metavar="FILE", help="allowed PCR values of the vTPM"
     )
     state.add_argument(
-        "--insecure-any-vtpm-state", action="store_true", help="accept whatever they hold"
+        "--insecure-any-vtpm-state",
+        action="store_true",
+        help="accept any values of the vTPM's PCRs",
     )
     saved.add_argument("--json", action="store_true", help="one JSON object as the last line")
 

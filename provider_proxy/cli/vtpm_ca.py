@@ -45,14 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = actions.add_parser("check", help="check saved certificates, offline")
     check.add_argument("ca", type=Path, metavar="CA", help="the CA's certificate, PEM or DER")
     check.add_argument(
-        "--ek-cert", type=Path, metavar="FILE", help="a vTPM's certificate, PEM or DER"
+        "--ek-cert",
+        type=Path,
+        metavar="FILE",
+        help="a vTPM's certificate, PEM or DER; with --ek and --vm",
     )
     check.add_argument(
         "--ek", type=Path, metavar="FILE", help="its EK: TPM2B_PUBLIC, from your registrar"
     )
     check.add_argument("--vm", metavar="UUID", help="the VM that you ordered")
     check.add_argument(
-        "--kind", choices=("ek", "platform"), default="ek", help="of certificate (default: ek)"
+        "--kind",
+        choices=("ek", "platform"),
+        default="ek",
+        help="what the certificate is (default: ek)",
     )
     check.set_defaults(act=_check)
     for action in (fetch, check):

@@ -33,46 +33,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--platform",
         choices=PLATFORMS,
         default="libvirt",
-        help="what runs VMs here; default %(default)s",
+        help="what runs the VMs of this host (default: %(default)s)",
     )
     parser.add_argument(
         "--status-root",
         type=Path,
         metavar="DIR",
-        help="its folder of status or pid files; default /run/libvirt/qemu, or /run/qemu-server",
+        help="its folder of status or pid files (default: /run/libvirt/qemu or /run/qemu-server)",
     )
     parser.add_argument(
         "--state-root",
         type=Path,
         metavar="DIR",
         default=Path("/var/lib/libvirt/swtpm"),
-        help="libvirt's folder of vTPMs",
+        help="libvirt's folder of vTPMs (default: %(default)s)",
     )
     parser.add_argument(
         "--marks",
         type=Path,
         metavar="DIR",
         default=Path("/run/provider-proxy-hooks"),
-        help="the folder that provider-proxy-vmhook writes to",
+        help="the folder that provider-proxy-vmhook writes to (default: %(default)s)",
     )
     parser.add_argument(
         "--work",
         type=Path,
         metavar="DIR",
         default=Path("/run/provider-proxy-vtpm"),
-        help="for copies of states; in memory",
+        help="folder for copies of states, in memory (default: %(default)s)",
     )
     parser.add_argument(
         "--swtpm-user",
         default="tss",
         metavar="USER",
-        help="the user that swtpm runs as, swtpm_user of libvirt",
+        help="the user that swtpm runs as, libvirt's swtpm_user (default: %(default)s)",
     )
     parser.add_argument(
         "--daemon-user",
         default="provider-proxy",
         metavar="USER",
-        help="the user of the daemon, which may ask",
+        help="the daemon's user, the only one that may ask (default: %(default)s)",
     )
     parser.add_argument(
         "--secrets",

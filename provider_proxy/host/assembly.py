@@ -36,8 +36,9 @@ from provider_proxy.host.audit.records import records_of
 from provider_proxy.host.batching.batch import Batch
 from provider_proxy.host.batching.batcher import Audit, Batcher, LogSource
 from provider_proxy.host.batching.queue import BatchSettings
+from provider_proxy.host.config.chip_tables import KEYLIME_AGENT
 from provider_proxy.host.config.material import read_dates
-from provider_proxy.host.config.tables import KEYLIME_AGENT, Config
+from provider_proxy.host.config.tables import Config
 from provider_proxy.host.http import listeners
 from provider_proxy.host.http.server import Door
 from provider_proxy.host.logs.files import HostLogFiles

@@ -21,8 +21,9 @@ from provider_proxy.common.files import credentials_directory, is_there, read_se
 from provider_proxy.common.findings import ERROR, WARNING, Finding, attempt, of_dates
 from provider_proxy.common.tls import TlsFiles, client_context, server_context
 from provider_proxy.errors import HostError
+from provider_proxy.host.config.chip_tables import KEYLIME_AGENT
 from provider_proxy.host.config.material import files_of, listen_crls, listen_files, read_dates
-from provider_proxy.host.config.tables import KEYLIME_AGENT, Config
+from provider_proxy.host.config.tables import Config
 from provider_proxy.host.http import binding
 from provider_proxy.host.tpm import device
 from provider_proxy.trust.ek_store import EkStore

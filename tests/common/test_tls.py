@@ -36,8 +36,10 @@ from provider_proxy.common.tls import (
 )
 from provider_proxy.errors import HostError, UsageError
 from provider_proxy.host import pki
+from provider_proxy.host.config.chip_tables import KeylimeAgent
 from provider_proxy.host.config.material import agent_files, agent_registrar_files
-from provider_proxy.host.config.tables import KeylimeAgent, Listen, RegistrarTable
+from provider_proxy.host.config.registrars import RegistrarTable
+from provider_proxy.host.config.tables import Listen
 from provider_proxy.host.http.listeners import tls_context
 from provider_proxy.tenant.watch.preflight import host_files as watch_files
 from provider_proxy.tenant.watch.registrars import open_client as open_watch_registrar

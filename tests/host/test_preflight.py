@@ -19,7 +19,8 @@ from provider_proxy.cli import main as cli
 from provider_proxy.common.findings import ERROR, WARNING
 from provider_proxy.errors import HostError
 from provider_proxy.host import preflight
-from provider_proxy.host.config.tables import Admin, AuditTable, Config, Limits, Listen, Tpm
+from provider_proxy.host.config.chip_tables import Tpm
+from provider_proxy.host.config.tables import Admin, AuditTable, Config, Limits, Listen
 from provider_proxy.host.tpm import device
 
 

@@ -4,43 +4,29 @@ the programs that read them have no complaint."""
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from places import ROOT
+from scripts import load_script
 
 from provider_proxy.cli import main as cli
 from provider_proxy.host.config import load as config
 from provider_proxy.host.config import tables
+from provider_proxy.host.config.chip_tables import Tpm
 
 LIMIT_S = 60
 
 
-def load(name: str) -> ModuleType:
-    """A script of this checkout, by its path without the ending."""
-    spec = importlib.util.spec_from_file_location(
-        f"packages_{Path(name).name}", ROOT / f"{name}.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-PAGES: dict[str, str] = load("packaging/manpages").pages()
-SCRIPTS: dict[str, str] = load("packaging/completion").scripts()
+PAGES: dict[str, str] = load_script("packaging/manpages").pages()
+SCRIPTS: dict[str, str] = load_script("packaging/completion").scripts()
 
 
 def commands(
@@ -127,7 +113,7 @@ def test_mandoc_has_no_complaint(name: str) -> None:
 
 
 def test_nothing_of_a_text_is_taken_for_roff() -> None:
-    escape = load("packaging/manpages").escape
+    escape = load_script("packaging/manpages").escape
     assert escape(".SH x") == r"\&.SH x"
     assert escape("'x") == r"\(aqx"
     assert escape(r"a\fBb") == r"a\efBb"
@@ -211,7 +197,7 @@ def test_the_configuration_that_the_package_brings_is_one() -> None:
     text = (ROOT / "packaging/debian/provider-proxy.toml").read_text()
     found = config.parse_config(tomllib.loads(text))
     assert found.listen.address == tables.Listen().address
-    assert found.tpm == tables.Tpm()
+    assert found.tpm == Tpm()
     commented = re.sub(r"^#(?=[\[a-z])", "", text, flags=re.MULTILINE)
     assert "acme" in config.parse_config(tomllib.loads(commented)).tenants
 
@@ -235,7 +221,7 @@ def test_scripts_are_well_formed(name: str) -> None:
 
 def test_replay_of_an_ima_list() -> None:
     """Entries of both templates, a name with blanks, and a violation; a list that grew meanwhile."""
-    ima = load("tests/system/kvm/ima")
+    ima = load_script("tests/system/kvm/ima")
     digest = "sha256:" + "ab" * 32
     lines = [
         f"10 {'11' * 20} ima-ng {digest} /bin/a b",

@@ -10,7 +10,8 @@ from provider_proxy.errors import ProviderProxyError, QuoteError
 from provider_proxy.evidence.model import HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
 from provider_proxy.host.batching.batch import Batch, SealedBy, Waiter
 from provider_proxy.host.batching.batcher import Queue
-from provider_proxy.host.config.tables import BatchTable, Config, Listen, Tpm
+from provider_proxy.host.config.chip_tables import Tpm
+from provider_proxy.host.config.tables import BatchTable, Config, Listen
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.status.board import StatusBoard
 from provider_proxy.host.status.recent import Recent

@@ -48,7 +48,8 @@ from provider_proxy.evidence.model import (
 from provider_proxy.evidence.wire import EvidenceEncoder
 from provider_proxy.host import daemon
 from provider_proxy.host.batching import merkle
-from provider_proxy.host.config.tables import Admin, BatchTable, Config, Limits, Listen, Logs, Tpm
+from provider_proxy.host.config.chip_tables import Tpm
+from provider_proxy.host.config.tables import Admin, BatchTable, Config, Limits, Listen, Logs
 from provider_proxy.host.daemon import Started
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters import local_tpm

@@ -44,7 +44,8 @@ from provider_proxy.evidence.model import HashAlg, TrustedHost, VerifiedQuote
 from provider_proxy.evidence.policy import UnsafeAcceptAny
 from provider_proxy.evidence.tpm_keys import parse_ak
 from provider_proxy.evidence.verify import MemoryHistory, Verifier
-from provider_proxy.host.config.tables import Config, Logs, RegistrarTable, TenantRules
+from provider_proxy.host.config.registrars import RegistrarTable
+from provider_proxy.host.config.tables import Config, Logs, TenantRules
 from provider_proxy.tenant import ek_check, hosts_file
 from provider_proxy.tenant.client import ProxyClient
 from provider_proxy.tenant.keylime import (

@@ -50,7 +50,8 @@ from tpm_helpers import (
     swtpm_at,
 )
 
-from provider_proxy.host.config.tables import Config, Listen, RegistrarTable, TenantRules
+from provider_proxy.host.config.registrars import RegistrarTable
+from provider_proxy.host.config.tables import Config, Listen, TenantRules
 from provider_proxy.host.quoters.local_tpm import EsysQuoter
 from provider_proxy.host.tpm import gate
 from provider_proxy.tenant.client import ProxyClient

@@ -20,15 +20,10 @@ from provider_proxy.common.settings.schema import named_tables, read_over, read_
 from provider_proxy.common.settings.values import fail
 from provider_proxy.errors import ConfigError, UsageError
 from provider_proxy.evidence.model import HashAlg
+from provider_proxy.host.config.chip_tables import KEYLIME_AGENT
 from provider_proxy.host.config.environment import apply_environment
 from provider_proxy.host.config.registrars import check_registrars
-from provider_proxy.host.config.tables import (
-    KEYLIME_AGENT,
-    NAMED_TABLES,
-    TABLES,
-    Config,
-    TenantRules,
-)
+from provider_proxy.host.config.tables import NAMED_TABLES, TABLES, Config, TenantRules
 
 EMBEDDED = "embedded"
 LAYOUT = Layout(max_bytes=1 << 20, changes="conf.d", adds={"tenants.d": "tenants"}, max_adds=10_000)

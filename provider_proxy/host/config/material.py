@@ -14,7 +14,8 @@ from provider_proxy.common.crl import Crl, key_of, load_crls
 from provider_proxy.common.dates import Dated, utc_now
 from provider_proxy.common.tls import TlsFiles, client_files, dates_of, load_certificates
 from provider_proxy.errors import HostError
-from provider_proxy.host.config.tables import KEYLIME_AGENT, Config, KeylimeAgent, Listen
+from provider_proxy.host.config.chip_tables import KEYLIME_AGENT, KeylimeAgent
+from provider_proxy.host.config.tables import Config, Listen
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What the keys of `[registrars.NAME]` say together, and the id that the host has in a registrar.
+"""`[registrars.NAME]`: its keys, what they say together, and the id that the host has in a registrar.
 
 Two registrars never share an id: a challenge's answer binds the id alone, so whoever runs the one could
 relay the other's challenge to this host and answer it there. Ids are compared without regard to case,
@@ -9,10 +9,99 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
-from provider_proxy.common.settings.values import IDENTITY_RE
+from provider_proxy.common.settings.schema import setting
+from provider_proxy.common.settings.values import (
+    IDENTITY_RE,
+    number,
+    read_agent_id,
+    read_contact,
+    read_flag,
+    read_host,
+    read_path,
+    read_text,
+    read_url,
+)
 from provider_proxy.errors import ConfigError
-from provider_proxy.host.config.tables import RegistrarTable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistrarTable:
+    """`[registrars.NAME]`: a tenant's registrar, in which the host is registered."""
+
+    url: str = setting(
+        read_url,
+        None,
+        ("URL of the registrar; must be set. `https://`, or `http://` with `insecure_plaintext`."),
+    )
+    ca: Path | None = setting(
+        read_path,
+        None,
+        ("CA of the registrar's certificate, PEM. Without it, the CAs that the system trusts."),
+    )
+    client_cert: Path | None = setting(
+        read_path,
+        None,
+        (
+            "Own certificate for the registrar, PEM; with `client_key`. Without it the "
+            "record cannot be read back."
+        ),
+    )
+    client_key: Path | None = setting(
+        read_path,
+        None,
+        (
+            "Its private key, PEM, not encrypted. Refused if others can read it: mode 0600, "
+            "or 0640 where root owns it."
+        ),
+    )
+    tls_name: str | None = setting(
+        read_host, None, "Name in the registrar's certificate; the host of `url` by default."
+    )
+    insecure_plaintext: bool = setting(
+        read_flag,
+        False,
+        (
+            "The URL is `http://`. No secret is sent, but the record is never read back, and "
+            "nothing proves who answers."
+        ),
+    )
+    tenant: str | None = setting(
+        read_text,
+        None,
+        (
+            "Whose registrar this is: a `[tenants.NAME]`, or an unlisted identity such as "
+            "`dns:acme.example`. Only this tenant sees the registration in "
+            "`/verifier/identity`."
+        ),
+    )
+    contact: str | None = setting(
+        read_contact,
+        None,
+        (
+            "IP address and port in the record, where the tenant's verifier finds the proxy. "
+            "Keylime keeps 15 characters, an IPv4 address."
+        ),
+    )
+    agent_id: str | None = setting(
+        read_agent_id,
+        None,
+        (
+            "The host's id in this registrar: 1 to 80 letters, digits, `.`, `_` and `-`. By "
+            "default it is derived from the host's id, NAME and URL. No two registrars may "
+            "have the same."
+        ),
+    )
+    interval_s: float = setting(
+        number(10, 86_400), 300.0, "How often the record is checked, in seconds."
+    )
+    register_unread: bool = setting(
+        read_flag,
+        False,
+        "Register though the record cannot be read and Keylime up to 7.13 lets it be replaced.",
+    )
 
 
 def agent_id_of(name: str, table: RegistrarTable, host_uuid: uuid.UUID) -> str:

@@ -24,8 +24,8 @@ from provider_proxy.errors import (
     VerificationError,
 )
 from provider_proxy.evidence.model import HashAlg
+from provider_proxy.host.config.chip_tables import KeylimeAgent
 from provider_proxy.host.config.material import agent_files, agent_registrar_files
-from provider_proxy.host.config.tables import KeylimeAgent
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters import keylime_agent
 from provider_proxy.host.quoters.agent_http import AgentClient

@@ -12,7 +12,7 @@ import trio
 
 from provider_proxy.common.files import FileLock, read_secret
 from provider_proxy.errors import HostError, QuoteError
-from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.quoters.ak_store import AkStore
 from provider_proxy.host.quoters.local_tpm import EsysQuoter
 from provider_proxy.host.quoters.tpm_opener import LOCK_POLL_S, OPEN_LOCK

@@ -22,7 +22,7 @@ import trio
 
 from provider_proxy.errors import HostError, ProviderProxyError, QuoteError, TpmError
 from provider_proxy.evidence.model import AttestationKey, HashAlg, Quote
-from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters.circuit import PROBE_S, Circuit
 from provider_proxy.host.quoters.tpm_opener import HostIdentity, TpmOpener

@@ -28,8 +28,8 @@ from provider_proxy.errors import (
 )
 from provider_proxy.evidence import attestation
 from provider_proxy.evidence.model import AttestationKey, HashAlg, Quote
+from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.config.load import EMBEDDED
-from provider_proxy.host.config.tables import Tpm
 from provider_proxy.host.quoters.ak_store import AkStore
 from provider_proxy.host.tpm import capabilities, chip, keys, progress
 from provider_proxy.host.tpm.ek import OwnFiles, find_or_make_ek

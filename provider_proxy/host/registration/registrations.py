@@ -16,8 +16,7 @@ from pathlib import Path
 import trio
 
 from provider_proxy.errors import ConfigError
-from provider_proxy.host.config.registrars import agent_id_of, check_distinct
-from provider_proxy.host.config.tables import RegistrarTable
+from provider_proxy.host.config.registrars import RegistrarTable, agent_id_of, check_distinct
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.trust.registration.client import http_client, tls_context
 from provider_proxy.trust.registration.registration import Registration, TpmIdentity

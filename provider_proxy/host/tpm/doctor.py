@@ -22,7 +22,7 @@ from provider_proxy.errors import HostError, TpmError
 from provider_proxy.evidence.model import HashAlg
 from provider_proxy.evidence.tpm_keys import PublicKey, parse_public
 from provider_proxy.evidence.vtpm_link import spki_digest
-from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.tpm import capabilities, ima, progress
 from provider_proxy.host.tpm.chip import Chip, flush, tss_errors
 from provider_proxy.host.tpm.ek import EkCertificates, read_ek_certificates

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from provider_proxy.common.files import read_file
 from provider_proxy.errors import HostError, UsageError
-from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.tpm.pace import capped_duty
 
 IMA_FOLDER = Path("/sys/kernel/security/ima")

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from provider_proxy.errors import HostError
-from provider_proxy.host.config.tables import Vtpm
+from provider_proxy.host.config.chip_tables import Vtpm
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.vtpm.registry import Registry
 from provider_proxy.host.vtpm.requests import Issuer

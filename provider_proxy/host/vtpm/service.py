@@ -21,7 +21,7 @@ import trio
 
 from provider_proxy.common.log import Event
 from provider_proxy.errors import HostError, ProviderProxyError, VtpmError
-from provider_proxy.host.config.tables import Vtpm
+from provider_proxy.host.config.chip_tables import Vtpm
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.vtpm.claims import Claims, entry_values
 from provider_proxy.host.vtpm.entries import Entry, ek_of

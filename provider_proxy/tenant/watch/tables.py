@@ -171,7 +171,9 @@ class HostRules:
         read_path, None, "EK of that VM's vTPM: TPM2B_PUBLIC, raw or base64; a file."
     )
     vm_least: str = setting(
-        one_of(*STATES), STATES[0], "The least that the host must know of that EK."
+        one_of(*STATES),
+        STATES[0],
+        ("The least that the host must know of that EK (docs/vtpm.md#what-each-state-says)."),
     )
 
 
@@ -193,13 +195,18 @@ class RegistrarTable:
         read_host, None, "What its certificate is for; the URL's host by default."
     )
     ek_ca: tuple[Path, ...] = setting(
-        read_paths, (), "TPM makers' CAs that vouch for EKs: directories or PEM bundles."
+        read_paths,
+        (),
+        (
+            "The TPM makers' CAs that vouch for EKs: directories or PEM bundles "
+            "(docs/ek-certificates.md)."
+        ),
     )
     insecure_no_ek: bool = setting(
         read_flag, False, "Check no EK certificate: a TPM of software passes for a chip."
     )
     insecure_virtual_ek: bool = setting(
-        read_flag, False, "Virtual TPMs whose CAs are in ek_ca pass for a chip, too."
+        read_flag, False, "Accept virtual TPMs whose CAs are in `ek_ca` as a chip."
     )
 
 
@@ -329,7 +336,7 @@ class WatchConfig:
     pins: Path = setting(
         read_path,
         Path("/var/lib/provider-proxy-watch/pins"),
-        "Directory of the pinned hosts; see the command pin.",
+        "Directory of the pinned hosts; see `pin add`.",
     )
     save_interval_s: float = setting(
         number(0.05, 60), 1.0, "How often accepted clock states are saved, all at once, in seconds."

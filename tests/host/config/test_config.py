@@ -19,8 +19,8 @@ from provider_proxy.evidence.model import HashAlg, mask_of
 from provider_proxy.host.config import load as config_whole
 from provider_proxy.host.config import tables as config_tables
 from provider_proxy.host.config.load import parse_config
-from provider_proxy.host.config.registrars import agent_id_of, check_registrars
-from provider_proxy.host.config.tables import Config, RegistrarTable, TenantRules
+from provider_proxy.host.config.registrars import RegistrarTable, agent_id_of, check_registrars
+from provider_proxy.host.config.tables import Config, TenantRules
 
 PLAIN = "[listen]\ninsecure_plaintext = true\n"
 ISOLATED = mask_of((10, 11, 12, 13, 14, 15, 16, 23))

@@ -13,7 +13,8 @@ from places import DOCS
 from provider_proxy.common.settings.values import as_toml
 from provider_proxy.host.config.environment import known_keys
 from provider_proxy.host.config.load import parse_config
-from provider_proxy.host.config.tables import Config, RegistrarTable
+from provider_proxy.host.config.registrars import RegistrarTable
+from provider_proxy.host.config.tables import Config
 
 EXAMPLE = DOCS / "provider-proxy.example.toml"
 TEXT = EXAMPLE.read_text(encoding="utf-8")

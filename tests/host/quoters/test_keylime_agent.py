@@ -36,7 +36,8 @@ from provider_proxy.evidence.wire import encode_quote
 from provider_proxy.host import daemon
 from provider_proxy.host.batching.batcher import Batcher
 from provider_proxy.host.batching.queue import BatchSettings
-from provider_proxy.host.config.tables import Config, KeylimeAgent, Listen, QuoterTable, Tpm
+from provider_proxy.host.config.chip_tables import KeylimeAgent, QuoterTable, Tpm
+from provider_proxy.host.config.tables import Config, Listen
 from provider_proxy.host.logs import ima_list
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters import agent_binding, circuit, keylime_agent

@@ -48,7 +48,8 @@ from tpm_helpers import (
 
 from provider_proxy.errors import HostError, QuoteError, TpmError
 from provider_proxy.evidence.model import HashAlg
-from provider_proxy.host.config.tables import Config, Tpm
+from provider_proxy.host.config.chip_tables import Tpm
+from provider_proxy.host.config.tables import Config
 from provider_proxy.host.daemon import Started
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters import circuit, local_tpm

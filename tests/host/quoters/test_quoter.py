@@ -39,7 +39,7 @@ from provider_proxy.errors import HostError, QuoteError, TpmError
 from provider_proxy.evidence import attestation
 from provider_proxy.evidence.model import AttestationKey, HashAlg, Quote, pcrs_of
 from provider_proxy.evidence.tpm_keys import parse_ak, parse_public
-from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters import circuit, local_tpm
 from provider_proxy.host.quoters.ak_store import AkStore

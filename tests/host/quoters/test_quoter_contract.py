@@ -16,7 +16,7 @@ from keylime_helpers import Registrar, running_registrar
 from provider_proxy.evidence import attestation
 from provider_proxy.evidence.model import HashAlg, Quote, pcrs_of
 from provider_proxy.host.batching.batcher import Quoter
-from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters import keylime_agent, local_tpm
 from provider_proxy.testing.soft_tpm import SoftTpm

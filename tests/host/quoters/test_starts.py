@@ -30,7 +30,7 @@ from tpm_helpers import (
 from provider_proxy.common.files import FileLock
 from provider_proxy.errors import HostError, TpmError
 from provider_proxy.evidence.model import HashAlg
-from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters import local_tpm, tpm_opener
 from provider_proxy.host.quoters.tpm_opener import OPEN_LOCK

@@ -15,15 +15,10 @@ from helpers import FakeQuoter, daemon_with
 from provider_proxy.cli import status_view
 from provider_proxy.errors import HostError
 from provider_proxy.host import pki
+from provider_proxy.host.config.chip_tables import KeylimeAgent, QuoterTable
 from provider_proxy.host.config.material import read_dates
-from provider_proxy.host.config.tables import (
-    Admin,
-    Config,
-    KeylimeAgent,
-    Listen,
-    QuoterTable,
-    RegistrarTable,
-)
+from provider_proxy.host.config.registrars import RegistrarTable
+from provider_proxy.host.config.tables import Admin, Config, Listen
 from provider_proxy.host.metrics import Metrics
 
 pytestmark = pytest.mark.real

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.tpm import ima
 from provider_proxy.host.tpm.pace import FIRST_GUESS_S, LEAST_DUTY, Pace, capped_duty
 

@@ -52,7 +52,7 @@ from provider_proxy.evidence.vtpm_ca import (
     key_usage,
     parse_certify,
 )
-from provider_proxy.host.config.tables import Tpm
+from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.quoters import ca_signer
 from provider_proxy.host.quoters.ca_signer import open_ca_signer
 from provider_proxy.host.quoters.tpm_opener import OPEN_LOCK

@@ -24,7 +24,7 @@ from provider_proxy.common.streams import SocketStream
 from provider_proxy.errors import HostError, NotFoundError, VtpmError
 from provider_proxy.evidence.model import Nonce, PcrMask, QuoteRequest, Tenant
 from provider_proxy.host.api.admin import AdminDoor
-from provider_proxy.host.config.tables import Vtpm
+from provider_proxy.host.config.chip_tables import Vtpm
 from provider_proxy.host.http import messages, server
 from provider_proxy.host.http.listeners import open_listeners
 from provider_proxy.host.metrics import Metrics

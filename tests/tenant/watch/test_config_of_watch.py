@@ -6,14 +6,12 @@ import dataclasses
 import json
 import os
 import string
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_docs import code, codes, rows
 
 from provider_proxy.common.settings import document
 from provider_proxy.errors import ConfigError, HostError, ProviderProxyError
@@ -38,37 +36,6 @@ AK = AkName(b"\0\x0b" + bytes(32))
 
 def parse(host: dict[str, Any] | None = None, **top: Any) -> WatchConfig:
     return parse_watch_config({"hosts": {"h": HOST if host is None else host}, **top})
-
-
-def fields() -> dict[str, dataclasses.Field[Any]]:
-    found = {
-        f.name: f
-        for f in dataclasses.fields(WatchConfig)
-        if f.name not in {*TABLES, "hosts", "registrars"}
-    }
-    for table, kind in {**TABLES, "registrars.NAME": RegistrarTable}.items():
-        name = "hosts.NAME" if table == "defaults" else table
-        found |= {f"{name}.{f.name}": f for f in dataclasses.fields(kind)}
-    return found
-
-
-HEAD = ("Key", "Type", "Default", "Meaning")
-LISTED = rows("docs/watch.md", *HEAD) + rows("docs/bridge.md", *HEAD)
-
-
-def test_every_key_is_documented_and_none_too_many() -> None:
-    assert sorted(codes(LISTED)) == sorted(fields())
-
-
-@pytest.mark.parametrize("row", LISTED, ids=lambda row: row[0].strip("`"))
-def test_documented_defaults_are_the_code_s(row: list[str]) -> None:
-    field = fields()[code(row[0])]
-    if row[2] == "none":
-        assert not field.default
-        return
-    value = tomllib.loads(f"x = {code(row[2])}")["x"]
-    assert field.metadata["read"](code(row[0]), value) == field.default
-    assert row[3].endswith(".")
 
 
 def test_a_small_file() -> None:

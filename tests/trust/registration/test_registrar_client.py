@@ -22,7 +22,7 @@ from helpers import LIMIT_S, make_certs
 
 from provider_proxy.common.failures import SHOWN_CHARS, printable
 from provider_proxy.errors import HostError, RegistrarError
-from provider_proxy.host.config.tables import RegistrarTable
+from provider_proxy.host.config.registrars import RegistrarTable
 from provider_proxy.trust.registration import client
 from provider_proxy.trust.registration.client import (
     RegistrarClient,

@@ -25,7 +25,7 @@ from tpm_helpers import Swtpm, open_quoter
 
 from provider_proxy.errors import RegistrarError
 from provider_proxy.evidence.tpm_keys import parse_public
-from provider_proxy.host.config.tables import RegistrarTable
+from provider_proxy.host.config.registrars import RegistrarTable
 from provider_proxy.host.quoters.local_tpm import EsysQuoter
 from provider_proxy.testing.soft_tpm import SoftTpm
 from provider_proxy.trust.registration.client import (

@@ -26,7 +26,7 @@ from simulated_registrar import (
 
 from provider_proxy.common.files import FileLock
 from provider_proxy.errors import QuoteError
-from provider_proxy.host.config.tables import RegistrarTable
+from provider_proxy.host.config.registrars import RegistrarTable
 from provider_proxy.trust.registration import client, registration
 from provider_proxy.trust.registration.registration import Registration
 from provider_proxy.trust.registration.state import GOOD, Report, State
