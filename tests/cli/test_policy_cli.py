@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from docs_helpers import fenced
+from event_log_helpers import LOG, MEASURED, expected, header, new
 from helpers import make_evidence, run_here
 from ima_helpers import BAD, GOOD, Line, certificate, extended, line, text
-from test_docs import fenced
-from test_event_log import LOG, MEASURED, expected, header, new
 from watch_helpers import b64
 
 from provider_proxy.cli.main import build_parser

@@ -20,28 +20,20 @@ from typing import Any
 import pytest
 from helpers import LIMIT_S, command, run_command, run_here
 from rich.console import Console
-from status_helpers import HOSTILE, TROUBLED, count_crowd, make_batch, make_board, make_past
-from test_status_page import Site
+from status_helpers import (
+    HOSTILE,
+    TROUBLED,
+    Site,
+    address_of,
+    busy,
+    make_batch,
+    make_board,
+)
 
 from provider_proxy.cli import ask_admin, status_view
 from provider_proxy.errors import QuoteError, ReplyError
-from provider_proxy.host.batching.batcher import Queue
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.status.recent import Recent
-
-
-def busy(**more: Any) -> dict[str, Any]:
-    recent = make_past(60)
-    count_crowd(recent)
-    queue = Queue(waiting=14, lines=2, oldest_s=0.131)
-    return make_board(recent, queue=queue, **more).results()
-
-
-def shown(status: dict[str, Any], width: int = 110, **more: Any) -> str:
-    console = Console(width=width, highlight=False, force_terminal=False)
-    with console.capture() as capture:
-        console.print(status_view.render(status, batches=10, tenants=4, width=width, **more))
-    return capture.get()
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +43,11 @@ def site() -> Iterator[Site]:
     made.close()
 
 
-def address_of(site: Site) -> str:
-    return site.url.removeprefix("http://").rstrip("/")
+def shown(status: dict[str, Any], width: int = 110, **more: Any) -> str:
+    console = Console(width=width, highlight=False, force_terminal=False)
+    with console.capture() as capture:
+        console.print(status_view.render(status, batches=10, tenants=4, width=width, **more))
+    return capture.get()
 
 
 # --- what it looks like -----------------------------------------------------------------------------

@@ -14,9 +14,7 @@ import pytest
 from helpers import run_here
 from hypothesis import given
 from hypothesis import strategies as st
-from status_helpers import HOSTILE
-from test_status_cli import address_of, busy
-from test_status_page import Site
+from status_helpers import HOSTILE, Site, address_of, busy
 
 from provider_proxy.cli.redaction import HIDDEN, Redactor
 

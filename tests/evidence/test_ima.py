@@ -14,7 +14,18 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ima_helpers import BAD, GOOD, Line, certificate, extended, field, line, text
+from ima_helpers import (
+    BAD,
+    BUFFER,
+    GOOD,
+    HOST,
+    Line,
+    certificate,
+    field,
+    line,
+    pcr10,
+    text,
+)
 
 from provider_proxy.errors import LogError, UsageError
 from provider_proxy.evidence.logs.ima import MAX_PARTS, ImaReplay, Outcome
@@ -23,12 +34,6 @@ from provider_proxy.evidence.logs.ima_line import MAX_LINE_CHARS, parse_entry
 from provider_proxy.evidence.logs.runtime_policy import RuntimePolicy
 from provider_proxy.evidence.logs.runtime_policy_file import parse_runtime_policy
 from provider_proxy.evidence.model import HashAlg
-
-BUFFER = hashlib.sha256(b"\x00\xff").hexdigest()
-
-
-def pcr10(lines: Sequence[Line], bank: HashAlg = HashAlg.SHA256) -> bytes:
-    return extended(lines, bank.label)
 
 
 def policy(**values: Any) -> bytes:
@@ -47,18 +52,6 @@ def offer(replay: ImaReplay, part: str | None, entry: int, quoted: bytes) -> Out
     for _ in replay.offer(part, entry, quoted):
         pass
     return replay.outcome
-
-
-HOST = [
-    line("boot_aggregate"),
-    line("/usr/lib/systemd/systemd"),
-    line("/usr/bin/bash", template="ima-sig", more="030204deadbeef"),
-    line("/usr/bin/env", template="ima-sig", more=""),
-    line("/var/log/wtmp", violation=True),
-    line(".builtin_trusted_keys", BUFFER, template="ima-buf", more="00ff"),
-    line("/usr/bin/ls", template="ima-ngv2", prefix="ima:sha256"),
-    *(line(f"/opt/{n}", hashlib.sha256(b"%d" % n).hexdigest()) for n in range(600)),
-]
 
 
 @pytest.mark.parametrize("bank", list(HashAlg))

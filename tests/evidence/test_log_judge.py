@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from event_log_helpers import LOG, MEASURED, expected
 from ima_helpers import GOOD, extended, line, text
-from test_event_log import LOG, MEASURED, expected
 
 from provider_proxy.errors import LogError, UsageError
 from provider_proxy.evidence.logs.boot_policy import parse_boot_policy

@@ -20,6 +20,7 @@ from evidence_factory import VM, FixedTpm, SealedBatch, ec_key, request_number
 from helpers import make_answer
 from hypothesis import given
 from hypothesis import strategies as st
+from link_claims import CLAIMS, EK, OTHER_EK, claims_bytes
 from places import DOCS
 
 import provider_proxy
@@ -37,31 +38,13 @@ from provider_proxy.evidence.model import HashAlg, Nonce, PcrMask, QuoteRequest,
 from provider_proxy.evidence.policy import UnsafeAcceptAny
 from provider_proxy.evidence.request_file import RequestRecord, encode_request
 from provider_proxy.evidence.tpm_keys import parse_ak
-from provider_proxy.evidence.tpm_writer import encode_public
 from provider_proxy.evidence.verify import MemoryHistory
 from provider_proxy.evidence.vtpm_link import parse_claims
 from provider_proxy.evidence.wire import encode_quote
 from provider_proxy.testing.soft_tpm import SoftTpm
 
 GOOD, REFUSED, USAGE, ENVIRONMENT = 0, 1, 2, 3
-EK_ATTRIBUTES = 0x000300B2  # an EK's of the TCG's template: restricted, decrypt
-EK = encode_public(ec_key("ek").public_key(), EK_ATTRIBUTES)
-OTHER_EK = encode_public(ec_key("other ek").public_key(), EK_ATTRIBUTES)
 LINK = VtpmLink(vm=VM, ek=ek_digest(EK))
-CLAIMS: dict[str, Any] = {
-    "vm": str(VM),
-    "eks": [{"alg": "p256", "spki_sha256": ek_digest(EK).hex()}],
-    "running": True,
-    "confirmed": False,
-    "issuer": "delegate",
-    "migrated": False,
-    "generation": 1,
-    "registered_at": 1_790_000_000,
-}
-
-
-def claims_bytes(**changes: object) -> bytes:
-    return json.dumps(CLAIMS | changes).encode()
 
 
 # --- the library ------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from helpers import LIMIT_S, free_port, run_command, run_here
+from package_modules import CRYPTOGRAPHY, brought_by
 from places import DOCS
-from test_imports import CRYPTOGRAPHY, brought_by
 
 from provider_proxy.cli import pki as cli
 from provider_proxy.cli.main import EXIT_ENVIRONMENT, EXIT_GOOD, EXIT_USAGE

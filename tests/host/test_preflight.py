@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from dated_place import Place
 from helpers import Certs, make_certs
-from test_dates_of_daemon import Place
 
 from provider_proxy.cli import main as cli
 from provider_proxy.common.findings import ERROR, WARNING

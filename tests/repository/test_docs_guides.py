@@ -8,8 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from places import ROOT, TESTS
-from test_docs import (
+from docs_helpers import (
     ADRS,
     CODE,
     DOCS,
@@ -21,6 +20,7 @@ from test_docs import (
     rows,
     subclasses,
 )
+from places import ROOT, TESTS
 
 from provider_proxy import errors
 from provider_proxy.cli import pki as pki_command

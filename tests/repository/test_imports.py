@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from test_layering import NAMED
+from package_modules import CRYPTOGRAPHY, NAMED, brought_by
 
 FORBIDDEN = (
     "trio",
@@ -21,24 +20,6 @@ FORBIDDEN = (
     "rich",
     "matplotlib",
 )
-PROBE = """
-import importlib, json, sys
-before = set(sys.modules)
-importlib.import_module(sys.argv[1])
-after = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(json.dumps(sorted(after - set(sys.stdlib_module_names))))
-"""
-# What `cryptography` itself is made of.
-CRYPTOGRAPHY = {"cryptography", "_cffi_backend", "cffi", "_openssl"}
-
-
-def brought_by(module: str) -> set[str]:
-    """Top-level packages, not the standard library's, that a fresh interpreter loads for a module."""
-    probe = subprocess.run(
-        [sys.executable, "-c", PROBE, module], capture_output=True, text=True, check=True
-    )
-    names: list[str] = json.loads(probe.stdout)
-    return set(names)
 
 
 @pytest.mark.parametrize(

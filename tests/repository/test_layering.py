@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from package_modules import MODULES, NAMED, ROOT
 
 import provider_proxy
-
-ROOT = Path(provider_proxy.__file__).parent
 
 FLOORS = (
     ("errors",),
@@ -77,16 +76,6 @@ IMPURE = frozenset(
     | {"threading", "asyncio", "subprocess", "pickle", "ctypes", "urllib.request", "http.client"}
 )
 """What `evidence/` may not touch: files, sockets, clocks, threads, other processes."""
-
-
-def dotted(path: Path) -> str:
-    """ "evidence.wire"; "host.tpm" for its __init__.py; "" for the package's."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-MODULES = {dotted(path): path for path in sorted(ROOT.rglob("*.py"))}
-NAMED = [name for name in MODULES if name]
 
 
 def folder_of(name: str) -> str:
@@ -296,3 +285,16 @@ def test_what_the_package_gives_is_what_its_modules_have() -> None:
             for alias in node.names:
                 assert getattr(provider_proxy, alias.name) is getattr(module, alias.name)
                 assert alias.name in provider_proxy.__all__
+
+
+def test_what_tests_share_is_in_support() -> None:
+    """A helper inside a test module is found by luck of the folders' order."""
+    tests = Path(__file__).parents[1]
+    modules = {path.stem for path in tests.rglob("test_*.py")}
+    borrowed = {
+        f"{path.relative_to(tests)} imports {found}"
+        for path in tests.rglob("*.py")
+        for found in imports_of(path)
+        if not modules.isdisjoint(found.split("."))
+    }
+    assert borrowed == set()

@@ -14,6 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from provider_proxy.evidence.model import HashAlg
+
 GOOD = hashlib.sha256(b"good").hexdigest()
 BAD = hashlib.sha256(b"bad").hexdigest()
 HASH_NUMBERS = {"sha1": 2, "sha256": 4, "sha384": 5, "sha512": 6, "sha224": 7, "md5": 1}
@@ -137,3 +139,22 @@ def signature(
         value = key.sign(bytes.fromhex(digest), ec.ECDSA(prehashed))
     head = struct.pack(">BBB", kind, version, HASH_NUMBERS[algorithm]) + (id_ or key_id(key))
     return (head + struct.pack(">H", len(value)) + value).hex()
+
+
+BUFFER = hashlib.sha256(b"\x00\xff").hexdigest()
+
+
+def pcr10(lines: Sequence[Line], bank: HashAlg = HashAlg.SHA256) -> bytes:
+    return extended(lines, bank.label)
+
+
+HOST = [
+    line("boot_aggregate"),
+    line("/usr/lib/systemd/systemd"),
+    line("/usr/bin/bash", template="ima-sig", more="030204deadbeef"),
+    line("/usr/bin/env", template="ima-sig", more=""),
+    line("/var/log/wtmp", violation=True),
+    line(".builtin_trusted_keys", BUFFER, template="ima-buf", more="00ff"),
+    line("/usr/bin/ls", template="ima-ngv2", prefix="ima:sha256"),
+    *(line(f"/opt/{n}", hashlib.sha256(b"%d" % n).hexdigest()) for n in range(600)),
+]

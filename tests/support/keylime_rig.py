@@ -30,7 +30,9 @@ from keylime_helpers import (
     running_registrar,
     running_verifier,
 )
+from real_host import RealHost
 
+from provider_proxy.tenant.client import ProxyClient
 from provider_proxy.trust.pins import PinStore
 
 TENANT_CONFIG = """\
@@ -353,3 +355,16 @@ def running_bridge(
 def reason_in(text: str, agent_id: str) -> list[str]:
     """The refusals that a verifier's log holds for an agent."""
     return re.findall(rf"{agent_id}[^\n]*(refused: \w+: [^\n]*)", text)
+
+
+SETTINGS = {
+    "enabled_revocation_notifications": '["agent"]',
+    "measured_boot_evaluate": "always",
+}
+
+
+async def ak_of(host: RealHost) -> bytes:
+    async with httpx.AsyncClient(trust_env=False) as http:
+        proxy = ProxyClient(http, f"http://127.0.0.1:{host.port}")
+        ak_public: bytes = (await proxy.identity()).ak_public
+        return ak_public

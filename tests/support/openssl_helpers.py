@@ -60,3 +60,11 @@ def openssl_verifies_each(leaves: Sequence[bytes], anchors_pem: bytes, folder: P
     command += ["-CAfile", str(folder / "anchors.pem"), *map(str, paths)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     return [f"{path}: OK" in done.stdout for path in paths]
+
+
+VERIFY_CERT = """
+import sys
+from keylime import cert_utils
+der = open(sys.argv[1], "rb").read()
+sys.exit(0 if cert_utils.verify_ek(der, sys.argv[2]) else 7)
+"""

@@ -9,8 +9,8 @@ from dataclasses import replace
 from hashlib import sha1, sha256
 from pathlib import Path
 
+from event_log_helpers import header, new
 from helpers import free_port
-from test_event_log import header, new
 from tpm_helpers import Swtpm, daemon_over, plain_config, tool
 
 from provider_proxy.host.config.tables import Config, Listen, Logs, TenantRules

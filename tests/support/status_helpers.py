@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
+import threading
 import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import trio
+from helpers import LIMIT_S, door_on_port
 
 from provider_proxy.errors import ProviderProxyError, QuoteError
 from provider_proxy.evidence.model import HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
+from provider_proxy.host.api.admin import AdminDoor
 from provider_proxy.host.batching.batch import Batch, SealedBy, Waiter
 from provider_proxy.host.batching.batcher import Queue
 from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.config.tables import BatchTable, Config, Listen
+from provider_proxy.host.http.server import Door
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.status.board import StatusBoard
 from provider_proxy.host.status.recent import Recent
@@ -29,8 +38,6 @@ HANDSHAKE_FAILURES = (
     "protocol",
 )
 HOSTILE = "<img src=x onerror=alert(1)> \x1b[31mred\x1b[0m\n<6>batch=1"
-
-
 CHIP = ChipState(expected_s=0.188, pause_s=0.188, duty=0.31)
 TROUBLED = dataclasses.replace(CHIP, trouble="the TPM is out of order", in_flight_s=6.0)
 
@@ -152,3 +159,51 @@ def count_crowd(recent: Recent) -> None:
         for reason, count in {"ok": answered, **refused}.items():
             for _ in range(count):
                 recent.count(name, reason)
+
+
+class Site:
+    """An admin door in a thread of its own; what it says is put into `status`.
+
+    Attributes:
+        url: of the page.
+    """
+
+    def __init__(self) -> None:
+        self.status: Callable[[], Mapping[str, object]] = dict
+        self.url = ""
+        self._started = threading.Event()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._scope = trio.CancelScope()
+        self._thread = threading.Thread(target=trio.run, args=(self._serve,))
+        self._thread.start()
+        assert self._started.wait(LIMIT_S)
+
+    async def _serve(self) -> None:
+        door = Door(
+            AdminDoor(Metrics(), lambda: None, lambda: self.status()),
+            observe=lambda status, reason: None,
+        )
+        self._token = trio.lowlevel.current_trio_token()
+        with self._scope:
+            async with door_on_port(door) as address:
+                self.url = f"http://{address}/"
+                self._started.set()
+                await trio.sleep_forever()
+
+    def close(self) -> None:
+        if self._token is not None:
+            with contextlib.suppress(trio.RunFinishedError):
+                trio.from_thread.run_sync(self._scope.cancel, trio_token=self._token)
+        self._thread.join(LIMIT_S)
+        self._token = None
+
+
+def busy(**more: Any) -> dict[str, Any]:
+    recent = make_past(60)
+    count_crowd(recent)
+    queue = Queue(waiting=14, lines=2, oldest_s=0.131)
+    return make_board(recent, queue=queue, **more).results()
+
+
+def address_of(site: Site) -> str:
+    return site.url.removeprefix("http://").rstrip("/")

@@ -282,17 +282,21 @@ def raw_tpm(state: Path, faults: Faults | None = None) -> Iterator[Broker]:
 
 
 def tool(tcti: str, *words: str | Path, cwd: Path | None = None) -> str:
-    """Run one of tpm2-tools."""
+    """Run one of tpm2-tools; what it prints."""
+    return tool_bytes(tcti, *words, cwd=cwd).decode()
+
+
+def tool_bytes(tcti: str, *words: str | Path, cwd: Path | None = None) -> bytes:
+    """As `tool`, for what is no text."""
     done = subprocess.run(
         list(map(str, words)),
         env={**os.environ, "TPM2TOOLS_TCTI": tcti},
         capture_output=True,
-        text=True,
         timeout=LIMIT_S,
         check=False,
         cwd=cwd,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr.decode()
     return done.stdout
 
 

@@ -22,6 +22,9 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from docs_helpers import code, rows
+from event_log_helpers import header as agile_header
+from event_log_helpers import new as agile_event
 from ima_helpers import (
     BAD,
     GOOD,
@@ -34,9 +37,6 @@ from ima_helpers import (
 )
 from keylime_helpers import PYTHON
 from places import ROOT, SYSTEM
-from test_docs import code, rows
-from test_event_log import header as agile_header
-from test_event_log import new as agile_event
 
 from provider_proxy.errors import LogError
 from provider_proxy.evidence.logs.event_log import (

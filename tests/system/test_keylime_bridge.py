@@ -28,9 +28,11 @@ from keylime_rig import (
     FAILED,
     GET_QUOTE,
     INVALID_QUOTE,
+    SETTINGS,
     STATES_OF_GETTING,
     Keylime,
     Running,
+    ak_of,
     running_bridge,
     running_tenant,
     verifier_of,
@@ -41,7 +43,6 @@ from real_host import File, RealHost, pcr_0
 
 from provider_proxy.errors import UntrustedAkError
 from provider_proxy.evidence.model import ClockState, QuoteRequest
-from provider_proxy.tenant.client import ProxyClient
 from provider_proxy.testing.soft_tpm import SoftTpm
 from provider_proxy.trust.bindings import RegistrarBindings
 from provider_proxy.trust.ek_judges import UnsafeAnyEk
@@ -52,10 +53,6 @@ pytestmark = pytest.mark.real
 ALL = pytest.mark.skipif("TEST_KEYLIME_BRIDGE" not in os.environ, reason="make test-keylime-bridge")
 FIRMWARE = json.dumps({"0": [sha256(b"firmware").hexdigest()]})
 DETECTION_S = 10.0  # an interval of 0.25 s, on a machine with other things to do
-SETTINGS = {
-    "enabled_revocation_notifications": '["agent"]',
-    "measured_boot_evaluate": "always",
-}
 POLLS = 200
 RELEASE_BEFORE = ROOT / ".venv-keylime-7.13.1"
 FILES: list[File] = [
@@ -291,13 +288,6 @@ async def test_hosts_that_lie_are_invalid_with_the_reason(keylime: Keylime, tmp_
 
 
 # --- every kind of policy, over a real daemon ---------------------------------------------------------
-
-
-async def ak_of(host: RealHost) -> bytes:
-    async with httpx.AsyncClient(trust_env=False) as http:
-        proxy = ProxyClient(http, f"http://127.0.0.1:{host.port}")
-        ak_public: bytes = (await proxy.identity()).ak_public
-        return ak_public
 
 
 def policies(keylime: Keylime) -> dict[str, tuple[str, ...]]:

@@ -21,14 +21,14 @@ import httpx
 import keylime_trial
 import pytest
 import trio
+from docs_helpers import code, fenced, read, rows
 from evidence_factory import VM
 from helpers import LIMIT_S, command, free_port, make_certs, until_answered
 from keylime_helpers import KeylimeVerifier as RealVerifier
 from keylime_helpers import Registrar, running_registrar, running_verifier
 from keylime_rig import Keylime
-from test_docs import code, fenced, read, rows
-from test_ek_check import KEYLIME_REFUSES, keylime_tenant
-from test_vtpm_link import EK
+from link_claims import EK
+from tenant_of_keylime import KEYLIME_REFUSES, keylime_tenant
 from tpm_helpers import daemon_over, plain_config, swtpm_at, tool
 
 from provider_proxy.common.settings.values import IDENTITY_RE, read_identities

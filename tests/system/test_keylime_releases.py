@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 import trio
+from docs_helpers import code, rows
 from helpers import command
-from keylime_rig import Keylime, running_bridge, running_tenant
+from keylime_rig import SETTINGS, Keylime, ak_of, running_bridge, running_tenant
 from places import ROOT
 from real_host import RealHost, pcr_0
-from test_docs import code, rows
-from test_keylime_bridge import SETTINGS, ak_of
 from tpm_helpers import daemon_over
 
 from provider_proxy.tenant.verifier_api import RELEASES as NAMES

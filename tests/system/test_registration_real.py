@@ -19,6 +19,7 @@ import httpx
 import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric import ec
+from docs_helpers import codes, fenced, read, rows
 from helpers import (
     LIMIT_S,
     Asker,
@@ -36,9 +37,8 @@ from helpers import (
 )
 from keylime_helpers import Registrar, running_registrar
 from manufactured import manufacture, provision
+from registrar_helpers import certificate, delete, make, record_of, tls
 from simulated_registrar import FakeKeys, wrap
-from test_docs import codes, fenced, read, rows
-from test_registrar_contract import certificate
 from tpm_helpers import (
     CC_ACTIVATE_CREDENTIAL,
     Faults,
@@ -58,9 +58,7 @@ from provider_proxy.tenant.client import ProxyClient
 from provider_proxy.testing.disturb import Action
 from provider_proxy.testing.soft_tpm import SoftTpm
 from provider_proxy.trust.registration import client, registration
-from provider_proxy.trust.registration.client import http_client, tls_context
 from provider_proxy.trust.registration.credential import parse_challenge
-from provider_proxy.trust.registration.registration import Registration, TpmIdentity
 from provider_proxy.trust.registration.state import State, Status, for_provider, for_tenant
 
 pytestmark = pytest.mark.real
@@ -106,37 +104,8 @@ async def other(chips: Chips) -> AsyncIterator[EsysQuoter]:
         yield opened
 
 
-def tls(registrar: Registrar, **changes: Any) -> RegistrarTable:
-    table = RegistrarTable(
-        url=registrar.https_url,
-        ca=registrar.ca,
-        client_cert=registrar.client_cert,
-        client_key=registrar.client_key,
-    )
-    return replace(table, **changes)
-
-
 def plain(registrar: Registrar, **changes: Any) -> RegistrarTable:
     return replace(RegistrarTable(url=registrar.http_url, insecure_plaintext=True), **changes)
-
-
-def make(table: RegistrarTable, agent_id: str, tpm: TpmIdentity) -> Registration:
-    context = tls_context("registrars.one", table)
-    return Registration("one", table, agent_id, tpm, open_http=partial(http_client, context))
-
-
-def record_of(registrar: Registrar, agent_id: str) -> dict[str, Any] | None:
-    """As the tenant reads it; None where there is no active one."""
-    with httpx.Client(verify=registrar.client_context()) as http:
-        answer = http.get(f"{registrar.https_url}/v2.6/agents/{agent_id}")
-    if answer.status_code == 404:
-        return None
-    return cast("dict[str, Any]", answer.json()["results"])
-
-
-def delete(registrar: Registrar, agent_id: str) -> None:
-    with httpx.Client(verify=registrar.client_context()) as http:
-        http.delete(f"{registrar.https_url}/v2.6/agents/{agent_id}").raise_for_status()
 
 
 @dataclass(slots=True)

@@ -38,11 +38,11 @@ from guest_helpers import (
 from helpers import LIMIT_S, get, make_certs, serving, until_answered
 from keylime_helpers import PYTHON, Registrar, keylime_environment, running_registrar
 from libvirt_helpers import OPT_IN, LibvirtHost, libvirt_host, run
-from test_ek_check import KEYLIME_REFUSES, keylime_tenant
-from test_registration_real import delete, make, record_of, tls
-from test_vtpm_ca import VERIFY_CERT
-from test_vtpm_link_real import TenantAt
+from openssl_helpers import VERIFY_CERT
+from registrar_helpers import delete, make, record_of, tls
+from tenant_of_keylime import KEYLIME_REFUSES, keylime_tenant
 from vtpm_helpers import OTHER_VM, VM
+from vtpm_host import TenantAt
 
 from provider_proxy.evidence.vtpm_link import ek_digest
 from provider_proxy.trust.registration.state import State

@@ -5,23 +5,26 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding
-from helpers import LIMIT_S, Certs, command, make_certs, serving
+from helpers import Certs, make_certs, serving
 from keylime_helpers import PYTHON, keylime_environment
-from test_ek_check import KEYLIME_REFUSES, keylime_tenant
-from test_vtpm_ca import VERIFY_CERT
-from test_vtpm_real import (
+from openssl_helpers import VERIFY_CERT
+from tenant_of_keylime import KEYLIME_REFUSES, keylime_tenant
+from tpm_helpers import tool
+from vtpm_helpers import VM
+from vtpm_host import (
+    GOOD,
     NV_ECC,
     NV_PLATFORM,
     NV_RSA,
+    REFUSED,
     SWTPM_USER,
     Host,
+    TenantAt,
     certificate_in,
     host,
     in_thread,
@@ -29,13 +32,10 @@ from test_vtpm_real import (
     pytestmark,
     until_stopped,
 )
-from tpm_helpers import tool
-from vtpm_helpers import VM
 
 __all__ = ["host", "localca", "pytestmark"]  # fixtures, and what must be here to run
 
 NONCE = "tenant-nonce-0123456789"
-GOOD, REFUSED = 0, 1
 
 
 def config_of(host: Host, certs: Certs) -> str:
@@ -45,42 +45,6 @@ def config_of(host: Host, certs: Certs) -> str:
     assert plain in toml
     toml = toml.replace(plain, f'address = "127.0.0.1:0"\n{certs.toml()}')
     return toml.replace('"uid:0"', '"email:tenant@example.org"')
-
-
-class TenantAt:
-    """A tenant's directory, and commands that run in it."""
-
-    def __init__(self, folder: Path, url: str, certs: Certs) -> None:
-        self.folder = folder
-        self.url = url
-        self.tls = ("--ca", certs.ca_file, "--cert", certs.client_cert, "--key", certs.client_key)
-        self.certs = certs
-
-    async def run(self, line: str, *more: str | Path, code: int = GOOD, **environ: str) -> str:
-        """A command by its words; URL stands for the proxy's address and how to reach it."""
-        words: list[str | Path] = []
-        for word in (*line.split(), *more):
-            words += [self.url, *self.tls] if word == "URL" else [word]
-        with trio.fail_after(LIMIT_S):
-            done = await trio.run_process(
-                command(*words),
-                cwd=self.folder,
-                env={**os.environ, **environ},
-                capture_stdout=True,
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
-        said = done.stdout.decode()
-        assert done.returncode == code, said
-        return said
-
-    def write_map(self) -> None:
-        (self.folder / "map.toml").write_text(
-            f'pins = "pins"\n[hosts.alpha]\nurl = "{self.url}"\nca = "{self.certs.ca_file}"\n'
-            f'cert = "{self.certs.client_cert}"\nkey = "{self.certs.client_key}"\n'
-            f'tpm_policy = "policy.json"\n[agents.{VM}]\nhosts = ["alpha"]\n'
-            'least = "confirmed"\nek_issuer = "tpm"\n'
-        )
 
 
 def vtpm_quote(tcti: str, folder: Path) -> None:

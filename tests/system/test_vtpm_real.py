@@ -6,7 +6,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 import pwd
 import shutil
 import signal
@@ -15,24 +14,21 @@ import tempfile
 import time
 import tomllib
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import trio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 from helpers import (
-    LIMIT_S,
     FakeQuoter,
     Serving,
     connect,
-    get,
     open_fake,
     quote_target,
     run_command,
@@ -41,19 +37,26 @@ from helpers import (
     until,
     until_answered,
 )
+from tpm_helpers import tool
 from vtpm_helpers import (
-    EKHOOK,
     OTHER_VM,
     VM,
-    VMHOOK,
-    Libvirt,
     ask,
     certify,
     ecc_key,
-    make_libvirt,
-    running_helper,
-    setup_config,
-    vtpm_toml,
+)
+from vtpm_host import (
+    NV_ECC,
+    NV_PLATFORM,
+    NV_RSA,
+    SWTPM_USER,
+    Host,
+    certificate_in,
+    host,
+    in_thread,
+    localca,
+    pytestmark,
+    until_stopped,
 )
 
 from provider_proxy.evidence.model import TrustedHost
@@ -64,165 +67,11 @@ from provider_proxy.host.config.load import parse_config
 from provider_proxy.host.vtpm.helper import readback
 from provider_proxy.host.vtpm.requests import CertificateRequest
 
-SWTPM_USER = "tss"
+__all__ = ["host", "localca", "pytestmark"]  # fixtures, and what must be here to run
+
 NOBODY = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups")
 SWTPM = ("setpriv", f"--reuid={SWTPM_USER}", "--clear-groups", f"--regid={SWTPM_USER}")
 CAP_DAC_READ_SEARCH = 2  # capability.h
-NV_RSA, NV_ECC, NV_PLATFORM = "0x01c00002", "0x01c00016", "0x01c08000"
-
-
-def _has_user() -> bool:
-    try:
-        pwd.getpwnam(SWTPM_USER)
-    except KeyError:
-        return False
-    return os.geteuid() == 0 and shutil.which("swtpm_setup") is not None
-
-
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(not _has_user(), reason="needs root, user tss, and swtpm-tools"),
-]
-
-
-@pytest.fixture(scope="module")
-def localca() -> Iterator[Path]:
-    """The configuration of a swtpm_localca whose CA is there already: its own, RSA-3072, takes long."""
-    folder = Path(tempfile.mkdtemp(prefix="provider-proxy-ca-"))
-    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test-localca")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now)
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    (folder / "key.pem").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    config = folder / "localca.conf"
-    config.write_text(
-        f"statedir = {folder}\nsigningkey = {folder}/key.pem\nissuercert = {folder}/cert.pem\n"
-        f"certserial = {folder}/serial\n"
-    )
-    (folder / "options").write_text(
-        "--platform-manufacturer Acme\n--platform-version 2.1\n--platform-model QEMU\n"
-    )
-    for path in (folder, *folder.iterdir()):
-        shutil.chown(path, SWTPM_USER)
-    yield config
-    shutil.rmtree(folder)
-
-
-class Host:
-    """libvirt's folders, the hooks' configuration and the commands that libvirt runs."""
-
-    def __init__(self, folder: Path, localca: Path) -> None:
-        self.folder = folder
-        self.libvirt: Libvirt = make_libvirt(folder / "l")
-        self.socket = self.libvirt.root / "hooks"
-        shutil.chown(self.libvirt.root / "run", SWTPM_USER)
-        for hook in (EKHOOK, VMHOOK):
-            shutil.copy(hook, folder)
-        self.config = folder / "vtpm-hook.toml"
-        self.config.write_text(
-            f'socket = "{self.socket}"\nlocalca_config = "{localca}"\n'
-            f'marks = "{self.libvirt.marks}"\nstate_root = "{self.libvirt.state_root}"\n'
-        )
-        self.setup = setup_config(
-            folder,
-            tool=folder / EKHOOK.name,
-            tool_config=self.config,
-            options=localca.parent / "options",
-        )
-        self.state_dir = folder / "state"
-        self.address = f"unix:{folder}/tenants"
-
-    def toml(self, *, more: str = "") -> str:
-        return (
-            f'state_dir = "{self.state_dir}"\n'
-            f'[listen]\naddress = "{self.address}"\ninsecure_plaintext = true\n'
-            f'[admin]\naddress = "unix:{self.folder}/admin"\n'
-            '[tpm]\ntcti = "embedded"\n[logs]\nima = "/nonexistent/a"\nuefi = "/nonexistent/b"\n'
-            f'[tenants.acme]\nidentities = ["uid:0"]\nvms = ["{VM}", "{OTHER_VM}"]\n'
-            + vtpm_toml(self.libvirt, user=SWTPM_USER, more=more)
-        )
-
-    def helper(
-        self, launcher: Sequence[str] = ()
-    ) -> AbstractContextManager[subprocess.Popen[bytes]]:
-        """provider-proxy-vtpm."""
-        return running_helper(
-            self.libvirt.root / "helper",
-            status_root=self.libvirt.status_root,
-            marks=self.libvirt.marks,
-            work=self.libvirt.root / "work",
-            swtpm_user=SWTPM_USER,
-            state_root=self.libvirt.state_root,
-            launcher=launcher,
-        )
-
-    def make_vtpm(self, vm: uuid.UUID = VM, *more: str) -> subprocess.CompletedProcess[str]:
-        """What libvirt does at the first start, up to QEMU's."""
-        self.event("prepare", "begin", vm)
-        made = self.setup_vtpm(vm, *more)
-        self.event("start", "begin", vm)
-        return made
-
-    def setup_vtpm(self, vm: uuid.UUID, *more: str) -> subprocess.CompletedProcess[str]:
-        self.libvirt.state(vm).mkdir(parents=True)
-        shutil.chown(self.libvirt.state(vm), SWTPM_USER, pwd.getpwnam(SWTPM_USER).pw_gid)
-        return self.libvirt.make_vtpm(vm, self.setup, user=SWTPM_USER, more=more)
-
-    def event(self, operation: str, sub: str, vm: uuid.UUID = VM) -> None:
-        """libvirt runs its hook."""
-        xml = (
-            f"<domain><name>web</name><uuid>{vm}</uuid><devices><tpm><backend type='emulator'/>"
-            "</tpm></devices></domain>"
-        )
-        done = subprocess.run(
-            [str(self.folder / VMHOOK.name), "web", operation, sub, "-", str(self.config)],
-            input=xml.encode(),
-            capture_output=True,
-            timeout=LIMIT_S,
-            check=False,
-        )
-        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-
-    async def listed(self) -> dict[str, dict[str, Any]]:
-        """The registry, by VM."""
-        results = (await get(f"unix:{self.folder}/admin", "/vms")).results()
-        vms = results["vms"]
-        assert isinstance(vms, list)
-        return {vm["vm"]: vm for vm in vms}
-
-    async def until_confirmed(self, vm: uuid.UUID = VM) -> dict[str, Any]:
-        async def confirmed() -> bool:
-            entry = (await self.listed()).get(str(vm), {})
-            return bool(entry.get("confirmed") and entry.get("running"))
-
-        await until_answered(confirmed, "the confirmation")
-        return (await self.listed())[str(vm)]
-
-
-@pytest.fixture
-def host(localca: Path) -> Iterator[Host]:
-    folder = Path(tempfile.mkdtemp(prefix="pp-"))  # a short path, that the swtpm user gets into
-    folder.chmod(0o755)
-    yield Host(folder, localca)
-    shutil.rmtree(folder)
 
 
 def eks_of(tcti: str) -> set[str]:
@@ -244,31 +93,8 @@ def digest(key: Any) -> str:
     return hashlib.sha256(spki).hexdigest()
 
 
-def tool(tcti: str, *words: str, cwd: Path | None = None) -> bytes:
-    done = subprocess.run(
-        words,
-        cwd=cwd,
-        env={**os.environ, "TPM2TOOLS_TCTI": tcti},
-        capture_output=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def certificate_in(tcti: str, index: str) -> x509.Certificate:
-    """What the VM finds in its vTPM's NV memory."""
-    return x509.load_der_x509_certificate(tool(tcti, "tpm2_nvread", "-C", "p", index))
-
-
 def digests(vm: dict[str, Any]) -> set[str]:
     return {ek["spki_sha256"] for ek in vm["eks"]}
-
-
-async def in_thread(function: Any, *args: Any) -> Any:
-    with trio.fail_after(120):
-        return await trio.to_thread.run_sync(partial(function, *args))
 
 
 # --- the whole, with swtpm_localca's certificates ---------------------------------------------------
@@ -357,13 +183,6 @@ async def refused_while_it_runs(host: Host, in_vm: set[str]) -> None:
     assert "being made now" in ask(host.socket, certify(ecc_key()), launcher=SWTPM)["error"]
     listed = (await host.listed())[str(VM)]
     assert (digests(listed), listed["running"]) == (in_vm, True)
-
-
-async def until_stopped(host: Host, vm: uuid.UUID = VM) -> None:
-    async def stopped() -> bool:
-        return not (await host.listed())[str(vm)]["running"]
-
-    await until_answered(stopped, "the stop")
 
 
 async def test_in_root_s_window_the_tool_s_word_is_held_against_the_state(host: Host) -> None:

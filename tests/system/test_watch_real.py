@@ -23,10 +23,9 @@ from typing import Any
 
 import pytest
 import trio
+from docs_helpers import fenced
 from helpers import connect, free_port, make_certs, until
-from ima_helpers import text
-from test_docs import fenced
-from test_ima import HOST
+from ima_helpers import HOST, text
 from tpm_helpers import daemon_over, plain_config, swtpm_at, tool
 
 from provider_proxy.cli import watch as cli_watch

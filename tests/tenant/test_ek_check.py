@@ -19,15 +19,15 @@ import httpx
 import pytest
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from door import make_door
 from evidence_factory import VM
 from helpers import FakeQuoter, command, door_on_port, make_answer, make_evidence
 from ima_helpers import GOOD as FILE_GOOD
 from ima_helpers import line
 from ima_helpers import text as listed
-from keylime_helpers import PYTHON, keylime_environment
-from test_keylime import ListedTpm
-from test_tenant_api import make_door
-from test_vtpm_link import EK, OTHER_EK, claims_bytes
+from link_claims import EK, OTHER_EK, claims_bytes
+from listed_tpms import ListedTpm
+from tenant_of_keylime import KEYLIME_REFUSES, keylime_tenant
 
 from provider_proxy import VtpmLink, ek_digest
 from provider_proxy.common.files import demand_ours
@@ -68,7 +68,6 @@ from provider_proxy.testing.soft_tpm import SoftTpm
 from provider_proxy.trust.pins import PinStore
 
 GOOD, REFUSED, USAGE, ENVIRONMENT = 0, 1, 2, 3
-KEYLIME_REFUSES = 7  # of KEYLIME_TENANT, below
 AGENT = "d432fbb3-d2f1-4a97-9ef7-75bd81c00000"
 FIRMWARE = sha256(b"firmware").digest()
 
@@ -695,47 +694,6 @@ async def test_files_that_others_can_change_refuse(hosts: Hosts, name: str) -> N
     code, said = await hosts.run()
     assert (code, hosts.asked) == (ENVIRONMENT, [])
     assert f"{name}: others can change it" in said
-
-
-# What Keylime's tenant does between the VM's quote and the hand-over of V. The quote is not ours to test.
-KEYLIME_TENANT = """
-import json, logging, sys
-from keylime import keylime_logging
-from keylime.common import algorithms
-from keylime.tenant import Tenant
-logging.basicConfig(stream=sys.stdout, level=logging.INFO, force=True)
-tenant = Tenant.__new__(Tenant)
-tenant.agent_uuid, tenant.agent_fid_str, tenant.nonce = sys.argv[1], "the agent", "nonce"
-tenant.agent_api_version = "2.6"
-tenant.registrar_data = json.loads(sys.argv[2])
-tenant.tpm_instance = type("Checked", (), {"check_quote": lambda *_, **__: None})()
-sys.exit(0 if tenant.validate_tpm_quote("key", "quote", algorithms.Hash("sha256")) else 7)
-"""
-TENANT_CONFIG = """\
-[tenant]
-version = 2.6
-require_ek_cert = False
-ek_check_script = {script}
-tpm_cert_store = {folder}
-"""
-
-
-async def keylime_tenant(folder: Path, agent: str, ek: bytes, *words: str) -> tuple[int, str]:
-    """Keylime's own tenant with these words of ours as its script; its exit code and its log."""
-    script = folder / "check"
-    script.write_text(f"#!/bin/sh\nexec {' '.join(command(*words))}\n")
-    script.chmod(0o755)
-    config = folder / "tenant.conf"
-    config.write_text(TENANT_CONFIG.format(script=script, folder=folder))
-    record = {"aik_tpm": "", "ek_tpm": base64.b64encode(ek).decode(), "ekcert": None, "regcount": 1}
-    done = await trio.run_process(
-        [PYTHON, "-c", KEYLIME_TENANT, agent, json.dumps(record)],
-        env=keylime_environment(folder) | {"KEYLIME_TENANT_CONFIG": str(config)},
-        capture_stdout=True,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    return done.returncode, done.stdout.decode()
 
 
 @pytest.mark.real

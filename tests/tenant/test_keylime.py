@@ -10,11 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
+from event_log_helpers import LOG, MEASURED
 from helpers import make_evidence
 from ima_helpers import GOOD as FILE
-from ima_helpers import Line, extended, line
+from ima_helpers import Line, line
 from ima_helpers import text as listed
-from test_event_log import LOG, MEASURED, expected
+from listed_tpms import ListedTpm
 from watch_helpers import b64
 
 from provider_proxy.errors import (
@@ -30,8 +31,6 @@ from provider_proxy.errors import (
 )
 from provider_proxy.evidence.logs.ima_judge import Violations
 from provider_proxy.evidence.model import (
-    HashAlg,
-    PcrValues,
     QuoteRequest,
     TrustedHost,
     VerifiedQuote,
@@ -92,21 +91,6 @@ def test_the_pcrs_that_policies_read(policies: KeylimePolicies, mask: int) -> No
 def test_policies_that_are_none(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         KeylimePolicies(**given)
-
-
-class ListedTpm(SoftTpm):
-    """PCR 10 as a list leads to it; the boot PCRs as the log of test_event_log does."""
-
-    def __init__(self, lines: Sequence[Line]) -> None:
-        super().__init__()
-        self.lines = lines
-
-    def read(self, bank: HashAlg, mask: int) -> PcrValues:
-        values = dict(super().read(bank, mask).values) | {10: extended(self.lines, bank.label)}
-        values |= expected(bank, 3)
-        return PcrValues(
-            bank=bank, values=tuple((n, v) for n, v in sorted(values.items()) if mask >> n & 1)
-        )
 
 
 # --- both judges, with answers of our own -----------------------------------------------------------

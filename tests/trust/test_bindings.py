@@ -8,23 +8,22 @@ import json
 import re
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import anyio
 import httpx
 import pytest
 from anyio.lowlevel import checkpoint
+from books import Book, FakeBook, RealBook, register
 from cryptography.hazmat.primitives.asymmetric import ec
 from fake_registrar import FakeRegistrar, envelope
 from helpers import HOST_UUID, make_evidence, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from keylime_helpers import Registrar, running_registrar
+from keylime_helpers import running_registrar
 from places import DOCS
 from soft_ek import NOW, Authority, SoftHost, ek_certificate, rsa_ek
 
@@ -66,6 +65,19 @@ Body = Callable[[], Awaitable[None]]
 Run = Callable[[Body], None]
 
 
+@pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.real)])
+def book(request: pytest.FixtureRequest) -> Book:
+    if request.param == "fake":
+        return FakeBook()
+    found: RealBook = request.getfixturevalue("real")
+    return found
+
+
+@pytest.fixture
+def fake() -> FakeRegistrar:
+    return FakeRegistrar()
+
+
 @pytest.fixture(params=["trio", "asyncio"])
 def run(request: pytest.FixtureRequest) -> Run:
     """Runs an async function on each backend, twenty seconds at most."""
@@ -86,81 +98,10 @@ def vouched_host(number: int = 0) -> SoftHost:
     return SoftHost(ek=ek, ek_cert=ek_certificate(VENDOR, ek))
 
 
-class Book(Protocol):
-    """A registrar, seen from a host: what the contract test runs over."""
-
-    @property
-    def url(self) -> str: ...
-
-    def client(self) -> httpx.AsyncClient: ...
-
-    def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, dict[str, object]]: ...
-
-
-@dataclass
-class FakeBook:
-    fake: FakeRegistrar = field(default_factory=FakeRegistrar)
-    url = FakeRegistrar.url
-
-    def client(self) -> httpx.AsyncClient:
-        return self.fake.client()
-
-    def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, dict[str, object]]:
-        answer = self.fake.handle(method, path, body)
-        return answer.status_code, answer.json() if answer.content else {}
-
-
-@dataclass
-class RealBook:
-    registrar: Registrar
-
-    @property
-    def url(self) -> str:
-        return self.registrar.https_url
-
-    def client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(verify=self.registrar.client_context(), trust_env=False)
-
-    def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, dict[str, object]]:
-        request = urllib.request.Request(self.url + path, data=body or None, method=method)
-        if body:
-            request.add_header("Content-Type", "application/json")
-        try:
-            with urllib.request.urlopen(
-                request, context=self.registrar.client_context(), timeout=20
-            ) as answer:
-                return answer.status, json.loads(answer.read())
-        except urllib.error.HTTPError as exc:
-            content = exc.read()
-            return exc.code, json.loads(content) if content else {}
-
-
-def register(book: Book, agent_id: str, host: SoftHost, *, activate: bool = True) -> None:
-    """Take a host through registration, the credential opened in software."""
-    status, answer = book.ask("POST", f"/v2.6/agents/{agent_id}", host.body())
-    assert status == 200, answer
-    results = answer["results"]
-    assert isinstance(results, dict)
-    if activate:
-        tag = host.answer(base64.b64decode(results["blob"]), agent_id)
-        status, answer = book.ask(
-            "PUT", f"/v2.6/agents/{agent_id}", json.dumps({"auth_tag": tag}).encode()
-        )
-        assert status == 200, answer
-
-
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealBook]:
     with running_registrar(tmp_path_factory.mktemp("registrar")) as registrar:
         yield RealBook(registrar)
-
-
-@pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.real)])
-def book(request: pytest.FixtureRequest) -> Book:
-    if request.param == "fake":
-        return FakeBook()
-    found: RealBook = request.getfixturevalue("real")
-    return found
 
 
 class Tenant:
@@ -187,11 +128,6 @@ class Tenant:
 @pytest.fixture
 def tenant(tmp_path: Path) -> Tenant:
     return Tenant(tmp_path)
-
-
-@pytest.fixture
-def fake() -> FakeRegistrar:
-    return FakeRegistrar()
 
 
 def with_fake(fake: FakeRegistrar, tenant: Tenant, **options: object) -> RegistrarBindings:

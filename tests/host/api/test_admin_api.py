@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import trio
+from docs_helpers import codes, rows
 from helpers import (
     Asker,
     Wire,
@@ -29,7 +30,6 @@ from helpers import (
     until,
 )
 from status_helpers import CHIP, HANDSHAKE_FAILURES, HOSTILE, make_batch, make_board
-from test_docs import codes, rows
 from tpm_helpers import sample
 
 from provider_proxy.errors import QuoteError, WrongHostError

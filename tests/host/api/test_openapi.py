@@ -17,12 +17,12 @@ import h11
 import pytest
 import schemathesis
 import trio
+from door import NONCE, VM, make_door
 from helpers import FakeQuoter, Reply, Wire, connected, get_bytes, make_evidence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema_rs import Draft202012Validator, ValidationError
 from places import VECTORS
-from test_tenant_api import NONCE, VM, make_door
 
 from provider_proxy import errors
 from provider_proxy.errors import (

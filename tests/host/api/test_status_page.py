@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
-import trio
-from helpers import LIMIT_S, door_on_port, wait_until
+from helpers import LIMIT_S, wait_until
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
@@ -25,15 +22,14 @@ from status_helpers import (
     HOSTILE,
     NONCE,
     TROUBLED,
+    Site,
     count_crowd,
     make_batch,
     make_board,
     make_past,
 )
 
-from provider_proxy.host.api.admin import AdminDoor
 from provider_proxy.host.batching.batcher import Queue
-from provider_proxy.host.http.server import Door
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.status.recent import Recent
 
@@ -74,43 +70,6 @@ for (const e of document.querySelectorAll("main *, header *")) {
 }
 return found;
 """
-
-
-class Site:
-    """An admin door in a thread of its own; what it says is put into `status`.
-
-    Attributes:
-        url: of the page.
-    """
-
-    def __init__(self) -> None:
-        self.status: Callable[[], Mapping[str, object]] = dict
-        self.url = ""
-        self._started = threading.Event()
-        self._token: trio.lowlevel.TrioToken | None = None
-        self._scope = trio.CancelScope()
-        self._thread = threading.Thread(target=trio.run, args=(self._serve,))
-        self._thread.start()
-        assert self._started.wait(LIMIT_S)
-
-    async def _serve(self) -> None:
-        door = Door(
-            AdminDoor(Metrics(), lambda: None, lambda: self.status()),
-            observe=lambda status, reason: None,
-        )
-        self._token = trio.lowlevel.current_trio_token()
-        with self._scope:
-            async with door_on_port(door) as address:
-                self.url = f"http://{address}/"
-                self._started.set()
-                await trio.sleep_forever()
-
-    def close(self) -> None:
-        if self._token is not None:
-            with contextlib.suppress(trio.RunFinishedError):
-                trio.from_thread.run_sync(self._scope.cancel, trio_token=self._token)
-        self._thread.join(LIMIT_S)
-        self._token = None
 
 
 @pytest.fixture(scope="module")

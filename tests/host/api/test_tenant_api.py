@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
 from urllib.parse import quote
 
 import pytest
 import trio
 import trio.testing
-from helpers import FakeQuoter, Wire, connected, get_bytes, make_answer, until
+from door import IDENTITY, NONCE, TENANT, VM, FakeSubmit, make_door
+from helpers import FakeQuoter, Wire, connected, get_bytes, until
 
 from provider_proxy.errors import (
     OverloadedError,
@@ -23,79 +23,16 @@ from provider_proxy.evidence.model import HashAlg, QuoteRequest, Tenant, mask_of
 from provider_proxy.evidence.wire import parse_evidence
 from provider_proxy.host.api import tenant as server
 from provider_proxy.host.api.admin import AdminDoor
-from provider_proxy.host.batching.batch import Answer
 from provider_proxy.host.batching.batcher import Batcher
 from provider_proxy.host.batching.queue import BatchSettings
 from provider_proxy.host.config.tables import DEFAULT_ISOLATED
 from provider_proxy.host.http.messages import Peer
 from provider_proxy.host.http.server import Door
 from provider_proxy.host.metrics import Metrics
-from provider_proxy.testing.soft_tpm import SoftTpm
 
 ISOLATED = mask_of(DEFAULT_ISOLATED)
 
-NONCE = "nonce-0123456789"
 GOOD = f"/verifier/quote?nonce={NONCE}&mask=0x1"
-VM = "0ddba11c-0ffe-4bad-8bad-00000c0ffee0"
-TENANT = Tenant(name="tenant", pcr_allow=0xFFFFFF)
-IDENTITY = server.identity_results(
-    ak_public=b"ak public",
-    ak_pem=b"-----BEGIN",
-    ak_name=b"\x00\x0bname",
-    ek_public=b"ek public",
-    ek_cert=None,
-    ek_chain=(),
-    host_uuid=VM,
-    software=True,
-)
-
-
-class FakeSubmit:
-    """Answers at once, late, or with an error; remembers what it was given."""
-
-    def __init__(self) -> None:
-        self.tpm = SoftTpm()
-        self.calls: list[tuple[QuoteRequest, Tenant, float]] = []
-        self.is_gone: Callable[[], bool] | None = None
-        self.error: ProviderProxyError | None = None
-        self.delay_s = 0.0
-
-    async def __call__(
-        self,
-        request: QuoteRequest,
-        tenant: Tenant,
-        *,
-        timeout_s: float,
-        is_gone: Callable[[], bool] | None = None,
-    ) -> Answer:
-        self.calls.append((request, tenant, timeout_s))
-        self.is_gone = is_gone
-        await trio.sleep(self.delay_s)
-        if self.error is not None:
-            raise self.error
-        return make_answer(self.tpm, request)
-
-
-def make_door(
-    submit: server.Submit,
-    *,
-    identify: Callable[[Peer], Tenant] = lambda peer: TENANT,
-    banks: tuple[HashAlg, ...] = (HashAlg.SHA256, HashAlg.SHA1),
-    registrations: Callable[[Tenant], server.Registrations] = lambda tenant: (),
-    vtpm_ca: bytes | None = b"certificate",
-) -> Door:
-    handler = server.TenantDoor(
-        submit,
-        identify,
-        identity=IDENTITY,
-        registrations=registrations,
-        version="1.2.3",
-        banks=banks,
-        default_timeout_ms=30_000,
-        max_timeout_ms=60_000,
-        vtpm_ca=None if vtpm_ca is None else server.vtpm_ca_results(vtpm_ca),
-    )
-    return Door(handler, observe=lambda status, reason: None)
 
 
 @pytest.fixture

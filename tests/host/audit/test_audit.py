@@ -25,8 +25,8 @@ import trio.testing
 from helpers import FakeQuoter, run_here
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from package_modules import CRYPTOGRAPHY, brought_by
 from places import DOCS
-from test_imports import CRYPTOGRAPHY, brought_by
 
 from provider_proxy.errors import EvidenceFormatError, HostError, QuoteError, SelfCheckError
 from provider_proxy.evidence import inclusion

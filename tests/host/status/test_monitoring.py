@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from docs_helpers import read
 from places import DOCS, ROOT
 from status_helpers import HANDSHAKE_FAILURES
-from test_docs import read
 
 from provider_proxy.host.metrics import Metrics
 

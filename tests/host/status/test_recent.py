@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from batch_helpers import QUOTE_S, WINDOW_S, Asker, make_request, running
 from helpers import FakeQuoter
 from status_helpers import HOST, NONCE, TROUBLED, make_batch, make_board
-from test_batcher import QUOTE_S, WINDOW_S, Asker, make_request, running
 from tpm_helpers import sample
 
 from provider_proxy.errors import QuoteError, TpmError

@@ -24,10 +24,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, decode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from door import make_door
 from evidence_factory import OTHER_VM, VM, FixedTpm, ec_key, rsa_key
 from helpers import connected, run_here
 from keylime_helpers import PYTHON, keylime_environment
-from test_tenant_api import make_door
+from openssl_helpers import VERIFY_CERT
 from tpm_helpers import AK_HANDLE, EK_HANDLE, Faults, Swtpm, open_quoter, swtpm_at, tool
 
 from provider_proxy.common.files import FileLock
@@ -601,12 +602,6 @@ async def open_real(
 
 EVICT = ("tpm2_evictcontrol", "-C", "o", "-c", hex(CA_HANDLE))
 SIGNING = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|sign"
-VERIFY_CERT = """
-import sys
-from keylime import cert_utils
-der = open(sys.argv[1], "rb").read()
-sys.exit(0 if cert_utils.verify_ek(der, sys.argv[2]) else 7)
-"""
 
 
 @pytest.mark.real

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from ima_helpers import text
-from test_host_of_watch import ImaTpm, ima_proxy
-from test_ima import HOST
+from ima_helpers import HOST, text
+from listed_tpms import ImaTpm, ima_proxy
 from watch_helpers import FakeProxy, Rig
 
 from provider_proxy.errors import UsageError

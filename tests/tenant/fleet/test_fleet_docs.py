@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from docs_helpers import code, read, rows
 from prometheus_client import CollectorRegistry
-from test_docs import code, read, rows
 
 from provider_proxy.tenant.fleet.metrics import FleetMetrics
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from test_host_of_watch import ImaTpm
-from test_ima import HOST
+from ima_helpers import HOST
+from listed_tpms import ImaTpm
 from watch_helpers import FakeProxy, Rig, response
 
 from provider_proxy.errors import ReplyError

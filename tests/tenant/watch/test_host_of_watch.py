@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from ima_helpers import GOOD, certificate, line, text
-from test_event_log import EVENTS, LOG, MEASURED
-from test_ima import HOST, pcr10
+from event_log_helpers import EVENTS, LOG, MEASURED
+from ima_helpers import GOOD, HOST, certificate, line, text
+from listed_tpms import ImaTpm, ima_proxy
 from watch_helpers import FakeProxy, Rig, b64, response
 
 from provider_proxy.errors import HostError, PinChangedError, ReplyError, UsageError
@@ -391,34 +391,6 @@ async def test_what_was_not_good_in_every_way_is_not_first_use(
 
 
 # --- logs ---------------------------------------------------------------------------------------------
-
-
-class ImaTpm(SoftTpm):
-    """PCR 10 and the boot PCRs have the values that these lists lead to."""
-
-    lines = len(HOST)
-
-    def read(self, bank: HashAlg, mask: int) -> PcrValues:
-        real = dict(super().read(bank, mask).values)
-        if 10 in real:
-            real[10] = pcr10(HOST[: self.lines], bank)
-        return PcrValues(bank=bank, values=tuple(sorted(real.items())))
-
-
-def ima_proxy(part: int = 10_000) -> FakeProxy:
-    """Answers with so many lines of the list at most, from where it was asked."""
-    proxy = FakeProxy(ImaTpm())
-
-    def answer(request: QuoteRequest) -> bytes:
-        start = request.ima_ml_entry if request.ima_ml_entry <= len(HOST) else 0
-        proxy.logs = {
-            "ima_measurement_list": text(HOST[start : start + part]),
-            "ima_measurement_list_entry": start,
-        }
-        return proxy.good(request)
-
-    proxy.answer = answer
-    return proxy
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from ima_helpers import text
-from test_host_of_watch import ImaTpm, ima_proxy
-from test_ima import HOST
+from ima_helpers import HOST, text
+from listed_tpms import ImaTpm, ima_proxy
 from watch_helpers import Rig
 
 from provider_proxy.errors import LogError, PolicyError

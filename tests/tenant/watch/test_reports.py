@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import trio
-from test_docs import code, rows
+from docs_helpers import code, rows
 
 from provider_proxy.errors import HostError
 from provider_proxy.tenant.watch import reports

@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 import trio
+from books import FakeBook, register
 from fake_registrar import FakeRegistrar
 from helpers import make_answer
 from soft_ek import Authority, SoftHost, ek_certificate, rsa_ek
-from test_bindings import FakeBook, register
 from watch_helpers import FakeProxy, Rig, response
 
 from provider_proxy.errors import ConfigError, HostError

@@ -9,17 +9,13 @@ import itertools
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
 from keylime_helpers import Registrar, running_registrar
+from registrar_helpers import certificate
 from simulated_registrar import FakeRegistrar, wrap
 from tpm_helpers import Swtpm, open_quoter
 
@@ -198,22 +194,6 @@ async def test_a_record_that_was_never_activated_is_another_tpms_too(side: Side)
     with pytest.raises(RegistrarError) as caught:
         await client.register(side.record)
     assert caught.value.status == 403
-
-
-def certificate(key: ec.EllipticCurvePrivateKey) -> bytes:
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "EK")])
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now)
-        .not_valid_after(now + timedelta(days=1))
-        .sign(key, hashes.SHA256())
-        .public_bytes(Encoding.DER)
-    )
 
 
 async def test_keys_that_are_none_and_a_foreign_certificate_are_refused(side: Side) -> None:
