@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from provider_proxy.cli import arguments, http
+from provider_proxy.cli import arguments, http, options_file
 from provider_proxy.cli.registrar import open_bindings, own_copy, vouched_by_hand
 from provider_proxy.common.files import read_file
 from provider_proxy.errors import (
@@ -49,6 +49,7 @@ EXIT_OF = {GOOD: 0, REFUSED: 1, NO_ANSWER: 3}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
+    options_file.add_argument(parser)
     arguments.add_tls_arguments(parser)
     parser.add_argument(
         "--pinned",

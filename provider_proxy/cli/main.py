@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from provider_proxy.cli import options_file
 from provider_proxy.cli.streams import OutputLostError, Streams
 from provider_proxy.common import log
 from provider_proxy.common.version import program_version
@@ -93,6 +94,12 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def sub_parser(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentParser | None:
+    """The parser of a command; None where there is no such command."""
+    subs = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return next(subs).choices.get(command)
+
+
 def _command_in(argv: Sequence[str]) -> str:
     return next((word for word in argv if word in SUBCOMMANDS), "")
 
@@ -100,7 +107,9 @@ def _command_in(argv: Sequence[str]) -> str:
 def run(argv: Sequence[str]) -> int:
     """Run a subcommand; returns the exit code."""
     try:
-        args = build_parser(_command_in(argv)).parse_args(argv)
+        command = _command_in(argv)
+        parser = build_parser(command)
+        args = parser.parse_args(options_file.expanded(argv, command, sub_parser(parser, command)))
         log.set_up(args.log_level or "info")
         code: int = args.run(args)
     except ModuleNotFoundError as exc:

@@ -34,6 +34,7 @@ from scripts import load_script
 
 from provider_proxy import errors
 from provider_proxy.cli import main as cli
+from provider_proxy.cli import options_file
 from provider_proxy.errors import QualifyingDataError, SignatureError
 from provider_proxy.evidence import model, query, verify, wire
 from provider_proxy.evidence.inclusion import leaf_input, qualifying_data, root_from_proof
@@ -132,6 +133,9 @@ def test_toml_blocks_are_there() -> None:
 # --- command line --------------------------------------------------------------------------------
 
 
+HEREDOCS = "\n".join(block for doc in OWN for block in fenced(doc, "sh"))
+
+
 def commands() -> list[str]:
     """Each command of ours in a shell block, in code within text, and in the unit."""
     found = []
@@ -143,9 +147,18 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_documented_commands_parse(command: str) -> None:
+def test_documented_commands_parse(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in re.findall(
+        r"^cat > ([\w.-]+\.toml) <<'END'\n(.*?)^END$", HEREDOCS, re.M | re.S
+    ):
+        Path(name).write_text(text, encoding="utf-8")
     words = shlex.split(command)[1:]
-    args = cli.build_parser(words[0]).parse_args(words)  # SystemExit where it does not
+    parser = cli.build_parser(words[0])
+    sub = cli.sub_parser(parser, words[0])
+    args = parser.parse_args(options_file.expanded(words, words[0], sub))  # SystemExit if wrong
     assert args.command == words[0]
 
 
