@@ -16,12 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from provider_proxy.cli.arguments import DEFAULT_CONFIG, add_config_argument
-from provider_proxy.common.files import write_private
+from provider_proxy.common.files import read_secret, write_private
+from provider_proxy.common.settings.values import read_path
 from provider_proxy.errors import ConfigError, HostError, VerificationError
 from provider_proxy.evidence.tpm_keys import parse_ak
 from provider_proxy.host.config.chip_tables import Tpm, read_tcti
 from provider_proxy.host.config.load import load_config
 from provider_proxy.host.config.tables import DEFAULT_STATE_DIR, Config
+from provider_proxy.host.quoters.renewal import renew
 from provider_proxy.host.quoters.tpm_opener import TpmOpener
 from provider_proxy.host.tpm import chip, doctor, progress
 
@@ -58,7 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="base64",
         help="TPM2B_PUBLIC as base64 or raw, or a PEM, which has no attributes",
     )
-    for step, act in ((show, _show), (create, _create), (export, _export)):
+    renewing = steps.add_parser(
+        "renew", help="after a compromise: the same key, worthless to whoever knew its secrets"
+    )
+    renewing.add_argument(
+        "--endorsement-auth",
+        required=True,
+        metavar="FILE",
+        help="file with the endorsement hierarchy's new authValue, 16 to 32 bytes",
+    )
+    acts = ((show, _show), (create, _create), (export, _export), (renewing, _renew))
+    for step, act in acts:
         _add_config(step)
         step.set_defaults(act=act)
 
@@ -209,6 +221,35 @@ def _create(args: argparse.Namespace, config: Config) -> int:
         progress.run_within(lambda: opener.open().close(), config.tpm.hang_limit_s)
         public = opener.identity.ak_public
     _print_ak(args, config, public)
+    return 0
+
+
+def _renew(args: argparse.Namespace, config: Config) -> int:
+    option = "--endorsement-auth"
+    endorsement = read_secret(option, read_path(option, args.endorsement_auth))
+    with _opener(config) as opener:
+        done = progress.run_within(
+            lambda: renew(opener, config.tpm, config.state_dir, config.vtpm.ca_handle, endorsement),
+            config.tpm.hang_limit_s,
+        )
+    values = {
+        "ak_name": done.ak_name.hex(),
+        "copies_removed": [f"{handle:#x}" for handle in done.copies],
+        "vtpm_ca_key": done.ca_key,
+    }
+    if args.json:
+        print(json.dumps(values))
+        return 0
+    print(f"AK {done.ak_name.hex()}: the same key, with an authValue that nobody knows")
+    if done.ca_key:
+        print("vTPM CA's key: likewise")
+    for handle in done.copies:
+        print(f"handle {handle:#x} held a copy, which was removed")
+    print("endorsement hierarchy: it has the new authValue; no old private part loads any more")
+    print(
+        f'Now set tpm.endorsement_auth_file to "{args.endorsement_auth}", give it to the EK\'s other '
+        "users, and reboot: what is loaded in the TPM stays usable until then."
+    )
     return 0
 
 

@@ -544,3 +544,26 @@ async def test_pinned_and_a_key_are_one_too_many(site: Site) -> None:
     await site.fetch()
     done = await site.verify("e", "--ak-tpm", "ak")
     assert done.returncode == USAGE
+
+
+@pytest.mark.real
+def test_ak_renew(host: Host) -> None:
+    before = last_object(expect(host.run("ak", "create", "--json"), GOOD))
+    secret = host.folder / "e"
+    secret.touch(mode=0o600)
+    secret.write_text("f" * 15)
+    words = ("ak", "renew", "--endorsement-auth", str(secret))
+    expect(host.run(*words), USAGE, "16 to 32 bytes")
+    secret.write_text("f" * 16 + "\n")
+    shown = expect(host.run(*words), GOOD, before["ak_name"], "no old private part loads", "reboot")
+    assert "f" * 16 not in shown.stdout + shown.stderr
+    host.configure(host.tpm.tcti, f'endorsement_auth_file = "{secret}"\n')
+    expect(host.run(*words), USAGE, "make another one")
+    other = host.folder / "other"
+    other.touch(mode=0o600)
+    other.write_text("g" * 16)
+    done = host.run("ak", "renew", "--endorsement-auth", str(other), "--json")
+    expected = {"ak_name": before["ak_name"], "copies_removed": [], "vtpm_ca_key": False}
+    assert last_object(expect(done, GOOD)) == expected
+    secret.chmod(0o644)
+    expect(host.run(*words), ENVIRONMENT, "must not be readable by others")

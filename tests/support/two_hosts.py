@@ -237,7 +237,7 @@ class Host:
         )
         self.virsh("secret-define", path)
         value = self.folder / "value"
-        value.write_text(f"passphrase of {domain.name}")
+        value.write_text(passphrase(domain.name))
         self.virsh("secret-set-value", str(domain.secret), "--file", value, "--plain")
         value.unlink()
 
@@ -346,6 +346,11 @@ class Host:
             f"--- {self.name}: {path.name}\n{path.read_text()[-3000:]}"
             for path in sorted(self.folder.glob("*.log"))
         )
+
+
+def passphrase(name: str) -> str:
+    """Of the domain's vTPM."""
+    return f"passphrase of {name}"
 
 
 @contextmanager

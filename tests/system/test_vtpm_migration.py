@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import pytest
 import trio
 from helpers import wait_until
 from libvirt_helpers import OPT_IN
-from two_hosts import Domain, Host, two_hosts
+from two_hosts import Domain, Host, passphrase, two_hosts
 
 from provider_proxy.errors import VtpmError
 from provider_proxy.host.vtpm.helper.readback import STATE_FILE, StateSource
@@ -54,16 +54,28 @@ SLOW = ("--bandwidth", "1")
 CATCH_UP_S = 60.0
 
 
+class KnownSecret(StateSource):
+    """Reads encrypted states with the passphrase that this test has chosen, private or not."""
+
+    async def _key(self, stack: ExitStack, secret: uuid.UUID | None) -> int:
+        name = next(domain.name for domain in (SHARED, PRIVATE) if domain.secret == secret)
+        ours, theirs = os.pipe()
+        os.write(theirs, passphrase(name).encode("ascii"))
+        os.close(theirs)
+        stack.callback(os.close, ours)
+        return ours
+
+
 def true_eks(host: Host, domain: Domain) -> frozenset[str]:
     """What the vTPM on a host holds, read without the helper."""
-    source = StateSource(
+    source = KnownSecret(
         root=host.folder / "var/lib/libvirt/swtpm",
         uid=pwd.getpwnam("tss").pw_uid,
         work=host.folder,
     )
     for _ in range(20):
         try:
-            eks = trio.run(source.read_eks, domain.vm, StatePlace())
+            eks = trio.run(source.read_eks, domain.vm, StatePlace(), domain.secret)
             return frozenset(ek.spki_sha256 for ek in eks)
         except VtpmError:
             time.sleep(0.1)
@@ -78,6 +90,7 @@ class Observer:
         wrong: what must never be.
         overshoot_s: the longest that a claim outlived the guest's running.
         known: the EKs of each VM's vTPM, where the test knows them.
+        states: those in which each VM's EKs were claimed.
     """
 
     hosts: tuple[Host, Host]
@@ -86,6 +99,7 @@ class Observer:
     overshoot_s: float = 0.0
     samples: int = 0
     known: dict[str, frozenset[str] | None] = field(default_factory=dict)
+    states: dict[str, set[str]] = field(default_factory=dict)
     _since: dict[tuple[str, str], float] = field(default_factory=dict)
     _ended: threading.Event = field(default_factory=threading.Event)
 
@@ -111,6 +125,9 @@ class Observer:
             self.overshoot_s = max(self.overshoot_s, time.monotonic() - since)
             if time.monotonic() - since > OVERSHOOT_S:
                 self.wrong.append(f"{domain.name}: claimed on {host.name}, where it does not run")
+        if eks is not None:
+            claim = host.claim(domain)
+            self.states.setdefault(domain.name, set()).update({claim["state"]} if claim else ())
         known = self.known.get(domain.name)
         if eks is not None and known is not None and eks != known:
             self.wrong.append(f"{domain.name}: {host.name} claims an EK that is not its vTPM's")
@@ -306,13 +323,18 @@ def test_cold_and_offline(scene: Scene) -> None:
     assert not scene.learn(a, PLAIN) & eks  # libvirt 9.0 has made a new vTPM
 
 
-def test_encrypted_on_the_move(scene: Scene) -> None:
-    """A secret that libvirt gives: as with a plain state. A private one: what came in has no claims."""
-    a, b = scene.a, scene.b
-    for host in (a, b):
+def with_secrets(scene: Scene) -> None:
+    """Both hosts know the two secrets, and answer for the one that is not private."""
+    for host in (scene.a, scene.b):
         host.secret(SHARED, private=False)
         host.secret(PRIVATE, private=True)
         host.give_secrets()
+
+
+def test_encrypted_on_the_move(scene: Scene) -> None:
+    """A secret that libvirt gives: as with a plain state. A private one: what came in has no claims."""
+    a, b = scene.a, scene.b
+    with_secrets(scene)
     for domain in (SHARED, PRIVATE):
         a.define(domain)
         a.virsh("start", domain.name)
@@ -373,6 +395,10 @@ class Chaos:
                 "copy a state": self.copy,
                 "a new vTPM": self.anew,
             }
+            if domain is PRIVATE:
+                # Nobody can read what was laid under a private secret while the VM was off: a claim
+                # about it is then "claimed", the word of before.
+                del ways["copy a state"]
             name = self.random.choice(list(ways))
             self._do(name, ways[name], domain, host)
         self.settle()
@@ -388,7 +414,9 @@ class Chaos:
         """What runs is claimed, with what it holds; what does not is not."""
         for host in self.hosts:
             for domain in self.scene.observer.domains:
-                if host.runs(domain):
+                if host.runs(domain) and domain is PRIVATE:  # may have no claims: it came in
+                    self.scene.observer.known[domain.name] = true_eks(host, domain)
+                elif host.runs(domain):
                     eks = self.scene.learn(host, domain)
                     assert host.eks(domain) == eks
                 else:
@@ -484,12 +512,18 @@ class Chaos:
 def test_in_random_order(scene: Scene) -> None:
     seed = int(os.environ.get("SOAK_SEED", str(random.randrange(10**6))))
     print(f"\nmigrations: SOAK_SEED={seed} SOAK_SECONDS={SECONDS:g}", flush=True)
+    with_secrets(scene)
+    scene.observer.domains = (PLAIN, OTHER, SHARED, PRIVATE)
     chaos = Chaos(scene, seed)
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         chaos.step()
         assert scene.observer.wrong == []
     print(f"  done: {chaos.done}")
+    print(
+        f"  claimed as: { {name: sorted(states) for name, states in scene.observer.states.items()} }"
+    )
+    assert "confirmed" not in scene.observer.states.get(PRIVATE.name, set())
     print(
         f"  {scene.observer.samples} looks at both hosts; never on both, never another EK; "
         f"a claim outlived its guest's running by {scene.observer.overshoot_s:.2f} s at most"

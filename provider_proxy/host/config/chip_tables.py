@@ -115,7 +115,7 @@ class Tpm:
     endorsement_auth_file: Path | None = setting(
         read_path,
         None,
-        "File with the endorsement hierarchy's authorisation, as for `owner_auth_file`.",
+        "File with the endorsement hierarchy's authorisation; each registration needs it, too.",
     )
     ek_cert_file: Path | None = setting(
         read_path,

@@ -9,13 +9,28 @@ from __future__ import annotations
 
 import json
 import secrets
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from provider_proxy.common.files import is_there, read_secret, write_private
 from provider_proxy.errors import EvidenceFormatError, HostError
 from provider_proxy.evidence.strict_json import Fields, parse_json_object
 
+MAX_PART_BYTES = 2048  # of a key's public or private part
 AUTH_BYTES = 32  # as long as the AK's name algorithm: the most that a TPM keeps of an authValue
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Renewal:
+    """A key with another authValue, on its way to the key's handle.
+
+    Attributes:
+        public, private: TPM2B_PUBLIC and TPM2B_PRIVATE.
+    """
+
+    auth: bytes = field(repr=False)
+    public: bytes
+    private: bytes = field(repr=False)
 
 
 class AkStore:
@@ -26,6 +41,10 @@ class AkStore:
         handle: the configuration key of its handle.
         file: its name.
         after: what has to be done once a new key was made.
+
+    Attributes:
+        renewal: one that has begun and not ended; the key at the handle may be the old one, the new
+            one, or missing.
     """
 
     def __init__(
@@ -43,6 +62,7 @@ class AkStore:
         self._after = after
         self._auth = b""
         self._name = b""
+        self.renewal: Renewal | None = None
         if is_there(self._path):
             self._load()
 
@@ -52,6 +72,12 @@ class AkStore:
             fields = Fields(parse_json_object(read_secret(name, self._path), name), name)
             self._auth = fields.hex("auth", AUTH_BYTES)
             self._name = fields.hex("name", 66) if "name" in fields else b""
+            if "next_auth" in fields:
+                self.renewal = Renewal(
+                    auth=fields.hex("next_auth", AUTH_BYTES),
+                    public=fields.hex("next_public", MAX_PART_BYTES),
+                    private=fields.hex("next_private", MAX_PART_BYTES),
+                )
         except EvidenceFormatError as exc:
             raise HostError(f"{self._path} is damaged: {exc}") from exc
 
@@ -61,6 +87,11 @@ class AkStore:
         Raises:
             HostError: a key is there that we have no authValue for, or ours has gone.
         """
+        if self.renewal is not None:
+            raise HostError(
+                f"the renewal of the {self._key}'s authValue did not come to its end: run "
+                "`provider-proxy tpm ak renew` again"
+            )
         if is_new and self._name:
             raise HostError(
                 f"the TPM no longer holds the {self._key} {self._name.hex()}: it was cleared or "
@@ -75,6 +106,22 @@ class AkStore:
                 f"choose another {self._handle} or evict that key"
             )
         return self._auth
+
+    @property
+    def known(self) -> tuple[bytes, bytes] | None:
+        """The key's authValue and name; None where it never signed."""
+        return (self._auth, self._name) if self._auth and self._name else None
+
+    def begin(self, renewal: Renewal) -> None:
+        """Remember a renewal, so that it can be ended whatever happens. Raises: HostError."""
+        self.renewal = renewal
+        self._save()
+
+    def finish(self) -> None:
+        """The new authValue is the key's. Raises: HostError."""
+        if self.renewal is not None:
+            self._auth, self.renewal = self.renewal.auth, None
+            self._save()
 
     def confirm(self, name: bytes) -> None:
         """Remember the key's name; the first time that it has signed.
@@ -95,4 +142,8 @@ class AkStore:
         values = {"auth": self._auth.hex()}
         if self._name:
             values["name"] = self._name.hex()
+        if self.renewal is not None:
+            values["next_auth"] = self.renewal.auth.hex()
+            values["next_public"] = self.renewal.public.hex()
+            values["next_private"] = self.renewal.private.hex()
         write_private(self._path, json.dumps(values).encode("ascii"))

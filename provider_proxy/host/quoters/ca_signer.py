@@ -51,6 +51,17 @@ class CaSigner:
         return await self._quoter.on_chip(lambda chip: ca_key.certify(chip, self._key, qualifying))
 
 
+def ca_key_store(state_dir: Path) -> AkStore:
+    """The file with the key's authValue. Raises: HostError."""
+    return AkStore(
+        state_dir,
+        key="vTPM CA's key",
+        handle="vtpm.ca_handle",
+        file=KEY_FILE,
+        after="tenants must then trust the new CA",
+    )
+
+
 async def open_ca_signer(
     quoter: EsysQuoter, settings: Tpm, state_dir: Path, handle: int
 ) -> CaSigner:
@@ -71,13 +82,7 @@ async def open_ca_signer(
                 await trio.sleep(LOCK_POLL_S)
             waits_for = "the TPM gives no answer, or other programs hold it"
             # Read under the lock: another start may just have made the key.
-            store = AkStore(
-                state_dir,
-                key="vTPM CA's key",
-                handle="vtpm.ca_handle",
-                file=KEY_FILE,
-                after="tenants must then trust the new CA",
-            )
+            store = ca_key_store(state_dir)
             key = await quoter.on_chip(
                 lambda chip: ca_key.find_or_make(chip, handle, auths, store.auth_for)
             )

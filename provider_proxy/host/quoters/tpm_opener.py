@@ -31,7 +31,7 @@ from provider_proxy.evidence.model import AttestationKey, HashAlg, Quote
 from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.config.load import EMBEDDED
 from provider_proxy.host.quoters.ak_store import AkStore
-from provider_proxy.host.tpm import capabilities, chip, keys, progress
+from provider_proxy.host.tpm import capabilities, chip, keys, progress, renewal
 from provider_proxy.host.tpm.ek import OwnFiles, find_or_make_ek
 from provider_proxy.host.tpm.embedded import EmbeddedTpm
 from provider_proxy.trust.ek_files import read_certificates
@@ -136,7 +136,7 @@ class TpmOpener:
             with chip.tss_errors("looking at the PCR banks"):
                 active = capabilities.banks(context)
             _check_banks(active, self._settings.banks)
-            with self._alone():
+            with self.alone():
                 # Another process may just have made the key, and written its authValue.
                 self._store = AkStore(self._state_dir)
                 return self._open(context)
@@ -145,8 +145,12 @@ class TpmOpener:
             raise
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Raises: HostError where another process does not let the lock go."""
+    def alone(self) -> Iterator[None]:
+        """The one process of this state directory that finds, makes or changes keys.
+
+        Raises:
+            HostError: another process does not let the lock go.
+        """
         lock = FileLock(self._state_dir / OPEN_LOCK)
         with progress.announced(f"another process holds {self._state_dir / OPEN_LOCK}"):
             while not lock.take():
@@ -189,6 +193,12 @@ class TpmOpener:
         for bank in settings.banks:
             self._try_quote(opened, bank)
         self._store.confirm(ak.key.name)
+        for copy in renewal.copies_of(context, settings.ak_handle, ak.key.name):
+            log.error(
+                "handle %#x holds the same AK, perhaps with an authValue of somebody else's, who then "
+                "signs for this host: see `provider-proxy tpm ak renew`",
+                copy,
+            )
         return opened
 
     def read_ak_public(self) -> bytes | None:

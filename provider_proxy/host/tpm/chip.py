@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tpm2_pytss import ESAPI, TSS2_Exception
 from tpm2_pytss.constants import (
@@ -86,14 +86,19 @@ class EkAuth:
         by_policy: with PolicySecret(endorsement), as templates of the low range have it; without, with
             its empty authValue, as those of the high range allow.
         name_alg: the hash of its policy.
+        endorsement: the authValue of the endorsement hierarchy, which its policy asks for.
     """
 
     by_policy: bool = True
     name_alg: HashAlg = HashAlg.SHA256
+    endorsement: bytes = field(default=b"", repr=False)
 
 
-def ek_auth_of(key: TpmPublic, what: str) -> EkAuth:
+def ek_auth_of(key: TpmPublic, what: str, endorsement: bytes = b"") -> EkAuth:
     """How to use this EK.
+
+    Args:
+        endorsement: the authValue of the endorsement hierarchy.
 
     Raises:
         HostError: its policy is none that we can fulfil.
@@ -106,7 +111,7 @@ def ek_auth_of(key: TpmPublic, what: str) -> EkAuth:
             f"{what} has a policy of its own ({key.auth_policy.hex()[:16]}…), which this program "
             "cannot fulfil; set tpm.ek_handle to a free handle: an EK of the profile is made there"
         )
-    return EkAuth(True, name_alg)
+    return EkAuth(True, name_alg, endorsement)
 
 
 def endorsement_policy(name_alg: HashAlg) -> bytes:
@@ -134,6 +139,8 @@ def ek_session(context: ESAPI, auth: EkAuth) -> Iterator[ESYS_TR]:
         TPM2_ALG(auth.name_alg),
     )
     try:
+        # Each time: a context that was opened anew has forgotten it.
+        context.tr_set_auth(ESYS_TR.ENDORSEMENT, auth.endorsement)
         context.policy_secret(ESYS_TR.ENDORSEMENT, session, b"", b"", b"", 0)
         yield session
     finally:

@@ -171,9 +171,10 @@ def find_or_make_ek(
         return _make(context, handle, auths, nv, certificates, own, files)
     public = read_public(context, found)
     try:
-        return _info(found, public, handle, certificates, own, files, made=False)
+        info = _info(found, public, handle, certificates, own, files, auths, made=False)
     except _WrongKeyError as exc:
         raise HostError(f"{exc}; it was left as it is. {_way_out(context, exc.wanted)}") from exc
+    return info
 
 
 class _WrongKeyError(HostError):
@@ -220,6 +221,7 @@ def _info(
     certificates: EkCertificates,
     own: TpmCertificate | None,
     files: OwnFiles,
+    auths: Auths,
     *,
     made: bool,
 ) -> EkInfo:
@@ -228,7 +230,7 @@ def _info(
     return EkInfo(
         handle=found,
         public=public,
-        auth=ek_auth_of(key, f"the EK at handle {handle:#x}"),
+        auth=ek_auth_of(key, f"the EK at handle {handle:#x}", auths.endorsement),
         cert=cert.der if cert is not None else None,
         chain=fitting(files.chain or certificates.chain),
         made=made,
@@ -321,7 +323,7 @@ def _make(
                 "know it (Keylime 7.14 does)",
                 kind.name,
             )
-        return _info(kept, public, handle, certificates, own, files, made=True)
+        return _info(kept, public, handle, certificates, own, files, auths, made=True)
     raise HostError(
         f"no template gives the key of the TPM's EK certificate ({', '.join(wrong)}): nothing was kept. "
         "Read the maker's notes on its EK template, or make the EK yourself at tpm.ek_handle"

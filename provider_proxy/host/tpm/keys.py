@@ -200,7 +200,6 @@ def make_under_ek(
     Raises:
         TSS2_Exception: the TPM refused; call it inside `tss_errors`.
     """
-    context.tr_set_auth(ESYS_TR.ENDORSEMENT, auths.endorsement)
     context.tr_set_auth(ESYS_TR.OWNER, auths.owner)
     public_template = TPM2B_PUBLIC.parse(template, objectAttributes=attributes)
     sensitive = TPM2B_SENSITIVE_CREATE(TPMS_SENSITIVE_CREATE(userAuth=auth))
