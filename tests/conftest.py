@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 KEPT = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TERM", "VIRTUAL_ENV", "CI")
 # And how a run is asked for more than usual.
 KEPT_PREFIXES = (
+    "FUZZ_",
     "TEST_",
     "SOAK_",
     "PYTEST_",

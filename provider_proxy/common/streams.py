@@ -30,6 +30,7 @@ class SocketStream(trio.abc.Stream):
         sock: a connected stream socket; the stream closes it.
         context: for TLS; None for plaintext.
         server_name: what the server's certificate must be for; makes this the client's end.
+        peer: the peer's IP address and port, where accept(2) has told them already.
     """
 
     def __init__(
@@ -38,11 +39,13 @@ class SocketStream(trio.abc.Stream):
         context: ssl.SSLContext | None = None,
         *,
         server_name: str | None = None,
+        peer: tuple[str, int] | None = None,
     ) -> None:
         sock.setblocking(False)
         self._socket = sock
         self._context = context
         self._server_name = server_name
+        self._peer = peer
         self._heard = False
         self._ready = context is None  # TLS: the handshake is done
         self._sound = context is None  # nothing is half sent
@@ -57,6 +60,19 @@ class SocketStream(trio.abc.Stream):
     def socket(self) -> socket.socket:
         """For its names and options. Whoever reads or writes it breaks the stream."""
         return self._socket
+
+    def peer(self) -> tuple[str, int] | None:
+        """The peer's IP address and port; None where it is no peer over IP.
+
+        Raises:
+            trio.BrokenResourceError: it is gone, and nobody has told its address before.
+        """
+        if self._peer is None and self._socket.family in (socket.AF_INET, socket.AF_INET6):
+            try:
+                self._peer = self._socket.getpeername()[:2]
+            except OSError as exc:
+                raise trio.BrokenResourceError("the peer is gone") from exc
+        return self._peer
 
     @property
     def is_tls(self) -> bool:

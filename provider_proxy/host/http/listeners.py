@@ -45,6 +45,9 @@ class Listener(trio.abc.Listener[SocketStream]):
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext | None = None) -> None:
         sock.setblocking(False)
+        self._is_ip = sock.family != socket.AF_UNIX
+        if self._is_ip:  # what is accepted has it from here, without a call of its own
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = sock
         self.context = context
         self._report_after = -math.inf
@@ -62,14 +65,14 @@ class Listener(trio.abc.Listener[SocketStream]):
                 raise trio.ClosedResourceError
             await trio.lowlevel.wait_readable(self.socket)
             try:
-                sock, _ = self.socket.accept()
+                sock, peer = self.socket.accept()
             except BlockingIOError:
                 continue
             except OSError as exc:
                 if exc.errno in NOT_OURS:
                     continue
                 raise
-            return SocketStream(sock, self.context)
+            return SocketStream(sock, self.context, peer=peer[:2] if self._is_ip else None)
 
     async def serve(self, handler: Callable[[SocketStream], Awaitable[None]]) -> NoReturn:
         """Give each connection to a task of its own, until cancelled; closes the listener.

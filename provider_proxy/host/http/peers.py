@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import select
 import socket
@@ -32,19 +31,15 @@ class Chains:
     def __init__(self) -> None:
         self._known: dict[bytes, tuple[bytes, ...]] = {}
 
-    def complete(self, peer: Peer, stream: SocketStream) -> Peer:
-        """A peer after its handshake."""
-        certificate = stream.certificate()
-        if certificate is None:
-            return peer
+    def of(self, stream: SocketStream, certificate: bytes) -> tuple[bytes, ...]:
+        """What led to the certificate that a stream's handshake has verified."""
         chain = stream.verified_chain()
         if not chain:
-            chain = self._known.get(certificate, ())
-        else:
-            if len(self._known) >= MAX_CHAINS:
-                self._known.clear()
-            self._known[certificate] = chain
-        return dataclasses.replace(peer, certificate=certificate, chain=chain)
+            return self._known.get(certificate, ())
+        if len(self._known) >= MAX_CHAINS:
+            self._known.clear()
+        self._known[certificate] = chain
+        return chain
 
 
 def handshake_failure(cause: BaseException | None) -> str:
@@ -64,28 +59,31 @@ def handshake_failure(cause: BaseException | None) -> str:
 
 
 def peer_of(
-    sock: socket.socket, limit: Callable[[float], None], client: Client | None = None
+    stream: SocketStream,
+    chains: Chains,
+    limit: Callable[[float], None],
+    client: Client | None = None,
 ) -> Peer:
-    """The peer of a socket, before TLS.
+    """The peer of a stream, after TLS's handshake where there is one.
 
     Args:
+        chains: of the listener.
         limit: see `Peer`.
         client: whose connection a TCP proxy passes on; None where it is the peer's own.
 
     Raises:
         trio.BrokenResourceError: it is gone already.
     """
-    name, uid = None, None
-    try:
-        if sock.family == socket.AF_UNIX:
+    sock = stream.socket
+    name = stream.peer() if client is None else (client.address, client.port)
+    uid = None
+    if name is None:
+        try:
             credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-            uid = _UCRED.unpack(credentials)[1]
-        elif client is not None:
-            name = (client.address, client.port)
-        else:
-            name = sock.getpeername()
-    except OSError as exc:
-        raise trio.BrokenResourceError from exc  # gone before we looked
+        except OSError as exc:
+            raise trio.BrokenResourceError from exc  # gone before we looked
+        uid = _UCRED.unpack(credentials)[1]
+    certificate = stream.certificate()
     poll = select.poll()
     # RDHUP: the peer closed its sending half. Seen without reading, TLS records or not.
     poll.register(sock.fileno(), select.POLLRDHUP | select.POLLHUP | select.POLLERR)
@@ -93,5 +91,7 @@ def peer_of(
         name=f"{name[0]}:{name[1]}" if name else f"unix:{next(_unix_numbers)}",
         is_gone=lambda: bool(poll.poll(0)),
         limit=limit,
+        certificate=certificate,
+        chain=() if certificate is None else chains.of(stream, certificate),
         uid=uid,
     )

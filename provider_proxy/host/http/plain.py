@@ -2,8 +2,7 @@
 
 h11 is the judge of what an HTTP request is. What is taken here is a small part of what it takes, and read
 the same way: a GET of a path in HTTP/1.1, whole, with CRLF alone, one Host, and no header that frames a
-body, asks for another protocol or ends the connection. A differential test holds the two against each
-other. Each quantifier is possessive, so the time is linear in the length of what comes.
+body or asks for another protocol. A differential test holds the two against each other. Each quantifier is possessive, so the time is linear in the length of what comes.
 """
 
 from __future__ import annotations
@@ -15,29 +14,33 @@ from provider_proxy.host.http.messages import CLIENT_CERT, MAX_TARGET_CHARS, REA
 _NOT_HERE = rb"host|content-length|transfer-encoding|connection|upgrade|expect|te|trailer"
 _OTHER = (
     rb"(?:(?!(?i:%b):)[-!#$%%&'*+.^_`|~0-9A-Za-z]++:[\t -~]*+\r\n"
-    rb"|(?i:connection: ?+keep-alive\r\n))" % _NOT_HERE
+    rb"|(?i:connection: ?+(?:keep-alive|close)\r\n))" % _NOT_HERE
 )
 _PLAIN_GET = re.compile(
     rb"GET (/[!-~]{0,%d}+) HTTP/1\.1\r\n(?:%b)*+(?i:host):[\t ]*+([!-~]*+)\r\n(?:%b)*+\r\n"
     % (MAX_TARGET_CHARS - 1, _OTHER, _OTHER)
 )
+_CLOSES = re.compile(rb"\r\n(?i:connection: ?+close)\r\n")
 _CLIENT_CERT = re.compile(rb"\r\n(?i:%b):([\t -~]*+)(?=\r\n)" % CLIENT_CERT)
 
 
-def plain_get(data: bytes) -> tuple[str, str, int] | None:
+def plain_get(data: bytes) -> tuple[str, str, int, bool] | None:
     """Take a plain GET that begins here and is whole.
 
     Args:
         data: untrusted bytes.
 
     Returns:
-        Its target, its Host and its length in bytes; None where h11 must judge.
+        Its target, its Host, its length in bytes, and False where it is the connection's last request;
+        None where h11 must judge.
     """
     match = _PLAIN_GET.match(data)
     if match is None:
         return None
     target, host = match.groups()
-    return target.decode("ascii"), host.decode("ascii"), match.end()
+    end = match.end()
+    keeps = _CLOSES.search(data, 0, end) is None
+    return target.decode("ascii"), host.decode("ascii"), end, keeps
 
 
 def client_certs(head: bytes) -> tuple[str, ...]:

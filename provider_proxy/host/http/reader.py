@@ -68,7 +68,7 @@ class RequestReader:
             if isinstance(incoming, Response):
                 self.keeps = False
             return incoming
-        target, host, end = plain
+        target, host, end, self.keeps = plain
         self._ahead = data[end:]
         path, _, query = target.partition("?")
         certs = client_certs(data[:end]) if self._front else ()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
-import socket
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -229,12 +228,11 @@ class _Connection:
         """The client's IP address; empty for a unix socket, None where it is gone already."""
         if self._client is not None:
             return self._client.address
-        if self._stream.socket.family == socket.AF_UNIX:
-            return ""
         try:
-            return str(self._stream.socket.getpeername()[0])
-        except OSError:
+            peer = self._stream.peer()
+        except trio.BrokenResourceError:
             return None
+        return "" if peer is None else peer[0]
 
     async def ask_proxy(self) -> str | None:
         """Read what a TCP proxy says before all else; the client's address, or the proxy's own.
@@ -271,12 +269,11 @@ class _Connection:
         """Handshake, then requests, until either side ends."""
         if self._door.closing:
             return
-        peer = peer_of(self._stream.socket, self._limit, self._client)
         with self._scope:
             if self._stream.is_tls:
                 self._enter(_Stage.READING, HANDSHAKE_LIMIT_S)
                 await self._shake_hands()
-                peer = self._door.chains.complete(peer, self._stream)
+            peer = peer_of(self._stream, self._door.chains, self._limit, self._client)
             self._scope.deadline = self.since + IDLE_LIMIT_S
             await self._converse(peer)
         while self._scope.cancelled_caught and self._goes_on():

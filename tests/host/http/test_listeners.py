@@ -89,6 +89,21 @@ async def test_each_kind_of_address(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("inherited", [False, True])
+async def test_what_is_accepted_waits_for_no_acknowledgement(inherited: bool) -> None:
+    """A client without TCP_NODELAY delays its acknowledgements, and our small writes must not wait."""
+    if inherited:
+        (listener,) = adopt_listeners([socket.create_server(("127.0.0.1", 0))], None)
+    else:
+        (listener,) = open_listeners(KEY, ["127.0.0.1:0"], None)
+    async with listener:
+        with socket.create_connection(listener.socket.getsockname()) as client:
+            stream = await listener.accept()
+            async with stream:
+                assert stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+                assert stream.peer() == client.getsockname()
+
+
 async def test_localhost_is_all_that_it_stands_for() -> None:
     families = {found[0] for found in socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)}
     async with served(open_listeners(KEY, ["localhost:0"], None)) as names:

@@ -19,6 +19,12 @@ SEED = int(os.environ.get("FUZZ_SEED", "1"))
 CASES = int(os.environ.get("FUZZ_CASES", "40000"))
 
 GOOD = b"GET /verifier/quote?nonce=abc&mask=0x1 HTTP/1.1\r\nHost: proxy:8890\r\n\r\n"
+BEGINS = (
+    GOOD,
+    GOOD.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"),
+    b"GET /version HTTP/1.1\r\nConnection: keep-alive\r\nAccept: */*\r\nhost: a\r\nX: y\r\n\r\n",
+    b"GET / HTTP/1.1\r\nconnection:close\r\nHost: a\r\nConnection: Keep-Alive\r\n\r\n",
+)
 TARGETS = (
     *(b"/", b"/verifier/quote?nonce=a%00&mask=0x1", b"//a", b"/a?b?c#d", b'/"<>^`{|}', b"*"),
     *(b"http://proxy/a", b"a", b"", b"/a b", b"/\x7f", b"/\xe9", b"/\x00", b"/\t"),
@@ -38,6 +44,7 @@ HEADERS = (
     *(b"Accept: */*", b"User-Agent: python-httpx/0.27.0", b'Cookie: a=b; c="d"', b"X:", b"X: "),
     *(b"X: \t a\t b \t", b"X-Host: a", b"Hostile: a", b"TEst: a", b"T: a", b"X : a", b": a", b"X"),
     *(b"Connection: keep-alive", b"connection:Keep-Alive", b"Connection:  keep-alive"),
+    *(b"X: Connection: close", b"Connection:CLOSE", b"Connection: closed", b"Connection:\tclose"),
     *(
         b"Connection: close",
         b"Connection: keep-alive, close",
@@ -59,14 +66,16 @@ def composed(dice: random.Random) -> bytes:
     lines = [
         method + b" " + dice.choice(TARGETS) + b" " + dice.choice(VERSIONS),
         *dice.choices(HEADERS, k=dice.choice((0, 1, 1, 1, 2, 2, 3, 5))),
-        b"",
     ]
+    if dice.randrange(2):
+        lines.insert(dice.randrange(1, len(lines) + 1), b"Host: a")
+    lines.append(b"")
     return b"".join(line + dice.choice(LINE_ENDS) for line in lines) + dice.choice(BEHIND)
 
 
 def damaged(dice: random.Random) -> bytes:
     """A good request with a few bytes flipped, inserted, repeated or cut off."""
-    data = bytearray(GOOD)
+    data = bytearray(dice.choice(BEGINS))
     for _ in range(dice.choice((0, 1, 1, 2, 3))):
         at = dice.randrange(len(data) + 1)
         match dice.randrange(4):
@@ -81,9 +90,9 @@ def damaged(dice: random.Random) -> bytes:
     return bytes(data)
 
 
-def judge(data: bytes) -> tuple[bytes, bytes, bytes]:
-    """What h11 says of a request that is one: target, Host, and what it left unread; and that it keeps
-    the connection."""
+def judge(data: bytes) -> tuple[bytes, bytes, bytes, bool]:
+    """What h11 says of a request that is one: target, Host, what it left unread, and whether it keeps the
+    connection."""
     conn = h11.Connection(h11.SERVER, max_incomplete_event_size=16 * 1024)
     conn.receive_data(data)
     head = conn.next_event()
@@ -91,23 +100,25 @@ def judge(data: bytes) -> tuple[bytes, bytes, bytes]:
     assert (head.method, head.http_version) == (b"GET", b"1.1")
     (host,) = (value for name, value in head.headers if name == b"host")
     assert isinstance(conn.next_event(), h11.EndOfMessage)
-    assert conn.their_state is h11.DONE
-    return head.target, host, conn.trailing_data[0]
+    assert conn.their_state in (h11.DONE, h11.MUST_CLOSE)
+    return head.target, host, conn.trailing_data[0], conn.their_state is h11.DONE
 
 
 def test_what_is_taken_is_what_h11_reads() -> None:
     dice = random.Random(SEED)
-    taken = 0
+    taken, last = 0, 0
     for number in range(CASES):
         data = (composed if number % 2 else damaged)(dice)
         found = plain_get(data)
         if found is None:
             continue
         taken += 1
-        target, host, end = found
-        assert (target.encode(), host.encode(), data[end:]) == judge(data), data
+        target, host, end, keeps = found
+        last += not keeps
+        assert (target.encode(), host.encode(), data[end:], keeps) == judge(data), data
         assert len(target) <= MAX_TARGET_CHARS
     assert CASES / 20 < taken < CASES / 2, taken  # neither nothing nor everything
+    assert taken / 100 < last < taken / 2, last
 
 
 @pytest.mark.parametrize(
@@ -116,6 +127,7 @@ def test_what_is_taken_is_what_h11_reads() -> None:
         GOOD,
         b"GET / HTTP/1.1\r\nhost:a\r\nConnection: keep-alive\r\nAccept: */*\r\n\r\n",
         b"GET / HTTP/1.1\r\nAccept: */*\r\nHost: a\r\nX:\r\n\r\nGET /2",
+        b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Close\r\nConnection: keep-alive\r\n\r\n",
         b"GET /" + b"x" * (MAX_TARGET_CHARS - 1) + b" HTTP/1.1\r\nHost: a\r\n\r\n",
     ],
 )
@@ -135,7 +147,7 @@ def test_plain_requests_are_taken(head: bytes) -> None:
         lambda head: head.replace(b"1.1", b"1.0"),
         lambda head: head.replace(b"\r\n\r\n", b"\r\nContent-Length: 0\r\n\r\n"),
         lambda head: head.replace(b"\r\n\r\n", b"\r\nTransfer-Encoding: chunked\r\n\r\n"),
-        lambda head: head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"),
+        lambda head: head.replace(b"\r\n\r\n", b"\r\nConnection: close, x\r\n\r\n"),
         lambda head: head.replace(b"\r\n\r\n", b"\r\nUpgrade: h2c\r\n\r\n"),
         lambda head: head.replace(b"\r\n\r\n", b"\r\n folded\r\n\r\n"),
         lambda head: head.replace(b"\r\n\r\n", b"\r\nX : a\r\n\r\n"),
