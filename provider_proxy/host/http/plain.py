@@ -2,7 +2,8 @@
 
 h11 is the judge of what an HTTP request is. What is taken here is a small part of what it takes, and read
 the same way: a GET of a path in HTTP/1.1, whole, with CRLF alone, one Host, and no header that frames a
-body or asks for another protocol. A differential test holds the two against each other. Each quantifier is possessive, so the time is linear in the length of what comes.
+body or asks for another protocol. A differential test holds the two against each other. Each quantifier
+is possessive, so the time is linear in the length of what comes.
 """
 
 from __future__ import annotations
