@@ -11,7 +11,6 @@ import json
 import os
 import random
 import re
-import ssl
 import subprocess
 import sys
 import tempfile
@@ -22,13 +21,13 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
 import trio
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from provider_proxy.bench.process import config_text
+from provider_proxy.common.http import http_client
 from provider_proxy.errors import HostError, ReplyError, UsageError, VerificationError
 from provider_proxy.evidence.attestation import parse_attest
 from provider_proxy.evidence.model import TrustedHost
@@ -159,7 +158,6 @@ async def _tenants(url: str, count: int, seed: int, console: Console) -> Outcome
     """Connect everybody, let all ask at once, then verify every answer."""
     outcome = Outcome()
     masks = random.Random(seed)  # noqa: S311  # a demo's choice of PCRs
-    context = ssl.create_default_context()
     columns = (TextColumn("{task.description:18}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bars = [progress.add_task(f"tenants {verb}", total=count) for verb in STEPS]
@@ -167,7 +165,7 @@ async def _tenants(url: str, count: int, seed: int, console: Console) -> Outcome
             tenants = []
             for _ in range(count):
                 # A client each: they are strangers, and one pool of 200 is slow.
-                http = httpx.AsyncClient(verify=context, timeout=ANSWER_LIMIT_S, trust_env=False)
+                http = http_client(None, read_limit_s=ANSWER_LIMIT_S)
                 client = ProxyClient(await clients.enter_async_context(http), url)
                 tenants.append(_Tenant(client, _choose_mask(masks)))
             for bar, step in zip(bars, (_Tenant.connect, _Tenant.ask), strict=False):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Protocol
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,27 @@ class Dated:
 
 def _day(when: datetime) -> str:
     return f"{when:%Y-%m-%d %H:%M} UTC"
+
+
+class Labelled(Protocol):
+    """A gauge of prometheus-client with one label, which who reads dates alone may not have."""
+
+    def clear(self) -> None: ...
+
+    def labels(self, name: str, /) -> Settable: ...
+
+
+class Settable(Protocol):
+    """One of its values."""
+
+    def set(self, value: float, /) -> None: ...
+
+
+def show_dates(gauge: Labelled, dates: Iterable[Dated]) -> None:
+    """Set a gauge to when each ends, in seconds since the epoch; those of before are forgotten."""
+    gauge.clear()
+    for dated in dates:
+        gauge.labels(dated.name).set(dated.not_after.timestamp())
 
 
 class Calendar:

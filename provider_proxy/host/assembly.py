@@ -174,7 +174,9 @@ async def open_parts(
             busy_status=config.limits.busy_status,
             passed_on=Networks(config.listen.proxy_protocol_from).holds,
         )
-        front_door = make_front_door(config.listen, door, book, recent.count)
+        front_door = make_front_door(
+            config.listen, door, book, recent.count, recent.turned_away.note
+        )
         front = Door(
             front_door or door,
             observe=metrics.count_request,

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from provider_proxy.common.dates import Dated
+from provider_proxy.common.dates import Dated, show_dates
 from provider_proxy.common.log import dropped_lines
 
 LEAVES_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -217,9 +217,7 @@ class Metrics:
 
     def show_dates(self, dates: Iterable[Dated]) -> None:
         """Say when each ends to be valid; those that were said before are forgotten."""
-        self.not_after.clear()
-        for dated in dates:
-            self.not_after.labels(dated.name).set(dated.not_after.timestamp())
+        show_dates(self.not_after, dates)
 
     def forget_registration(self, registrar: str, states: Iterable[str]) -> None:
         """Drop what was said of a registrar that is configured no more."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import time
 from collections import OrderedDict
@@ -25,9 +26,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from provider_proxy.common.tls import load_certificates
 from provider_proxy.errors import ClientCertError, UnknownTenantError
 from provider_proxy.host.api.identity import TenantBook
-from provider_proxy.host.api.tenant import Count
+from provider_proxy.host.api.tenant import Count, TurnAway
 from provider_proxy.host.config.tables import Listen
-from provider_proxy.host.http.messages import Handler, Request, Response
+from provider_proxy.host.http.messages import Handler, Peer, Request, Response
 from provider_proxy.host.status.recent import STRANGERS
 
 MAX_CERTIFICATE_BYTES = 8 * 1024  # a head of 16 kB holds no more
@@ -175,6 +176,10 @@ class FrontJudge:
         self._peers = frozenset(peers)
         self._chain = chain
 
+    def is_front(self, peer: Peer) -> bool:
+        """Whether a connection is the front's, by its uid or its own certificate."""
+        return not self._peers.isdisjoint(self._book.identities(peer))
+
     def admit(self, request: Request) -> Request:
         """The request as if its tenant had come itself.
 
@@ -182,7 +187,7 @@ class FrontJudge:
             UnknownTenantError: the peer is no front, or the certificate is not good.
             ClientCertError: the front did not pass on one certificate.
         """
-        if self._peers.isdisjoint(self._book.identities(request.peer)):
+        if not self.is_front(request.peer):
             raise UnknownTenantError("this listener is for the provider's front alone")
         der = parse_client_cert(request.client_certs)
         chain = self._chain.check(der)
@@ -205,13 +210,24 @@ def load_front_judge(listen: Listen, book: TenantBook) -> FrontJudge | None:
 class FrontDoor:
     """The handler of a front's listeners, before the tenants' own.
 
+    Args:
+        count: told of each request that goes no further.
+        turned_away: told of the same: why, the front's address, and the certificate that it passed on.
+
     Attributes:
         judge: may be replaced, for the requests that come after.
     """
 
-    def __init__(self, handler: Handler, judge: FrontJudge, count: Count) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        judge: FrontJudge,
+        count: Count,
+        turned_away: TurnAway = lambda reason, address, certificate: None,
+    ) -> None:
         self._handler = handler
         self._count = count
+        self._turned_away = turned_away
         self.judge = judge
 
     async def __call__(self, request: Request) -> Response:
@@ -224,12 +240,21 @@ class FrontDoor:
             admitted = self.judge.admit(request)
         except (UnknownTenantError, ClientCertError) as exc:
             self._count(STRANGERS, type(exc).__name__)
+            self._turned_away(str(exc), request.peer.name, self._certificate(request))
             raise
         return await self._handler(admitted)
 
+    def _certificate(self, request: Request) -> bytes | None:
+        """Whose request it was: what the front passed on, or what a peer that is no front showed."""
+        if not self.judge.is_front(request.peer):
+            return request.peer.certificate
+        with contextlib.suppress(ClientCertError):
+            return parse_client_cert(request.client_certs)
+        return None
+
 
 def make_front_door(
-    listen: Listen, handler: Handler, book: TenantBook, count: Count
+    listen: Listen, handler: Handler, book: TenantBook, count: Count, turned_away: TurnAway
 ) -> FrontDoor | None:
     """The front's door; None where there is none.
 
@@ -237,4 +262,4 @@ def make_front_door(
         HostError: see `load_front_judge`.
     """
     judge = load_front_judge(listen, book)
-    return None if judge is None else FrontDoor(handler, judge, count)
+    return None if judge is None else FrontDoor(handler, judge, count, turned_away)

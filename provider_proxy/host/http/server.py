@@ -64,7 +64,8 @@ class Door(HandshakeRoom):
     Args:
         handler: answers requests; a `ProviderProxyError` of it becomes its response.
         observe: counts responses.
-        observe_handshake, turned_away: told of each TLS handshake; the second also of the address.
+        observe_handshake, turned_away: told of each TLS handshake; the second also of the address, and of
+            OpenSSL's words on a certificate that it refused.
         max_connections: one more closes the one that has been idle, or slow, the longest; where
             all others are being answered it is closed itself.
         max_per_address: one more from the same IP address is closed.
@@ -81,7 +82,7 @@ class Door(HandshakeRoom):
         *,
         observe: Observer,
         observe_handshake: ObserveHandshake = lambda reason: None,
-        turned_away: Callable[[str, str], None] = lambda reason, address: None,
+        turned_away: Callable[[str, str, str], None] = lambda reason, address, words: None,
         max_connections: int = 4096,
         max_per_address: int = 4096,
         max_handshakes: int = MAX_HANDSHAKES,
@@ -298,12 +299,14 @@ class _Connection:
     async def _shake_hands(self) -> None:
         """TLS's handshake, counted."""
         reason = "timeout"  # whoever else cancels, to make room or to end, has waited too
+        words = ""
         try:
             with self._door.shaking(self, self.address() or ""):
                 await self._stream.do_handshake()
             reason = "ok"
         except trio.BrokenResourceError as exc:
             reason = handshake_failure(exc.__cause__)
+            words = getattr(exc.__cause__, "verify_message", "")
             if reason != "client_gone":
                 await self._linger()  # its alert says why
             raise
@@ -311,7 +314,7 @@ class _Connection:
             heard = reason if self._stream.heard else SILENT
             reason = CROWDED_OUT if self._crowded_out else heard
             self._door.observe_handshake(reason)
-            self._door.turned_away(reason, self.address() or "")
+            self._door.turned_away(reason, self.address() or "", words)
 
     def _limit(self, seconds: float) -> None:
         """The handler says how long it may take."""

@@ -24,7 +24,8 @@ LINES_A_MINUTE = 10
 UNREMARKED = ("ok", "silent", "client_gone")  # nobody was turned away: it went by itself
 WHY = {
     "no_certificate": "it showed no client certificate",
-    "bad_certificate": "its certificate is expired, revoked, or not of listen.client_ca",
+    "bad_certificate": "its certificate was refused",
+    "crowded_out": "its handshake took long, and others needed the room",
     "protocol": "it does not speak TLS 1.2 or newer as we do",
     "timeout": "its handshake took too long",
 }
@@ -44,17 +45,22 @@ class TurnedAway:
         self._lines = 0
         self._unwritten = 0
 
-    def shaken(self, reason: str, address: str) -> None:
-        """A TLS handshake has ended: "ok", or why it failed."""
+    def shaken(self, reason: str, address: str, words: str = "") -> None:
+        """A TLS handshake has ended.
+
+        Args:
+            reason: "ok", or why it failed.
+            words: OpenSSL's on the certificate: "certificate has expired".
+        """
         if reason not in UNREMARKED:
-            self.note(WHY.get(reason, reason), address)
+            self.note(WHY.get(reason, reason) + (f": {words}" if words else ""), address)
 
     def note(self, reason: str, address: str, certificate: bytes | None = None) -> None:
         """Remember one, and log it where there is room this minute.
 
         Args:
             address: of the client; an IP address, or a unix socket's number.
-            certificate: DER, as TLS verified it; None where it showed none or TLS refused it.
+            certificate: DER, as TLS or a front handed it on; None where it showed none or TLS refused it.
         """
         now = self._now()
         subject, fingerprint = _facts(certificate)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from provider_proxy.common.addresses import is_loopback
+from provider_proxy.common.dates import Calendar
 from provider_proxy.evidence.wire import encode_envelope
 from provider_proxy.tenant.bridge.agents import HostAgent
 from provider_proxy.tenant.bridge.door import Answer, Asked
@@ -27,6 +28,8 @@ class Shown(Protocol):
     def metrics(self) -> BridgeMetrics: ...
     @property
     def keys(self) -> BridgeKeys: ...
+    @property
+    def calendar(self) -> Calendar: ...
 
 
 class Admin:
@@ -47,10 +50,10 @@ class Admin:
             case "/healthz":
                 return Answer(status=200, body=b"ok\n", content_type=TEXT)
             case "/readyz":
-                waiting = not_ready(self._bridge.agents)
-                text = f"waiting for {', '.join(waiting[:20])}\n" if waiting else "ready\n"
+                why = why_not_ready(self._bridge)
+                text = (why or "ready") + "\n"
                 return Answer(
-                    status=503 if waiting else 200, body=text.encode("ascii"), content_type=TEXT
+                    status=503 if why else 200, body=text.encode("utf-8"), content_type=TEXT
                 )
             case "/metrics":
                 body = self._bridge.metrics.text()
@@ -74,6 +77,14 @@ def not_ready(agents: Mapping[str, HostAgent]) -> list[str]:
     ]
 
 
+def why_not_ready(bridge: Shown) -> str | None:
+    """Why verifiers cannot poll every host; None while they can."""
+    waiting = not_ready(bridge.agents)
+    return bridge.calendar.not_ready() or (
+        f"waiting for {', '.join(waiting[:20])}" if waiting else None
+    )
+
+
 def status(bridge: Shown) -> dict[str, object]:
     """All of it, as `bridge status --json` prints it."""
     hosts = {}
@@ -91,4 +102,9 @@ def status(bridge: Shown) -> dict[str, object]:
             "last_at": standing.at,
             "good_at": standing.good_at,
         }
-    return {"ready": not not_ready(bridge.agents), "hosts": hosts}
+    return {
+        "ready": why_not_ready(bridge) is None,
+        "why": why_not_ready(bridge),
+        "dates": bridge.calendar.values(),
+        "hosts": hosts,
+    }

@@ -19,6 +19,7 @@ import trio
 
 from provider_proxy.common import memory
 from provider_proxy.common.addresses import split_address
+from provider_proxy.common.dates import Calendar
 from provider_proxy.errors import ConfigError, HostError, ProviderProxyError
 from provider_proxy.tenant.bridge.admin import Admin
 from provider_proxy.tenant.bridge.agent import Agent
@@ -29,6 +30,7 @@ from provider_proxy.tenant.bridge.metrics import BridgeMetrics
 from provider_proxy.tenant.bridge.ports import PortBook
 from provider_proxy.tenant.watch.budget import Budget
 from provider_proxy.tenant.watch.metrics import write_textfile
+from provider_proxy.tenant.watch.preflight import read_dates
 from provider_proxy.tenant.watch.questions import HostQuestions, Setting
 from provider_proxy.tenant.watch.registrars import KnownAks, Registrars
 from provider_proxy.tenant.watch.saving import save, save_often
@@ -76,6 +78,7 @@ class Bridge:
     def __init__(self, config: WatchConfig) -> None:
         self._config = config
         self.metrics = BridgeMetrics()
+        self.calendar = Calendar(read_dates(config), show=self.metrics.show_dates)
         self.keys = keys_of(config)
         directory = state_dir_of(config)
         self._store = StateStore(directory)
@@ -124,6 +127,7 @@ class Bridge:
                         self.metrics.save_failures.inc,
                     )
                     nursery.start_soon(memory.collect)
+                    nursery.start_soon(self.calendar.run)
                     await self._open_admin(nursery)
                     self._start(nursery, asked_hosts(self._settings))
                     log.info("%d hosts as agents of Keylime", len(self.agents))
@@ -204,6 +208,7 @@ class Bridge:
                     raise ConfigError(f"{name} has changed, which takes a restart")
             aks = KnownAks(self._registrars)
             settings = await trio.to_thread.run_sync(_settings_again, config, aks, self._settings)
+            dates = await trio.to_thread.run_sync(read_dates, config)
             asked = asked_hosts(settings)
             await trio.to_thread.run_sync(self._ports.ports_of, list(asked))
         except ProviderProxyError as exc:
@@ -216,6 +221,8 @@ class Bridge:
             await self.agents[name].agent.take(asked[name])
         self._start(nursery, {n: s for n, s in asked.items() if n not in self.agents})
         self._config, self._settings = config, settings
+        self.calendar.replace(dates)
+        self.calendar.warn()
         self._count()
         log.info("reloaded: %d hosts", len(asked))
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from provider_proxy.common.dates import Dated, show_dates
 
 PREFIX = "provider_proxy_bridge_"
 POLL_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -53,11 +57,21 @@ class BridgeMetrics:
             buckets=SIGN_BUCKETS,
             registry=self.registry,
         )
+        self.not_after = Gauge(
+            PREFIX + "not_after_seconds",
+            "When a certificate or a CA ends to be valid, in seconds since the epoch.",
+            ["what"],
+            registry=self.registry,
+        )
         self.save_failures = Counter(
             PREFIX + "save_failures",
             "Saves of the state that failed. Must stay 0.",
             registry=self.registry,
         )
+
+    def show_dates(self, dates: Iterable[Dated]) -> None:
+        """Say when each ends to be valid; those that were said before are forgotten."""
+        show_dates(self.not_after, dates)
 
     def forget_host(self, name: str) -> None:
         """A host is no longer in the file."""

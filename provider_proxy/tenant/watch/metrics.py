@@ -14,7 +14,7 @@ from pathlib import Path
 import trio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from provider_proxy.common.dates import Dated
+from provider_proxy.common.dates import Dated, show_dates
 from provider_proxy.errors import HostError
 from provider_proxy.tenant.watch.states import State
 from provider_proxy.tenant.watch.tables import MetricsTable
@@ -86,9 +86,7 @@ class WatchMetrics:
 
     def show_dates(self, dates: Iterable[Dated]) -> None:
         """Say when each ends to be valid; those that were said before are forgotten."""
-        self.not_after.clear()
-        for dated in dates:
-            self.not_after.labels(dated.name).set(dated.not_after.timestamp())
+        show_dates(self.not_after, dates)
 
     def forget_host(self, name: str) -> None:
         """A host is no longer watched."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -16,6 +17,8 @@ from provider_proxy.tenant.watch.reports import webhook_secret
 from provider_proxy.tenant.watch.tables import HostRules, WatchConfig
 from provider_proxy.trust.ek_store import EkStore
 from provider_proxy.trust.pins import PinStore
+
+BRIDGE_CLIENT_CA = "bridge.client_ca"
 
 
 def host_files(name: str, rules: HostRules) -> TlsFiles:
@@ -48,12 +51,18 @@ def files_of(config: WatchConfig) -> Iterator[TlsFiles]:
         key=bridge.verifier_key,
         names=("bridge.verifier_ca", "bridge.verifier_cert", "bridge.verifier_key"),
     )
-    yield TlsFiles(ca=bridge.client_ca, names=("bridge.client_ca", "", ""))
+    yield TlsFiles(ca=bridge.client_ca, names=(BRIDGE_CLIENT_CA, "", ""))
 
 
 def read_dates(config: WatchConfig) -> tuple[Dated, ...]:
     """The dates of all certificates and CAs. Reads files. Raises: HostError."""
-    return tuple(dated for files in files_of(config) for dated in dates_of(files))
+    return tuple(
+        dataclasses.replace(dated, vital=True, means="no verifier can poll an agent")
+        if dated.name == BRIDGE_CLIENT_CA
+        else dated
+        for files in files_of(config)
+        for dated in dates_of(files)
+    )
 
 
 def find(config: WatchConfig, *, for_bridge: bool) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import hashlib
 import os
 import subprocess
 from dataclasses import dataclass, field, replace
@@ -256,6 +257,13 @@ async def tenants_seen(admin: str) -> set[str]:
     return {row["name"] for row in results["tenants"]["listed"]}
 
 
+async def turned_away(admin: str) -> list[dict[str, object]]:
+    results = (await get(admin, "/status")).envelope()["results"]
+    assert isinstance(results, dict)
+    listed: list[dict[str, object]] = results["turned_away"]
+    return listed
+
+
 async def test_a_daemon_with_a_front(tmp_path: Path) -> None:
     """One upstream connection, several tenants, and every way to get it wrong; the same headers do
     nothing at the tenants' own listener."""
@@ -309,6 +317,11 @@ async def test_a_daemon_with_a_front(tmp_path: Path) -> None:
         async with connect(front) as wire:
             stranger = f"Client-Cert: {header(TENANT)}"
             assert await reply_of(wire, stranger) == 403
+        away = await turned_away(started.admin_addresses[0])
+        assert away[0]["reason"] == "your certificate does not lead to listen.client_ca"
+        assert away[0]["fingerprint"] == hashlib.sha256(TENANT).hexdigest()
+        assert away[-1] == {**away[-1], "reason": "the front sent no Client-Cert header"}
+        assert away[-1]["fingerprint"] is None
         async with connect(started.addresses[0], certs.client(with_cert=True)) as wire:
             assert await reply_of(wire, good_one) == 200
         await trio.sleep(FRESH_S)
@@ -327,7 +340,13 @@ async def test_a_process_that_is_no_front(tmp_path: Path) -> None:
             front=(f"unix:{tmp_path}/front",),
             front_peers=("uid:4711",),
         ),
+        admin=Admin(address=("127.0.0.1:0",)),
     )
     async with daemon_with(FakeQuoter(), config) as started:
         async with connect(started.front_addresses[0]) as wire:
             assert await reply_of(wire, f"Client-Cert: {header(TENANT)}") == 403
+        (away,) = await turned_away(started.admin_addresses[0])
+        assert away["reason"] == "this listener is for the provider's front alone"
+        assert (
+            away["fingerprint"] is None
+        )  # what one that is no front says of others counts for nothing

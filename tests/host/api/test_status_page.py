@@ -8,9 +8,11 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 from helpers import LIMIT_S, wait_until
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
@@ -29,6 +31,7 @@ from status_helpers import (
     make_past,
 )
 
+from provider_proxy.host import pki
 from provider_proxy.host.batching.batcher import Queue
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.status.recent import Recent
@@ -38,6 +41,7 @@ pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="chromium is not installed"),
 ]
+STRANGER = pki.new_authority(datetime.now(UTC)).certificate.public_bytes(Encoding.DER)
 LOOK_S = 2.0  # between two looks of the page
 FOREIGN = "rebound.example"
 FLAGS = (
@@ -203,6 +207,27 @@ def test_stacks_are_as_long_as_the_times(page: Page) -> None:
     # A pixel is left between two parts.
     assert window == pytest.approx(chip / 2, abs=1.5)
     assert quote == pytest.approx(2 * chip, abs=2.5)
+
+
+def test_who_was_turned_away(page: Page) -> None:
+    recent = make_past(3)
+    page.open(make_board(recent).results)
+    hidden = "return document.getElementById('away-card').hidden"
+    assert page.run(hidden) is True
+    recent.turned_away.shaken("bad_certificate", "192.0.2.7", "certificate has expired")
+    recent.turned_away.note(HOSTILE, "192.0.2.8:4711", STRANGER)
+    page.open(make_board(recent).results)
+    assert page.run(hidden) is False
+    newest, oldest = page.rows("away")
+    assert oldest[1:] == [
+        "192.0.2.7",
+        "its certificate was refused: certificate has expired",
+        "none",
+    ]
+    assert newest[1] == "192.0.2.8:4711"
+    assert newest[2].startswith("<img src=x")  # as text
+    assert re.fullmatch(r"CN=provider-proxy CA [0-9a-f]{8}SHA-256 [0-9a-f]{16}…", newest[3])
+    assert page.run("return document.querySelector('#away img')") is None
 
 
 def test_tenants_and_why_they_were_refused(page: Page) -> None:

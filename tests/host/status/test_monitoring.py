@@ -16,6 +16,8 @@ from places import DOCS, ROOT
 from status_helpers import HANDSHAKE_FAILURES
 
 from provider_proxy.host.metrics import Metrics
+from provider_proxy.tenant.bridge.metrics import BridgeMetrics
+from provider_proxy.tenant.watch.metrics import WatchMetrics
 
 RULES: list[dict[str, Any]] = [
     rule for group in yaml.safe_load(read("docs/alerts.yml"))["groups"] for rule in group["rules"]
@@ -30,9 +32,9 @@ needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not in
 
 def series() -> dict[str, set[str]]:
     """Each name that Prometheus can ask for, and its labels."""
-    metrics = Metrics()
+    registries = [made().registry for made in (Metrics, WatchMetrics, BridgeMetrics)]
     found = {}
-    for collector in list(metrics.registry._collector_to_names):
+    for collector in [each for one in registries for each in list(one._collector_to_names)]:
         for family in collector.describe():  # type: ignore[attr-defined]
             for suffix in SUFFIXES[family.type]:
                 labels = set(getattr(collector, "_labelnames", ()))
@@ -191,6 +193,14 @@ FIRES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
         {'provider_proxy_not_after_seconds{what="listen.tls_cert"}': "60x120"},
         {"job": "provider-proxy", "what": "listen.tls_cert"},
     ),
+    "ProviderProxyTenantCertificateExpiresSoon": (
+        {'provider_proxy_watch_not_after_seconds{what="webhook.ca"}': "1000000x120"},
+        {"job": "provider-proxy", "what": "webhook.ca"},
+    ),
+    "ProviderProxyTenantCertificateExpired": (
+        {'provider_proxy_bridge_not_after_seconds{what="bridge.client_ca"}': "60x120"},
+        {"job": "provider-proxy", "what": "bridge.client_ca"},
+    ),
     "ProviderProxyRevocationUnknown": (
         {'provider_proxy_not_after_seconds{what="listen.client_crl"}': "60x120"},
         {"job": "provider-proxy", "what": "listen.client_crl"},
@@ -206,6 +216,8 @@ WELL = {
     "provider_proxy_audit_lost_batches_total": "0x120",
     'provider_proxy_not_after_seconds{what="listen.tls_cert"}': "2000000x120",
     'provider_proxy_not_after_seconds{what="listen.client_crl"}': "2000000x120",
+    'provider_proxy_watch_not_after_seconds{what="webhook.ca"}': "2000000x120",
+    'provider_proxy_bridge_not_after_seconds{what="bridge.client_ca"}': "2000000x120",
     "provider_proxy_selfcheck_failures_total": "0x120",
     "provider_proxy_tpm_circuit_open": "0x120",
     'provider_proxy_batches_total{outcome="ok"}': "0+90x120",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -69,12 +70,21 @@ async def test_the_daemon_says_whom_it_refused(
         async with httpx.AsyncClient(verify=certs.client()) as http:
             with pytest.raises((httpx.HTTPError, ssl.SSLError)):
                 await http.get(url)
+        expired = ssl.create_default_context(cafile=str(certs.ca_file))
+        old = certs.ca.issue_cert(
+            "old@example.org", not_after=datetime.now(UTC) - timedelta(days=1)
+        )
+        old.configure_cert(expired)
+        async with httpx.AsyncClient(verify=expired) as http:
+            with pytest.raises((httpx.HTTPError, ssl.SSLError)):
+                await http.get(url)
         async with httpx.AsyncClient() as http:
             status = await http.get(f"http://{started.admin_addresses[0]}/status")
-    stranger, known = status.json()["results"]["turned_away"]
+    late, stranger, known = status.json()["results"]["turned_away"]
     assert known["fingerprint"] == own.fingerprint(hashes.SHA256()).hex()
     assert known["subject"] == own.subject.rfc4514_string()
     assert known["reason"] == "no tenant of this provider"
     assert known["address"].startswith("127.0.0.1")
     assert stranger["reason"] == "it showed no client certificate"
+    assert late["reason"] == "its certificate was refused: certificate has expired"
     assert known["fingerprint"] in caplog.text
