@@ -21,7 +21,7 @@ import trio
 from provider_proxy.cli.http import open_client
 from provider_proxy.cli.watch import allow_connections
 from provider_proxy.common import memory
-from provider_proxy.common.files import write_private
+from provider_proxy.common.files import is_there, write_private
 from provider_proxy.common.log import in_background
 from provider_proxy.errors import HostError, UsageError
 from provider_proxy.tenant.bridge.bridge import Bridge, keys_of
@@ -152,7 +152,7 @@ async def _ask_verifier(config: WatchConfig, ids: Mapping[str, str]) -> None:
 
 
 def _make_keys(args: argparse.Namespace) -> int:
-    if args.out.exists():
+    if is_there(args.out):
         raise UsageError(f"{args.out} is there already; keys are not replaced")
     try:
         data = make_keys(args.ip)

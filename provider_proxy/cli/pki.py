@@ -19,7 +19,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from provider_proxy.common.files import is_there
+from provider_proxy.common.files import files_in, is_there, write_public
 from provider_proxy.errors import HostError, UsageError
 from provider_proxy.host import pki
 
@@ -63,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name in ("tenant", "revoke"):
         commands[name].add_argument("name", metavar="NAME", help="of the tenant, and of its files")
+    for name in ("revoke", "crl"):
+        commands[name].add_argument(
+            "--out",
+            type=Path,
+            metavar="FILE",
+            help="write the CRL to FILE, too, where the daemon's user can read it (listen.client_crl)",
+        )
     default = "spiffe://provider-proxy/tenant/NAME"
     for option, metavar, help_text in (
         ("--spiffe", "URI", f"SPIFFE ID as identity (where none of the three is given: {default})"),
@@ -149,27 +156,33 @@ def _revoke(args: argparse.Namespace) -> int:
     if not is_there(path):
         raise UsageError(f"there is no {path}")
     certificate = _load_issued(path, ca)
-    _report_crl(args, pki.update_crl(args.directory, certificate, now=datetime.now(UTC)))
+    _update_crl(args, certificate)
     return 0
 
 
 def _crl(args: argparse.Namespace) -> int:
-    _report_crl(args, pki.update_crl(args.directory, None, now=datetime.now(UTC)))
+    _update_crl(args, None)
     return 0
 
 
-def _report_crl(args: argparse.Namespace, crl: pki.Crl) -> None:
+def _update_crl(args: argparse.Namespace, revoke: x509.Certificate | None) -> None:
+    """Sign the CRL, copy it to where the daemon reads it, and say where it is."""
+    crl = pki.update_crl(args.directory, revoke, now=datetime.now(UTC))
+    paths = [args.directory / pki.CRL]
+    if args.out is not None:
+        write_public(args.out, pki.pem(crl))
+        paths.append(args.out)
     if args.json:
-        print(json.dumps({"crl": str(args.directory / pki.CRL), **_crl_values(crl)}))
+        print(json.dumps({"crl": str(paths[-1]), **_crl_values(crl)}))
     else:
-        print(args.directory / pki.CRL)
+        print(*paths, sep="\n")
 
 
 def _show(args: argparse.Namespace) -> int:
     ca = pki.load_certificate(args.directory / pki.CA_CERT)
     crl = pki.load_crl(args.directory, ca)
-    paths = [path for path in (args.directory / SERVER_CERT,) if path.exists()]
-    paths += sorted((args.directory / TENANTS).glob("*.crt"))
+    paths = [path for path in (args.directory / SERVER_CERT,) if is_there(path)]
+    paths += files_in(args.directory / TENANTS, ".crt")
     certificates = [("ca", ca)]
     for path in paths:
         name = path.relative_to(args.directory).with_suffix("").as_posix()

@@ -26,7 +26,7 @@ from provider_proxy.cli import ask_admin
 from provider_proxy.cli.arguments import DEFAULT_CONFIG
 from provider_proxy.cli.check_config import lines_of
 from provider_proxy.cli.redaction import Redactor
-from provider_proxy.common.files import write_private
+from provider_proxy.common.files import is_there, write_private
 from provider_proxy.common.settings.document import Loaded
 from provider_proxy.common.version import program_version
 from provider_proxy.errors import ProviderProxyError, UsageError
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     out: Path = args.out or Path(
         time.strftime("provider-proxy-support-%Y%m%dT%H%M%SZ.tar.gz", time.gmtime())
     )
-    if out.exists():
+    if is_there(out):
         raise UsageError(f"{out} is there already; name another file with --out")
     loaded, problem = _configuration(args.config)
     status, no_status = _status(loaded)

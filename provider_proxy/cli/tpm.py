@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from provider_proxy.cli.arguments import DEFAULT_CONFIG, add_config_argument
-from provider_proxy.common.files import read_secret, write_private
+from provider_proxy.common.files import is_there, read_secret, write_private
 from provider_proxy.common.settings.values import read_path
 from provider_proxy.errors import ConfigError, HostError, VerificationError
 from provider_proxy.evidence.tpm_keys import parse_ak
@@ -130,7 +130,7 @@ def _doctor(args: argparse.Namespace) -> int:
 def _doctors_settings(args: argparse.Namespace) -> tuple[Tpm, Path]:
     """The chip's settings; the defaults where there is no configuration yet."""
     settings, state_dir = Tpm(), Path(DEFAULT_STATE_DIR)
-    if args.config != DEFAULT_CONFIG or args.config.exists():
+    if args.config != DEFAULT_CONFIG or is_there(args.config):
         try:
             config = load_config(args.config)
             settings, state_dir = config.tpm, config.state_dir

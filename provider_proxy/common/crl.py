@@ -63,7 +63,22 @@ def key_of(ca: x509.Certificate) -> IssuerKey:
 
 
 def load_crls(name: str, path: Path, authorities: Sequence[x509.Certificate]) -> tuple[Crl, ...]:
-    """All lists of a file, PEM or DER, one at least.
+    """All lists of a file, as `read_crls` reads them, by who signed them. Raises: HostError."""
+    return tuple(
+        Crl(
+            issuer=key_of(signer),
+            serials=frozenset(entry.serial_number for entry in crl),
+            this_update=crl.last_update_utc,
+            next_update=crl.next_update_utc or FOR_EVER,
+        )
+        for crl, signer in read_crls(name, path, authorities)
+    )
+
+
+def read_crls(
+    name: str, path: Path, authorities: Sequence[x509.Certificate]
+) -> tuple[tuple[x509.CertificateRevocationList, x509.Certificate], ...]:
+    """All lists of a file, PEM or DER, one at least, each with the CA that signed it.
 
     Args:
         name: of the setting, for messages.
@@ -88,17 +103,18 @@ def load_crls(name: str, path: Path, authorities: Sequence[x509.Certificate]) ->
             if blocks
             else [x509.load_der_x509_crl(data)]
         )
-        return tuple(_read(name, path, each, authorities) for each in lists)
+        return tuple((each, _signer(name, path, each, authorities)) for each in lists)
     except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
         raise HostError(f"{name}: {path} is no CRL: {exc}") from exc
 
 
-def _read(
+def _signer(
     name: str,
     path: Path,
     crl: x509.CertificateRevocationList,
     authorities: Sequence[x509.Certificate],
-) -> Crl:
+) -> x509.Certificate:
+    """Whose list it is, after a look at its kind."""
     signer = next((ca for ca in authorities if _is_signed_by(crl, ca)), None)
     if signer is None:
         raise HostError(
@@ -107,12 +123,7 @@ def _read(
     for extension in crl.extensions:
         if extension.critical and extension.oid not in _UNDERSTOOD:
             raise HostError(f"{name}: {path} is a CRL of a kind that is not read: {extension.oid}")
-    return Crl(
-        issuer=key_of(signer),
-        serials=frozenset(entry.serial_number for entry in crl),
-        this_update=crl.last_update_utc,
-        next_update=crl.next_update_utc or FOR_EVER,
-    )
+    return signer
 
 
 def _is_signed_by(crl: x509.CertificateRevocationList, ca: x509.Certificate) -> bool:

@@ -30,6 +30,22 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def files_in(folder: Path, suffix: str) -> list[Path]:
+    """What lies in a folder and ends so, sorted; none where there is no such folder.
+
+    Not glob(), which takes a folder that it may not read for an empty one.
+
+    Raises:
+        HostError: it cannot be read.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if path.name.endswith(suffix))
+    except FileNotFoundError:
+        return []
+    except OSError as exc:
+        raise HostError(f"cannot read {folder}: {exc.strerror}") from exc
+
+
 def read_file(path: Path, limit: int) -> bytes:
     """Read a whole file.
 
@@ -145,9 +161,10 @@ def make_private_folder(path: Path) -> None:
 
     Raises:
         OSError: it cannot be made.
+        HostError: nobody can tell what is there.
     """
     missing = []
-    while not path.exists():
+    while not is_there(path):
         missing.append(path)
         path = path.parent
     for folder in reversed(missing):
@@ -160,15 +177,29 @@ def write_private(path: Path, data: bytes) -> None:
     Raises:
         HostError: it cannot be written.
     """
+    _write(path, data, 0o600, make_private_folder)
+
+
+def write_public(path: Path, data: bytes) -> None:
+    """The same for a file without secrets that others read, in a folder that is there.
+
+    Raises:
+        HostError: it cannot be written.
+    """
+    _write(path, data, 0o644, lambda folder: None)
+
+
+def _write(path: Path, data: bytes, mode: int, prepare: Callable[[Path], None]) -> None:
     try:
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
     except ValueError as exc:
         raise HostError(f"cannot write {path}: it names no file") from exc
     try:
-        make_private_folder(path.parent)
+        prepare(path.parent)
         part.unlink(missing_ok=True)
         fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "wb") as file:
+            os.fchmod(file.fileno(), mode)  # the umask has no say
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -215,7 +246,7 @@ class FileLock:
         """
         try:
             folder = self._path.parent
-            is_new = not folder.exists()
+            is_new = not is_there(folder)
             make_private_folder(folder)
             if is_new:
                 directory = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

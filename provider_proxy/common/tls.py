@@ -21,7 +21,7 @@ from typing import Protocol
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
@@ -237,8 +237,9 @@ def _show(context: ssl.SSLContext, files: TlsFiles, *, server: bool) -> None:
     _, cert_name, key_name = files.names
     blocks = _certificate_blocks(cert_name, files.cert)
     key = _key_block(key_name, files.key)
-    _check_pair(files, [_certificate(cert_name, files.cert, block) for block in blocks], key)
-    _check_purpose(cert_name, files.cert, _certificate(cert_name, files.cert, blocks[0]), server)
+    chain = [_certificate(cert_name, files.cert, block) for block in blocks]
+    _check_pair(files, chain, key)
+    _check_purpose(cert_name, files.cert, chain[0], server)
     # From memory: what was looked at is what is used, and a pipe can be read but once.
     try:
         show_pem(context, b"\n".join([*blocks, key]))
@@ -267,14 +268,28 @@ def _no_password() -> str:
     raise ValueError("the key is encrypted")  # else OpenSSL asks on the terminal, and waits
 
 
-def _check_pair(files: TlsFiles, chain: Sequence[x509.Certificate], key: bytes) -> None:
+def load_pair(files: TlsFiles) -> tuple[x509.Certificate, PrivateKeyTypes]:
+    """An own certificate, the first of its file, and its private key.
+
+    Raises:
+        HostError: a file is wrong; the message says which and why.
+    """
+    assert files.cert is not None
+    assert files.key is not None
+    chain = load_certificates(files.names[1], files.cert)
+    return chain[0], _check_pair(files, chain, _key_block(files.names[2], files.key))
+
+
+def _check_pair(files: TlsFiles, chain: Sequence[x509.Certificate], key: bytes) -> PrivateKeyTypes:
+    """The private key, which is the first certificate's."""
     _, cert_name, key_name = files.names
     try:
-        public = _public(load_pem_private_key(key, password=None).public_key())
+        private = load_pem_private_key(key, password=None)
     except TypeError as exc:
         raise _encrypted(key_name, files.key) from exc
     except (ValueError, UnsupportedAlgorithm) as exc:
         raise HostError(f"{key_name}: {files.key} holds a key that cannot be read: {exc}") from exc
+    public = _public(private.public_key())
     fits = [number for number, each in enumerate(chain) if _public(each.public_key()) == public]
     if not fits:
         raise HostError(f"{key_name}: {files.key} is not the key of the certificate {files.cert}")
@@ -283,6 +298,7 @@ def _check_pair(files: TlsFiles, chain: Sequence[x509.Certificate], key: bytes) 
             f"{cert_name}: {files.cert} must begin with the certificate of {files.key}; those that "
             "vouch for it come after"
         )
+    return private
 
 
 def _key_block(name: str, path: Path) -> bytes:

@@ -19,27 +19,23 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
-    load_pem_private_key,
 )
 from cryptography.x509.oid import NameOID
 
-from provider_proxy.common.files import read_file
+from provider_proxy.common.crl import read_crls
+from provider_proxy.common.tls import TlsFiles, load_certificates, load_pair
 from provider_proxy.errors import HostError, UsageError
-from provider_proxy.evidence.pem import one_part
 
 CA_CERT, CA_KEY, CRL = "ca.crt", "ca.key", "crl.pem"
 CA_DAYS = 3650
 CRL_DAYS = 30
 SKEW = timedelta(minutes=5)  # a clock that is behind by less takes what was just made
-MAX_PEM_BYTES = 64 * 1024
-MAX_CRL_BYTES = 16 * 1024 * 1024  # what the daemon reads at most
 KEY_SUFFIX = ".key"  # of files that nobody but their owner may read
 
 Key = ec.EllipticCurvePrivateKey
@@ -175,37 +171,34 @@ def _issuer_id(ca: Holder) -> x509.AuthorityKeyIdentifier:
 
 def load_certificate(path: Path) -> x509.Certificate:
     """A file's first certificate; those of its CAs may follow it. Raises: HostError."""
-    try:
-        return x509.load_pem_x509_certificate(read_file(path, MAX_PEM_BYTES))
-    except ValueError as exc:
-        raise HostError(f"{path} is no certificate: {exc}") from exc
+    return load_certificates("the certificate", path)[0]
 
 
 def load_authority(directory: Path) -> Holder:
     """The CA with its key. Raises: HostError."""
-    certificate = load_certificate(directory / CA_CERT)
     path = directory / CA_KEY
-    try:
-        key = load_pem_private_key(one_part(read_file(path, MAX_PEM_BYTES)), password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:  # TypeError: it is encrypted
-        raise HostError(f"{path} is no private key that can be read: {exc}") from exc
-    if not isinstance(key, Key) or key.public_key() != certificate.public_key():
-        raise HostError(f"{path} is not the key of {CA_CERT}")
+    names = ("", "the certificate of the CA", "the key of the CA")
+    certificate, key = load_pair(TlsFiles(cert=directory / CA_CERT, key=path, names=names))
+    if not isinstance(key, Key):
+        raise HostError(
+            f"the key of the CA: {path} is of another kind than the keys that pki makes (P-256)"
+        )
     return Holder(certificate=certificate, key=key)
 
 
 def load_crl(directory: Path, ca: x509.Certificate) -> Crl:
     """The CRL, signed by this CA. Raises: HostError. Does not check: its dates."""
     path = directory / CRL
+    lists = read_crls("the CRL", path, (ca,))
+    if len(lists) > 1:
+        raise HostError(f"the CRL: {path} holds {len(lists)} CRLs where one is read")
+    crl = lists[0][0]
     try:
-        crl = x509.load_pem_x509_crl(one_part(read_file(path, MAX_CRL_BYTES)))
-        public = ca.public_key()
-        ours = isinstance(public, ec.EllipticCurvePublicKey) and crl.is_signature_valid(public)
         crl_number(crl)
-    except (ValueError, UnsupportedAlgorithm, x509.ExtensionNotFound) as exc:
-        raise HostError(f"{path} is no CRL with a number: {exc}") from exc
-    if not ours or crl.issuer != ca.subject:
-        raise HostError(f"{path} is not of the CA in {CA_CERT}")
+    except (ValueError, x509.ExtensionNotFound) as exc:
+        raise HostError(f"the CRL: {path} has no number") from exc
+    if crl.issuer != ca.subject:
+        raise HostError(f"the CRL: {path} is not of the CA in {CA_CERT}")
     return crl
 
 

@@ -172,13 +172,13 @@ def _find(paths: Sequence[Path]) -> tuple[list[_File], list[Skipped]]:
     skipped: list[Skipped] = []
     seen: set[tuple[int, int]] = set()
     for path in paths:
-        if path.is_dir():
+        try:
+            status = path.stat()
+        except OSError as exc:
+            raise HostError(f"cannot read the CAs in {path}: {exc.strerror}") from exc
+        if stat.S_ISDIR(status.st_mode):
             _walk(path, files, skipped, seen, is_marked=path.name == VIRTUAL_DIRECTORY, depth=0)
         else:
-            try:
-                status = path.stat()
-            except OSError as exc:
-                raise HostError(f"cannot read the CAs in {path}: {exc.strerror}") from exc
             files.append(_File(path, path.parent.name == VIRTUAL_DIRECTORY, status))
     return files, skipped
 

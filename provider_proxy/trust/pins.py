@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from provider_proxy.common.files import is_there, read_trusted, write_private
+from provider_proxy.common.files import files_in, is_there, read_trusted, write_private
 from provider_proxy.common.settings.values import LABEL_RE
 from provider_proxy.errors import EvidenceFormatError, HostError, PinChangedError, UsageError
 from provider_proxy.evidence.model import ClockState, TrustedHost
@@ -161,8 +161,8 @@ class PinStore:
         return self._directory / f"{label}.json"
 
     def labels(self) -> list[str]:
-        """The pinned hosts, in order of their names."""
-        return sorted(path.stem for path in self._directory.glob("*.json"))
+        """The pinned hosts, in order of their names. Raises: HostError: the folder cannot be read."""
+        return [path.stem for path in files_in(self._directory, ".json")]
 
     def has(self, label: str) -> bool:
         """True where a host is pinned. Raises: UsageError for a label that is no name."""

@@ -1028,10 +1028,14 @@ def test_without_a_ca(bare: Site, words: tuple[str, ...]) -> None:
     assert bare.contents() == {}
 
 
-@pytest.mark.parametrize("data", [b"", b"x", b"-----BEGIN CERTIFICATE-----\nx\n"])
-def test_a_ca_certificate_that_is_none(site: Site, data: bytes) -> None:
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [(b"", "is empty"), (b"x", "is not PEM"), (b"-----BEGIN CERTIFICATE-----\nx\n", "is not PEM")],
+)
+def test_a_ca_certificate_that_is_none(site: Site, data: bytes, words: str) -> None:
     (site.ca / "ca.crt").write_bytes(data)
-    expect(site.run("tenant", "acme"), EXIT_ENVIRONMENT, "ca/ca.crt is no certificate")
+    done = site.run("tenant", "acme")
+    expect(done, EXIT_ENVIRONMENT, f"the certificate of the CA: ca/ca.crt {words}")
 
 
 def test_keys_that_are_not_the_ca_s(site: Site) -> None:
@@ -1043,16 +1047,18 @@ def test_keys_that_are_not_the_ca_s(site: Site) -> None:
     plain = foreign.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     before = None
     for data, words in (
-        (b"x", "no private key"),
-        (locked, "no private key"),
-        (plain, "not the key of ca.crt"),
-        ((site.ca / "server.key").read_bytes(), "not the key of ca.crt"),
+        (b"x", "not PEM"),
+        (locked, "encrypted"),
+        (plain, "not the key of the certificate ca/ca.crt"),
+        ((site.ca / "server.key").read_bytes(), "not the key of the certificate ca/ca.crt"),
     ):
         path.write_bytes(data)
         before = site.contents()
         for action in (("tenant", "new"), ("revoke", "acme"), ("crl",)):
             expect(site.run(*action), EXIT_ENVIRONMENT, f"ca/ca.key is {words}")
         assert site.contents() == before
+    path.chmod(0o644)
+    expect(site.run("crl"), EXIT_ENVIRONMENT, "the key of the CA: ca/ca.key must not be readable")
     site.good("show")  # needs no key, which is offline
 
 
@@ -1092,6 +1098,29 @@ def test_show(site: Site) -> None:
     due = site.crl().next_update_utc
     assert due is not None
     assert table[-1] == ["crl", "number 2", due.isoformat(), "good"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_copy_of_the_crl_for_the_daemon(site: Site, umask: int) -> None:
+    """For its user, who may not look into the CA's folder; replaced as a whole."""
+    before = os.umask(umask)
+    try:
+        out = site.folder / "crl-of-the-daemon.pem"
+        out.write_bytes(b"old")
+        inode = out.stat().st_ino
+        site.tenant()
+        lines = site.good("revoke", "acme", "--out", out).stdout.splitlines()
+        assert lines == ["ca/crl.pem", str(out)]
+        assert out.read_bytes() == (site.ca / "crl.pem").read_bytes()
+        assert (stat.S_IMODE(out.stat().st_mode), out.stat().st_ino != inode) == (0o644, True)
+        assert site.json("crl", "--out", out)["crl"] == str(out)
+        assert x509.load_pem_x509_crl(out.read_bytes()).is_signature_valid(
+            site.certificate("ca.crt").public_key()  # type: ignore[arg-type]
+        )
+        missing = site.folder / "none" / "crl.pem"
+        expect(site.run("crl", "--out", missing), EXIT_ENVIRONMENT, f"cannot write {missing}")
+    finally:
+        os.umask(before)
 
 
 def test_show_says_when_the_crl_has_run_out(site: Site) -> None:

@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from provider_proxy.common.files import files_in, is_there
 from provider_proxy.common.settings.lines import broken_line, statements
 from provider_proxy.errors import ConfigError, HostError
 
@@ -216,18 +217,10 @@ def read_document(path: Path, layout: Layout) -> Document:
 def _beside(path: Path, name: str, most: int, owner: int) -> list[Path]:
     """The drop-ins of a folder, sorted; hidden ones are an editor's and not meant."""
     folder = path.parent / name
-    try:
-        _check_writers(folder, folder.stat(), owner)
-        # Not glob(), which takes a folder that it may not read for an empty one.
-        found = sorted(
-            file
-            for file in folder.iterdir()
-            if file.name.endswith(SUFFIX) and not file.name.startswith(".")
-        )
-    except FileNotFoundError:
+    if not is_there(folder):
         return []
-    except OSError as exc:
-        raise HostError(f"cannot read {folder}: {exc.strerror}") from exc
+    _check_writers(folder, folder.stat(), owner)
+    found = [file for file in files_in(folder, SUFFIX) if not file.name.startswith(".")]
     if len(found) > most:
         raise ConfigError(f"{folder}: more than {most} files")
     return found

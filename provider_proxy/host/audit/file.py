@@ -132,12 +132,21 @@ class AuditLog:
 
     def _rotate(self, path: Path) -> None:
         """Move each file one number up, as far as the first gap: a crash in here leaves one."""
-        gap = next((n for n in range(1, self._keep) if not _older(path, n).exists()), self._keep)
+        gap = next((n for n in range(1, self._keep) if _is_free(_older(path, n))), self._keep)
         for number in range(gap, 1, -1):
             _older(path, number - 1).replace(_older(path, number))
         path.replace(_older(path, 1))
         for number in range(self._keep + 1, MAX_KEEP + 1):
             _older(path, number).unlink(missing_ok=True)
+
+
+def _is_free(path: Path) -> bool:
+    """True where nothing has this name; what cannot be looked at is there. Raises: OSError."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _older(path: Path, number: int) -> Path:

@@ -6,6 +6,7 @@ directory; its sockets lie in a short directory of their own, for a Unix socket'
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -101,7 +102,9 @@ class EmbeddedTpm:
         deadline = time.monotonic() + START_LIMIT_S
         while not _answers(path.with_name("tpm.ctrl")):
             if _has_ended(self._process.pid) or time.monotonic() > deadline:
-                text = log.read_text(errors="replace").strip() if log.exists() else ""
+                text = ""
+                with contextlib.suppress(OSError):  # it may have ended before it wrote a line
+                    text = log.read_text(errors="replace").strip()
                 self.stop()
                 raise HostError(f"swtpm did not start on {self._state_dir}: {text or 'no reason'}")
             time.sleep(POLL_S)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from provider_proxy.common.files import read_file
+from provider_proxy.common.files import is_there, read_file
 from provider_proxy.errors import HostError, UsageError
 from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.tpm.pace import capped_duty
@@ -31,7 +31,7 @@ def is_measuring(folder: Path = IMA_FOLDER) -> bool | None:
         None where that cannot be read. Then it is safe to assume that one is.
     """
     try:
-        if not folder.is_dir():
+        if not is_there(folder):
             return False
         return int(read_file(folder / "runtime_measurements_count", MAX_BYTES)) > 1
     except (HostError, UsageError, OSError, ValueError):

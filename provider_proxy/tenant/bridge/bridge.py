@@ -20,6 +20,7 @@ import trio
 from provider_proxy.common import memory
 from provider_proxy.common.addresses import split_address
 from provider_proxy.common.dates import Calendar
+from provider_proxy.common.files import write_public
 from provider_proxy.errors import ConfigError, HostError, ProviderProxyError
 from provider_proxy.tenant.bridge.admin import Admin
 from provider_proxy.tenant.bridge.agent import Agent
@@ -29,7 +30,6 @@ from provider_proxy.tenant.bridge.keys import BridgeKeys, load_keys
 from provider_proxy.tenant.bridge.metrics import BridgeMetrics
 from provider_proxy.tenant.bridge.ports import PortBook
 from provider_proxy.tenant.watch.budget import Budget
-from provider_proxy.tenant.watch.metrics import write_textfile
 from provider_proxy.tenant.watch.preflight import read_dates
 from provider_proxy.tenant.watch.questions import HostQuestions, Setting
 from provider_proxy.tenant.watch.registrars import KnownAks, Registrars
@@ -113,7 +113,7 @@ class Bridge:
         """
         self._store.open()
         try:
-            write_textfile(state_dir_of(self._config) / EK_CA_FILE, self.keys.ek_ca)
+            write_public(state_dir_of(self._config) / EK_CA_FILE, self.keys.ek_ca)
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
                 async with (
                     http_client(self._registrar_tls, tls_name=self._registrar.tls_name) as http,

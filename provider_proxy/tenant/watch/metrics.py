@@ -7,14 +7,13 @@ node_exporter's textfile collector never reads half of it.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import trio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from provider_proxy.common.dates import Dated, show_dates
+from provider_proxy.common.files import write_public
 from provider_proxy.errors import HostError
 from provider_proxy.tenant.watch.states import State
 from provider_proxy.tenant.watch.tables import MetricsTable
@@ -22,7 +21,6 @@ from provider_proxy.tenant.watch.tables import MetricsTable
 log = logging.getLogger(__name__)
 
 LATENESS_BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
-FILE_MODE = 0o644  # node_exporter is another user; there is no secret in it
 
 
 class WatchMetrics:
@@ -99,30 +97,13 @@ class WatchMetrics:
         return generate_latest(self.registry)
 
 
-def write_textfile(path: Path, data: bytes) -> None:
-    """Replace the file; others may read it.
-
-    Raises:
-        HostError: it cannot be written.
-    """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # not *.prom: nobody reads it
-    try:
-        part.unlink(missing_ok=True)
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-        part.replace(path)
-    except OSError as exc:
-        raise HostError(f"cannot write {path}: {exc.strerror}") from exc
-
-
 def write_now(metrics: WatchMetrics, table: MetricsTable, states: Iterable[State]) -> None:
     """Write the text file, where one is configured; what fails is logged."""
     if table.textfile is None:
         return
     metrics.count_states(states)
     try:
-        write_textfile(table.textfile, metrics.text())
+        write_public(table.textfile, metrics.text())
     except HostError as exc:
         log.error("metrics: %s", exc)
 

@@ -17,9 +17,10 @@ import pytest
 import trio
 from docs_helpers import code, rows
 
+from provider_proxy.common.files import write_public
 from provider_proxy.errors import HostError
 from provider_proxy.tenant.watch import reports
-from provider_proxy.tenant.watch.metrics import WatchMetrics, write_textfile
+from provider_proxy.tenant.watch.metrics import WatchMetrics
 from provider_proxy.tenant.watch.reports import (
     DELIVERY_LIMIT_S,
     CommandSink,
@@ -259,12 +260,12 @@ def test_hosts_by_state_and_hosts_that_go() -> None:
 
 def test_the_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "watch.prom"
-    write_textfile(path, b"a 1\n")
+    write_public(path, b"a 1\n")
     before = path.stat().st_ino
-    write_textfile(path, b"a 2\n")
+    write_public(path, b"a 2\n")
     assert path.read_bytes() == b"a 2\n"
     assert path.stat().st_ino != before
     assert stat.S_IMODE(path.stat().st_mode) & 0o044
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(HostError):
-        write_textfile(tmp_path / "none" / "x", b"")
+        write_public(tmp_path / "none" / "x", b"")

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import trio
 
+from provider_proxy.common.files import is_there
 from provider_proxy.errors import EvidenceFormatError, HostError, VtpmError
 from provider_proxy.evidence.tpm_keys import (
     DECRYPT,
@@ -242,7 +243,7 @@ async def _ask_swtpm(folder: Path, key: int | None) -> tuple[Ek, ...]:
     async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
         with theirs:
             process = await trio.lowlevel.open_process(
-                _command(theirs.fileno(), linear=(folder / LINEAR_FILE).exists(), key=key),
+                _command(theirs.fileno(), linear=is_there(folder / LINEAR_FILE), key=key),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

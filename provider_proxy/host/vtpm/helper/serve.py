@@ -134,8 +134,9 @@ def open_socket(path: Path | None) -> socket.socket:
         raise HostError("systemd handed over no socket, and --socket is not given")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if path.exists() and stat.S_ISSOCK(path.lstat().st_mode):
-            path.unlink()
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(path.lstat().st_mode):
+                path.unlink()
         sock.bind(str(path))
         path.chmod(0o660)
         sock.listen(BACKLOG)
