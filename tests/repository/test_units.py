@@ -16,11 +16,16 @@ from typing import Any
 import pytest
 from places import DOCS, SYSTEMD
 
+from provider_proxy.cli import main as cli
+from provider_proxy.host.pki import CA_KEY, CRL_DAYS
+
 pytestmark = pytest.mark.real
 
 SERVICE = SYSTEMD / "provider-proxy.service"
 HELPER = SYSTEMD / "provider-proxy-vtpm.service"
 SECRET = SYSTEMD / "provider-proxy-vtpm-secret.service"
+CRL = SYSTEMD / "provider-proxy-crl.service"
+MAX_CRL_EXPOSURE = 8  # tenths
 MAX_HELPER_EXPOSURE = 9  # tenths; what it may read, and a look at all processes
 MAX_EXPOSURE = 13  # tenths; a TPM, tenants outside and unix sockets' users make up what is left
 LIMIT_S = 60
@@ -38,11 +43,14 @@ def units(tmp_path: Path) -> list[Path]:
     copies = []
     for path in sorted(SYSTEMD.glob("provider-proxy*.*")):
         copies.append(tmp_path / path.name)
-        text = re.sub(r"/usr/bin/provider-proxy[a-z-]*", sys.executable, path.read_text())
+        text = re.sub(
+            r"/usr/bin/(?:provider-proxy[a-z-]*|systemctl)", sys.executable, path.read_text()
+        )
         copies[-1].write_text(text)
     names = ("provider-proxy", "provider-proxy-vtpm", "provider-proxy-vtpm-secret")
     made = [tmp_path / f"{name}.{kind}" for name in names for kind in ("service", "socket")]
-    assert sorted(made) == copies
+    made += [tmp_path / f"provider-proxy-crl.{kind}" for kind in ("service", "timer")]
+    assert sorted(made) == sorted(copies)
     return made
 
 
@@ -104,7 +112,7 @@ def test_the_daemon_has_no_capability_and_the_helper_one() -> None:
         assert "AmbientCapabilities=CAP" not in page.read_text(), page
 
 
-@pytest.mark.parametrize("unit", [SERVICE, HELPER, SECRET])
+@pytest.mark.parametrize("unit", [SERVICE, HELPER, SECRET, CRL])
 def test_every_hardening_group_says_what_it_breaks(unit: Path) -> None:
     groups = re.split(r"^# --- ", unit.read_text(), flags=re.MULTILINE)[1:]
     assert len(groups) >= 5
@@ -112,6 +120,32 @@ def test_every_hardening_group_says_what_it_breaks(unit: Path) -> None:
         comment = re.match(r"(?:.*\n#)*.*\n", group)
         assert comment is not None
         assert "Breaks:" in comment[0]
+
+
+def test_the_crl_s_exposure_is_within_its_bound(units: list[Path]) -> None:
+    words = ("systemd-analyze", "security", "--offline=true", "--no-pager")
+    done = tool(*words, f"--threshold={MAX_CRL_EXPOSURE}", units[6])
+    assert done.returncode == 0, done.stdout
+    assert set(exposures(units[6])) == {
+        "RootDirectoryOrRootImage",
+        "UserOrDynamicUser",  # the CA's folder is root's
+        "PrivateUsers",  # the group of /etc/provider-proxy would be nobody's
+        "DeviceAllow",  # ProtectClock's
+    }
+
+
+def test_the_timer_leaves_time_for_runs_that_fail() -> None:
+    """Weekly, for a list of 30 days; and the unit's command is one that there is."""
+    timer = (SYSTEMD / "provider-proxy-crl.timer").read_text()
+    assert "OnCalendar=weekly\n" in timer
+    assert "Persistent=true\n" in timer
+    assert CRL_DAYS >= 4 * 7
+    start = re.search(r"^ExecStart=/usr/bin/provider-proxy (.*)$", CRL.read_text(), re.MULTILINE)
+    assert start is not None
+    args = cli.build_parser().parse_args(start[1].split())
+    assert (args.command, args.action) == ("pki", "crl")
+    assert f"ReadWritePaths={args.out.parent}\n" in CRL.read_text()
+    assert f"ConditionPathExists={args.directory / CA_KEY}\n" in CRL.read_text()
 
 
 def test_user_and_group_are_made(tmp_path: Path) -> None:
