@@ -64,8 +64,7 @@ class Door(HandshakeRoom):
     Args:
         handler: answers requests; a `ProviderProxyError` of it becomes its response.
         observe: counts responses.
-        observe_handshake, turned_away: told of each TLS handshake; the second also of the address, and of
-            OpenSSL's words on a certificate that it refused.
+        observe_handshake, turned_away: told of each TLS handshake; the second of address and TLS's words, too.
         max_connections: one more closes the one that has been idle, or slow, the longest; where
             all others are being answered it is closed itself.
         max_per_address: one more from the same IP address is closed.
@@ -298,8 +297,7 @@ class _Connection:
 
     async def _shake_hands(self) -> None:
         """TLS's handshake, counted."""
-        reason = "timeout"  # whoever else cancels, to make room or to end, has waited too
-        words = ""
+        reason, words = "timeout", ""  # who else cancels, to make room or to end, has waited too
         try:
             with self._door.shaking(self, self.address() or ""):
                 await self._stream.do_handshake()
