@@ -64,7 +64,7 @@ class Door(HandshakeRoom):
     Args:
         handler: answers requests; a `ProviderProxyError` of it becomes its response.
         observe: counts responses.
-        observe_handshake, turned_away: told of each TLS handshake; the second of address and TLS's words, too.
+        observe_handshake, turned_away: told of each TLS handshake; the latter of address and words, too.
         max_connections: one more closes the one that has been idle, or slow, the longest; where
             all others are being answered it is closed itself.
         max_per_address: one more from the same IP address is closed.
