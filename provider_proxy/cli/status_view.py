@@ -32,7 +32,22 @@ SEALED_BY = {
     "window": "window over",
     "chip": "chip ready",
     "full": "full",
-    "drain": "drain",
+    "drain": "stopping",
+}
+# In the words of the status page; a test holds the two against each other.
+REASONS = {
+    "TenantLimitError": "over a limit of its own",
+    "OverloadedError": "the queue was full, or the answer would have come too late",
+    "QuoteError": "the TPM gave no quote",
+    "DeadlineError": "no quote within the request's timeout",
+    "ParameterError": "a parameter was wrong or not allowed",
+    "UnknownTenantError": "not a tenant of this host, or its certificate is no longer valid",
+    "ClientCertError": "the front sent no certificate that can be read",
+    "ClientGoneError": "hung up before its batch was sealed",
+    "DrainingError": "the proxy was stopping",
+    "NotFoundError": "no such path, or no such VM for this tenant",
+    "MethodError": "asked with something other than GET",
+    "SelfCheckError": "the proxy's own check failed: look into this",
 }
 
 
@@ -141,7 +156,7 @@ def _facts(status: Mapping[str, Any], width: int) -> Table:
         lines = "1 line" if queue["lines"] == 1 else f"{queue['lines']:d} lines"
         waits = f"{queue['waiting']:d} waiting in {lines}, the first for {_ms(queue['oldest_ms'])}"
     else:
-        waits = "nobody waits"
+        waits = "no request waits"
     grid.add_row("queue", f"{waits}; room for {queue['max_queue']:d}")
     rule = f"{batching['window_ms']:g} ms, then when the chip is ready"
     grid.add_row("window", f"{rule}; {batching['max_leaves']:d} requests at most")
@@ -248,7 +263,10 @@ def _tenants(status: Mapping[str, Any], most: int) -> RenderableType:
     table.add_column("ANSWERED", justify="right")
     table.add_column("REFUSED", overflow="fold")
     for tenant in tenants["listed"][:most]:
-        why = ", ".join(f"{_name(reason)} {count:d}" for reason, count in tenant["refused"].items())
+        why = "\n".join(
+            f"{count:d} x {REASONS.get(reason, _name(reason))}"
+            for reason, count in tenant["refused"].items()
+        )
         table.add_row(
             Text(_name(tenant["name"])),
             str(tenant["answered"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import inspect
 import json
 import os
 import pty
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 from helpers import LIMIT_S, command, run_command, run_here
+from places import PACKAGE
 from rich.console import Console
 from status_helpers import (
     HOSTILE,
@@ -30,7 +32,9 @@ from status_helpers import (
     make_board,
 )
 
+from provider_proxy import errors
 from provider_proxy.cli import ask_admin, status_view
+from provider_proxy.cli.status_view import REASONS
 from provider_proxy.errors import QuoteError, ReplyError
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.status.recent import Recent
@@ -61,7 +65,7 @@ def test_what_an_operator_sees() -> None:
     assert "14 waiting in 2 lines, the first for 131 ms; room for 8192" in text
     assert "50 ms, then when the chip is ready; 1024 requests at most" in text
     assert re.search(r"4060 +\d\d:\d\d:\d\d +\d+ +\d+ ms +\d+ ms +(chip ready|window over)", text)
-    assert "TenantLimitError 318, ParameterError 2" in text
+    assert re.search(r"318 x over a limit of its own +\n +2 x a parameter was wrong", text)
     assert "and 1 more" in text
     assert text.index("globex") < text.index("acme")
 
@@ -83,7 +87,7 @@ def test_nothing_yet() -> None:
     text = shown(make_board(Recent(monotonic=lambda: 0.0)).results())
     assert "No batches yet" in text
     assert "No tenant has asked in the last 5 minutes." in text
-    assert "nobody waits" in text
+    assert "no request waits" in text
 
 
 @pytest.mark.parametrize("live", [False, True])
@@ -322,3 +326,11 @@ def test_help_says_how_to_use_them() -> None:
     text = run_command("top", "--help").stdout
     assert "--interval" in text
     assert "--admin" in text
+
+
+def test_refusals_have_the_words_of_the_page() -> None:
+    page = (PACKAGE / "status.html").read_text(encoding="utf-8")
+    block = re.search(r"const REASONS = \{(.*?)\};", page, re.DOTALL)
+    assert block is not None
+    assert dict(re.findall(r'(\w+): "([^"]+)"', block[1])) == REASONS
+    assert set(REASONS) <= {name for name, _ in inspect.getmembers(errors, inspect.isclass)}

@@ -246,13 +246,13 @@ def test_tenants_and_why_they_were_refused(page: Page) -> None:
 def test_a_tpm_out_of_order(page: Page) -> None:
     page.open(out_of_order())
     assert page.text("state") == "Not serving"
-    assert page.text("why") == "Nobody gets a quote now: the TPM is out of order."
+    assert page.text("why") == "No tenant gets a quote now: the TPM is out of order."
     assert "FAILURE 1\u00d7" in page.text("tpm")
 
 
 def test_nobody_has_asked(page: Page) -> None:
     page.open(empty())
-    assert page.text("why") == "The proxy is ready, and nobody has asked for a quote yet."
+    assert page.text("why") == "The proxy is ready. No tenant has asked for a quote yet."
     assert "No batches yet" in page.text("chart")
     assert "software, for trials" in page.text("tpm")
 
