@@ -12,6 +12,7 @@ import gc
 import anyio
 
 GC_THRESHOLD = 100_000  # objects in the youngest generation; some 10 MB of garbage at most
+YOUNG = 1  # the two younger generations: all that was made since the last collection
 GC_EVERY_S = 30.0  # one collection takes a millisecond for each ten thousand objects alive
 
 
@@ -25,8 +26,43 @@ def tune_gc() -> None:
     gc.set_threshold(GC_THRESHOLD, 20, 100)
 
 
-async def collect() -> None:
-    """Collect every `GC_EVERY_S` seconds, until cancelled."""
+def settle() -> None:
+    """Collect now, and leave what is alive out of every later collection: call it when what lasts is
+    made, at the start and after a reload.
+
+    A watcher's two thousand hosts have a hundred thousand objects, and a collection that walks them
+    holds the event loop up.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
+def let_go(error: BaseException) -> None:
+    """Take from an error that is kept what it refers to beside its own text: tracebacks and causes.
+
+    A traceback holds frames, and these hold their variables: the whole of an answer that was refused,
+    say, for as long as its error is shown.
+    """
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+
+
+async def collect(*, young_s: float | None = None, full_s: float | None = None) -> None:
+    """Collect by the clock, until cancelled.
+
+    Args:
+        young_s: between two collections of what was made since the last one, where a full one would hold
+            up the event loop for too long; None for full ones only.
+        full_s: between two full ones; None for `GC_EVERY_S`.
+    """
+    full_s = GC_EVERY_S if full_s is None else full_s
+    step_s = full_s if young_s is None else young_s
+    waited_s = 0.0
     while True:
-        await anyio.sleep(GC_EVERY_S)
-        gc.collect()
+        await anyio.sleep(step_s)
+        waited_s += step_s
+        if waited_s < full_s:
+            gc.collect(YOUNG)
+        else:
+            gc.collect()
+            waited_s = 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,44 @@ async def test_a_cycle_is_freed_by_the_clock(autojump_clock: trio.testing.MockCl
             nursery.cancel_scope.cancel()
     finally:
         gc.enable()
+
+
+async def test_between_full_collections_what_is_young_is_collected(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    old = Cycle()
+    gc.collect()
+    gc.disable()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(memory.collect, young_s=1.0, full_s=10.0))
+            await trio.sleep(0.5)
+            young, left = weakref.ref(Cycle()), weakref.ref(old)
+            del old
+            await trio.sleep(1)
+            assert young() is None
+            assert left() is not None
+            await trio.sleep(8)
+            assert left() is not None
+            await trio.sleep(1)
+            assert left() is None
+            nursery.cancel_scope.cancel()
+    finally:
+        gc.enable()
+
+
+def test_what_lasts_is_not_walked_again() -> None:
+    kept = Cycle()
+    left = weakref.ref(kept)
+    try:
+        memory.settle()
+        del kept
+        gc.collect()
+        assert left() is not None
+        memory.settle()  # after a reload: what it took the place of goes
+        assert left() is None
+    finally:
+        gc.unfreeze()
 
 
 async def test_the_daemon_collects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

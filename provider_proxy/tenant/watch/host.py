@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 
 import trio
 
+from provider_proxy.common import memory
 from provider_proxy.common.addresses import authority
 from provider_proxy.errors import HostError, ProviderProxyError, ReplyError, VerificationError
 from provider_proxy.evidence.model import ClockState
@@ -203,12 +204,9 @@ class HostWatch:
     async def _attempt(self) -> tuple[Event, ProviderProxyError | None]:
         try:
             judged = await self._questions.attest()
-        except VerificationError as exc:
-            return Event.REFUSED, exc
-        except ReplyError as exc:
-            return Event.UNANSWERED, exc
         except ProviderProxyError as exc:
-            return Event.BROKEN, exc
+            memory.let_go(exc)  # it is kept until the next round, and its frames hold the answer
+            return _event_of(exc), exc
         except Exception:
             # A bug that one host's answer meets must not end the watching of all others.
             log.exception("%s: an unexpected error", self.name)
@@ -265,6 +263,12 @@ class HostWatch:
             "ek_anchor": self._questions.ek_anchor,
             "clock": clock_values(self._clock) if self._clock else None,
         }
+
+
+def _event_of(error: ProviderProxyError) -> Event:
+    if isinstance(error, VerificationError):
+        return Event.REFUSED
+    return Event.UNANSWERED if isinstance(error, ReplyError) else Event.BROKEN
 
 
 def good_for_s(rules: HostRules) -> float:

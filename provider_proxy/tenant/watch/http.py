@@ -7,6 +7,7 @@ time are bounded, redirects are not followed, and any surprise closes the connec
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
@@ -49,7 +50,7 @@ class Endpoint:
 
     async def connect(self) -> trio.abc.Stream:
         """Open a stream; TLS is shaken hands on."""
-        stream = await trio.open_tcp_stream(self.host, self.port)
+        stream = await _open_tcp(self.host, self.port)
         if self.context is None:
             return stream
         sock = socket.socket(fileno=stream.socket.detach())
@@ -60,6 +61,36 @@ class Endpoint:
             await trio.aclose_forcefully(secured)
             raise
         return secured
+
+
+async def _open_tcp(host: str, port: int) -> trio.SocketStream:
+    """Connect. An IP address, as nearly all hosts have, needs no tasks and timers to choose among many.
+
+    Raises:
+        OSError: there is no connection.
+    """
+    try:
+        is_v6 = ipaddress.ip_address(host).version == 6
+    except ValueError:
+        return await _open_by_name(host, port)
+    sock = trio.socket.socket(socket.AF_INET6 if is_v6 else socket.AF_INET)
+    try:
+        await sock.connect((host, port))
+        return trio.SocketStream(sock)
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def _open_by_name(host: str, port: int) -> trio.SocketStream:
+    try:
+        return await trio.open_tcp_stream(host, port)
+    except OSError as exc:
+        # trio's list of what each address said is part of the frames that made it: a cycle.
+        if isinstance(exc.__cause__, BaseExceptionGroup):
+            for each in exc.__cause__.exceptions:
+                each.__traceback__ = None
+        raise
 
 
 class ProxyConnection:

@@ -3,6 +3,9 @@ up others. Proxies on memory streams; the clock jumps."""
 
 from __future__ import annotations
 
+import gc
+import socket
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from provider_proxy.errors import ReplyError
 from provider_proxy.evidence.model import QuoteRequest
 from provider_proxy.tenant.watch.budget import SMALL_BYTES, Budget
 from provider_proxy.tenant.watch.host import good_for_s
+from provider_proxy.tenant.watch.http import Endpoint
 from provider_proxy.tenant.watch.states import State
 
 Jumping = trio.testing.MockClock
@@ -185,3 +189,59 @@ async def test_large_answers_are_parsed_beside_the_event_loop_one_at_a_time(
         nursery.start_soon(rig.host().round)
     assert most == 1
     assert len(seen) == 3  # the last one is refused for its size
+
+
+# --- what is left of a bad host's answer ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1 << 20, 2 << 20])
+async def test_the_error_that_is_kept_does_not_keep_the_answer(
+    autojump_clock: Jumping, rig: Rig, length: int
+) -> None:
+    """Two thousand hosts would hold two thousand answers, outside of any budget."""
+    rig.proxy.answer = lambda request: response(200, b" " * (1 << 20), length=length)
+    host = rig.host(ima=True, max_retries=1, timeout_s=1.0)
+    tracemalloc.start()
+    try:
+        assert await host.round() is not State.TRUSTED
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert host.error is not None
+    assert held < 3 << 19  # the proxy on the other side of this test holds one
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
+async def test_a_connection_that_is_refused_leaves_no_cycle(name: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]  # nothing listens there
+        endpoint = Endpoint(host=name, port=port, context=None, server_name=name)
+
+        async def refused() -> None:
+            with pytest.raises(OSError):  # of one address, or of all that a name has
+                await endpoint.connect()
+
+        await refused()
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                await refused()
+            found = gc.collect()
+        finally:
+            gc.enable()
+    assert found == 0
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+async def test_an_address_is_connected_to(address: str) -> None:
+    async with trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host=address)
+        port = listener.socket.getsockname()[1]
+        endpoint = Endpoint(host=address, port=port, context=None, server_name="x")
+        async with await endpoint.connect() as ours, await listener.accept() as theirs:
+            await ours.send_all(b"x")
+            assert await theirs.receive_some(1) == b"x"
+        await listener.aclose()
+        nursery.cancel_scope.cancel()
