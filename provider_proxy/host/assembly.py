@@ -8,7 +8,6 @@ Nothing here starts a task of the daemon's or waits for a tenant.
 from __future__ import annotations
 
 import platform
-import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import (
@@ -349,12 +348,9 @@ def _make_audit(config: Config, quoter: HostQuoter, metrics: Metrics) -> Audit |
         return None
     size, keep, on_loss = config.audit.max_mb * 1_000_000, config.audit.keep, metrics.audit_lost.inc
     audit_log = AuditLog(config.audit.path, max_bytes=size, keep=keep, on_loss=on_loss)
-    start = secrets.token_hex(8)  # makes batch numbers unique over restarts
 
     async def record(batch: Batch) -> None:
-        await audit_log.write(
-            records_of(batch, start=start, ak_name=quoter.ak.name, time=time.time())
-        )
+        await audit_log.write(records_of(batch, ak_name=quoter.ak.name, time=time.time()))
 
     return record
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ MAX_LINE_BYTES = 8192  # the longest name, all of it escaped, and a path of 20 m
 MAX_TENANT_CHARS = 256  # names of tables have 63, those made of an identity a few more
 MAX_AK_NAME_BYTES = 66  # a SHA-512 name
 MAX_TIME_S = 253402300800.0  # the year 10000, where calendars end
+BATCH_NAME_BYTES = 12  # of 2**40 batches no two have the same one, but for one case in 100,000
 MAX_NAME_CHARS = 96
 _NAME_RE = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_NAME_CHARS}}}", re.ASCII)
 
@@ -77,7 +79,8 @@ class AuditRecord:
     Attributes:
         time: seconds since the epoch.
         request_hash: see the function `request_hash`.
-        batch: the daemon's start and the batch's number, unique over restarts.
+        batch: what the records of one batch have in common; drawn at random, so that a tenant cannot tell
+            from two of its own how many batches others had in between.
         ak_name: of the AK in use; empty where unknown.
         mask, bank: as the tenant asked.
         outcome: "ok", or the name of the error's class.
@@ -129,22 +132,20 @@ def leaf_hash_of(
     return inclusion.leaf_hash(whole[:-HASH_BYTES] + claims_sha256)
 
 
-def records_of(
-    batch: Batch, *, start: str, ak_name: AkName, time: float
-) -> tuple[AuditRecord, ...]:
+def records_of(batch: Batch, *, ak_name: AkName, time: float) -> tuple[AuditRecord, ...]:
     """The records of a finished batch: some 5 microseconds a waiter.
 
     "ok" says that the batch was quoted and checked; its tenant may have gone meanwhile.
 
     Args:
         batch: its waiters have their errors, or it has its quote and proofs.
-        start: letters and digits that name this run of the daemon, others after each restart.
         time: seconds since the epoch.
 
     Raises:
         ValueError: the batch has neither failed nor been quoted.
     """
     root: RootHash | None = None
+    name = secrets.token_hex(BATCH_NAME_BYTES)
     records = []
     for place, waiter in enumerate(batch.waiters):
         request, leaf = waiter.request, None
@@ -168,7 +169,7 @@ def records_of(
                 time=round(time, 3),
                 tenant=waiter.tenant.name[:MAX_TENANT_CHARS],
                 request_hash=request_hash(request.nonce, request.mask, request.bank, request.vm),
-                batch=f"{start}-{batch.number}",
+                batch=name,
                 ak_name=ak_name,
                 mask=request.mask,
                 bank=request.bank,

@@ -55,7 +55,6 @@ from provider_proxy.host.audit.records import (
 from provider_proxy.host.batching.batch import Answer, Batch, Waiter, check_batch, plant_tree
 from provider_proxy.testing.soft_tpm import SoftTpm
 
-START = "5ca1ab1e0ddba11c"
 NOW = 1_767_225_600.1234
 VM = uuid.UUID("0ddba11c-0ffe-4bad-8bad-00000c0ffee0")
 CLAIMS = json.dumps({"vm": str(VM)}).encode("ascii")
@@ -104,7 +103,7 @@ def quote_now(tpm: SoftTpm, waiters: list[Waiter], number: int = 7) -> Batch:
 
 
 def records_from(tpm: SoftTpm, batch: Batch) -> tuple[AuditRecord, ...]:
-    return records_of(batch, start=START, ak_name=tpm.ak.name, time=NOW)
+    return records_of(batch, ak_name=tpm.ak.name, time=NOW)
 
 
 def body_of(tpm: SoftTpm, batch: Batch, place: int) -> bytes:
@@ -194,7 +193,7 @@ async def test_each_record_of_a_batch_proves_its_own_request() -> None:
         assert proof.problem is None
         assert proof.record is records[place]
         assert proof.qualifying == quoter.quotes[0][0]  # what the TPM was given
-    assert {record.batch for record in records} == {f"{START}-7"}
+    assert len({record.batch for record in records}) == 1
     assert [record.tenant for record in records] == [f"tenant-{n}" for n in range(5)]
     assert {record.outcome for record in records} == {"ok"}
     assert {record.time for record in records} == {1_767_225_600.123}
@@ -1127,9 +1126,18 @@ def test_the_command_proves_with_exit_0(folder: Folder, place: int) -> None:
     assert values["found"] is values["proven"] is True
     assert values["problem"] is None
     assert values["evidence_checked"] is False
-    assert values["record"]["batch"] == f"{START}-7"
+    assert values["record"]["batch"] == SCENE.records[place].batch
     assert values["record"]["root"] == leaf.root.hex()
     assert values["damaged_lines"] == 0
+
+
+def test_batches_are_named_at_random() -> None:
+    """Numbers would tell a tenant, by two records of its own, how many batches others had in between."""
+    batches = [records_from(SCENE.tpm, SCENE.batch)[0].batch for _ in range(64)]
+    assert len(set(batches)) == 64
+    assert all(re.fullmatch("[0-9a-f]{24}", name) for name in batches)
+    bits = [int(name, 16) >> place & 1 for name in batches for place in range(96)]
+    assert 0.4 < sum(bits) / len(bits) < 0.6  # no time, count or padding in it
 
 
 def test_the_command_proves_in_words(folder: Folder) -> None:
@@ -1138,7 +1146,8 @@ def test_the_command_proves_in_words(folder: Folder) -> None:
     code, out, _ = folder.run("prove", "--nonce", NONCES[0].decode())
     assert code == 0
     assert out.startswith(
-        f"in batch {START}-7 under root {leaf.root.hex()} at index {leaf.proof.leaf_index} of 8\n"
+        f"in batch {SCENE.records[0].batch} under root {leaf.root.hex()} "
+        f"at index {leaf.proof.leaf_index} of 8\n"
     )
     assert "the evidence alone can show" in out
 
@@ -1250,7 +1259,7 @@ def test_show_in_words_is_a_line_a_record(folder: Folder) -> None:
     assert out.split() == [
         "2026-01-01T00:00:00.123+00:00",
         '"tenant-4"',
-        f"{START}-7",
+        SCENE.records[WITH_VM].batch,
         f"{leaf.proof.leaf_index}/8",
         "0x3",
         "sha256",
