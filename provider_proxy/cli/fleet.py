@@ -6,7 +6,10 @@ status    members, shards, hosts by state, the outbox
 hosts     hosts, one a line
 reports   what was reported, and what waits
 silence   holds the reports of some hosts back for a while
+silences  the silences that hold
+unsilence ends one
 drain     has a member give its shards back
+restored  begins above what was given out before a backup was restored
 """
 
 from __future__ import annotations
@@ -70,6 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     made.add_argument("--why", required=True, help="the reason, for others")
     made = add("drain", "have a member give its shards back and take none")
     made.add_argument("member", metavar="MEMBER", help="its name or id")
+    add("silences", "list the silences that hold")
+    made = add("unsilence", "end a silence; what it held back is delivered")
+    made.add_argument("id", metavar="ID", help="as `fleet silences` lists it")
+    add("restored", "after a backup was restored: raise epochs, show old verdicts no more")
 
 
 def run(args: argparse.Namespace) -> int:

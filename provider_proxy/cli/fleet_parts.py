@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from psycopg import Connection, Error
 
 from provider_proxy.errors import UsageError
-from provider_proxy.tenant.fleet import imports, schema, views
-from provider_proxy.tenant.fleet.database import connect, read_address, translated
+from provider_proxy.tenant.fleet import imports, leases, schema, views
+from provider_proxy.tenant.fleet.admin import host_values, status_values
+from provider_proxy.tenant.fleet.database import again, connect, read_address, translated
 from provider_proxy.tenant.fleet.hosts import read_fleet
 from provider_proxy.tenant.watch.config import load_watch_config
 from provider_proxy.tenant.watch.tables import WatchConfig
@@ -27,7 +29,7 @@ def _with_database(
         raise UsageError(f'{args.config} has no state = "postgresql://…"')
     with connect(read_address(config.state)) as connection:
         try:
-            return work(connection, config)
+            return again(lambda opened: work(opened, config), connection)
         except Error as exc:
             raise translated(exc) from exc
 
@@ -83,12 +85,15 @@ def _status(args: argparse.Namespace) -> int:
         schema.check_version(connection)
         view = views.fleet_view(connection)
         if args.json:
-            print(json.dumps(_status_values(view)))
+            print(json.dumps(status_values(view)))
             return 0
         print(f"members  {len(view.members)}")
+        names = Counter(member.name for member in view.members)
         for member in view.members:
+            # Two with one name are told apart by their ids, which `fleet drain` takes, too.
+            own = f" ({member.id})" if names[member.name] > 1 else ""
             draining = ", draining" if member.draining else ""
-            print(f"  {member.name}  {member.shards} shards, {member.version}{draining}")
+            print(f"  {member.name}{own}  {member.shards} shards, {member.version}{draining}")
         print(f"shards   {view.shards}, {view.free_shards} of them held by nobody")
         print(f"hosts    {sum(view.by_state.values())}")
         for state, count in sorted(view.by_state.items()):
@@ -100,27 +105,6 @@ def _status(args: argparse.Namespace) -> int:
     return _with_database(args, work)
 
 
-def _status_values(view: views.FleetView) -> dict[str, object]:
-    return {
-        "members": [
-            {
-                "id": str(member.id),
-                "name": member.name,
-                "version": member.version,
-                "shards": member.shards,
-                "draining": member.draining,
-            }
-            for member in view.members
-        ],
-        "shards": view.shards,
-        "free_shards": view.free_shards,
-        "hosts": view.by_state,
-        "oldest_verdict_s": view.oldest_verdict_s,
-        "waiting_reports": view.waiting_reports,
-        "oldest_report_s": view.oldest_report_s,
-    }
-
-
 def _age(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds:.0f} s old"
 
@@ -130,7 +114,7 @@ def _hosts(args: argparse.Namespace) -> int:
         schema.check_version(connection)
         found = views.host_views(connection, like=args.like, state=args.state)
         if args.json:
-            print(json.dumps({"hosts": [_host_values(host) for host in found]}))
+            print(json.dumps({"hosts": [host_values(host) for host in found]}))
             return 0
         width = max((len(host.name) for host in found), default=0)
         for host in found:
@@ -140,17 +124,6 @@ def _hosts(args: argparse.Namespace) -> int:
         return 0
 
     return _with_database(args, work)
-
-
-def _host_values(host: views.HostView) -> dict[str, object]:
-    return {
-        "name": host.name,
-        "shard": host.shard,
-        "state": host.state,
-        "verdict_at": host.since.isoformat() if host.since else None,
-        "error": host.error,
-        "reason": host.reason,
-    }
 
 
 def _reports(args: argparse.Namespace) -> int:
@@ -171,8 +144,41 @@ def _silence(args: argparse.Namespace) -> int:
 
     def work(connection: Connection[Any], _: WatchConfig) -> int:
         schema.check_version(connection)
-        __, count, ends = views.silence(connection, args.like, minutes=args.minutes, why=args.why)
+        id_, count, ends = views.silence(connection, args.like, minutes=args.minutes, why=args.why)
         print(f"reports of {count} hosts wait until {ends.isoformat(timespec='seconds')}")
+        print(f"end it sooner: provider-proxy fleet unsilence --config {args.config} {id_}")
+        return 0
+
+    return _with_database(args, work)
+
+
+def _silences(args: argparse.Namespace) -> int:
+    def work(connection: Connection[Any], _: WatchConfig) -> int:
+        schema.check_version(connection)
+        for one in views.silence_views(connection):
+            print(
+                f"{one.id}  {one.hosts}  until {one.ends.isoformat(timespec='seconds')}  {one.why}"
+            )
+        return 0
+
+    return _with_database(args, work)
+
+
+def _unsilence(args: argparse.Namespace) -> int:
+    def work(connection: Connection[Any], _: WatchConfig) -> int:
+        schema.check_version(connection)
+        views.end_silence(connection, args.id)
+        print("ended; what it held back is delivered now")
+        return 0
+
+    return _with_database(args, work)
+
+
+def _restored(args: argparse.Namespace) -> int:
+    def work(connection: Connection[Any], _: WatchConfig) -> int:
+        schema.check_version(connection)
+        count = leases.restored(connection)
+        print(f"epochs are raised; {count} hosts are shown as not verified until they are again")
         return 0
 
     return _with_database(args, work)
@@ -195,5 +201,8 @@ PARTS: dict[str, Callable[[argparse.Namespace], int]] = {
     "hosts": _hosts,
     "reports": _reports,
     "silence": _silence,
+    "silences": _silences,
+    "unsilence": _unsilence,
     "drain": _drain,
+    "restored": _restored,
 }

@@ -66,6 +66,7 @@ class Answer:
     status: int
     body: bytes
     content_type: bytes = b"application/json"
+    headers: tuple[tuple[bytes, bytes], ...] = ()
 
 
 Handler = Callable[[Asked], Awaitable[Answer]]
@@ -222,6 +223,7 @@ async def _send(http: h11.Connection, stream: SocketStream, answer: Answer) -> N
         headers=[
             (b"Content-Type", answer.content_type),
             (b"Content-Length", b"%d" % len(answer.body)),
+            *answer.headers,
         ],
     )
     data = (http.send(head) or b"") + (http.send(h11.Data(answer.body)) or b"")

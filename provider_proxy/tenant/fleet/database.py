@@ -1,4 +1,5 @@
-"""PostgreSQL from trio: statements run in worker threads, on two connections at most.
+"""PostgreSQL from trio: statements run in worker threads, on two connections: one for leases, one for the
+rest, so that a renewal never waits behind a batch or behind somebody's search.
 
 No PostgreSQL driver is trio's own, so psycopg's blocking connections are used in threads. Every
 statement has a limit on the server, every connection one in the kernel, so that a thread comes back from
@@ -10,6 +11,7 @@ is refused: it would stand in a file with other settings, and in messages.
 
 from __future__ import annotations
 
+import enum
 import re
 import threading
 from collections.abc import Callable
@@ -25,11 +27,13 @@ from provider_proxy.tenant.fleet import schema
 
 T = TypeVar("T")
 
-MAX_CONNECTIONS = 2  # one for leases, one for everything else: leases do not wait behind a batch
 CONNECT_LIMIT_S = 3
 STATEMENT_LIMIT_MS = 10_000
 # The kernel's: a server that vanished is noticed although nothing says so.
 TCP_LIMIT_MS = 5_000
+# Two transactions that waited for each other: the server ended one, and it may simply come again.
+AGAIN = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
+TRIES = 3
 SCHEME_RE = re.compile(r"postgres(ql)?://", re.ASCII)
 
 
@@ -66,6 +70,8 @@ def read_address(text: str, *, name: str = "") -> str:
         "keepalives_idle": 5,
         "keepalives_interval": 2,
         "keepalives_count": 2,
+        # Of several hosts the one that is not a standby; a standby alone is refused.
+        "target_session_attrs": "read-write",
     }
     limits["application_name"] = f"provider-proxy {name}".strip()
     return make_conninfo(text, **{key: v for key, v in limits.items() if key not in values})
@@ -87,10 +93,31 @@ def connect(address: str) -> Connection[Any]:
     return opened
 
 
+def again(work: Callable[[Connection[Any]], T], connection: Connection[Any]) -> T:
+    """Do some work, and do it again where the server ended it in favour of another's.
+
+    Args:
+        work: one transaction, or several of which each may be repeated.
+    """
+    for _ in range(TRIES - 1):
+        try:
+            return work(connection)
+        except AGAIN:
+            continue
+    return work(connection)
+
+
 def translated(error: psycopg.Error) -> DatabaseError:
     """psycopg's error as ours: one line, with the server's own reason."""
     text = " ".join(str(error).split()) or type(error).__name__
     return DatabaseError(f"the database: {text}")
+
+
+class Lane(enum.Enum):
+    """Which of the two connections a statement runs on."""
+
+    LEASES = enum.auto()
+    REST = enum.auto()
 
 
 class Database:
@@ -102,12 +129,18 @@ class Database:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._limiter = trio.CapacityLimiter(MAX_CONNECTIONS)
-        self._idle: list[Connection[Any]] = []
+        self._limiters = {lane: trio.CapacityLimiter(1) for lane in Lane}
+        self._idle: dict[Lane, Connection[Any]] = {}
         self._lock = threading.Lock()
         self._closed = False
 
-    async def run(self, work: Callable[[Connection[Any]], T], *, limit_s: float = 30.0) -> T:
+    async def run(
+        self,
+        work: Callable[[Connection[Any]], T],
+        *,
+        limit_s: float = 30.0,
+        lane: Lane = Lane.REST,
+    ) -> T:
         """Run `work` with a connection of its own for that time.
 
         Cancelled, it returns at once; the statement goes on to its own limit.
@@ -118,19 +151,23 @@ class Database:
         try:
             with trio.fail_after(limit_s):
                 return await trio.to_thread.run_sync(
-                    self._in_thread, work, limiter=self._limiter, abandon_on_cancel=True
+                    self._in_thread,
+                    work,
+                    lane,
+                    limiter=self._limiters[lane],
+                    abandon_on_cancel=True,
                 )
         except trio.TooSlowError as exc:
             raise DatabaseError(f"the database: no answer within {limit_s:g} s") from exc
 
-    def _in_thread(self, work: Callable[[Connection[Any]], T]) -> T:
+    def _in_thread(self, work: Callable[[Connection[Any]], T], lane: Lane) -> T:
         with self._lock:
-            connection = self._idle.pop() if self._idle else None
+            connection = self._idle.pop(lane, None)
         try:
             if connection is None:
                 connection = connect(self._address)
                 schema.check_version(connection)
-            result = work(connection)
+            result = again(work, connection)
         except BaseException as exc:
             if connection is not None:
                 connection.close()
@@ -139,7 +176,7 @@ class Database:
             raise
         with self._lock:
             if not self._closed:
-                self._idle.append(connection)
+                self._idle[lane] = connection
                 return result
         connection.close()
         return result
@@ -148,6 +185,6 @@ class Database:
         """Close the connections that are idle; one that works is closed when it is done."""
         with self._lock:
             self._closed = True
-            idle, self._idle = self._idle, []
-        for connection in idle:
+            idle, self._idle = self._idle, {}
+        for connection in idle.values():
             connection.close()

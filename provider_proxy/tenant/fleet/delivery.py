@@ -1,12 +1,15 @@
 """Hands the outbox's reports of one's own shards to every receiver, again until they are taken.
 
-The next report of a host goes when the one before it was taken, so that receivers get them in order.
+The next report of a host goes when the one before it was taken, so that receivers get them in order. A
+receiver that is away is asked with a few reports at a time and at growing intervals; one that refuses a
+single report does not hold up those of other hosts.
 """
 
 from __future__ import annotations
 
 import logging
 import random
+import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -21,6 +24,7 @@ from provider_proxy.tenant.watch.reports import Sink
 log = logging.getLogger(__name__)
 
 DELIVER_EVERY_S = 0.5
+LONGEST_PAUSE_S = 30.0  # from one look for a receiver that is away to the next
 CLEAN_EVERY_S = 3600.0
 DELIVERIES_AT_ONCE = 8
 
@@ -45,43 +49,90 @@ class Delivery:
         self._sinks = sinks
         self._held = held
         self._rng = rng
+        self._taken: dict[uuid.UUID, set[str]] = {}  # of reports that not all receivers took
+        self._failed_in_row = 0
+        self._failed_rounds = 0
 
     async def run(self) -> None:
         """Hand the outbox's reports to every receiver, for ever."""
-        limit = trio.CapacityLimiter(DELIVERIES_AT_ONCE)
         while True:
-            await trio.sleep(DELIVER_EVERY_S)
+            await trio.sleep(self._pause_s())
             shards = self._held()
             if not shards:
                 continue
             try:
-                waiting = await self._database.run(partial(outbox.next_reports, shards=shards))
-                if not self._sinks:
-                    ids = [report.id for report in waiting]
-                    await self._database.run(partial(outbox.delivered, ids=ids))
-                    continue
-                async with trio.open_nursery() as nursery:
-                    for report in waiting:
-                        nursery.start_soon(self._deliver_one, limit, report)
+                await self._round(shards)
             except* DatabaseError as group:
                 log.warning("the outbox waits: %s", first_of(group))
 
-    async def _deliver_one(self, limit: trio.CapacityLimiter, report: outbox.Waiting) -> None:
-        async with limit:
-            taken = [await sink.deliver(report.body) for sink in self._sinks]
-        if all(taken):
-            await self._database.run(partial(outbox.delivered, ids=[report.id]))
-            return
-        wait_s = backoff_s(
-            report.tries + 1, first_s=outbox.FIRST_RETRY_S, longest_s=outbox.LONGEST_RETRY_S
+    def _pause_s(self) -> float:
+        if not self._failed_rounds:
+            return DELIVER_EVERY_S
+        return backoff_s(
+            self._failed_rounds, first_s=DELIVER_EVERY_S, longest_s=LONGEST_PAUSE_S, rng=self._rng
         )
-        await self._database.run(partial(outbox.failed, id_=report.id, wait_s=wait_s))
+
+    async def _round(self, shards: Sequence[int]) -> None:
+        """One look at what is due. Raises: DatabaseError, in a group or alone."""
+        waiting = await self._database.run(partial(outbox.next_reports, shards=shards))
+        if not self._sinks:
+            ids = [report.id for report in waiting]
+            await self._database.run(partial(outbox.delivered, ids=ids))
+            return
+        self._failed_in_row = 0
+        limit = trio.CapacityLimiter(DELIVERIES_AT_ONCE)
+        done: list[uuid.UUID] = []
+        failed: list[outbox.Waiting] = []
+        async with trio.open_nursery() as nursery:
+            for report in waiting:
+                nursery.start_soon(self._deliver_one, limit, report, done, failed)
+        if waiting:
+            self._failed_rounds = 0 if done or not failed else self._failed_rounds + 1
+        await self._settle(done, failed)
+
+    async def _settle(self, done: Sequence[uuid.UUID], failed: Sequence[outbox.Waiting]) -> None:
+        if done:
+            await self._database.run(partial(outbox.delivered, ids=done))
+            for id_ in done:
+                self._taken.pop(id_, None)
+        for report in failed:
+            wait_s = backoff_s(
+                report.tries + 1, first_s=outbox.FIRST_RETRY_S, longest_s=outbox.LONGEST_RETRY_S
+            )
+            await self._database.run(partial(outbox.failed, id_=report.id, wait_s=wait_s))
+        # What was taken by some receivers, and is another member's to deliver by now, is forgotten.
+        if len(self._taken) > outbox.MAX_AT_ONCE * 10:
+            self._taken.clear()
+
+    async def _deliver_one(
+        self,
+        limit: trio.CapacityLimiter,
+        report: outbox.Waiting,
+        done: list[uuid.UUID],
+        failed: list[outbox.Waiting],
+    ) -> None:
+        async with limit:
+            if self._failed_in_row >= DELIVERIES_AT_ONCE:
+                return  # the receiver is away: the rest is not even tried
+            taken = self._taken.setdefault(report.id, set())
+            for sink in self._sinks:
+                if sink.name not in taken and await sink.deliver(report.body):
+                    taken.add(sink.name)
+        if len(taken) == len(self._sinks):
+            self._failed_in_row = 0
+            done.append(report.id)
+        else:
+            self._failed_in_row += 1
+            failed.append(report)
 
     async def clean(self) -> None:
         """Forget old reports, for ever; any member may."""
         while True:
             await trio.sleep(CLEAN_EVERY_S * self._rng.uniform(0.5, 1))
             try:
-                await self._database.run(outbox.forget_old)
+                lost = await self._database.run(outbox.forget_old)
             except DatabaseError as exc:
                 log.warning("old reports stay for now: %s", exc)
+                continue
+            if lost:
+                log.error("%d reports were given up: no receiver took them for 30 days", lost)

@@ -19,6 +19,9 @@ from dataclasses import dataclass
 DEFAULT_SHARDS = 64  # more than members that one fleet needs; moving one moves 1.6 % of the hosts
 
 
+MAX_LEASE_S = 60.0  # one that ends later than this is of a clock that went back since
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseTimes:
     """How long a lease lasts, in seconds.
@@ -39,6 +42,8 @@ class LeaseTimes:
     def __post_init__(self) -> None:
         if not 0 < self.renew_s <= (self.lease_s - self.margin_s) / 2:
             raise ValueError("two renewals must fit into a lease less its margin")
+        if self.lease_s > MAX_LEASE_S:
+            raise ValueError(f"a lease lasts {MAX_LEASE_S:g} s at most")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

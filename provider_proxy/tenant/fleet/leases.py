@@ -16,11 +16,34 @@ from typing import Any
 
 from psycopg import Connection
 
+from provider_proxy.tenant.fleet import schema
+from provider_proxy.tenant.fleet.lease import MAX_LEASE_S
+
+# Where the database's clock went back, ends that lie far ahead would keep what the dead held for as long.
+_CLAMP_LEASES = """
+update lease set until = fleet_now() + make_interval(secs => %(most)s)
+where shard in (
+    select shard from lease where until > fleet_now() + make_interval(secs => %(most)s)
+    for update skip locked
+)
+"""
+_CLAMP_MEMBERS = """
+update member set until = fleet_now() + make_interval(secs => %(most)s)
+where id in (
+    select id from member where until > fleet_now() + make_interval(secs => %(most)s)
+    for update skip locked
+)
+"""
 _ALIVE = """
-insert into member (id, name, version, started, until)
-values (%(me)s, %(name)s, %(version)s, fleet_now(), fleet_now() + make_interval(secs => %(lease)s))
+insert into member (id, name, version, knows, started, until)
+values (%(me)s, %(name)s, %(version)s, %(knows)s, fleet_now(),
+    fleet_now() + make_interval(secs => %(lease)s))
 on conflict (id) do update set until = excluded.until
 returning draining
+"""
+# Rows are locked in the order of shards everywhere: a member's own writes wait for them meanwhile.
+_MINE = """
+select shard from lease where owner = %(me)s order by shard for update
 """
 _RENEW = """
 update lease set until = fleet_now() + make_interval(secs => %(lease)s)
@@ -29,10 +52,16 @@ returning shard, epoch
 """
 _COUNT = """
 select (select count(*) from member where until > fleet_now() and not draining),
-       (select count(*) from lease)
+       (select count(*) from lease),
+       (select count(*) from lease where until <= fleet_now())
 """
+# An epoch that was seen higher than the row's belongs to a database of later than this one: a backup was
+# restored, or a standby took over that had not got everything.
 _TAKE = """
-update lease set owner = %(me)s, epoch = lease.epoch + 1,
+update lease set owner = %(me)s, epoch = 1 + greatest(lease.epoch, (
+        select seen.epoch from unnest(%(seen_shards)s::int[], %(seen_epochs)s::bigint[])
+            as seen (shard, epoch) where seen.shard = lease.shard
+    )),
     until = fleet_now() + make_interval(secs => %(lease)s)
 from (
     select shard, owner from lease
@@ -74,7 +103,9 @@ class Member:
             "me": self.id,
             "name": self.name,
             "version": self.version,
+            "knows": schema.VERSION,
             "lease": self.lease_s,
+            "most": MAX_LEASE_S,
         }
 
 
@@ -87,15 +118,25 @@ class Share:
         fresh: those of them that it did not hold last: what it knows of their hosts may be old.
         given: shards that it gave back, because others have less.
         members: how many members serve, this one included unless it drains.
+        free: shards that nobody holds.
+        draining: this member was told to give its shards back.
     """
 
     epochs: Mapping[int, int]
     fresh: frozenset[int]
     given: frozenset[int]
     members: int
+    free: int = 0
+    draining: bool = False
 
 
-def renew(connection: Connection[Any], member: Member, *, own_only: bool = False) -> Share:
+def renew(
+    connection: Connection[Any],
+    member: Member,
+    *,
+    own_only: bool = False,
+    seen: Mapping[int, int] | None = None,
+) -> Share:
     """Say that the member lives, keep its leases, and move towards a fair share.
 
     A lease that has run out is not renewed, even where nobody has taken it: between its end and now
@@ -104,37 +145,78 @@ def renew(connection: Connection[Any], member: Member, *, own_only: bool = False
     Args:
         own_only: take only what this member held last. After an outage of the database every lease has
             run out, and everybody is to have its own again.
+        seen: the highest epoch that this member has had of each shard; none is given out again.
     """
     values = member.values()
+    known = {"seen_shards": list(seen or ()), "seen_epochs": list((seen or {}).values())}
     with connection.transaction():
         row = connection.execute(_ALIVE, values).fetchone()
+        connection.execute(_CLAMP_MEMBERS, values)
+        connection.execute(_MINE, values)
         draining = bool(row and row[0])
-        held = dict(connection.execute(_RENEW, values).fetchall())
+        renewed = connection.execute(_RENEW, values).fetchall()
+        held = dict(renewed)
         counted = connection.execute(_COUNT).fetchone()
         assert counted is not None
-        members, shards = counted
+        members, shards, free = counted
         fair = 0 if draining else -(-shards // max(1, members))
         given = frozenset(sorted(held)[fair:])
         if given:
             connection.execute(_GIVE, values | {"shards": list(given)})
         fresh: set[int] = set()
         if len(held) < fair:
-            more = values | {"want": fair - len(held), "own_only": own_only}
+            more = values | known | {"want": fair - len(held), "own_only": own_only}
             for shard, epoch, was_mine in connection.execute(_TAKE, more).fetchall():
                 held[shard] = epoch
                 if not was_mine:
                     fresh.add(shard)
+        connection.execute(_CLAMP_LEASES, values)
     kept = {shard: epoch for shard, epoch in held.items() if shard not in given}
-    return Share(epochs=kept, fresh=frozenset(fresh), given=given, members=members)
+    taken = len(held) - len(renewed)
+    return Share(
+        epochs=kept,
+        fresh=frozenset(fresh),
+        given=given,
+        members=members,
+        free=free - taken + len(given),
+        draining=draining,
+    )
 
 
 def leave(connection: Connection[Any], member: Member) -> None:
     """Give everything back at once: others need not wait for the leases to end."""
+    values = member.values()
     with connection.transaction():
+        connection.execute(_MINE, values)
         connection.execute(
-            "update lease set owner = null, until = '-infinity' where owner = %s", (member.id,)
+            "update lease set owner = null, until = '-infinity' where owner = %(me)s", values
         )
-        connection.execute("delete from member where id = %s", (member.id,))
+        connection.execute("delete from member where id = %(me)s", values)
+
+
+RESTORED_STEP = (
+    1 << 32
+)  # epochs that no member can have used up between a backup and its restoration
+
+
+def restored(connection: Connection[Any]) -> int:
+    """A backup was restored, or a standby took over that may lack something: begin afresh above it.
+
+    Epochs rise above all that were given out meanwhile, and no verdict is shown until a new one is there.
+
+    Returns:
+        How many verdicts are not shown any more.
+    """
+    with connection.transaction():
+        connection.execute("select shard from lease order by shard for update")
+        connection.execute(
+            "update lease set owner = null, until = '-infinity', epoch = epoch + %s",
+            (RESTORED_STEP,),
+        )
+        done = connection.execute(
+            "update host_state set fresh_until = '-infinity' where fresh_until > '-infinity'"
+        )
+    return done.rowcount
 
 
 def fenced(connection: Connection[Any], member: Member, epochs: Mapping[int, int]) -> set[int]:

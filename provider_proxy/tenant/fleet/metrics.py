@@ -14,6 +14,30 @@ class FleetMetrics:
         self.members = Gauge(
             prefix + "members", "Members that serve, as the database said last.", registry=registry
         )
+        self.free_shards = Gauge(
+            prefix + "free_shards",
+            "Shards that nobody holds: their hosts are not verified.",
+            registry=registry,
+        )
+        self.hosts = Gauge(
+            prefix + "hosts",
+            "Hosts of the whole fleet, by what is shown of them; as of the last minute.",
+            ["state"],
+            registry=registry,
+        )
+        self.outbox_reports = Gauge(
+            prefix + "outbox_reports",
+            "Reports of this member's shards that no receiver has yet.",
+            registry=registry,
+        )
+        self.outbox_seconds = Gauge(
+            prefix + "outbox_seconds", "Age of the oldest of them.", registry=registry
+        )
+        self.unfenced_reports = Counter(
+            prefix + "unfenced_reports",
+            "Reports that were sent without the database.",
+            registry=registry,
+        )
         self.database_up = Gauge(
             prefix + "database_up", "1 while the database answers.", registry=registry
         )
@@ -28,6 +52,11 @@ class FleetMetrics:
         self.refused_writes = Counter(
             prefix + "refused_writes",
             "Batches of a shard that were not written because its lease was lost.",
+            registry=registry,
+        )
+        self.older_states = Counter(
+            prefix + "older_states",
+            "Clock states that the database had older than this member. Must stay 0.",
             registry=registry,
         )
         self.lost_reports = Gauge(

@@ -18,7 +18,7 @@ from psycopg import Connection
 MAX_AT_ONCE = 200
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 300.0
-KEEP_DAYS = 30  # delivered reports, for `fleet reports`
+KEEP_DAYS = 30  # delivered reports, for `fleet reports`; and others, that nobody takes
 
 _NEXT = """
 select distinct on (host) r.id, r.host, r.body, r.tries, r.next_try <= fleet_now() as due,
@@ -76,10 +76,23 @@ def failed(connection: Connection[Any], id_: uuid.UUID, wait_s: float) -> None:
 
 
 def forget_old(connection: Connection[Any]) -> int:
-    """Remove reports that were delivered long ago, and silences that are over; how many reports."""
-    connection.execute("delete from silence where ends < fleet_now() - interval '30 days'")
+    """Remove reports and silences that are over for long.
+
+    Reports that no receiver has taken for as long go, too: the table has an end.
+
+    Returns:
+        How many reports were removed that had not been delivered.
+    """
+    values = (KEEP_DAYS,)
+    connection.execute(
+        "delete from silence where ends < fleet_now() - make_interval(days => %s)", values
+    )
+    connection.execute(
+        "delete from report where delivered < fleet_now() - make_interval(days => %s)", values
+    )
     done = connection.execute(
-        "delete from report where delivered < fleet_now() - make_interval(days => %s)",
-        (KEEP_DAYS,),
+        "delete from report where delivered is null"
+        " and made < fleet_now() - make_interval(days => %s)",
+        values,
     )
     return done.rowcount

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from psycopg import Connection
 from psycopg.types.json import Jsonb
 
-from provider_proxy.errors import EvidenceFormatError, HostError
+from provider_proxy.errors import EvidenceFormatError
 from provider_proxy.tenant.fleet import leases
 from provider_proxy.tenant.watch.reports import Verdict
 from provider_proxy.tenant.watch.states import State
@@ -50,11 +50,16 @@ class Known:
         record: None where nothing was accepted yet.
         verdict: that was told last; None where none was.
         sequence: of its newest report.
+        damage: what is wrong with the record; None where nothing is.
     """
 
-    record: HostRecord | None
-    verdict: Verdict | None
-    sequence: int
+    record: HostRecord | None = None
+    verdict: Verdict | None = None
+    sequence: int = 0
+    damage: str | None = None
+
+
+NOTHING = Known()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +68,13 @@ class Outgoing:
 
     Attributes:
         body: the exact bytes that receivers get, however often.
+        was_sent: receivers have been sent it although it is not in the outbox.
     """
 
     id: uuid.UUID
     sequence: int
     body: bytes
+    was_sent: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,18 +82,24 @@ class Update:
     """What is to be written of one host; the parts that are None stay as they are.
 
     Attributes:
-        age_s: how long ago the verdict was reached, in seconds.
+        made_s: when this was put together, CLOCK_BOOTTIME seconds.
+        age_s: how long before that the verdict was reached, in seconds.
         good_for_s: from then on, how long it may be shown.
+        waits_s: how long the oldest part of it has waited to be written, in seconds.
+        overdue: its reports have been sent, see `Outgoing.was_sent`.
     """
 
     host: str
     shard: int
+    made_s: float = 0.0
     record: HostRecord | None = None
     verdict: Verdict | None = None
     reason: str | None = None
     age_s: float = 0.0
     good_for_s: float = 0.0
     reports: Sequence[Outgoing] = ()
+    waits_s: float = 0.0
+    overdue: bool = False
 
 
 def shard_of(name: str, shards: int) -> int:
@@ -123,17 +136,31 @@ def read_policy(connection: Connection[Any], digest: str) -> bytes | None:
     return bytes(row[0]) if row is not None else None
 
 
-def read_known(connection: Connection[Any], shards: Sequence[int]) -> dict[str, Known]:
-    """What is known of the hosts of some shards."""
+def read_known(
+    connection: Connection[Any], shards: Sequence[int], names: Sequence[str] | None = None
+) -> dict[str, Known]:
+    """What is known of the hosts of some shards.
+
+    Args:
+        names: only of these hosts; None for all.
+    """
+    # A host that was removed and came back has reports, and no state: its numbers go on.
     rows = connection.execute(
-        "select name, record, verdict, error, sequence from host_state where shard = any(%s)",
-        (list(shards),),
+        "select h.name, s.record, s.verdict, s.error, greatest(s.sequence,"
+        " (select max(r.sequence) from report r where r.host = h.name), 0)"
+        " from host h left join host_state s on s.name = h.name"
+        " where h.shard = any(%s) and (%s::text[] is null or h.name = any(%s))",
+        (list(shards), names, names),
     )
     found = {}
     for name, values, state, error, sequence in rows:
-        record = None if values is None else _read_record(name, values)
-        verdict = None if state is None else Verdict(State(state), error)
-        found[name] = Known(record=record, verdict=verdict, sequence=sequence)
+        record, damage = None, None
+        try:
+            record = None if values is None else parse_record(name, values)
+            verdict = None if state is None else Verdict(State(state), error)
+        except (EvidenceFormatError, ValueError) as exc:  # this host's past is not known
+            verdict, damage = None, f"the database's record of {name} is damaged: {exc}"
+        found[name] = Known(record=record, verdict=verdict, sequence=sequence, damage=damage)
     return found
 
 
@@ -142,24 +169,31 @@ def write(
     member: leases.Member,
     epochs: Mapping[int, int],
     updates: Sequence[Update],
+    *,
+    now: Callable[[], float] = lambda: 0.0,
 ) -> set[int]:
     """Write what shards' holders found, with its reports, in one transaction.
 
     Args:
         epochs: under which the writer holds the shards of the updates.
+        now: CLOCK_BOOTTIME in seconds.
 
     Returns:
         The shards whose lease holds. Nothing was written of the others.
     """
     with connection.transaction(), connection.cursor() as cursor:
         good = leases.fenced(connection, member, epochs)
+        # A moment of both clocks, ours read last: a verdict seems older than it is, never younger,
+        # however long any statement takes.
+        (moment,) = cursor.execute("select fleet_now()").fetchone() or (None,)
+        now_s = now()
         mine = [update for update in updates if update.shard in good]
         records = [update for update in mine if update.record is not None]
         if records:
             cursor.executemany(_RECORD, [_record_values(update) for update in records])
         verdicts = [update for update in mine if update.verdict is not None]
         if verdicts:
-            cursor.executemany(_VERDICT, [_verdict_values(update) for update in verdicts])
+            cursor.executemany(_VERDICT, [_verdict_values(u, moment, now_s) for u in verdicts])
         reports = [
             (
                 *(report.id, update.host, update.shard, epochs[update.shard]),
@@ -173,14 +207,6 @@ def write(
             last = [(update.reports[-1].sequence, update.host) for update in mine if update.reports]
             cursor.executemany("update host_state set sequence = %s where name = %s", last)
     return good
-
-
-def _read_record(name: str, values: object) -> HostRecord:
-    """Raises: HostError: it is damaged; without it the host's past is not known."""
-    try:
-        return parse_record(name, values)
-    except EvidenceFormatError as exc:
-        raise HostError(f"the database's record of {name} is damaged: {exc}") from exc
 
 
 # A host that was removed meanwhile has no row in `host`, and none is written.
@@ -198,8 +224,8 @@ where s.ak_name is distinct from excluded.ak_name
 """
 _VERDICT = """
 insert into host_state as s (name, shard, verdict, verdict_at, fresh_until, error, reason)
-select h.name, h.shard, %(verdict)s, fleet_now() - make_interval(secs => %(age)s),
-    fleet_now() - make_interval(secs => %(age)s) + make_interval(secs => %(good_for)s),
+select h.name, h.shard, %(verdict)s, %(moment)s - make_interval(secs => %(age)s),
+    %(moment)s - make_interval(secs => %(age)s) + make_interval(secs => %(good_for)s),
     %(error)s, %(reason)s
 from host h where h.name = %(name)s
 on conflict (name) do update set
@@ -227,13 +253,14 @@ def _record_values(update: Update) -> dict[str, object]:
     }
 
 
-def _verdict_values(update: Update) -> dict[str, object]:
+def _verdict_values(update: Update, moment: object, now_s: float) -> dict[str, object]:
     assert update.verdict is not None
     return {
+        "moment": moment,
         "name": update.host,
         "verdict": update.verdict.state.value,
         "error": update.verdict.error,
         "reason": update.reason,
-        "age": update.age_s,
+        "age": update.age_s + max(0.0, now_s - update.made_s),
         "good_for": update.good_for_s,
     }

@@ -17,13 +17,17 @@ from provider_proxy.errors import UsageError
 
 NOT_VERIFIED = "NOT_VERIFIED_SINCE"
 NEVER_VERIFIED = "NEVER_VERIFIED"
+NOT_ASKED = "NOT_ASKED"  # a host that is only listed
 MAX_ROWS = 100_000
-_STATE = f"""
-case when s.verdict is null then '{NEVER_VERIFIED}'
-     when s.fresh_until <= fleet_now() then '{NOT_VERIFIED}'
+AHEAD = "1 s"  # a verdict of later than now by more is from before the database's clock went back
+STATE = f"""
+case when h.rules @> '{{"need_provider_quote": false}}' then '{NOT_ASKED}'
+     when s.verdict is null then '{NEVER_VERIFIED}'
+     when s.fresh_until <= fleet_now() or s.verdict_at > fleet_now() + interval '{AHEAD}'
+         then '{NOT_VERIFIED}'
      else s.verdict end
 """
-_FROM = "from host h left join host_state s on s.name = h.name"
+FROM = "from host h left join host_state s on s.name = h.name"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +91,20 @@ class ReportView:
     body: bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SilenceView:
+    """Reports that are held back.
+
+    Attributes:
+        hosts: SQL's pattern of names.
+    """
+
+    id: uuid.UUID
+    hosts: str
+    why: str
+    ends: datetime
+
+
 def fleet_view(connection: Connection[Any]) -> FleetView:
     """The fleet as of now."""
     members = connection.execute(
@@ -98,7 +116,7 @@ def fleet_view(connection: Connection[Any]) -> FleetView:
     (shards, free) = _row(
         connection, "select count(*), count(*) filter (where until <= fleet_now()) from lease"
     )
-    states = connection.execute(f"select {_STATE} as state, count(*) {_FROM} group by 1")
+    states = connection.execute(f"select {STATE} as state, count(*) {FROM} group by 1")
     (oldest,) = _row(
         connection,
         "select extract(epoch from fleet_now() - min(s.verdict_at))::float8 from host_state s",
@@ -134,8 +152,8 @@ def host_views(
         state: only hosts that are shown so.
     """
     rows = connection.execute(
-        f"select * from (select h.name, h.shard, {_STATE} as state, s.verdict_at, s.error, s.reason"  # noqa: S608
-        f" {_FROM} where h.name like %s) v where %s::text is null or state = %s"
+        f"select * from (select h.name, h.shard, {STATE} as state, s.verdict_at, s.error, s.reason"  # noqa: S608
+        f" {FROM} where h.name like %s) v where %s::text is null or state = %s"
         " order by name limit %s",
         (like, state, state, most),
     )
@@ -202,6 +220,31 @@ def silence(
         (id_, hosts, why, minutes * 60),
     )
     return id_, count, ends
+
+
+def silence_views(connection: Connection[Any], *, most: int = 1000) -> list[SilenceView]:
+    """Silences that hold now, the first to end first."""
+    rows = connection.execute(
+        "select id, hosts, why, ends from silence"
+        " where begins <= fleet_now() and ends > fleet_now() order by ends, id limit %s",
+        (most,),
+    )
+    return [SilenceView(id=id_, hosts=hosts, why=why, ends=ends) for id_, hosts, why, ends in rows]
+
+
+def end_silence(connection: Connection[Any], id_: str) -> None:
+    """End a silence now; what it held back is delivered.
+
+    Raises:
+        UsageError: none of that id holds.
+    """
+    done = connection.execute(
+        "update silence set ends = fleet_now() where id::text = %s and ends > fleet_now()"
+        " and begins < fleet_now()",
+        (id_,),
+    )
+    if not done.rowcount:
+        raise UsageError(f"no silence {id_!r} holds; see `provider-proxy fleet silences`")
 
 
 def _row(connection: Connection[Any], statement: str, values: tuple[object, ...] = ()) -> Any:

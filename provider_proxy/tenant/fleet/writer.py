@@ -37,6 +37,7 @@ class _Waiting:
     settled: Settled | None = None
     settled_at_s: float = 0.0
     reports: list[Outgoing] = field(default_factory=list)
+    overdue: bool = False  # its reports have been sent although they are not written
 
 
 class Writer:
@@ -44,8 +45,9 @@ class Writer:
 
     Args:
         now: CLOCK_BOOTTIME in seconds.
-        unfenced: told of each report that is made while no lease is held for its shard: it is sent at
-            once, for the outbox cannot be reached.
+        unfenced: told of each report that cannot get into the outbox now: made while no lease is held
+            for its shard, or not written for `overdue_s`. It is sent at once.
+        overdue_s: how long a report may wait for the outbox, in seconds.
     """
 
     def __init__(
@@ -56,12 +58,14 @@ class Writer:
         *,
         now: Callable[[], float],
         unfenced: Callable[[bytes], None],
+        overdue_s: float = 5.0,
     ) -> None:
         self._records = records
         self._holdings = holdings
         self._shards = shards
         self._now = now
         self._unfenced = unfenced
+        self._overdue_s = overdue_s
         self._waiting: dict[str, _Waiting] = {}
         self._sequence: dict[str, int] = {}
         self._epochs: dict[int, int] = {}
@@ -100,7 +104,7 @@ class Writer:
     def _report(self, place: _Waiting, report: Report) -> None:
         host = str(report["host"])
         epoch = self._holdings.epoch(place.shard, self._now())
-        unfenced = epoch is None
+        unfenced = epoch is None or place.overdue
         if epoch is None:
             epoch = self._epochs.get(place.shard, 0)
         else:
@@ -115,8 +119,28 @@ class Writer:
             log.error("%s: a report is lost: %d wait for the database", host, self._reports)
             return
         self._reports += 1
-        made = Outgoing(id=uuid.UUID(str(report["id"])), sequence=sequence, body=body)
+        made = Outgoing(
+            id=uuid.UUID(str(report["id"])), sequence=sequence, body=body, was_sent=unfenced
+        )
         place.reports.append(made)
+
+    def send_overdue(self) -> None:
+        """Send what has waited for too long for the outbox: leases may be held, and writes fail.
+
+        The bytes are those that are written later, so that a receiver knows them again.
+        """
+        now = self._now()
+        for place in self._waiting.values():
+            if not place.overdue and now - place.since_s > self._overdue_s:
+                place.overdue = True
+                for report in place.reports:
+                    if not report.was_sent:
+                        self._unfenced(report.body)
+
+    @property
+    def waiting_reports(self) -> int:
+        """Reports that are not in the outbox yet."""
+        return self._reports
 
     def oldest_s(self) -> float:
         """For how long the oldest update has waited, in seconds; 0 where none waits."""
@@ -143,19 +167,28 @@ class Writer:
             if update.host not in self._sequence:
                 continue  # forgotten meanwhile
             place = self._place(update.host)
-            place.since_s = min(place.since_s, self._now() - update.age_s)
+            place.overdue |= update.overdue
+            place.since_s = min(place.since_s, update.made_s - update.waits_s)
             place.record = place.record or update.record
             if place.settled is None and update.verdict is not None:
                 place.settled = Settled(
                     update.host, update.verdict, update.reason, update.good_for_s, None
                 )
-                place.settled_at_s = self._now() - update.age_s
+                place.settled_at_s = update.made_s - update.age_s
             place.reports[:0] = update.reports
             self._reports += len(update.reports)
 
 
 def _update_of(host: str, place: _Waiting, now: float) -> Update:
-    update = Update(host=host, shard=place.shard, record=place.record, reports=tuple(place.reports))
+    update = Update(
+        host=host,
+        shard=place.shard,
+        made_s=now,
+        record=place.record,
+        reports=tuple(place.reports),
+        waits_s=now - place.since_s,
+        overdue=place.overdue,
+    )
     settled = place.settled
     if settled is None:
         return update

@@ -30,6 +30,7 @@ from provider_proxy.tenant.watch.tables import (
     Webhook,
 )
 
+MAX_FLEET_HOSTS = 1_000_000
 MAX_HOSTS = 20_000  # a process on one core holds fewer at any useful interval
 LAYOUT = Layout(
     max_bytes=8 * 1024 * 1024,  # 20,000 hosts of ten keys
@@ -79,8 +80,11 @@ def parse_watch_config(
     hosts = named_tables(data, "hosts")
     if not hosts and config.state is None:
         raise fail("hosts", "tables, [hosts.NAME], one at least")
-    if len(hosts) > MAX_HOSTS:
-        raise ConfigError(f"hosts are more than {MAX_HOSTS}")
+    most = MAX_HOSTS if config.state is None else MAX_FLEET_HOSTS
+    if len(hosts) > most:
+        raise ConfigError(f"hosts are more than {most}")
+    if config.admin is not None and config.state is None:
+        raise ConfigError("admin needs state: it shows a fleet; without, there is metrics.textfile")
     found = {}
     for name, table in hosts.items():
         key = f"hosts.{name}"

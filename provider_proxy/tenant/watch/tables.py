@@ -333,6 +333,11 @@ class WatchConfig:
     member: str | None = setting(
         read_label, None, "Name of this process in a fleet; the machine's and its id by default."
     )
+    admin: str | None = setting(
+        _read_admin,
+        None,
+        "Where a fleet's page, readiness and metrics answer; on loopback. Only with state.",
+    )
     pins: Path = setting(
         read_path,
         Path("/var/lib/provider-proxy-watch/pins"),

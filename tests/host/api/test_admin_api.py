@@ -32,8 +32,9 @@ from helpers import (
 from status_helpers import CHIP, HANDSHAKE_FAILURES, HOSTILE, make_batch, make_board
 from tpm_helpers import sample
 
+from provider_proxy.common.pages import check_host, page_headers
 from provider_proxy.errors import QuoteError, WrongHostError
-from provider_proxy.host.api.admin import AdminDoor, check_host, page_headers
+from provider_proxy.host.api.admin import AdminDoor
 from provider_proxy.host.config.tables import Listen
 from provider_proxy.host.http.listeners import open_listeners, tls_context
 from provider_proxy.host.http.peers import SILENT

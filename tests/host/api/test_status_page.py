@@ -5,19 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from browser import FOREIGN, BrowserPage, chromium, needs_chromium
 from cryptography.hazmat.primitives.serialization import Encoding
-from helpers import LIMIT_S, wait_until
+from helpers import wait_until
 from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from status_helpers import (
     CHIP,
@@ -36,44 +33,10 @@ from provider_proxy.host.batching.batcher import Queue
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.status.recent import Recent
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="chromium is not installed"),
-]
+pytestmark = [pytest.mark.real, needs_chromium]
 STRANGER = pki.new_authority(datetime.now(UTC)).certificate.public_bytes(Encoding.DER)
 LOOK_S = 2.0  # between two looks of the page
-FOREIGN = "rebound.example"
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    f"--host-resolver-rules=MAP {FOREIGN} 127.0.0.1",
-)
 BUSY_QUEUE = Queue(waiting=14, lines=2, oldest_s=0.131)
-# Relative luminance and contrast, WCAG 2.2, of a text's colour on what is behind it.
-CONTRASTS = """
-const lum = (c) => c.map((v) => v / 255).map((v) => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
-  .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
-const parse = (text) => text.match(/[\\d.]+/g).map(Number);
-const behind = (e) => {
-  for (; e; e = e.parentElement) {
-    const c = parse(getComputedStyle(e).backgroundColor);
-    if (c.length < 4 || c[3] > 0) return c;
-  }
-  return [255, 255, 255];
-};
-const found = [];
-for (const e of document.querySelectorAll("main *, header *")) {
-  const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
-  if (!own || !e.checkVisibility() || e.closest(".skip")) continue;
-  const style = getComputedStyle(e), inSvg = e instanceof SVGElement;
-  const front = parse(inSvg ? style.fill : style.color);
-  const back = behind(inSvg ? e.closest("svg").parentElement : e);
-  const [a, b] = [lum(front.slice(0, 3)), lum(back.slice(0, 3))].sort((x, y) => y - x);
-  found.push([(a + .05) / (b + .05), e.textContent.trim().slice(0, 40)]);
-}
-return found;
-"""
 
 
 @pytest.fixture(scope="module")
@@ -85,73 +48,22 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    options = Options()
-    options.binary_location = str(CHROMIUM)
-    profile = tmp_path_factory.mktemp("chromium")
-    for flag in (*FLAGS, f"--user-data-dir={profile}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    made = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
-    made.set_page_load_timeout(LIMIT_S)
-    yield made
-    made.quit()
+    with chromium(tmp_path_factory.mktemp("chromium")) as made:
+        yield made
 
 
-class Page:
-    """The page as a person meets it."""
+class Page(BrowserPage):
+    """The page, and what it is told."""
 
     def __init__(self, driver: webdriver.Chrome, site: Site) -> None:
-        self.driver, self.site = driver, site
-        self.media("light")
-        self.size(1180)
-
-    def media(self, scheme: str) -> None:
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-
-    def size(self, width: int, height: int = 900) -> None:
-        self.driver.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
-        )
+        super().__init__(driver)
+        self.site = site
 
     def open(self, status: Callable[[], Mapping[str, object]]) -> None:
         """Load it, and wait for its first answer."""
         self.site.status = status
         self.driver.get(self.site.url)
         wait_until(lambda: self.text("state") != "asking", "the first answer")
-
-    def run(self, script: str, *args: object) -> Any:
-        return self.driver.execute_script(script, *args)
-
-    def text(self, name: str) -> str:
-        return str(self.run("return document.getElementById(arguments[0]).textContent", name))
-
-    def rows(self, name: str) -> list[list[str]]:
-        """The cells of a table's body."""
-        rows: list[list[str]] = self.run(
-            "return [...document.getElementById(arguments[0]).rows]"
-            ".map((row) => [...row.cells].map((cell) => cell.textContent))",
-            name,
-        )
-        return rows
-
-    def press(self, *keys: str) -> None:
-        ActionChains(self.driver).send_keys(*keys).perform()
-
-    def active(self, script: str) -> Any:
-        return self.run(f"return document.activeElement.{script}")
-
-    def errors(self) -> list[str]:
-        """What the console holds, but for notes."""
-        return [
-            entry["message"]
-            for entry in self.driver.get_log("browser")  # type: ignore[no-untyped-call]
-            if entry["level"] in ("SEVERE", "WARNING")
-        ]
-
-    def contrasts(self) -> list[tuple[float, str]]:
-        return [(ratio, text) for ratio, text in self.run(CONTRASTS)]
 
 
 @pytest.fixture

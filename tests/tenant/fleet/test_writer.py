@@ -94,7 +94,7 @@ def test_what_was_not_written_comes_again_and_the_newer_verdict_wins(bench: Benc
     assert states == ["INVALID_QUOTE", "TRUSTED"]
 
 
-def test_put_back_keeps_the_age_of_a_verdict(bench: Bench) -> None:
+def test_a_verdict_that_is_put_back_grows_older_meanwhile(bench: Bench) -> None:
     bench.hold()
     bench.settle(told=False)
     bench.now += 2
@@ -104,7 +104,7 @@ def test_put_back_keeps_the_age_of_a_verdict(bench: Bench) -> None:
     bench.writer.put_back(updates)
     bench.hold()
     _, (update,) = bench.writer.take()
-    assert update.age_s == pytest.approx(2)
+    assert update.age_s == pytest.approx(3)
 
 
 def test_a_host_that_is_somebody_else_s_is_dropped(bench: Bench) -> None:

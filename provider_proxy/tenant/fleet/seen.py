@@ -1,0 +1,54 @@
+"""Clock states that a member has seen itself count, whatever the database says later.
+
+A database may be an older one: a backup that was restored, or a standby that had not got everything. A
+member that has watched a host before does not take an older state of the same AK for the newest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from provider_proxy.evidence.model import AkName, ClockState
+from provider_proxy.tenant.watch.store import HostRecord, HostRecords
+
+
+class SeenRecords(HostRecords):
+    """Records whose clocks outlive `forget`: some 300 bytes for each host that was ever watched here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[str, tuple[AkName, ClockState]] = {}
+
+    def begin(self, name: str, record: HostRecord | None) -> bool:
+        """Begin with what the database knows of a host, or with what was seen of it where that is newer.
+
+        Returns:
+            Whether the database's state was older than what was seen; it is written again then.
+        """
+        self.put(name, record)
+        seen = self._seen.get(name)
+        if record is None or seen is None or seen[0] != record.ak_name:
+            return False
+        if record.newest is not None and record.newest >= seen[1]:
+            return False
+        self.put(name, dataclasses.replace(record, newest=seen[1]))
+        self.history(name, record.ak_name, None)
+        self.touch(name)
+        return True
+
+    def forget(self, name: str) -> None:
+        """A host is somebody else's now; its clock stays known."""
+        known = self.newest(name)
+        if known is not None:
+            self._seen[name] = known
+        super().forget(name)
+
+    def newest(self, name: str) -> tuple[AkName, ClockState] | None:
+        """The newest state that was accepted or read of a host, with its AK."""
+        history = self._histories.get(name)
+        if history is not None and (state := history[1].newest()) is not None:
+            return history[0], state
+        record = self._records.get(name)
+        if record is None or record.newest is None:
+            return None
+        return record.ak_name, record.newest
