@@ -21,6 +21,9 @@ from typing import Any
 import trio
 
 RECEIVE_BYTES = 16 * 1024
+# A peer that goes without close_notify: bytes of ours unread, or gone before OpenSSL could send an alert.
+# Python 3.13 raises these where older ones report the end of the connection.
+_CUT = (ConnectionResetError, BrokenPipeError)
 
 
 class SocketStream(trio.abc.Stream):
@@ -48,6 +51,7 @@ class SocketStream(trio.abc.Stream):
         self._peer = peer
         self._heard = False
         self._ready = context is None  # TLS: the handshake is done
+        self._failed = False  # TLS: the handshake failed; OpenSSL is not asked again, it might wait
         self._sound = context is None  # nothing is half sent
         self._unfinished = False  # `send_now` left something to `send_all`
         self._ended = False  # nothing more is to be sent
@@ -118,6 +122,8 @@ class SocketStream(trio.abc.Stream):
         if self._ready or self._context is None:
             await trio.lowlevel.checkpoint()
             return
+        if self._failed:
+            raise trio.BrokenResourceError("an earlier TLS handshake failed")
         self._sending = self._receiving = True
         try:
             if not isinstance(self._socket, ssl.SSLSocket):
@@ -191,6 +197,7 @@ class SocketStream(trio.abc.Stream):
             except ssl.SSLWantWriteError:
                 await self._until_writable()
             except (OSError, ValueError) as exc:
+                self._failed = True
                 raise trio.BrokenResourceError("the TLS handshake failed") from exc
         self._ready = self._sound = True
 
@@ -222,6 +229,8 @@ class SocketStream(trio.abc.Stream):
                 except ssl.SSLWantWriteError:
                     await self._until_writable()
                 except (OSError, ValueError) as exc:
+                    if isinstance(exc, _CUT) and isinstance(self._socket, ssl.SSLSocket):
+                        return b""
                     raise trio.BrokenResourceError("the connection failed") from exc
         finally:
             self._receiving = False
