@@ -1,4 +1,4 @@
-"""JSON that others wrote, read one way only: no key twice, no NaN, a bounded number of parts.
+"""JSON that others wrote, read one way only: no key twice, no NaN, a bounded number of parts and depth.
 
 Two readers of one text with a repeated key see two documents, so such a text is refused.
 `parse_json_object` reads what came over a network; `parse_own_json` reads the files of the person who
@@ -21,6 +21,7 @@ from provider_proxy.errors import EvidenceFormatError, UsageError
 
 MAX_PARTS = 100_000  # a registrar's list of 50,000 agents; a tenth of a second to read
 MAX_OWN_PARTS = 20_000_000  # a runtime policy of 256 MB: two digests and a name are 150 bytes
+MAX_DEPTH = 100  # ten times what a policy has; how deep Python itself goes depends on its release
 SHOWN_CHARS = 80
 _STRING_RE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 BOM = b"\xef\xbb\xbf"
@@ -57,6 +58,23 @@ def _has_more_parts(text: str, most: int) -> bool:
     return sum(map(_STRING_RE.sub("", text).count, "[{,")) >= most
 
 
+def _is_deep(text: str, value: object) -> bool:
+    """Whether objects and lists stand in each other deeper than `MAX_DEPTH`."""
+    if text.count("{") + text.count("[") <= MAX_DEPTH:
+        return False
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)  # type: ignore[attr-defined]
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
 def _read(data: bytes | str, most: int) -> dict[str, object]:
     """Raises: _RefusedError with the rest of a sentence that begins with what was read."""
     try:
@@ -78,6 +96,8 @@ def _read(data: bytes | str, most: int) -> dict[str, object]:
         raise _RefusedError(f"is not JSON in UTF-8: {exc}") from exc
     if not isinstance(value, dict):
         raise _RefusedError("is not a JSON object")
+    if _is_deep(text, value):
+        raise _RefusedError("is nested too deep")
     return value
 
 
@@ -88,7 +108,7 @@ def parse_json_object(data: bytes, what: str) -> dict[str, object]:
         what: it is, for messages: "the registrar's answer".
 
     Raises:
-        EvidenceFormatError: anything else, in any encoding but UTF-8, or with too many parts.
+        EvidenceFormatError: anything else, in any encoding but UTF-8; too many parts, or nested too deep.
     """
     try:
         return _read(data, MAX_PARTS)

@@ -12,7 +12,12 @@ from provider_proxy.evidence.logs.boot_policy import parse_boot_policy
 from provider_proxy.evidence.logs.runtime_policy_file import parse_runtime_policy
 from provider_proxy.evidence.model import HashAlg
 from provider_proxy.evidence.policy import parse_tpm_policy
-from provider_proxy.evidence.strict_json import MAX_PARTS, parse_json_object, parse_own_json
+from provider_proxy.evidence.strict_json import (
+    MAX_DEPTH,
+    MAX_PARTS,
+    parse_json_object,
+    parse_own_json,
+)
 from provider_proxy.tenant.keylime import KeylimePolicies
 from provider_proxy.tenant.policies import PolicyFiles
 
@@ -42,6 +47,20 @@ def test_both_readers_refuse_the_same(data: bytes, words: str) -> None:
     with pytest.raises(UsageError, match=r"^the policy") as own:
         parse_own_json(data, "the policy")
     assert words in str(own.value)
+
+
+@pytest.mark.parametrize(("opened", "closed"), [('{"a":', "}"), ('{"a":[', "]}")])
+def test_the_depth_is_bounded_on_every_python(opened: str, closed: str) -> None:
+    times = MAX_DEPTH // (2 if "[" in opened else 1)
+    value = parse_json_object((opened * times + "1" + closed * times).encode(), "the answer")
+    assert list(value) == ["a"]
+    times += 1
+    with pytest.raises(EvidenceFormatError, match="nested too deep"):
+        parse_json_object((opened * times + "1" + closed * times).encode(), "the answer")
+
+
+def test_what_is_wide_is_not_deep() -> None:
+    assert len(parse_json_object(b'{"a": [%b[]]}' % (b"[]," * 500), "the answer")["a"]) == 501  # type: ignore[arg-type]
 
 
 def test_what_comes_over_a_network_has_few_parts() -> None:
