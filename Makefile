@@ -38,9 +38,10 @@ KEYLIME_VENV := .venv-keylime
 WHEEL_VENV := .venv-wheel
 # For the daemon, and for tpm2-pytss, which has to be compiled.
 DEBIAN := swtpm libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv
-DEBIAN_TESTS := swtpm-tools tpm2-tools haproxy nginx libefivar1 libpq5 util-linux openssl systemd systemd-container man-db
-# PostgreSQL for a fleet, a browser for the status page, and what reads manuals and completions. Where one cannot be had, its tests are skipped.
-DEBIAN_OPTIONAL := postgresql chromium chromium-driver mandoc zsh fish git
+DEBIAN_TESTS := swtpm-tools tpm2-tools libefivar1 libpq5 util-linux openssl systemd systemd-container man-db
+# PostgreSQL for a fleet, fronts, a browser for the status page, and what reads manuals and completions. Where one
+# cannot be installed, its tests are skipped.
+DEBIAN_OPTIONAL := postgresql haproxy nginx chromium chromium-driver mandoc zsh fish git
 DEBIAN_BUILD := build-essential debhelper dpkg-dev fakeroot lintian
 DEBIAN_KVM := e2fsprogs mmdebstrap ovmf qemu-system-x86
 # For test-libvirt alone.

@@ -28,6 +28,8 @@ KEPT_PREFIXES = (
 for name in list(os.environ):
     if name not in KEPT and not name.startswith(KEPT_PREFIXES):
         del os.environ[name]
+# Servers that tests start are there, and an ordinary user's PATH leaves it out.
+os.environ["PATH"] = ":".join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 # How long an example takes is the machine's affair, so no test has a deadline.
 settings.register_profile("provider-proxy", deadline=None)
