@@ -8,7 +8,7 @@ import os
 import pwd
 import socket
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -283,8 +283,10 @@ class Kept:
 
 
 @pytest.fixture
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
-    return Kept(tmp_path, monkeypatch)
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
+    made = Kept(tmp_path, monkeypatch)
+    yield made
+    made.registry.close()
 
 
 def eks(number: int = 0) -> tuple[Ek, ...]:
