@@ -21,8 +21,8 @@ rm -rf "$app/include" "$app/share" "$app"/lib64 "$app/.gitignore"
 find "$app/bin" -mindepth 1 -delete
 ln -s "$python" "$app/bin/python3"
 site=$(echo "$app"/lib/python3*/site-packages)
-printf 'home = /usr/bin\ninclude-system-site-packages = false\nversion = %s\n' \
-    "$("$python" -c 'import platform; print(platform.python_version())')" > "$app/pyvenv.cfg"
+printf 'home = %s\ninclude-system-site-packages = false\nversion = %s\n' \
+    "$(dirname "$python")" "$("$python" -c 'import platform; print(platform.python_version())')" > "$app/pyvenv.cfg"
 # dpkg keeps the list of files; the others say where pip found its wheels.
 rm -f "$site"/*.dist-info/RECORD "$site"/*.dist-info/REQUESTED "$site"/*.dist-info/direct_url.json
 # Tests and sources of the packages' own.

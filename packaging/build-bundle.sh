@@ -24,7 +24,9 @@ packaging/wheels.sh "$python" "$tree/wheels"
 build/tools/bin/python -m pip --disable-pip-version-check download -q --require-hashes --no-deps \
     -d "$tree" -r packaging/locks/pip.txt
 # What its own programs write: manual pages, completion, the list of components.
-packaging/assemble.sh "$(readlink -f "$(command -v "$python")")" "$tree/wheels" $work/app
+# The interpreter itself: what $python names may be a link, a script or a virtual environment's.
+interpreter=$("$python" -Ic 'import os, sys; print(os.path.realpath(sys._base_executable))')
+packaging/assemble.sh "$interpreter" "$tree/wheels" $work/app
 site=$(echo build/tools/lib/python3*/site-packages)
 PYTHONPATH="$site" $work/app/bin/python3 -B packaging/completion.py "$tree/completion"
 $work/app/bin/python3 -B packaging/manpages.py "$tree/man"

@@ -15,6 +15,9 @@ export SOURCE_DATE_EPOCH
 # What is compiled here is compiled with our flags: no wheel that pip made earlier for somebody else.
 export PIP_CACHE_DIR="$PWD/build/pip-cache"
 
+# Tools of another Python would make wheels for that one.
+which='import os, sys; print(os.path.realpath(sys._base_executable), sys.version)'
+[ "$(build/tools/bin/python -Ic "$which" 2>/dev/null)" = "$("$python" -Ic "$which")" ] || rm -rf build/tools
 packaging/venv.sh "$python" build/tools packaging/locks/build.txt packaging/locks/package.txt
 # In the system's place for temporary files, by a name that differs each time: it must not get into a wheel.
 work=$(mktemp -d)
