@@ -3,38 +3,62 @@
     python tests/support/mutants.py [--sample N] [--seed S] [--jobs J] [--list] [MODULE …]
 
 A mutant is the package with one comparison turned, one operator exchanged, one number changed by one, one
-condition negated, or one `raise` left out. It is killed where the tests of its module fail or hang. One
-that survives is a fault that no test sees, unless it means the same: those are named in `EQUIVALENT`,
-with the reason. Runs in copies of the tree, outside CI: a mutant costs some seconds.
+condition negated, or one `raise` left out. It is killed where a test of its module fails, or takes more
+than `LIMIT_S` seconds of the processor. One that survives is a fault that no test sees, unless it means
+the same: those stand in `equivalent_mutants.toml` beside this file, each with the reason. The run is good
+where nothing survives that does not stand there, and nothing stands there that is killed or is gone.
+
+No file is changed, and nothing is started for a mutant but a child of this process: one that has the
+tests collected, and whose functions are broken; then, for what is not in a function and for what has
+survived, one that imports the package anew, with the broken source. Outside CI.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import copy
+import gc
+import importlib.abc
+import importlib.machinery
+import mmap
 import os
 import random
-import shutil
-import subprocess
+import resource
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NoReturn
+
+import cryptography.x509  # noqa: F401  (imported before the fork, as the next ones are)
+import hypothesis
+import pytest
+import trio  # noqa: F401
+from hypothesis import strategies
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "provider_proxy"
-LIMIT_S = 120.0
+KNOWN = Path(__file__).with_name("equivalent_mutants.toml")
+LIMIT_S = 20  # of the processor: the tests of a module take 4 at the most
+LIMIT_BYTES = 4 << 30
+OPTIONS: tuple[str, ...] = ("-q", "-p", "no:cacheprovider", "--hypothesis-seed=0")
+OPTIONS += ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # hypothesis is there already
+OPTIONS += ("-W", "ignore::hypothesis.errors.HypothesisSideeffectWarning")
 EVIDENCE = "tests/evidence"
 LOGS = (f"{EVIDENCE}/test_ima.py", f"{EVIDENCE}/test_ima_judge.py", f"{EVIDENCE}/test_log_judge.py")
 VECTORS = f"{EVIDENCE}/test_vectors.py"
 TESTS: dict[str, tuple[str, ...]] = {
     "evidence/verify.py": (f"{EVIDENCE}/test_verify.py", VECTORS),
-    "evidence/wire.py": (f"{EVIDENCE}/test_wire.py", VECTORS),
+    "evidence/wire.py": (
+        f"{EVIDENCE}/test_wire.py",
+        f"{EVIDENCE}/test_request_file.py",
+        VECTORS,
+    ),
     "evidence/strict_json.py": (
         f"{EVIDENCE}/test_strict_json.py",
         f"{EVIDENCE}/test_wire.py",
@@ -60,19 +84,6 @@ TESTS: dict[str, tuple[str, ...]] = {
     "evidence/logs/boot_policy.py": (f"{EVIDENCE}/test_event_log.py",),
     "evidence/logs/policy_making.py": ("tests/cli/test_policy_cli.py",),
 }
-EQUIVALENT: dict[tuple[str, str], str] = {
-    (
-        "evidence/logs/ima_judge.py",
-        "Mult to Add: MAX_REMEMBERED_CHARS = 8 * 1024 * 1024  # some 45,000 lines, twice: 50 MB",
-    ): "how much is remembered changes no verdict",
-    (
-        "evidence/strict_json.py",
-        "20000000 plus one: MAX_OWN_PARTS = 20_000_000  # a runtime policy of 256 MB: two digests and a "
-        "name are 150 bytes",
-    ): "the bound is on one's own file: that there is one is tested, not its last digit",
-}
-"""Module and description of a mutant that means the same, to the reason."""
-
 COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.Lt: (ast.LtE,),
     ast.LtE: (ast.Lt,),
@@ -100,11 +111,28 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one module."""
+    """One change of one module.
+
+    Attributes:
+        place: of the node in the module's tree, as `ast.walk` counts.
+        which: of the changes of this node.
+        inside: it is in the body of a function, and so changes nothing else.
+        what: names it; the second of the same on a line of the same text has "(2)" behind it.
+    """
 
     module: str
+    place: int
+    which: int
     what: str
-    source: str
+    inside: bool
+
+    def code(self) -> CodeType:
+        """The broken module, compiled."""
+        tree = ast.parse((ROOT / PACKAGE / self.module).read_bytes())
+        node = next(n for k, n in enumerate(ast.walk(tree)) if k == self.place)
+        list(_changes(node))[self.which][1](node)
+        path = str(ROOT / PACKAGE / self.module)
+        return compile(ast.fix_missing_locations(tree), path, "exec", dont_inherit=True)
 
 
 def mutants_of(module: str) -> Iterator[Mutant]:
@@ -113,16 +141,26 @@ def mutants_of(module: str) -> Iterator[Mutant]:
     tree = ast.parse(text)
     lines = text.splitlines()
     skipped = {id(n) for node in ast.walk(tree) for n in _uninteresting(node)}
-    places = [n for n in ast.walk(tree) if id(n) not in skipped]
+    inside = {id(n) for node in ast.walk(tree) for n in _body(node)}
+    seen: Counter[str] = Counter()
     for place, node in enumerate(ast.walk(tree)):
-        if id(node) in skipped or node not in places:
+        if id(node) in skipped:
             continue
-        for name, change in _changes(node):
-            broken = copy.deepcopy(tree)
-            target = next(n for k, n in enumerate(ast.walk(broken)) if k == place)
-            change(target)
-            line = lines[getattr(node, "lineno", 1) - 1].strip()
-            yield Mutant(module, f"{name}: {line}", ast.unparse(ast.fix_missing_locations(broken)))
+        for which, (name, _) in enumerate(_changes(node)):
+            what = f"{name}: {lines[getattr(node, 'lineno', 1) - 1].strip()}"
+            seen[what] += 1
+            if seen[what] > 1:
+                what += f" ({seen[what]})"
+            yield Mutant(module, place, which, what, id(node) in inside)
+
+
+def _body(node: ast.AST) -> Iterator[ast.AST]:
+    """What runs when a function is called, and not before."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        for statement in node.body:
+            yield from ast.walk(statement)
+    elif isinstance(node, ast.Lambda):
+        yield from ast.walk(node.body)
 
 
 def _uninteresting(node: ast.AST) -> Iterator[ast.AST]:
@@ -177,26 +215,176 @@ def _negate(node: ast.If) -> None:
     node.test = ast.UnaryOp(op=ast.Not(), operand=node.test)
 
 
-def survives(mutant: Mutant, tree: Path) -> bool:
-    """Run the tests of its module over a mutant; True where they pass."""
-    path = tree / PACKAGE / mutant.module
-    good = path.read_text(encoding="utf-8")
-    tests = [test for test in TESTS[mutant.module] if (tree / test).exists()]
-    path.write_text(mutant.source, encoding="utf-8")
+class BrokenModule(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Gives the import system the mutant in the place of the module."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self._name = f"{PACKAGE}.{mutant.module[:-3].replace('/', '.')}"
+        self._path = str(ROOT / PACKAGE / mutant.module)
+        self._code = mutant.code()
+
+    def find_spec(
+        self, fullname: str, path: object, target: object = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        spec = importlib.machinery.ModuleSpec(fullname, self, origin=self._path)
+        spec.has_location = True
+        return spec
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(self._code, module.__dict__)
+
+
+class BrokenFunctions:
+    """A pytest plugin: collects once, and runs the tests in a child for each mutant, until one fails.
+
+    Those that have failed most often come first.
+
+    Attributes:
+        alive: mutants that no test has noticed.
+    """
+
+    def __init__(self, made: Sequence[Mutant], jobs: int) -> None:
+        self._made = made
+        self._jobs = jobs
+        self.alive: list[Mutant] = []
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        functions = [f for f in gc.get_objects() if isinstance(f, FunctionType)]
+        failures = memoryview(mmap.mmap(-1, 2 * len(session.items))).cast(
+            "H"
+        )  # the children's, too
+
+        def attempt(mutant: Mutant) -> int:
+            self._break(mutant, functions)
+            order = sorted(range(len(failures)), key=lambda place: -failures[place])
+            items = [session.items[place] for place in order]
+            for place, item, following in zip(order, items, (*items[1:], None), strict=True):
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                if session.testsfailed:
+                    failures[place] += 1
+                    return 1
+            return 0
+
+        ended = each_in_a_child(self._made, attempt, self._jobs)
+        self.alive = [mutant for mutant, lives in ended if lives]
+        return True
+
+    def _break(self, mutant: Mutant, functions: list[FunctionType]) -> None:
+        path = str(ROOT / PACKAGE / mutant.module)
+        broken = {(c.co_qualname, c.co_firstlineno): c for c in code_in(mutant.code())}
+        for function in functions:
+            code = function.__code__
+            if code.co_filename == path:
+                function.__code__ = broken[code.co_qualname, code.co_firstlineno]
+
+
+def code_in(code: CodeType) -> Iterator[CodeType]:
+    """A code object's own functions, and theirs."""
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield part
+            yield from code_in(part)
+
+
+def each_in_a_child(
+    made: Sequence[Mutant], run: Callable[[Mutant], int], jobs: int
+) -> Iterator[tuple[Mutant, bool]]:
+    """Each mutant, and whether its tests passed in a child of its own, as they end."""
+    running: dict[int, Mutant] = {}
+    left = iter(made)
+    while True:
+        while len(running) < jobs and (mutant := next(left, None)) is not None:
+            child = os.fork()
+            if not child:
+                _be_the_child(mutant, run)
+            running[child] = mutant
+        if not running:
+            return
+        child, status = os.wait()
+        yield running.pop(child), status == 0
+
+
+def _be_the_child(mutant: Mutant, run: Callable[[Mutant], int]) -> NoReturn:
+    code = 99
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
-            cwd=tree,
-            capture_output=True,
-            timeout=LIMIT_S,
-            check=False,
-            env=os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
-        )
-    except subprocess.TimeoutExpired:
-        return False
+        _say_nothing()
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S + 1))
+        resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        code = run(mutant)
     finally:
-        path.write_text(good, encoding="utf-8")
-    return done.returncode == 0
+        os._exit(code)
+
+
+def _say_nothing() -> None:
+    os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+    os.dup2(1, 2)
+
+
+def in_functions(module: str, made: Sequence[Mutant], jobs: int) -> list[Mutant]:
+    """Those that survive where the functions alone are broken, of mutants in a module's functions."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(read)
+        _say_nothing()
+        plugin = BrokenFunctions(made, jobs)
+        code = pytest.main([*OPTIONS, *TESTS[module]], plugins=[plugin])
+        with os.fdopen(write, "w") as result:
+            result.write(" ".join(str(made.index(mutant)) for mutant in plugin.alive))
+        os._exit(code)
+    os.close(write)
+    with os.fdopen(read) as result:
+        alive = [made[int(number)] for number in result.read().split()]
+    _, status = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(status) != pytest.ExitCode.OK:
+        raise SystemExit(f"the tests of {module} cannot be collected")
+    return alive
+
+
+def from_the_import_on(mutant: Mutant) -> int:
+    """Run the tests on a package that never was whole; the exit code. For a child."""
+    sys.meta_path.insert(0, BrokenModule(mutant))
+    return pytest.main([*OPTIONS, "-x", *TESTS[mutant.module]])
+
+
+def run_all(made: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, bool]]:
+    """Each mutant, and whether it survived."""
+    left: list[Mutant] = []
+    for module in dict.fromkeys(mutant.module for mutant in made):
+        of_module = [mutant for mutant in made if mutant.module == module]
+        inside = [mutant for mutant in of_module if mutant.inside]
+        alive = in_functions(module, inside, jobs)
+        yield from ((mutant, False) for mutant in inside if mutant not in alive)
+        # What was computed while the tests were collected was whole: no verdict on those that live.
+        left = [mutant for mutant in of_module if not mutant.inside or mutant in alive]
+        yield from each_in_a_child(left, from_the_import_on, jobs)
+
+
+def warm_up(modules: Sequence[str]) -> None:
+    """Import what takes long, and see that the tests pass where nothing is broken.
+
+    Raises:
+        SystemExit: they do not.
+    """
+
+    @hypothesis.given(strategies.text(), strategies.floats())
+    @hypothesis.settings(max_examples=1, database=None, deadline=None)
+    def draw(_text: str, _number: float) -> None:
+        pass
+
+    draw()
+    tests = sorted({test for module in modules for test in TESTS[module]})
+    child = os.fork()
+    if not child:
+        code = pytest.main([*OPTIONS, "-x", *tests])
+        sys.stdout.flush()
+        os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if status:
+        raise SystemExit("the tests fail with nothing broken: mend that first")
 
 
 def main() -> int:
@@ -205,52 +393,57 @@ def main() -> int:
     parser.add_argument(
         "modules", nargs="*", metavar="MODULE", help="evidence/verify.py, for example"
     )
-    parser.add_argument("--sample", type=int, default=130, help="so many; 0 for all")
+    parser.add_argument("--sample", type=int, default=0, help="only so many; 0 for all")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--list", action="store_true", help="only name them")
     args = parser.parse_args()
-    made = [m for module in args.modules or TESTS for m in mutants_of(module)]
+    modules = args.modules or list(TESTS)
+    made = [mutant for module in modules for mutant in mutants_of(module)]
+    known = tomllib.loads(KNOWN.read_text(encoding="utf-8"))
+    there = {(mutant.module, mutant.what) for mutant in made}
+    gone = [
+        f"{module}: {what}"
+        for module, listed in known.items()
+        for what in listed
+        if module in modules and (module, what) not in there
+    ]
     if args.sample and args.sample < len(made):
         made = random.Random(args.seed).sample(made, args.sample)  # the same again
     if args.list:
         for mutant in made:
             print(f"{mutant.module}: {mutant.what}")
         return 0
+    os.chdir(ROOT)
     with tempfile.TemporaryDirectory(prefix="provider-proxy-mutants-") as directory:
-        return _run(made, Path(directory), args.jobs)
+        os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = directory
+        sys.dont_write_bytecode = False
+        warm_up(modules)
+        return report(made, known, gone, args.jobs)
 
 
-def _run(made: list[Mutant], directory: Path, jobs: int) -> int:
-    trees: SimpleQueue[Path] = SimpleQueue()
-    for number in range(jobs):
-        tree = directory / str(number)
-        for name in (PACKAGE, "tests", "docs", "pyproject.toml", "CHANGELOG.md", "README.md"):
-            source = ROOT / name
-            if source.is_dir():
-                shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-            elif source.exists():
-                shutil.copy(source, tree / name)
-        trees.put(tree)
-
-    def one(mutant: Mutant) -> bool:
-        tree = trees.get()
-        try:
-            return survives(mutant, tree)
-        finally:
-            trees.put(tree)
-
-    alive = []
-    with ThreadPoolExecutor(jobs) as pool:
-        for mutant, lives in zip(made, pool.map(one, made), strict=True):
-            reason = EQUIVALENT.get((mutant.module, mutant.what))
-            if lives:
-                print(
-                    f"{'same' if reason else 'ALIVE'}  {mutant.module}: {mutant.what}", flush=True
-                )
-                alive += [] if reason else [mutant]
-    print(f"{len(made) - len(alive)} of {len(made)} are killed, or mean the same")
-    return 1 if alive else 0
+def report(made: list[Mutant], known: dict[str, dict[str, str]], gone: list[str], jobs: int) -> int:
+    """Run them, and name what is not as it should be; the exit code."""
+    begun = time.monotonic()
+    count: Counter[str] = Counter()
+    for mutant, lives in run_all(made, jobs):
+        listed = mutant.what in known.get(mutant.module, {})
+        verdict = {
+            (True, False): "ALIVE",
+            (True, True): "equivalent",
+            (False, False): "killed",
+            (False, True): "KILLED, BUT LISTED",
+        }[lives, listed]
+        count[verdict] += 1
+        if verdict != "killed":
+            print(f"{verdict}  {mutant.module}: {mutant.what}", flush=True)
+    for name in gone:
+        print(f"LISTED, BUT GONE  {name}")
+    print(
+        f"{len(made)} mutants in {time.monotonic() - begun:.0f} s: {count['killed']} killed, "
+        f"{count['equivalent']} equivalent, {count['ALIVE']} alive"
+    )
+    return 1 if count["ALIVE"] or count["KILLED, BUT LISTED"] or gone else 0
 
 
 if __name__ == "__main__":

@@ -4,13 +4,18 @@
 
 Installs the package, lets the socket start the daemon at the first question from outside, verifies,
 replays the IMA list to the signed PCR 10, looks at what the unit's sandbox does, kills and halts the
-daemon, reboots, verifies again, upgrades, purges. Prints a line for each thing that holds.
+daemon, reboots, verifies again, updates the kernel while policies are in force, tries how the kernel
+gives a long IMA list, upgrades, purges. Prints a line for each thing that holds.
+
+With RECORD=FOLDER in the environment, what was fetched before and after the update of the kernel is left
+there: tests/vectors/kernel_update has such a record.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,9 +28,11 @@ from typing import Any, TypeVar
 sys.path.insert(0, str(Path(__file__).with_name("kvm")))
 
 import ima  # beside this file
+import kernel_update
 import machine
+from machine import need, ok
 
-BASE = Path("build/kvm/base.tar")
+BASE = Path("build/kvm/two-kernels.tar")
 PROGRAM = Path(sys.executable).with_name("provider-proxy")
 CONFIG = """
 [listen]
@@ -54,23 +61,11 @@ T = TypeVar("T")
 UNIT = "provider-proxy.service"
 
 
-def ok(what: str) -> None:
-    """Say that something holds."""
-    print(f"ok: {what}", flush=True)
-
-
-def need(condition: object, what: str) -> None:
-    """Raises: GuestError where something does not hold."""
-    if not condition:
-        raise machine.GuestError(what)
-    ok(what)
-
-
 class Tenant:
     """A tenant outside the guest, by the commands of a checkout."""
 
     def __init__(self, folder: Path, port: int) -> None:
-        self._folder = folder
+        self.folder = folder
         self._url = f"https://localhost:{port}"
         self._tls = ["--ca", "pki/ca.crt", "--cert", "pki/tenants/outside.crt"]
         self._tls += ["--key", "pki/tenants/outside.key"]
@@ -79,7 +74,7 @@ class Tenant:
         """Run a command; its JSON."""
         done = subprocess.run(
             [str(PROGRAM), "--log-level", "warning", *words, "--json"],
-            cwd=self._folder,
+            cwd=self.folder,
             capture_output=True,
             text=True,
             timeout=180,
@@ -100,13 +95,22 @@ class Tenant:
         """Ask."""
         self.run("fetch", self._url, *self._tls, "--pcrs", pcrs, "--timeout-ms", "60000", *more)
 
+    def fetch_all(self, name: str) -> None:
+        """Ask for all PCRs and both logs, and keep what came in a folder of this name."""
+        again(lambda: self.fetch(kernel_update.PCRS, "--pinned", "guest", "--pins", "pins"))
+        kept = self.folder / name
+        kept.mkdir()
+        for file in ("evidence.json", "request.json"):
+            shutil.copy(self.folder / file, kept)
+        shutil.copy(self.folder / "ak.b64", kept)
+
     def attest(self, pcrs: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Ask, and verify against the pin: what was verified, and what came."""
         pin = ["--pinned", "guest", "--pins", "pins"]
         self.fetch(pcrs, *pin)
         words = ["verify", "evidence.json", "--request", "request.json", "--insecure-any-state"]
         verified = self.run(*words, *pin)
-        evidence = json.loads((self._folder / "evidence.json").read_bytes())
+        evidence = json.loads((self.folder / "evidence.json").read_bytes())
         return verified, evidence["results"]
 
 
@@ -125,6 +129,7 @@ def main() -> int:
     )
     if not BASE.exists():
         BASE.parent.mkdir(parents=True, exist_ok=True)
+        names += machine.kernels()
         machine.make_base(BASE.with_suffix(".part"), release["VERSION_CODENAME"], names)
         BASE.with_suffix(".part").rename(BASE)
     with tempfile.TemporaryDirectory(prefix="kvm-") as name, socket.socket() as sock:
@@ -167,6 +172,10 @@ def disk(package: Path, folder: Path) -> None:
             "root/tls.crt": (pki / "server.crt").read_bytes(),
             "root/tls.key": (pki / "server.key").read_bytes(),
             "root/ca.crt": (pki / "ca.crt").read_bytes(),
+            "root/securityfs.py": Path(__file__)
+            .with_name("kvm")
+            .joinpath("securityfs.py")
+            .read_bytes(),
         },
     )
 
@@ -191,6 +200,8 @@ def live(guest: machine.Guest, tenant: Tenant) -> None:
     after = again(lambda: attest(tenant))
     need(after["was_reset"], "the reset is reported to the tenant")
     need(after["ak_name"] == before["ak_name"] == name, "the AK is the same")
+    kernel_update.show(guest, tenant.folder, tenant.fetch_all)
+    read_securityfs(guest)
     end(guest, tenant)
 
 
@@ -281,6 +292,28 @@ def embedded(guest: machine.Guest, tenant: Tenant) -> None:
     status = show(guest, "StatusText")
     need(status.startswith("batch 1: 1 leaf"), f"and it quotes: {status}")
     guest.sh(f"cp /root/kept {config} && systemctl restart {UNIT}")
+
+
+def read_securityfs(guest: machine.Guest) -> None:
+    """What the kernel does with a reader of a long list: why the daemon keeps the file open."""
+    found = json.loads(guest.sh("python3 /root/securityfs.py", limit_s=600))
+    ok("securityfs: {lines} lines, {bytes} bytes of IMA list on {kernel}".format_map(found))
+    for asked, reading in found["whole"].items():
+        ok(
+            f"securityfs: whole, by read({asked}): {reading['reads']} reads of at most "
+            f"{reading['largest']} bytes, {reading['s']:.2f} s"
+        )
+    ok(
+        "securityfs: {new} new lines: {kept_s:.2f} s where the file was kept open, {again_s:.2f} s where "
+        "it is opened again and read, {seek_s:.2f} s where it is opened again and sought".format_map(
+            found
+        )
+    )
+    need(
+        found["kept_lines"] == found["new"],
+        "a file that was kept open gives the new lines, no others",
+    )
+    need(found["kept_s"] < found["again_s"], "and costs less than a file that is opened again")
 
 
 def end(guest: machine.Guest, tenant: Tenant) -> None:

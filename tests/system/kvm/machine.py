@@ -47,6 +47,31 @@ class GuestError(Exception):
     """The guest did not do what it should."""
 
 
+def ok(what: str) -> None:
+    """Say that something holds."""
+    print(f"ok: {what}", flush=True)
+
+
+def need(condition: object, what: str) -> None:
+    """Raises: GuestError where something does not hold."""
+    if not condition:
+        raise GuestError(what)
+    ok(what)
+
+
+def kernels() -> list[str]:
+    """The packages of the newest two kernels in this machine's apt sources; one where they have one."""
+    versions = said("apt-cache", "madison", "linux-image-cloud-amd64").splitlines()
+    found: list[str] = []
+    for line in versions:  # the newest first
+        version = line.split("|")[1].strip()
+        record = said("apt-cache", "show", f"linux-image-cloud-amd64={version}")
+        (package,) = re.findall(r"^Depends:.*?(linux-image-\S+)", record, re.MULTILINE)[:1]
+        if package not in found:
+            found.append(package)
+    return found[:2]
+
+
 def make_base(tar: Path, suite: str, packages: Sequence[str]) -> None:
     """A Debian of these packages, by this machine's apt sources; kept for the next time."""
     folder = Path("/etc/apt/sources.list.d")
@@ -61,7 +86,7 @@ def make_base(tar: Path, suite: str, packages: Sequence[str]) -> None:
 
 
 def make_disk(tar: Path, folder: Path, files: dict[str, bytes]) -> None:
-    """A disk with a Debian and some files, and its kernel and initrd beside it."""
+    """A disk with a Debian and some files, and its kernels and their initrds beside it."""
     root = folder / "root"
     root.mkdir()
     run("tar", "xf", tar, "-C", root)
@@ -78,25 +103,34 @@ def make_disk(tar: Path, folder: Path, files: dict[str, bytes]) -> None:
         (root / name).write_bytes(data)
     run("systemctl", f"--root={root}", "enable", "test-shell.service", "systemd-networkd.service")
     for name in ("vmlinuz", "initrd.img"):
-        (found,) = (root / "boot").glob(f"{name}-*")
-        shutil.copy(found, folder / name)
+        for found in (root / "boot").glob(f"{name}-*"):
+            shutil.copy(found, folder)
     run("mke2fs", "-q", "-t", "ext4", "-d", root, folder / "disk.img", DISK)
     shutil.rmtree(root)
 
 
 def run(*words: str | Path) -> None:
     """Run a program. Raises: GuestError."""
+    said(*words)
+
+
+def said(*words: str | Path) -> str:
+    """What a program writes. Raises: GuestError."""
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
     if done.returncode:
         raise GuestError(f"{words[0]}: {done.stderr[-2000:] or done.stdout[-2000:]}")
+    return done.stdout
 
 
 class Guest:
     """A running guest.
 
     Args:
-        folder: has disk, kernel and initrd; a short path, for sockets.
+        folder: has disk, kernels and initrds; a short path, for sockets.
         port: of 127.0.0.1, which leads to the guest's 8890.
+
+    Attributes:
+        kernels: the releases that it has, the oldest first.
     """
 
     def __init__(self, folder: Path, port: int) -> None:
@@ -104,6 +138,11 @@ class Guest:
         self._port = port
         self._processes: list[subprocess.Popen[bytes]] = []
         self._shell: socket.socket | None = None
+        self.kernels = sorted(
+            (path.name.removeprefix("vmlinuz-") for path in folder.glob("vmlinuz-*")),
+            key=lambda release: [int(number) for number in re.findall(r"\d+", release)],
+        )
+        self._kernel = self.kernels[0]
 
     def start(self) -> None:
         """Power on; returns when its shell answers."""
@@ -131,7 +170,8 @@ class Guest:
             *("-device", "virtio-net-pci,netdev=n,romfile="),
             *("-chardev", f"socket,id=c,path={folder}/tpm.sock"),
             *("-tpmdev", "emulator,id=t,chardev=c", "-device", "tpm-crb,tpmdev=t"),
-            *("-kernel", f"{folder}/vmlinuz", "-initrd", f"{folder}/initrd.img"),
+            *("-kernel", f"{folder}/vmlinuz-{self._kernel}"),
+            *("-initrd", f"{folder}/initrd.img-{self._kernel}"),
             *("-append", "root=/dev/vda rw console=ttyS0 ima_policy=tcb quiet"),
         )
         self._wait_for(folder / "shell.sock")
@@ -194,15 +234,20 @@ class Guest:
                 return match
         raise GuestError(f"no answer in {limit_s:g} s: {data[-500:]!r}")
 
-    def reboot(self) -> None:
+    def reboot(self, kernel: str | None = None) -> None:
         """In order, then power off and on: the firmware's warm start hangs in the emulator. Returns when
-        the shell answers again; the TPM has been reset, and kept its state."""
+        the shell answers again; the TPM has been reset, and kept its state.
+
+        Args:
+            kernel: one of `kernels`; None for the one that it ran.
+        """
         self.sh("systemd-run -q --on-active=1 systemctl reboot")
         try:
             self._processes[-1].wait(BOOT_LIMIT_S)
         except subprocess.TimeoutExpired as exc:
             raise GuestError("the guest does not go down") from exc
         self.stop()
+        self._kernel = kernel or self._kernel
         for name in ("tpm.sock", "shell.sock"):
             (self._folder / name).unlink(missing_ok=True)
         self.start()
