@@ -6,7 +6,7 @@
 # make check     format, lint, types, tests, wheel
 # make test-bare make demo and make test in a minimal Debian with an empty environment (as root);
 #                RELEASE=trixie, BARE_USER=1 for an ordinary user with sudo, BARE="deb test-deb" for other targets
-# make mutants   breaks the pure core on purpose, and looks whether a test notices (SAMPLE=130; 0 for all)
+# make mutants   breaks the pure core on purpose, and looks whether a test notices (SAMPLE=130 for some; JOBS=2)
 # make docs      docs/api.md, docs/reference.md and the comments of the example file, from the program
 # make messages  every text that a person may see, to be read (WORDS="…" for those with a word)
 # make bench     the figures of this machine
@@ -177,7 +177,7 @@ soak: install
 	SOAK_SECONDS=$${SOAK_SECONDS:-600} $(BIN)/python -m pytest -q -s tests/system/test_soak.py
 
 mutants: install
-	$(BIN)/python tests/support/mutants.py --sample $${SAMPLE:-130}
+	$(BIN)/python tests/support/mutants.py --sample $${SAMPLE:-0} --jobs $${JOBS:-1}
 
 docs: install
 	$(BIN)/python tests/support/api_page.py > docs/api.md

@@ -13,7 +13,14 @@ from provider_proxy.common import addresses
 from provider_proxy.common.files import read_file
 from provider_proxy.errors import EvidenceFormatError, UsageError
 from provider_proxy.evidence.logs.ima_judge import Violations
-from provider_proxy.evidence.model import PCR_COUNT, AttestationKey, Quote, mask_of, parse_mask
+from provider_proxy.evidence.model import (
+    PCR_COUNT,
+    AttestationKey,
+    HostLogs,
+    Quote,
+    mask_of,
+    parse_mask,
+)
 from provider_proxy.evidence.query import MAX_TIMEOUT_MS, MIN_TIMEOUT_MS
 from provider_proxy.evidence.tpm_keys import insecure_ak_from_pem, parse_ak, parse_public
 from provider_proxy.evidence.verify import DEFAULT_MAX_AGE_S
@@ -23,6 +30,7 @@ from provider_proxy.trust.pins import PinnedHost, PinStore
 
 DEFAULT_CONFIG = Path("/etc/provider-proxy/provider-proxy.toml")
 MAX_KEY_FILE_BYTES = 64 * 1024
+MAX_LIST_BYTES = 1024 * 1024 * 1024  # of an IMA list: what the daemon keeps, six million lines
 
 
 def read_public(path: Path) -> bytes:
@@ -198,6 +206,23 @@ def add_log_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[choice.value for choice in Violations],
         default=Violations.REFUSE.value,
         help="a file that was written to while IMA measured it (default: %(default)s)",
+    )
+
+
+def with_ima_list(logs: HostLogs, path: Path | None) -> HostLogs:
+    """Logs with the host's whole IMA list, of a file, in the place of an answer's part of it.
+
+    Args:
+        path: None for the logs as they are.
+
+    Raises:
+        HostError: it cannot be read, or is too large.
+    """
+    if path is None:
+        return logs
+    data = read_file(path, MAX_LIST_BYTES)
+    return HostLogs(
+        ima=data.decode("utf-8", "backslashreplace"), uefi=logs.uefi, uefi_missing=logs.uefi_missing
     )
 
 

@@ -42,7 +42,6 @@ from provider_proxy.tenant.policies import (
 )
 
 EXIT_GOOD, EXIT_REFUSED = 0, 1
-MAX_LIST_BYTES = 1024 * 1024 * 1024
 BLOCK_LINES = 4096  # of a list, judged at a time
 
 
@@ -227,11 +226,7 @@ def _golden(
         history,
         now_s=0.0,  # a golden host's evidence is kept for long: its age says nothing here
     )
-    logs = evidence.logs
-    if ima_list is not None:
-        data = read_file(ima_list, MAX_LIST_BYTES)
-        text = data.decode("utf-8", "backslashreplace")
-        logs = type(logs)(ima=text, uefi=logs.uefi)
+    logs = arguments.with_ima_list(evidence.logs, ima_list)
     judge = LogJudge(policy, quote.bank)
     *_, done = (False, *judge.judge(quote, logs))
     if not done:
@@ -336,7 +331,7 @@ _Problems = Iterator[tuple[int, int | None, str | None, str]]
 def _list_problems(args: argparse.Namespace) -> _Problems:
     policy = unguarded_files().runtime(args.runtime_policy, args.runtime_policy_key)
     judge = LineJudge(parse_bank(args.bank), policy, violations=Violations(args.ima_violations))
-    data = read_file(args.log, MAX_LIST_BYTES)
+    data = read_file(args.log, arguments.MAX_LIST_BYTES)
     lines = data.decode("utf-8", "backslashreplace").split("\n")
     if lines and not lines[-1]:
         lines.pop()

@@ -88,6 +88,12 @@ def add_judging_arguments(parser: argparse.ArgumentParser) -> None:
     )
     arguments.add_log_arguments(parser)
     parser.add_argument(
+        "--ima-list",
+        type=Path,
+        metavar="FILE",
+        help="the host's whole IMA list, where the evidence holds a part of it",
+    )
+    parser.add_argument(
         "--ima", action="store_true", help="the IMA list must lead to PCR 10, whatever it holds"
     )
     arguments.add_boot_arguments(parser)
@@ -182,7 +188,10 @@ def _load_policies(
     args: argparse.Namespace, rules: LogRules, bank: HashAlg, evidence: Evidence
 ) -> tuple[Policy, AnswerLogs | None]:
     demanded = unguarded_files().logs(rules, bank).policy
-    logs = AnswerLogs(demanded, evidence.logs) if demanded.needed_mask else None
+    if args.ima_list is not None and not demanded.wants_ima:
+        raise UsageError("--ima-list is judged with --ima or --runtime-policy only")
+    found = arguments.with_ima_list(evidence.logs, args.ima_list)
+    logs = AnswerLogs(demanded, found) if demanded.needed_mask else None
     if args.tpm_policy is None and not args.insecure_any_state:
         assert logs is not None  # these rules demand something
         return logs, logs

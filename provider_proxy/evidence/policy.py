@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from provider_proxy.errors import PolicyError, UsageError
-from provider_proxy.evidence.model import ALL_PCRS, PCR_COUNT, HashAlg, VerifiedQuote, mask_of
+from provider_proxy.evidence.model import PCR_COUNT, HashAlg, VerifiedQuote, mask_of
 
 
 class Policy(Protocol):
@@ -144,9 +144,9 @@ def parse_tpm_policy(values: Mapping[str, object], *, bank: HashAlg = HashAlg.SH
     if "mask" in values:
         mask = values["mask"]
         try:
-            number = int(mask, 0) if isinstance(mask, str) else -1
+            number = int(mask, 0) if isinstance(mask, str) else None
         except ValueError:
-            number = -1
-        if not 0 <= number <= ALL_PCRS or number != policy.needed_mask:
+            number = None
+        if number != policy.needed_mask:
             raise UsageError("the policy's mask is not the mask of the PCRs that it names")
     return policy

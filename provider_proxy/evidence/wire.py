@@ -126,7 +126,7 @@ def encode_quote(quote: Quote) -> str:
 
 def parse_quote(text: str) -> Quote:
     """Raises: EvidenceFormatError where this is not a quote string of three parts."""
-    parts = text.split(":", 3)
+    parts = text.split(":")
     if not text.startswith("r") or len(parts) != 3:
         raise EvidenceFormatError("the quote is not r<attest>:<signature>:<pcrs>")
     attest, signature, blob = (
@@ -147,7 +147,7 @@ def parse_evidence(body: bytes) -> Evidence:
     if len(body) > MAX_EVIDENCE_WITH_LOGS_BYTES:
         raise EvidenceFormatError("the reply is too large")
     fields = Fields(parse_json_object(body, "the reply"), "reply").fields("results")
-    if fields.integer("format", 1 << 31) != FORMAT:
+    if fields.integer("format", MAX_UINT32) != FORMAT:
         raise EvidenceFormatError("the evidence is of a format that this version does not read")
     merkle = fields.fields("merkle")
     try:

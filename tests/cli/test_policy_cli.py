@@ -198,6 +198,21 @@ def test_evidence_that_does_not_verify_makes_no_policy(tmp_path: Path) -> None:
     policy(tmp_path, "make", *words, "--boot-policy", "b", "--uefi-pcrs", "0,9", code=2)
 
 
+def test_saved_evidence_with_a_part_of_the_list_is_judged_by_the_whole(tmp_path: Path) -> None:
+    words = Host(OLD).save(tmp_path, "old", count=3)
+    (tmp_path / "list").write_text(text([*OLD, line("/behind/the/quote")]))
+    policy(tmp_path, "make", *words, "--ima-list", "list", "--runtime-policy", "r")
+    rules = ("--runtime-policy", "r", "--ima-violations", "count")
+    assert "must be given" in verify(tmp_path, "old", *rules).stderr
+    assert verify(tmp_path, "old", *rules, "--ima-list", "list").returncode == 0
+    (tmp_path / "list").write_text(text([*OLD[:3], line("/evil"), *OLD[3:]]))
+    assert verify(tmp_path, "old", *rules, "--ima-list", "list").returncode == 1
+    assert verify(tmp_path, "old", *rules, "--ima-list", "absent").returncode == 3
+    done = verify(tmp_path, "old", "--insecure-any-state", "--ima-list", "list")
+    assert done.returncode == 2
+    assert "--ima-list is judged with" in done.stderr
+
+
 def test_judging_a_list(tmp_path: Path) -> None:
     words = Host(OLD).save(tmp_path, "old")
     policy(tmp_path, "make", *words, "--runtime-policy", "r")

@@ -221,6 +221,7 @@ def test_a_mask_that_says_something_else_is_refused(mask: object) -> None:
         pytest.param({"-1": GOOD.hex()}, id="PCR -1"),
         pytest.param({"0x1": GOOD.hex()}, id="hex key"),
         pytest.param({"": GOOD.hex()}, id="empty key"),
+        pytest.param({"001": GOOD.hex()}, id="three digits"),
         pytest.param({"\u0661": GOOD.hex()}, id="another script's digit"),
         pytest.param({"\u00b2": GOOD.hex()}, id="superscript"),
         pytest.param({"0": GOOD.hex(), "00": BAD.hex()}, id="PCR 0 twice"),

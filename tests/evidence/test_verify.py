@@ -429,7 +429,7 @@ def test_a_new_challenge_is_fresh_open_and_knows_the_newest_state() -> None:
         nonce = challenge.request.nonce
         assert challenge.request == QuoteRequest(nonce=nonce, mask=PcrMask(0x81))
         assert NONCE_RE.fullmatch(nonce.decode())
-        assert len(nonce) * 6 >= 128  # base64url: six random bits a character
+        assert len(nonce) * 6 == 192  # base64url: six random bits a character
         assert history.is_open(nonce)
         assert challenge.baseline == CLOCK
         assert challenge.made_at_s == 5.0
@@ -470,6 +470,10 @@ def test_memory_history_keeps_the_newest_state() -> None:
     ):
         history.accept(accepted)
         assert history.newest() == newest
+
+
+def test_memory_history_remembers_as_many_nonces_as_it_says() -> None:
+    assert verify.MAX_OPEN_NONCES == 100_000
 
 
 def test_memory_history_forgets_the_oldest_open_nonce(monkeypatch: pytest.MonkeyPatch) -> None:

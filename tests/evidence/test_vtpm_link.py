@@ -47,12 +47,40 @@ GOOD, REFUSED, USAGE, ENVIRONMENT = 0, 1, 2, 3
 LINK = VtpmLink(vm=VM, ek=ek_digest(EK))
 
 
+def eks_of(number: int, *, alg: str = "p256") -> dict[str, object]:
+    return {"alg": alg, "spki_sha256": f"{number:064x}"}
+
+
 # --- the library ------------------------------------------------------------------------------------
 
 
 def test_without_claims_nothing_is_linked() -> None:
     with pytest.raises(LinkClaimsError):
         parse_claims(None)
+
+
+@pytest.mark.parametrize(
+    "text", [str(VM).upper(), VM.hex, f"{{{VM}}}"[:36], str(VM)[:-1] + " ", "x" * 36, str(VM) + "0"]
+)
+def test_a_vm_has_one_writing(text: str) -> None:
+    assert parse_claims(CLAIMS).vm == VM
+    with pytest.raises(LinkClaimsError, match=r"claims\.vm"):
+        parse_claims(CLAIMS | {"vm": text})
+
+
+@pytest.mark.parametrize(
+    ("key", "most", "more"),
+    [
+        ("generation", (1 << 53) - 1, 1 << 53),
+        ("issuer", "a" * 32, "a" * 33),
+        ("eks", [eks_of(n) for n in range(16)], [eks_of(n) for n in range(17)]),
+        ("eks", [eks_of(0, alg="a" * 32)], [eks_of(0, alg="a" * 33)]),
+    ],
+)
+def test_a_claim_may_reach_its_limit(key: str, most: object, more: object) -> None:
+    parse_claims(CLAIMS | {key: most})
+    with pytest.raises(LinkClaimsError, match=f"claims.{key}"):
+        parse_claims(CLAIMS | {key: more})
 
 
 JSON_VALUES = st.recursive(

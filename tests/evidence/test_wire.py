@@ -175,6 +175,39 @@ def test_the_largest_answer_without_logs_is_within_its_limit() -> None:
     assert parse_evidence(body).quote == quote
 
 
+def changed(**changes: object) -> bytes:
+    values = json.loads(seal().body(0))
+    values["results"] |= changes
+    return json.dumps(values).encode()
+
+
+def test_why_a_log_is_missing_comes_back() -> None:
+    logs = HostLogs(ima_missing='absent "here"', uefi_missing="too long")
+    body = b"".join(encoder_of(seal()).encode(seal().proof(0), logs=encode_logs(logs)))
+    assert parse_evidence(body).logs == logs
+
+
+@pytest.mark.parametrize(
+    ("most", "more"),
+    [
+        (
+            {"ima_measurement_list": "", "ima_measurement_list_entry": 1 << 40},
+            {"ima_measurement_list": "", "ima_measurement_list_entry": (1 << 40) + 1},
+        ),
+        (
+            {"ima_measurement_list_missing": "a" * 200},
+            {"ima_measurement_list_missing": "a" * 201},
+        ),
+        ({"mb_measurement_list_missing": "a" * 200}, {"mb_measurement_list_missing": "a" * 201}),
+        ({"boottime": 1 << 62}, {"boottime": (1 << 62) + 1}),
+    ],
+)
+def test_a_value_may_reach_its_limit(most: dict[str, object], more: dict[str, object]) -> None:
+    parse_evidence(changed(**most))
+    with pytest.raises(EvidenceFormatError):
+        parse_evidence(changed(**more))
+
+
 def test_limits_are_the_documented_ones() -> None:
     assert wire.MAX_EVIDENCE_BYTES == 65_536
     assert wire.MAX_EVIDENCE_WITH_LOGS_BYTES == 10_485_760

@@ -170,7 +170,7 @@ class AnswerLogs:
         if not done:
             raise LogError(
                 "the IMA list of this answer does not lead to the signed PCR 10: the answer holds a part "
-                "of the list only, or the list was changed"
+                "of the list only, and the whole list must be given; or the list was changed"
             )
         self.violations, self.other_lines = judge.violations, judge.other_lines
 
