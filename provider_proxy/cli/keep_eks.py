@@ -11,6 +11,7 @@ import trio
 
 from provider_proxy.cli.ask_admin import TIMEOUT_S, AdminClient
 from provider_proxy.errors import HostError, ReplyError
+from provider_proxy.tenant.watch.alive import beat
 from provider_proxy.tenant.watch.ek_directory import EkDirectory
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ async def keep(
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(directory.run)
+                nursery.start_soon(beat, directory.is_true)
                 nursery.start_soon(_ask_often, client, limit, directory, interval_s)
                 async for _ in signals:
                     break

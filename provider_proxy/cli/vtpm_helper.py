@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from provider_proxy.cli.trio_run import run_to_the_end
-from provider_proxy.common import log
-from provider_proxy.host import systemd
+from provider_proxy.common import log, systemd
 from provider_proxy.host.vtpm.helper import readback, serve
 from provider_proxy.host.vtpm.helper.eyes import Eyes
 from provider_proxy.host.vtpm.helper.presence import Presence

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from provider_proxy.common import systemd
 from provider_proxy.common.addresses import Networks
 from provider_proxy.common.dates import Calendar
 from provider_proxy.common.version import program_version
 from provider_proxy.errors import HostError
-from provider_proxy.host import preflight, systemd
+from provider_proxy.host import preflight
 from provider_proxy.host.api.admin import AdminDoor
 from provider_proxy.host.api.front import FrontDoor, make_front_door
 from provider_proxy.host.api.identity import TenantBook, load_book

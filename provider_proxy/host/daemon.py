@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 
 import trio
 
-from provider_proxy.common import descriptors, memory
+from provider_proxy.common import descriptors, memory, systemd
 from provider_proxy.errors import HostError
-from provider_proxy.host import assembly, systemd
+from provider_proxy.host import assembly
 from provider_proxy.host.assembly import OpenIssuer, OpenQuoter
 from provider_proxy.host.config.tables import Config
 from provider_proxy.host.http import listeners

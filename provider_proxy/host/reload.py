@@ -17,9 +17,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import trio
 
+from provider_proxy.common import systemd
 from provider_proxy.common.dates import Calendar, Dated
 from provider_proxy.errors import ConfigError, ProviderProxyError
-from provider_proxy.host import systemd
 from provider_proxy.host.api.front import FrontDoor, FrontJudge, load_front_judge
 from provider_proxy.host.api.identity import TenantBook, load_book
 from provider_proxy.host.api.tenant import TenantDoor

@@ -32,7 +32,7 @@ from helpers import (
     until,
 )
 
-from provider_proxy.host import systemd
+from provider_proxy.common import systemd
 
 SO_ACCEPTCON = 1 << 16  # the flag of a listening socket in /proc/net/unix: proc(5)
 
@@ -119,7 +119,7 @@ os.execv(command[0], command)
 # What it starts: takes the sockets and tells about them.
 TELL = """
 import json, os, subprocess, sys
-from provider_proxy.host.systemd import take_listen_sockets
+from provider_proxy.common.systemd import take_listen_sockets
 sockets = take_listen_sockets()
 child = subprocess.run(["ls", "-l", "/proc/self/fd"], capture_output=True, text=True, close_fds=False)
 print(json.dumps({

@@ -29,7 +29,7 @@ FLOORS = (
     ("__main__",),
 )
 HOST_FLOORS = (
-    ("config", "metrics", "systemd"),
+    ("config", "metrics"),
     ("tpm", "logs"),
     ("quoters", "batching"),
     ("http", "registration", "vtpm", "audit"),

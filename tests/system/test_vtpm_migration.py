@@ -308,6 +308,8 @@ def test_cold_and_offline(scene: Scene) -> None:
     state = Path("var/lib/libvirt/swtpm") / str(PLAIN.vm)
     (b.folder / state.parent).mkdir(exist_ok=True)
     subprocess.run(["cp", "-a", a.folder / state, b.folder / state.parent], check=True)
+    names = {path.name for path in (b.folder / state / "tpm2").glob("*.crt")}
+    assert names == {"ek-rsa2048.crt", "ek-secp384r1.crt"}  # they travel along
     a.virsh("undefine", "plain")
     b.define(PLAIN)
     b.virsh("start", "plain")

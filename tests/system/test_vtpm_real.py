@@ -116,6 +116,18 @@ async def ask_with_vm(host: Host, vm: uuid.UUID) -> tuple[int, dict[str, Any]]:
     return reply.status, dict(quote.claims)
 
 
+def beside_the_state(host: Host) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in host.libvirt.state(VM).glob("*.crt")}
+
+
+def in_nv(tcti: str) -> dict[str, bytes]:
+    """The EKs' certificates in the vTPM, by the names that their copies have."""
+    return {
+        name: certificate_in(tcti, index).public_bytes(serialization.Encoding.DER)
+        for name, index in (("ek-rsa2048.crt", NV_RSA), ("ek-secp384r1.crt", NV_ECC))
+    }
+
+
 async def test_from_the_first_start_to_the_tenant_s_leaf(host: Host) -> None:
     async with serving(host.folder, host.toml()) as serve:
         with host.helper():
@@ -133,6 +145,7 @@ async def test_from_the_first_start_to_the_tenant_s_leaf(host: Host) -> None:
                 listed = await host.until_confirmed()
                 in_vm = eks_of(tcti)
                 assert digests(listed) == in_vm
+                assert beside_the_state(host) == in_nv(tcti)  # swtpm_localca's
                 for index, key in ((NV_RSA, rsa.RSAPublicKey), (NV_ECC, ec.EllipticCurvePublicKey)):
                     certificate = certificate_in(tcti, index)
                     assert isinstance(certificate.public_key(), key)
@@ -425,13 +438,9 @@ async def test_certificates_of_the_host_end_in_the_vtpm(host: Host) -> None:
         assert listed["issuer"] == "tpm"
         nursery.cancel_scope.cancel()
     assert [request.kind for request in issuer.requests] == ["ek", "platform", "ek"]
-    beside = {path.name: path.read_bytes() for path in host.libvirt.state(VM).glob("*.crt")}
     with host.libvirt.running(VM, user=SWTPM_USER) as tcti:
         in_vm = eks_of(tcti)
-        assert beside == {
-            name: certificate_in(tcti, index).public_bytes(serialization.Encoding.DER)
-            for name, index in (("ek-rsa2048.crt", NV_RSA), ("ek-secp384r1.crt", NV_ECC))
-        }
+        assert beside_the_state(host) == in_nv(tcti)
         for number, index in enumerate((NV_RSA, NV_PLATFORM, NV_ECC), 1):
             certificate = certificate_in(tcti, index)
             assert certificate.serial_number == number

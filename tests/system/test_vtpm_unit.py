@@ -74,6 +74,14 @@ def lay(tree: Path) -> None:
     for kind in ("sysusers.d", "tmpfiles.d"):
         (tree / "usr/lib" / kind).mkdir()
         shutil.copy(SYSTEMD / kind / "provider-proxy.conf", tree / "usr/lib" / kind)
+    text = (ROOT / "docs/watch.md").read_text()
+    unit = text.partition("# /etc/systemd/system/provider-proxy-eks.service\n")[2].partition("```")[
+        0
+    ]
+    (units / "provider-proxy-eks.service").write_text(unit)
+    quick = units / "provider-proxy-eks.service.d/quick.conf"  # sooner than 10 s, and only once
+    quick.parent.mkdir()
+    quick.write_text("[Service]\nWatchdogSec=3s\nRestart=no\n")
     launcher = tree / "usr/bin/provider-proxy"
     launcher.write_text(
         f'#!/bin/sh\nPYTHONPATH={APP}/src:{APP}/site exec {PYTHON} -m provider_proxy "$@"\n'
@@ -176,3 +184,12 @@ def test_no_way_leads_out(sandbox: Sandbox) -> None:
     assert inside["the secret by its handle"] == "EPERM"  # by the filter: the handle is a good one
     for way in ("reading another's memory", "writing another's memory", "io_uring"):
         assert inside[way] in ("EPERM", "EACCES"), (way, inside[way])
+
+
+@pytest.mark.parametrize(
+    ("end", "result"), [("stop", "success"), ("kill", "signal"), ("hang", "watchdog")]
+)
+def test_no_ek_is_left_whatever_ends_its_keeper(sandbox: Sandbox, end: str, result: str) -> None:
+    assert sandbox.text(f"eks-before-{end}").split() == ["e" * 64]
+    assert "No such file or directory" in sandbox.text(f"eks-after-{end}")
+    assert sandbox.text(f"eks-result-{end}").strip() == result

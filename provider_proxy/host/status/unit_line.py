@@ -11,7 +11,7 @@ from typing import Protocol
 
 import trio
 
-from provider_proxy.host import systemd
+from provider_proxy.common import systemd
 from provider_proxy.host.status.recent import OK, PastBatch
 from provider_proxy.host.tpm.state import ReadState
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import trio
 
+from provider_proxy.common import systemd
 from provider_proxy.common.log import write_last_lines
-from provider_proxy.host import systemd
 from provider_proxy.host.tpm.state import ReadState
 
 log = logging.getLogger(__name__)

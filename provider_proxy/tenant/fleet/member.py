@@ -40,6 +40,7 @@ from provider_proxy.tenant.fleet.metrics import FleetMetrics
 from provider_proxy.tenant.fleet.seen import SeenRecords
 from provider_proxy.tenant.fleet.served import Served
 from provider_proxy.tenant.fleet.writer import Writer
+from provider_proxy.tenant.watch.alive import beat
 from provider_proxy.tenant.watch.budget import Budget
 from provider_proxy.tenant.watch.host import Shared
 from provider_proxy.tenant.watch.metrics import WatchMetrics, write_often
@@ -183,6 +184,7 @@ class FleetMember:
                         self._config.metrics,
                         lambda: [host.state for host in self._served.hosts.values()],
                     )
+                    nursery.start_soon(beat)
                     task_status.started()
                     async for _ in signals:
                         break

@@ -9,6 +9,7 @@ a killed one has left.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 FILE_MODE = 0o644
 DIRECTORY_MODE = 0o755
+RETRY_S = 1.0
+LATE_S = 3.0  # a file that is there for so long after its time says that something is wrong
 _NAME_RE = re.compile(r"[0-9a-f]{64}")
 
 
@@ -82,16 +85,22 @@ class EkDirectory:
             if host in until:
                 self._keep(ek, {name: end for name, end in until.items() if name != host})
 
+    def is_true(self) -> bool:
+        """False where a file lies there that no host proves any more: it could not be removed in time."""
+        now = self._now()
+        ends = (max(until.values(), default=-math.inf) for until in self._until.values())
+        return all(end + LATE_S > now for end in ends)
+
     def _keep(self, ek: str, until: Mapping[str, float]) -> None:
+        self._until[ek] = until
         if until:
-            self._until[ek] = until
             return
         try:
             (self._path / ek).unlink(missing_ok=True)
         except OSError as exc:
             log.error("ek_dir: cannot remove %s: %s", self._path / ek, exc.strerror)
             return  # and again at the next look
-        self._until.pop(ek, None)
+        del self._until[ek]
 
     def remove_old(self) -> float:
         """Remove what was not proven anew in time; when the next one is due."""
@@ -105,6 +114,8 @@ class EkDirectory:
         """Remove files in time, until cancelled."""
         while True:
             due = self.remove_old()
+            if not all(self._until.values()):  # one could not be removed
+                due = self._now() + RETRY_S
             with trio.move_on_at(max(due, self._now() + 0.05)):
                 await self._changed.wait()
 

@@ -28,6 +28,7 @@ from provider_proxy.common.tls import client_context
 from provider_proxy.errors import ConfigError, ProviderProxyError, first_of
 from provider_proxy.evidence.vtpm_link import spire_name
 from provider_proxy.tenant.policies import PolicyFiles
+from provider_proxy.tenant.watch.alive import beat
 from provider_proxy.tenant.watch.budget import Budget
 from provider_proxy.tenant.watch.ek_directory import EkDirectory, lives_s
 from provider_proxy.tenant.watch.host import HostWatch, Shared
@@ -263,6 +264,7 @@ class Watcher:
         async with trio.open_nursery() as nursery:
             if self._eks is not None:
                 nursery.start_soon(self._eks.run)
+            nursery.start_soon(beat, *(() if self._eks is None else (self._eks.is_true,)))
             nursery.start_soon(
                 functools.partial(memory.collect, young_s=COLLECT_YOUNG_S, full_s=COLLECT_S)
             )

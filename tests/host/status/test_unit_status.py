@@ -53,7 +53,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str]]:
         assert limit_s == 0  # nobody waits for a line to be read
         lines.append((trio.current_time(), state))
 
-    monkeypatch.setattr("provider_proxy.host.systemd.notify", notify)
+    monkeypatch.setattr("provider_proxy.common.systemd.notify", notify)
     return lines
 
 

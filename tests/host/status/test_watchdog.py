@@ -56,7 +56,7 @@ class Pings:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.times: list[float] = []
-        monkeypatch.setattr("provider_proxy.host.systemd.notify", self._notify)
+        monkeypatch.setattr("provider_proxy.common.systemd.notify", self._notify)
 
     def _notify(self, state: str, *, limit_s: float) -> None:
         assert (state, limit_s) == ("WATCHDOG=1", 0)

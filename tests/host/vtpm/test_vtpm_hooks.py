@@ -11,6 +11,7 @@ import shutil
 import socket
 import stat
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -171,6 +172,44 @@ def test_recorded_command_lines(
     place = arguments.index(str(host.config))
     arguments[place] = "/etc/swtpm-localca.conf"  # ours is not swtpm_localca's
     assert host.delegated() == arguments
+
+
+PARENT = (
+    "import subprocess, sys\n"
+    "sys.exit(subprocess.run(sys.argv[sys.argv.index('--') + 1:], timeout=60).returncode)"
+)
+
+
+@pytest.mark.parametrize("there", ["nothing", "an older one", "a link", "a fifo"])
+def test_swtpm_localca_s_certificate_is_kept_beside_the_state(
+    host: Host, daemon: Daemon, tmp_path: Path, there: str
+) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    kept, victim = state / "ek-rsa2048.crt", tmp_path / "victim"
+    if there == "an older one":
+        kept.write_bytes(b"older and longer than the new one")
+    elif there == "a link":
+        kept.symlink_to(victim)
+    elif there == "a fifo":
+        os.mkfifo(kept)
+    with host.localca.open("a") as program:
+        program.write(f"open({str(host.certs / 'ek.cert')!r}, 'wb').write(b'certificate')\n")
+    arguments = [str(EKHOOK), *host.arguments(ek_argument(rsa_key()))]
+    setup = [sys.executable, "-c", PARENT, "--tpm-state", f"dir://{state}", "--", *arguments]
+    done = subprocess.run(setup, timeout=LIMIT_S, check=False)
+    assert done.returncode == 0
+    assert host.delegated() is not None
+    if there in ("nothing", "an older one"):
+        assert kept.read_bytes() == b"certificate"
+    assert not victim.exists()
+
+
+def test_swtpm_localca_s_failure_is_the_hook_s(host: Host, daemon: Daemon) -> None:
+    with host.localca.open("a") as program:
+        program.write("print('no serial', file=sys.stderr); sys.exit(7)\n")
+    done = host.run(host.arguments(ek_argument(rsa_key())))
+    assert (done.returncode, done.stderr) == (7, "no serial\n")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,21 @@ journalctl -o cat -u provider-proxy-vtpm.service >"$OUT/journal"
 systemctl stop provider-proxy-vtpm.service
 ls -A /run/provider-proxy-vtpm >"$OUT/left" 2>&1
 
+# The directory of EKs, with the unit of docs/watch.md and a list of one VM: what is left after each end.
+"$PYTHON" $A/admin.py /run/provider-proxy/admin & admin=$!
+eks=provider-proxy-eks.service
+until_eks() { for _ in $(seq 100); do [ "$(ls /run/provider-proxy-eks/eks 2>/dev/null | wc -l)" = "$1" ] && break; sleep 0.2; done; }
+eks_end() {  # NAME COMMAND: what the directory holds before it, and after it
+  systemctl start $eks; until_eks 1; ls /run/provider-proxy-eks/eks >"$OUT/eks-before-$1" 2>&1
+  "${@:2}" "$(systemctl show -P MainPID $eks)"; until_eks 0
+  ls -R /run/provider-proxy-eks >"$OUT/eks-after-$1" 2>&1
+  systemctl show -P Result $eks >"$OUT/eks-result-$1"; systemctl stop $eks; systemctl reset-failed $eks
+}
+eks_end stop systemctl stop $eks
+eks_end kill kill -9
+eks_end hang kill -STOP
+kill $admin
+
 "$PYTHON" $A/handle.py /run/secret >/run/handle
 arguments="$(cat /run/handle) /run/libvirt/qemu /run/secret $qemu"
 mkdir -p /run/systemd/system/provider-proxy-vtpm.service.d

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -17,13 +18,14 @@ import pytest
 import trio
 import trio.testing
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from helpers import until
+from helpers import LIMIT_S, NotifySocket, until
 from soft_ek import SoftHost, rsa_ek
 from vtpm_helpers import ecc_key, rsa_key
 
 from provider_proxy.cli.keep_eks import keep, linked_eks
 from provider_proxy.errors import HostError, ProviderProxyError, ReplyError, VmNotRunningError
 from provider_proxy.evidence.vtpm_link import spire_name, spki_digest
+from provider_proxy.tenant.watch.alive import beat
 from provider_proxy.tenant.watch.config import parse_watch_config
 from provider_proxy.tenant.watch.ek_directory import EkDirectory
 from provider_proxy.tenant.watch.host import HostWatch
@@ -115,6 +117,72 @@ def test_a_folder_that_cannot_be_written_ends_nothing(
     directory.close()
 
 
+async def test_a_file_that_cannot_be_removed_is_no_truth(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    directory = EkDirectory(folder)
+    directory.open()
+
+    def unlink(path: Path, **_: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(directory.run)
+        directory.proven("a", ONE, 10)
+        assert directory.is_true()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", unlink)
+            directory.refuted("a")
+            assert not directory.is_true()
+            await trio.sleep(5)
+            assert not directory.is_true()
+            assert names(folder) == {ONE}
+        await trio.sleep(2)  # it is tried again
+        assert names(folder) == set()
+        assert directory.is_true()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_sweep_that_stands_still_is_no_truth(folder: Path) -> None:
+    now = [0.0]
+    directory = EkDirectory(folder, now=lambda: now[0])
+    directory.open()
+    directory.proven("a", ONE, 10)
+    now[0] = 12.0
+    assert directory.is_true()
+    now[0] = 14.0
+    assert not directory.is_true()
+
+
+@pytest.fixture
+async def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[NotifySocket]:
+    """A service manager that wants to hear each 0.1 s that all is well."""
+    made = NotifySocket(tmp_path / "notify")
+    await made.open()
+    monkeypatch.setenv("NOTIFY_SOCKET", str(made.path))
+    monkeypatch.setenv("WATCHDOG_USEC", "100000")
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    yield made
+    made.sock.close()
+
+
+async def test_systemd_hears_that_it_is_well_only_while_it_is(manager: NotifySocket) -> None:
+    well = [True]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(beat, lambda: well[0])
+        assert await manager.next() == "READY=1"
+        with trio.fail_after(LIMIT_S):
+            await manager.ping()
+            await manager.ping()
+        well[0] = False
+        with trio.move_on_after(0.5) as scope:
+            while True:
+                await manager.ping()
+                scope.deadline = trio.current_time() + 0.5  # one may have been on its way
+        nursery.cancel_scope.cancel()
+    assert await manager.next() == "STOPPING=1"
+
+
 # --- in the watcher -----------------------------------------------------------------------------------
 
 
@@ -147,6 +215,24 @@ async def watching(tmp_path: Path, folder: Path) -> AsyncIterator[str]:
         await nursery.start(partial(watcher.run, None))
         yield spire_name(ek.public_key())
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+async def test_the_watcher_tells_systemd(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, manager: NotifySocket
+) -> None:
+    Verdicts(monkeypatch)
+    async with watching(tmp_path, folder):
+        assert await manager.next() == "READY=1"
+        with trio.fail_after(LIMIT_S):
+            await manager.ping()
+    assert await manager.next() == "STOPPING=1"
+    monkeypatch.setattr(EkDirectory, "is_true", lambda _: False)
+    manager.alive = 0
+    async with watching(tmp_path, folder):
+        assert await manager.next() == "READY=1"
+        await trio.sleep(0.3)
+    assert await manager.next() == "STOPPING=1"
+    assert manager.alive == 0
 
 
 async def test_the_watcher_s_verdicts(

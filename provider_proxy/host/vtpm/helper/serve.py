@@ -20,8 +20,8 @@ from typing import Any
 
 import trio
 
+from provider_proxy.common import systemd
 from provider_proxy.errors import HostError, ProviderProxyError
-from provider_proxy.host import systemd
 from provider_proxy.host.vtpm.helper.eyes import Eyes
 from provider_proxy.host.vtpm.hook_server import peer_uid, read_line
 from provider_proxy.host.vtpm.sightings import (
