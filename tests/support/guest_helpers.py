@@ -20,7 +20,7 @@ from challenges import encode_challenge
 from places import ROOT, SYSTEM
 
 from provider_proxy.errors import TpmError
-from provider_proxy.trust.registration.registration import FORMAT_ONE
+from provider_proxy.trust.registration.round import FORMAT_ONE
 
 NV_RSA, NV_ECC = "0x01c00002", "0x01c00016"
 EK_RSA, EK_ECC = "0x81010001", "0x81010016"

@@ -17,7 +17,8 @@ from keylime_helpers import Registrar
 
 from provider_proxy.host.config.registrars import RegistrarTable
 from provider_proxy.trust.registration.client import http_client, tls_context
-from provider_proxy.trust.registration.registration import Registration, TpmIdentity
+from provider_proxy.trust.registration.registration import Registration
+from provider_proxy.trust.registration.round import TpmIdentity
 
 
 def certificate(key: ec.EllipticCurvePrivateKey) -> bytes:

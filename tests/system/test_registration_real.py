@@ -58,6 +58,7 @@ from provider_proxy.tenant.client import ProxyClient
 from provider_proxy.testing.disturb import Action
 from provider_proxy.testing.soft_tpm import SoftTpm
 from provider_proxy.trust.registration import client, registration
+from provider_proxy.trust.registration import round as rounds
 from provider_proxy.trust.registration.credential import parse_challenge
 from provider_proxy.trust.registration.state import State, Status, for_provider, for_tenant
 
@@ -489,7 +490,8 @@ def test_documented_states_and_limits_are_the_code_s() -> None:
     assert limits == {
         "a call to a registrar, from connecting to the last byte": (f"{client.CALL_LIMIT_S:g} s"),
         "a registrar's answer": f"{client.MAX_BODY_BYTES >> 10} KiB",
-        "the chip's answer, waiting for its turn included": f"{registration.TPM_LIMIT_S:g} s",
+        "the chip's answer, waiting for its turn included": f"{rounds.TPM_LIMIT_S:g} s",
+        "a round, the wait for another process included": f"{registration.ROUND_LIMIT_S:g} s",
     }
     text = read(DOC)
     assert f"is waited for, {registration.LOCK_LIMIT_S:g} s at most" in text

@@ -26,7 +26,7 @@ from provider_proxy.trust.ek_certificate import parse_certificate
 from provider_proxy.trust.ek_judges import EkJudge, HostCertificates, KnownEk, KnownEkDigest
 from provider_proxy.trust.ek_store import EkStore
 from provider_proxy.trust.pins import PinStore
-from provider_proxy.trust.registration.registration import _same_cert
+from provider_proxy.trust.registration.round import same_certificate
 
 MAKER = Authority("maker")
 CHIP_CA = Authority("chip's own", MAKER)
@@ -188,13 +188,13 @@ async def test_the_inventory_stands_above_a_maker_s_certificate(tmp_path: Path) 
 
 def test_a_registration_is_not_renewed_for_an_encoding() -> None:
     plain = ek_certificate(MAKER, EK)
-    assert _same_cert(plain, plain)
-    assert _same_cert(reencoded(ODD), ODD)
-    assert not _same_cert(None, ODD)
-    assert not _same_cert(ek_certificate(MAKER, rsa_ek(1)), ODD)
-    assert not _same_cert(b"garbage", ODD)
-    assert not _same_cert(ek_certificate(MAKER, EK), plain)  # strict DER is stored as it came
-    assert _same_cert(b"whatever", b"garbage")
+    assert same_certificate(plain, plain)
+    assert same_certificate(reencoded(ODD), ODD)
+    assert not same_certificate(None, ODD)
+    assert not same_certificate(ek_certificate(MAKER, rsa_ek(1)), ODD)
+    assert not same_certificate(b"garbage", ODD)
+    assert not same_certificate(ek_certificate(MAKER, EK), plain)  # strict DER is stored as it came
+    assert same_certificate(b"whatever", b"garbage")
 
 
 # --- the commands --------------------------------------------------------------------------------------

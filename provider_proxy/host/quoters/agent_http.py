@@ -16,6 +16,7 @@ import ssl
 from dataclasses import dataclass
 
 import httpx
+import trio
 
 from provider_proxy.common.failures import is_certificate_refused, why
 from provider_proxy.common.http import NO_ANSWER, http_client, read_body
@@ -32,7 +33,7 @@ MAX_QUOTE_CHARS = 64 * 1024  # a quote string; 24 PCRs and RSA-4096 are 4 kB
 MAX_UEFI_BYTES = 1024 * 1024
 MAX_IMA_ENTRIES = 10_000_000
 CONNECT_S = 5.0
-ANSWER_S = 60.0  # Keylime's own request_timeout: an agent on a slow TPM with a queue before it
+ANSWER_S = 60.0  # for all of it; Keylime's own request_timeout: a slow TPM with a queue before it
 STEP_OF_STATUS = {
     408: Step.AGAIN,
     500: Step.AGAIN,
@@ -154,8 +155,13 @@ class AgentClient:
 
     async def _get(self, path: str, limit: int) -> tuple[int, bytes]:
         try:
-            async with self._http.stream("GET", self._url + path) as response:
-                body = await read_body(response, limit, "the agent")
+            with trio.fail_after(ANSWER_S):
+                async with self._http.stream("GET", self._url + path) as response:
+                    body = await read_body(response, limit, "the agent")
+        except trio.TooSlowError as exc:
+            raise AgentError(
+                f"no whole answer from the agent within {ANSWER_S:g} s", step=Step.CLEAN, cause="IO"
+            ) from exc
         except ReplyError as exc:
             raise AgentError(str(exc), step=Step.FATAL, cause="TOO_LARGE") from exc
         except NO_ANSWER as exc:

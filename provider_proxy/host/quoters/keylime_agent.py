@@ -13,14 +13,20 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
-from provider_proxy.errors import AkChangedError, PcrDigestError, QuoteError, VerificationError
+from provider_proxy.errors import (
+    AkChangedError,
+    HostError,
+    PcrDigestError,
+    QuoteError,
+    VerificationError,
+)
 from provider_proxy.evidence import attestation
 from provider_proxy.evidence.model import AttestationKey, HashAlg, Quote, QuoteRequest
 from provider_proxy.evidence.wire import LogsPart
@@ -37,6 +43,9 @@ from provider_proxy.host.tpm.state import ChipState
 
 log = logging.getLogger(__name__)
 
+WHOLE_LIMIT_S = (
+    180.0  # registrar, version and quote, with retries: at the start, and for each probe
+)
 OPEN_TRIES = 10  # some four seconds of an agent that is busy, or just coming up
 BOOT_MASK = 1  # PCR 0, which makes an agent send the firmware's log
 
@@ -271,6 +280,10 @@ class AgentQuoter:
             AkChangedError: the agent has another AK now: nothing may be served under the old name.
             HostError: there is no quote.
         """
+        with _whole("the agent did not come back"):
+            await self._probe()
+
+    async def _probe(self) -> None:
         bound = await self._bind()
         if bound.ak.name != self.ak.name:
             await bound.client.close()
@@ -313,9 +326,13 @@ async def open_quoter(
     Raises:
         HostError: the registrar does not vouch for the agent, or the agent gives no quote.
     """
-    quoter = AgentQuoter(await bind(), bind, Pace(max_duty, ima_wait_s), metrics, directory)
+    began = trio.current_time()
+    with _whole("the agent's record at the registrar did not come", began):
+        bound = await bind()
+    quoter = AgentQuoter(bound, bind, Pace(max_duty, ima_wait_s), metrics, directory)
     try:
-        await _first_quote(quoter)
+        with _whole("the agent gave no first quote", began):
+            await _first_quote(quoter)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(quoter.run)
             yield quoter
@@ -323,6 +340,25 @@ async def open_quoter(
     finally:
         with trio.CancelScope(shield=True):
             await quoter.close()
+
+
+@contextmanager
+def _whole(what: str, began: float | None = None) -> Iterator[None]:
+    """Bound a procedure of several steps, each of which waits for somebody else.
+
+    Args:
+        what: has happened where it takes too long.
+        began: when, where the procedure goes over several such blocks.
+
+    Raises:
+        HostError: it took longer than `WHOLE_LIMIT_S`.
+    """
+    began = trio.current_time() if began is None else began
+    try:
+        with trio.fail_at(began + WHOLE_LIMIT_S):
+            yield
+    except trio.TooSlowError as exc:
+        raise HostError(f"{what} within {WHOLE_LIMIT_S:g} s") from exc
 
 
 async def _first_quote(quoter: AgentQuoter) -> None:

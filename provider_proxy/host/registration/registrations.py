@@ -19,7 +19,8 @@ from provider_proxy.errors import ConfigError
 from provider_proxy.host.config.registrars import RegistrarTable, agent_id_of, check_distinct
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.trust.registration.client import http_client, tls_context
-from provider_proxy.trust.registration.registration import Registration, TpmIdentity
+from provider_proxy.trust.registration.registration import Registration
+from provider_proxy.trust.registration.round import TpmIdentity
 from provider_proxy.trust.registration.state import State, for_provider, for_tenant
 
 log = logging.getLogger(__name__)

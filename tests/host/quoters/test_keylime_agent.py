@@ -40,7 +40,7 @@ from provider_proxy.host.config.chip_tables import KeylimeAgent, QuoterTable, Tp
 from provider_proxy.host.config.tables import Config, Listen
 from provider_proxy.host.logs import ima_list
 from provider_proxy.host.metrics import Metrics
-from provider_proxy.host.quoters import agent_binding, circuit, keylime_agent
+from provider_proxy.host.quoters import agent_binding, agent_http, circuit, keylime_agent
 from provider_proxy.host.quoters.agent_http import AgentClient, AgentError, AgentReply
 from provider_proxy.host.quoters.keylime_agent import AgentBinding, AgentLogs, AgentQuoter
 from provider_proxy.host.quoters.tpm_opener import HostIdentity, uuid_of_ek
@@ -315,6 +315,61 @@ async def test_an_agent_that_gives_nothing_at_the_start_ends_the_start(agent: Fa
     with pytest.raises(HostError, match="Unable to retrieve quote"):
         async with opened(agent):
             pass
+
+
+async def never(_request: httpx.Request) -> httpx.Response:
+    await trio.sleep_forever()
+
+
+class Trickle(httpx.AsyncByteStream):
+    """A byte each time that a reader is about to give up."""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            await trio.sleep(agent_http.ANSWER_S / 2)
+            yield b" "
+
+
+async def test_an_answer_that_trickles_has_a_deadline(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    client = AgentClient(
+        "https://agent.example",
+        None,
+        transport=httpx.MockTransport(lambda _: httpx.Response(200, stream=Trickle())),
+    )
+    with pytest.raises(AgentError, match="no whole answer") as caught:
+        await client.quote("n", 1, 0)
+    assert trio.current_time() == agent_http.ANSWER_S
+    assert caught.value.step is Step.CLEAN
+
+
+@pytest.mark.parametrize("at", ["registrar", "agent"])
+async def test_the_start_has_a_deadline(
+    agent: FakeAgent, at: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def bind() -> AgentBinding:
+        if at == "registrar":
+            await trio.sleep_forever()
+        await trio.sleep(keylime_agent.WHOLE_LIMIT_S / 2)
+        bound = await agent.bind()
+        return replace(
+            bound,
+            client=AgentClient("https://agent.example", None, transport=httpx.MockTransport(never)),
+        )
+
+    with pytest.raises(HostError, match="within 180 s"):
+        async with keylime_agent.open_quoter(bind, 1.0, Metrics()):
+            pass
+    assert trio.current_time() == keylime_agent.WHOLE_LIMIT_S
+
+
+async def test_a_probe_has_a_deadline(agent: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(agent) as quoter:
+        monkeypatch.setattr(keylime_agent, "WHOLE_LIMIT_S", 0.05)
+        monkeypatch.setattr(quoter, "_bind", trio.sleep_forever)
+        with pytest.raises(HostError, match="did not come back within"):
+            await quoter.probe()
 
 
 async def test_the_duty_is_kept(agent: FakeAgent) -> None:

@@ -28,6 +28,7 @@ from provider_proxy.common.files import FileLock
 from provider_proxy.errors import QuoteError
 from provider_proxy.host.config.registrars import RegistrarTable
 from provider_proxy.trust.registration import client, registration
+from provider_proxy.trust.registration import round as rounds
 from provider_proxy.trust.registration.registration import Registration
 from provider_proxy.trust.registration.state import GOOD, Report, State
 
@@ -288,7 +289,44 @@ async def test_a_chip_that_does_not_answer_ends_the_round(
     tpm.delay_s = 1e6
     report = await make(registrar, tpm).once()
     assert report.state is State.NO_TPM
-    assert trio.current_time() >= registration.TPM_LIMIT_S
+    assert trio.current_time() >= rounds.TPM_LIMIT_S
+
+
+async def test_a_round_ends_in_time_where_each_step_is_just_in_time(
+    registrar: FakeRegistrar,
+    tpm: FakeTpm,
+    tmp_path: Path,
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A lock, a chip and a registrar that take all the time that each of them has."""
+
+    async def late(_request: httpx.Request) -> httpx.Response | None:
+        await trio.sleep(client.CALL_LIMIT_S - 1)
+        return None
+
+    registrar.intercept = late
+    tpm.delay_s = rounds.TPM_LIMIT_S - 1
+    lock = FileLock(tmp_path / "lock")
+    assert lock.take()
+    mine = make(registrar, tpm, lock=tmp_path / "lock")
+    report = None
+
+    async def go() -> None:
+        nonlocal report
+        report = await mine.once()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(go)
+        await trio.sleep(registration.LOCK_LIMIT_S - 1)
+        lock.release()
+    assert trio.current_time() == registration.ROUND_LIMIT_S
+    assert isinstance(report, Report)
+    assert (report.state, names(report)[-1]) == (State.AWAY, "limit!")
+    assert mine.status.last_error == "the round did not end within 240 s"
+    registrar.intercept, tpm.delay_s = None, 0.0
+    assert (
+        await mine.once()
+    ).state is State.REGISTERED  # the lock is free, what was half done is mended
 
 
 # --- a registrar that is away, or answers nonsense ----------------------------------------------------
