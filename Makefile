@@ -8,6 +8,7 @@
 #                RELEASE=trixie, BARE_USER=1 for an ordinary user with sudo, BARE="deb test-deb" for other targets
 # make mutants   breaks the pure core on purpose, and looks whether a test notices (SAMPLE=130 for some; JOBS=2)
 # make docs      docs/api.md, docs/reference.md and the comments of the example file, from the program
+# make picture   docs/img/status-page.png: the status page of a daemon under load
 # make messages  every text that a person may see, to be read (WORDS="…" for those with a word)
 # make bench     the figures of this machine
 # make man       the manual pages and the shells' completion, into build/
@@ -52,7 +53,7 @@ PROMTOOL := .promtool/usr/bin/promtool
 MAX_SKIPPED ?= 100
 SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: help install system system-tests system-deb promtool libvirt guest keylime keylime-trial demo test test-keylime-bridge test-keylime-releases test-libvirt test-bare test-slow check format lint types wheel soak bench docs man lock deb test-deb test-upgrade test-reproducible bundle test-bundle system-kvm test-kvm clean mutants messages
+.PHONY: help install system system-tests system-deb promtool libvirt guest keylime keylime-trial demo test test-keylime-bridge test-keylime-releases test-libvirt test-bare test-slow check format lint types wheel soak bench docs man lock deb test-deb test-upgrade test-reproducible bundle test-bundle system-kvm test-kvm clean mutants messages picture
 
 install: $(DEV)
 
@@ -183,6 +184,9 @@ docs: install
 	$(BIN)/python tests/support/api_page.py > docs/api.md
 	$(BIN)/python packaging/reference.py > docs/reference.md
 	$(BIN)/python packaging/example.py
+
+picture: install
+	@PYTHONPATH=tests/support $(BIN)/python tests/support/status_picture.py >/dev/null
 
 messages: install
 	@PYTHONPATH=tests/support $(BIN)/python tests/support/messages.py $(WORDS)

@@ -548,10 +548,12 @@ def test_changelog_has_its_form() -> None:
 # --- README --------------------------------------------------------------------------------------
 
 
-def test_readme_begins_with_what_to_install() -> None:
-    first = read("README.md").splitlines()[0]
-    assert "`apt-get update && apt-get install -y make git`" in first  # .ci/run does it, too
-    assert "Debian 12 or 13" in first
+def test_readme_says_what_to_install_before_the_first_make() -> None:
+    text = read("README.md")
+    assert text.startswith("# provider-proxy\n")
+    before = text.split("\n## Try it\n")[1].split("`make demo`")[0]
+    assert "`apt-get update && apt-get install -y make git`" in before  # .ci/run does it, too
+    assert "Debian 12 or 13" in before
 
 
 def test_readme_keeps_a_place_for_figures() -> None:
