@@ -1,8 +1,9 @@
-"""Extends PCR 10 of a TPM as the kernel's IMA does, and says how long each extend took.
+"""Extends PCR 10 of a TPM as the kernel's IMA does, and says when.
 
 `python -m provider_proxy.bench.extender TCTI EXTENDS_PER_S OPEN_S SHELL_S SEED` prints one JSON line.
 First extends are asked for at random moments, drawn beforehand; like IMA it sends one at a time, and what
-waits for its turn waits on. Then it is one shell: each extend as soon as the last is done.
+waits for its turn waits on: "due" and "done" are the moments, as monotonic seconds. Then it is one shell:
+each extend as soon as the last is done. "shell" is when each of those was done.
 """
 
 from __future__ import annotations
@@ -32,21 +33,21 @@ def main() -> None:
     moments = list(itertools.takewhile(lambda at: at < args.open_s, itertools.accumulate(gaps)))
     context = open_context(args.tcti)
     try:
-        waits = []
+        due, done, shell = [], [], []
         begin = time.monotonic()
         for moment in moments:
             time.sleep(max(0.0, begin + moment - time.monotonic()))
             extend(context)
-            waits.append(round((time.monotonic() - begin - moment) * 1000, 2))
-        begin, count = time.monotonic(), 0
+            due.append(begin + moment)
+            done.append(time.monotonic())
+        begin = time.monotonic()
         while time.monotonic() < begin + args.shell_s:
             time.sleep(EXEC_S)
             extend(context)
-            count += 1
-        rate = count / (time.monotonic() - begin)
+            shell.append(time.monotonic())
     finally:
         close_context(context)
-    print(json.dumps({"waits_ms": waits, "execs_per_s": round(rate, 2)}))
+    print(json.dumps({"due": due, "done": done, "shell": shell}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """`bench plan`: what `plan` predicts beside what the daemon does, on slowed-down chips.
 
-A calibration comes first: the daemon's CPU a request and a batch on this machine. The points that follow
-are predicted from that and from the chip's profile, as `plan --chip` has it, each by itself, and then
-measured; no figure of a point goes into its prediction. Tenants draw the moment of each poll anew, as
-in the model.
+A calibration comes first: the daemon's CPU a request and a batch on this machine. Then each point is
+measured, and predicted from the calibration and from the time that its chip took for a quote, as
+`plan --measure` has it: a sleep stands for the chip, and a busy machine wakes it late. No other figure
+of a point goes into its prediction. `machine_ms` is by how much a timer beside the load came late.
+Tenants draw the moment of each poll again each time, as in the model.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +29,13 @@ SHORTEST_S, LONGEST_S = 8.0, 45.0
 ROUNDS = 3  # where one is short; the median's machine was not busy with something else
 CALIBRATION_S = 10.0
 PLAINTEXT_KB = 25.0  # of a connection; the bench speaks no TLS
+LATE_EVERY_S = 0.02
 REQUEST_SHARE = 0.4  # of a request's CPU, what is spent before it waits
 
+FIGURES = (
+    *("p50_ms", "p99_ms", "duty", "leaves", "answered_per_s", "cpu", "memory_mb"),
+    *("quote_ms", "machine_ms"),
+)
 SHOWN = {"p50_ms": ".0f", "p99_ms": ".0f", "duty": ".2f", "cpu": ".1%"}
 """The figures that people look at first, and how they read them."""
 
@@ -84,7 +91,12 @@ POINTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What the daemon did at a point."""
+    """What the daemon did at a point.
+
+    Attributes:
+        quote_ms: the chip's time for a quote, on average, as the daemon had it.
+        machine_ms: by how much a timer of the load generator came late, 99th percentile.
+    """
 
     p50_ms: float
     p99_ms: float
@@ -93,6 +105,8 @@ class Measured:
     answered_per_s: float
     cpu: float
     memory_mb: float
+    quote_ms: float
+    machine_ms: float
     quotes: int
     requests: int
 
@@ -114,9 +128,9 @@ def points(directory: Path, costs: Costs, seed: int, say: Say) -> dict[str, obje
     within = 0
     for number, at in enumerate(POINTS):
         say(f"{at.name} ({number + 1} of {len(POINTS)})")
-        predicted = predict(at.scenario, costs)
         rounds = measure(directory, f"p{number}", at, at.seconds, seed + number, at.rounds)
         measured = median_of(rounds)
+        predicted = predict(replace(at.scenario, quote_s=measured.quote_ms / 1000), costs)
         row = compare(at, predicted, measured)
         within += bool(row["within_15_percent"])
         figures[at.name] = row
@@ -132,6 +146,9 @@ def compare(at: Point, predicted: Prediction, measured: Measured) -> dict[str, o
         "window_ms": at.scenario.window_s * 1000,
         "max_duty": at.scenario.max_duty,
         "requests": measured.requests,
+        "quote_ms": round(measured.quote_ms, 2),
+        "quote_ms_of_the_profile": round(at.scenario.quote_s * 1000, 2),
+        "machine_ms_p99": round(measured.machine_ms, 2),
     }
     within = True
     for name in ("p50_ms", "p99_ms", "duty", "leaves", "cpu", "memory_mb"):
@@ -187,8 +204,11 @@ def measure(
 
 def _round(target: Target, scenario: Scenario, seconds: float, seed: int) -> Measured:
     cpu_s: list[float] = []
-    got = asyncio.run(
-        load.polling(
+    late_ms: list[float] = []
+
+    async def ask() -> load.Load:
+        watching = asyncio.create_task(_note_lateness(late_ms))
+        got = await load.polling(
             target.host,
             target.port,
             tenants=scenario.tenants,
@@ -199,7 +219,10 @@ def _round(target: Target, scenario: Scenario, seconds: float, seed: int) -> Mea
             redraw=True,
             on_connected=lambda: cpu_s.append(target.cpu_s()),
         )
-    )
+        watching.cancel()
+        return got
+
+    got = asyncio.run(ask())
     cpu_s.append(target.cpu_s())
     load.verify_all(got, load.trusted_host(target.host, target.port))
     begin = min(reply.sent_s for reply in got.replies) + scenario.interval_s
@@ -217,17 +240,24 @@ def _round(target: Target, scenario: Scenario, seconds: float, seed: int) -> Mea
         answered_per_s=len(counted) / seconds,
         cpu=(cpu_s[1] - cpu_s[0]) / (seconds + scenario.interval_s),
         memory_mb=target.peak_rss_mb(),
+        quote_ms=statistics.fmean(quotes.values()),
+        machine_ms=quantile(sorted(late_ms), 0.99),
         quotes=len(quotes),
         requests=len(counted),
     )
 
 
+async def _note_lateness(late_ms: list[float]) -> None:
+    """Write by how much a timer comes late, until cancelled."""
+    while True:
+        due = time.monotonic() + LATE_EVERY_S
+        await asyncio.sleep(LATE_EVERY_S)
+        late_ms.append((time.monotonic() - due) * 1000)
+
+
 def median_of(rounds: Sequence[Measured]) -> Measured:
     """Each figure's median; requests and quotes are those of all rounds."""
-    figures = {
-        name: statistics.median(getattr(one, name) for one in rounds)
-        for name in ("p50_ms", "p99_ms", "duty", "leaves", "answered_per_s", "cpu", "memory_mb")
-    }
+    figures = {name: statistics.median(getattr(one, name) for one in rounds) for name in FIGURES}
     return Measured(
         **figures,
         quotes=sum(one.quotes for one in rounds),

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -28,14 +29,39 @@ ACCEPT_POLL_S = 0.2
 Serve = Callable[[socket.socket], None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A command that was passed on: its TPM_CC, and monotonic seconds.
+
+    Attributes:
+        asked_s: when it came.
+        begin_s, end_s: when it had the TPM, and until when.
+    """
+
+    code: int
+    asked_s: float
+    begin_s: float
+    end_s: float
+
+
 class Broker:
     """A broker over the swtpm behind `tcti` ("swtpm:path=…").
+
+    Args:
+        observe: told of each command that was passed on; called by several threads, in turns.
 
     Attributes:
         tcti: what its clients open.
     """
 
-    def __init__(self, tcti: str, plan: Plan | None = None) -> None:
+    def __init__(
+        self,
+        tcti: str,
+        plan: Plan | None = None,
+        *,
+        observe: Callable[[Command], None] = lambda command: None,
+    ) -> None:
+        self._observe = observe
         self._upstream = tcti.removeprefix("swtpm:path=")
         self.plan = plan
         self._directory = tempfile.TemporaryDirectory(prefix="provider-proxy-")
@@ -100,8 +126,11 @@ class Broker:
 
     def _execute(self, command: bytes) -> bytes | None:
         """Pass a command on; None where the plan drops the connection."""
+        code = int.from_bytes(command[6:10], "big")
+        asked_s = time.monotonic()
         with self._turn:
-            action = self.plan(int.from_bytes(command[6:10], "big")) if self.plan else None
+            begin_s = time.monotonic()
+            action = self.plan(code) if self.plan else None
             if action is not None:
                 if action.drop:
                     return None
@@ -114,6 +143,8 @@ class Broker:
             if action is not None:
                 time.sleep(action.delay_s)  # the TPM works in the meantime
             response = _read_command(self._tpm)
+            end_s = time.monotonic()
+            self._observe(Command(code=code, asked_s=asked_s, begin_s=begin_s, end_s=end_s))
         if action is not None and action.garble is not None:
             return action.garble(response)
         return response

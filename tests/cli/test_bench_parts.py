@@ -13,11 +13,18 @@ import h11
 import pytest
 import trio
 from helpers import LIMIT_S, connect, get_bytes
+from tpm_helpers import swtpm_at
 
 from provider_proxy.bench import bare, connections, ima, overload
 from provider_proxy.bench.plan import point
 from provider_proxy.bench.process import Target
+from provider_proxy.bench.slow_chip import SlowChip
+from provider_proxy.errors import HostError
 from provider_proxy.host.batching.ima_wait import ImaWait
+from provider_proxy.host.tpm.chip import close_context, open_context
+from provider_proxy.testing.broker import Command
+from provider_proxy.testing.disturb import CC_PCR_EXTEND, CC_QUOTE, CHIPS
+from provider_proxy.testing.ima import extend
 
 WAIT = ImaWait(mean_ms=24.0, p99_ms=77.0, execs_per_s=76.0)
 
@@ -72,6 +79,48 @@ def test_a_wait_that_is_not_within_15_percent(figure: str, factor: float) -> Non
     row = ima.compare(at, WAIT, other, 10)
     assert row["within_15_percent"] is False
     assert json.dumps(row)
+
+
+def command(code: int, asked: float, begin: float, end: float) -> Command:
+    return Command(code=code, asked_s=asked, begin_s=begin, end_s=end)
+
+
+def test_what_the_chip_and_what_the_machine_added() -> None:
+    """The first extend waits for a quote, the second for the first, which its caller saw done late."""
+    extends = ima.Extends(due=[10.1, 10.2], done=[10.61, 10.66], shell=[12.0])
+    commands = [
+        command(CC_QUOTE, 10.0, 10.0, 10.5),
+        command(CC_PCR_EXTEND, 10.11, 10.5, 10.6),
+        command(CC_PCR_EXTEND, 10.62, 10.62, 10.65),
+        command(0x144, 10.7, 10.7, 10.8),
+        command(CC_PCR_EXTEND, 11.98, 11.98, 11.99),
+    ]
+    one = ima.read_round(extends, commands)
+    assert one.waits_ms == pytest.approx([490, 420])
+    assert one.machine_ms == pytest.approx([20, 40])
+    assert one.shell_s == pytest.approx([0.011])
+    assert one.quotes_s == pytest.approx([0.5])
+    assert one.others == 1
+    assert one.extends_s == pytest.approx([0.1, 0.03, 0.01])
+    with pytest.raises(HostError, match="not the ones"):
+        ima.read_round(extends, commands[:-1])
+    assert json.dumps(ima.compare(ima.POINTS[0], ima.wait_of(one), ima.wait_of(one), 2))
+
+
+@pytest.mark.real
+def test_a_slow_chip_tells_what_it_did(tmp_path: Path) -> None:
+    with swtpm_at(tmp_path) as tpm, SlowChip(tpm.tcti, "amd-p256") as chip:
+        assert chip.take() == []
+        context = open_context(chip.tcti)
+        for _ in range(2):
+            extend(context)
+        close_context(context)
+        done = [each for each in chip.take() if each.code == CC_PCR_EXTEND]
+        assert len(done) == 2
+        for each in done:
+            assert each.asked_s <= each.begin_s
+            assert each.end_s - each.begin_s >= CHIPS["amd-p256"].extend_s
+        assert chip.take() == []
 
 
 def test_a_round_s_median() -> None:

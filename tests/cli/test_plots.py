@@ -33,7 +33,13 @@ PREDICTION = Prediction(
 def measured(**changed: float) -> Measured:
     values = {"p50_ms": 310.0, "p99_ms": 640.0, "duty": 0.41, "leaves": 3.0, "cpu": 0.2}
     return Measured(
-        **(values | changed), memory_mb=61.0, answered_per_s=200.0, quotes=9, requests=27
+        **(values | changed),
+        memory_mb=61.0,
+        answered_per_s=200.0,
+        quote_ms=71.2,
+        machine_ms=0.4,
+        quotes=9,
+        requests=27,
     )
 
 
