@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from docs_helpers import read
-from places import DOCS, ROOT
+from monitoring import (
+    check_alerts,
+    check_dashboard,
+    check_names,
+    check_panels,
+    needs_promtool,
+    promtool,
+    series,
+)
+from places import DOCS
 from status_helpers import HANDSHAKE_FAILURES
 
 from provider_proxy.host.metrics import Metrics
@@ -25,62 +32,16 @@ RULES: list[dict[str, Any]] = [
 DASHBOARD: dict[str, Any] = json.loads(read("docs/grafana-dashboard.json"))
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
 TARGETS = [(panel["title"], t["expr"]) for panel in PANELS for t in panel.get("targets", ())]
-SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
-PROMTOOL = shutil.which("promtool") or shutil.which(ROOT / ".promtool/usr/bin/promtool")
-needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")
 
 
-def series() -> dict[str, set[str]]:
-    """Each name that Prometheus can ask for, and its labels."""
-    registries = [made().registry for made in (Metrics, WatchMetrics, BridgeMetrics)]
-    found = {}
-    for collector in [each for one in registries for each in list(one._collector_to_names)]:
-        for family in collector.describe():  # type: ignore[attr-defined]
-            for suffix in SUFFIXES[family.type]:
-                labels = set(getattr(collector, "_labelnames", ()))
-                found[family.name + suffix] = labels | ({"le"} if suffix == "_bucket" else set())
-    return found
-
-
-SERIES = series()
-OF_PROMETHEUS = {"instance", "job"}
-
-
-def check_names(expr: str) -> None:
-    """Raises: AssertionError where an expression names what does not exist."""
-    names = re.findall(r"provider_proxy_\w+", expr)
-    assert names
-    known: set[str] = set()
-    for name in names:
-        assert name in SERIES, name
-        known |= SERIES[name]
-    used = {
-        label
-        for part in re.findall(r"\{([^}]*)\}", expr)
-        for label in re.findall(r"(\w+)[=!]", part)
-    }
-    used |= {label for part in re.findall(r"by \(([^)]*)\)", expr) for label in part.split(", ")}
-    assert used <= known | OF_PROMETHEUS, used
-
-
-def promtool(*words: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(PROMTOOL), *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-        cwd=cwd,
-    )
-
-
+SERIES = series(Metrics().registry, WatchMetrics().registry, BridgeMetrics().registry)
 # --- the rules ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
 def test_a_rule_names_metrics_that_exist_and_is_explained(rule: dict[str, Any]) -> None:
     if rule["alert"] != "ProviderProxyDown":
-        check_names(rule["expr"])
+        check_names(rule["expr"], SERIES)
     assert rule["labels"]["severity"] in ("info", "warning", "critical")
     assert rule["annotations"]["summary"]
     page, anchor = rule["annotations"]["runbook"].split("#")
@@ -102,7 +63,7 @@ def test_a_name_that_does_not_exist_is_seen() -> None:
         "sum by (code) (provider_proxy_queue)",
     ):
         with pytest.raises(AssertionError):
-            check_names(expr)
+            check_names(expr, SERIES)
 
 
 def test_reasons_in_rules_are_those_of_the_code() -> None:
@@ -120,7 +81,6 @@ def test_promtool_takes_the_rules() -> None:
     assert f"{len(RULES)} rules found" in done.stdout
 
 
-LABELS = 'instance="a", job="provider-proxy"'
 # alert: series that make it fire, and labels of the alert beside `instance`
 FIRES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "ProviderProxyDown": ({"up": "0x120"}, {"job": "provider-proxy"}),
@@ -239,42 +199,10 @@ WELL = {
 }
 
 
-def labelled(name: str) -> str:
-    bare, _, labels = name.rstrip("}").partition("{")
-    return f"{bare}{{{LABELS}{', ' + labels if labels else ''}}}"
-
-
-def rule_test(values: dict[str, str], alert: str, expected: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "interval": "1m",
-        "input_series": [
-            {"series": labelled(name), "values": points} for name, points in values.items()
-        ],
-        "alert_rule_test": [{"eval_time": "119m", "alertname": alert, "exp_alerts": expected}],
-    }
-
-
 @needs_promtool
 def test_each_alert_fires_and_none_without_cause(tmp_path: Path) -> None:
     assert set(FIRES) == {rule["alert"] for rule in RULES}
-    cases = []
-    for rule in RULES:
-        alert = rule["alert"]
-        values, labels = FIRES[alert]
-        own = {"instance": "a", **labels, **rule["labels"]}
-        summary = rule["annotations"]["summary"].replace("{{ $labels.instance }}", "a")
-        for label, value in labels.items():
-            summary = summary.replace(f"{{{{ $labels.{label} }}}}", value)
-        annotations = {**rule["annotations"], "summary": summary}
-        cases.append(
-            rule_test(values, alert, [{"exp_labels": own, "exp_annotations": annotations}])
-        )
-        cases.append(rule_test(WELL, alert, []))
-    shutil.copy(DOCS / "alerts.yml", tmp_path)
-    document = {"rule_files": ["alerts.yml"], "evaluation_interval": "1m", "tests": cases}
-    (tmp_path / "test.yml").write_text(json.dumps(document))  # YAML, too
-    done = promtool("test", "rules", "test.yml", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    check_alerts(tmp_path, DOCS / "alerts.yml", RULES, FIRES, WELL)
 
 
 # --- the dashboard --------------------------------------------------------------------------------
@@ -282,41 +210,14 @@ def test_each_alert_fires_and_none_without_cause(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("title", "expr"), TARGETS)
 def test_a_panel_asks_for_metrics_that_exist(title: str, expr: str) -> None:
-    check_names(expr)
+    check_names(expr, SERIES)
 
 
 def test_the_dashboard_can_be_imported() -> None:
     assert DASHBOARD["title"] == "provider-proxy"
-    assert DASHBOARD["schemaVersion"] >= 36
-    assert "id" not in DASHBOARD  # another instance's number would overwrite a dashboard there
-    ids = [panel["id"] for panel in PANELS]
-    assert len(ids) == len(set(ids))
-    variables = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
-    used = set(re.findall(r"\$\{?(\w+)\}?", json.dumps(PANELS))) - {"__rate_interval"}
-    assert used == variables == {"datasource", "instance"}
-    cells: set[tuple[int, int]] = set()
-    for panel in PANELS:
-        at = panel["gridPos"]
-        own = {
-            (x, y)
-            for x in range(at["x"], at["x"] + at["w"])
-            for y in range(at["y"], at["y"] + at["h"])
-        }
-        assert max(x for x, _ in own) < 24
-        assert not own & cells, f"{panel['title']} lies over another panel"
-        cells |= own
+    check_dashboard(DASHBOARD)
 
 
 @needs_promtool
 def test_promtool_can_read_each_panel_s_question(tmp_path: Path) -> None:
-    rules = [
-        {
-            "record": f"panel:{number}",
-            "expr": expr.replace("$__rate_interval", "5m").replace("$instance", ".*"),
-        }
-        for number, (_, expr) in enumerate(TARGETS)
-    ]
-    path = tmp_path / "panels.yml"
-    path.write_text(json.dumps({"groups": [{"name": "panels", "rules": rules}]}))
-    done = promtool("check", "rules", path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    check_panels(tmp_path, TARGETS)
