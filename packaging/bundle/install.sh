@@ -67,7 +67,7 @@ put() { # MODE FILE DIRECTORY
 }
 put 755 "$here/provider-proxy" /usr/bin
 for file in "$here"/hooks/*; do put 755 "$file" /usr/bin; done
-for file in "$here"/systemd/*.service "$here"/systemd/*.socket; do put 644 "$file" /usr/lib/systemd/system; done
+for file in "$here"/systemd/*.service "$here"/systemd/*.socket "$here"/systemd/*.timer; do put 644 "$file" /usr/lib/systemd/system; done
 put 644 "$here/systemd/sysusers.d/provider-proxy.conf" /usr/lib/sysusers.d
 put 644 "$here/systemd/tmpfiles.d/provider-proxy.conf" /usr/lib/tmpfiles.d
 rule=60-provider-proxy-tpm.rules

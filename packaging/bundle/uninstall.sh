@@ -12,7 +12,10 @@ if [ -d /run/systemd/system ]; then
     # The socket first: a tenant's question must not start the daemon again.
     for unit in $(sed -n 's/.*\/\(provider-proxy[^/]*\.socket\)$/\1/p' $app/installed-files) \
         $(sed -n 's/.*\/\(provider-proxy[^/]*\.service\)$/\1/p' $app/installed-files); do
-        systemctl disable --now "$unit" || true
+        case "$unit" in
+        *@.service) systemctl stop "${unit%.service}*.service" || true ;;
+        *) systemctl disable --now "$unit" || true ;;
+        esac
     done
 fi
 while read -r file; do rm -f "$file"; done <$app/installed-files

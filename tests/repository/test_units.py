@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from places import DOCS, SYSTEMD
+from places import DOCS, PACKAGING, SYSTEMD
 
 from provider_proxy.cli import main as cli
 from provider_proxy.host.pki import CA_KEY, CRL_DAYS
+from provider_proxy.tenant.watch.tables import WatchConfig
 
 pytestmark = pytest.mark.real
 
@@ -25,6 +26,8 @@ SERVICE = SYSTEMD / "provider-proxy.service"
 HELPER = SYSTEMD / "provider-proxy-vtpm.service"
 SECRET = SYSTEMD / "provider-proxy-vtpm-secret.service"
 CRL = SYSTEMD / "provider-proxy-crl.service"
+WATCH = SYSTEMD / "provider-proxy-watch@.service"
+MAX_WATCH_EXPOSURE = 10  # tenths; hosts and a database on the network make up what is left
 MAX_CRL_EXPOSURE = 8  # tenths
 MAX_HELPER_EXPOSURE = 9  # tenths; what it may read, and a look at all processes
 MAX_EXPOSURE = 13  # tenths; a TPM, tenants outside and unix sockets' users make up what is left
@@ -50,6 +53,7 @@ def units(tmp_path: Path) -> list[Path]:
     names = ("provider-proxy", "provider-proxy-vtpm", "provider-proxy-vtpm-secret")
     made = [tmp_path / f"{name}.{kind}" for name in names for kind in ("service", "socket")]
     made += [tmp_path / f"provider-proxy-crl.{kind}" for kind in ("service", "timer")]
+    made.append(tmp_path / "provider-proxy-watch@.service")
     assert sorted(made) == sorted(copies)
     return made
 
@@ -112,7 +116,7 @@ def test_the_daemon_has_no_capability_and_the_helper_one() -> None:
         assert "AmbientCapabilities=CAP" not in page.read_text(), page
 
 
-@pytest.mark.parametrize("unit", [SERVICE, HELPER, SECRET, CRL])
+@pytest.mark.parametrize("unit", [SERVICE, HELPER, SECRET, CRL, WATCH])
 def test_every_hardening_group_says_what_it_breaks(unit: Path) -> None:
     groups = re.split(r"^# --- ", unit.read_text(), flags=re.MULTILINE)[1:]
     assert len(groups) >= 5
@@ -132,6 +136,45 @@ def test_the_crl_s_exposure_is_within_its_bound(units: list[Path]) -> None:
         "PrivateUsers",  # the group of /etc/provider-proxy would be nobody's
         "DeviceAllow",  # ProtectClock's
     }
+
+
+def test_the_watcher_s_exposure_is_within_its_bound(units: list[Path]) -> None:
+    words = ("systemd-analyze", "security", "--offline=true", "--no-pager")
+    done = tool(*words, f"--threshold={MAX_WATCH_EXPOSURE}", units[-1])
+    assert done.returncode == 0, done.stdout
+    assert set(exposures(units[-1])) == {
+        "RootDirectoryOrRootImage",
+        "RestrictAddressFamilies_AF_UNIX",  # a database on this machine
+        "RestrictAddressFamilies_AF_INET_INET6",  # hosts' proxies, database, webhook
+        "PrivateNetwork",
+        "IPAddressDeny",
+        "DeviceAllow",  # ProtectClock's
+    }
+
+
+def test_the_watcher_s_command_is_one_that_there_is() -> None:
+    """With the file that an instance's name leads to, and the folder that files have by default."""
+    text = WATCH.read_text()
+    start = re.search(r"^ExecStart=/usr/bin/provider-proxy (.*)$", text, re.MULTILINE)
+    assert start is not None
+    args = cli.build_parser().parse_args(start[1].replace("%i", "rack7").split())
+    assert (args.command, str(args.config)) == ("watch", "/etc/provider-proxy-watch/rack7.toml")
+    assert f"StateDirectory={WatchConfig().state_dir.name}\n" in text
+    assert f"RestartPreventExitStatus={cli.EXIT_USAGE}\n" in text
+
+
+def test_what_the_units_name_is_packaged() -> None:
+    """The Debian package and the bundle install every unit, and take it away."""
+    rules = (PACKAGING / "debian/rules").read_text()
+    for unit in SYSTEMD.glob("provider-proxy*.*"):
+        assert f"cp systemd/{unit.name} " in rules
+    install = (PACKAGING / "bundle/install.sh").read_text()
+    kinds = {unit.suffix for unit in SYSTEMD.glob("provider-proxy*.*")}
+    assert {f'"$here"/systemd/*{kind}' for kind in kinds} == set(
+        re.findall(r'"\$here"/systemd/\*\.\w+', install)
+    )
+    uninstall = (PACKAGING / "bundle/uninstall.sh").read_text()
+    assert "*@.service) systemctl stop" in uninstall
 
 
 def test_the_timer_leaves_time_for_runs_that_fail() -> None:

@@ -108,12 +108,12 @@ class FleetMember:
         self._draining = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until SIGTERM or SIGINT; give everything back on the way out.
+        """Serve until SIGTERM or SIGINT; give everything back on the way out. SIGHUP begins again.
 
         Raises:
             HostError: the database is away at the start, or nobody reads stdout any more.
         """
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             try:
                 await self._serve(signals, task_status)
             except BaseExceptionGroup as group:
@@ -186,8 +186,12 @@ class FleetMember:
                     )
                     nursery.start_soon(beat)
                     task_status.started()
-                    async for _ in signals:
-                        break
+                    async for number in signals:
+                        if number != signal.SIGHUP:
+                            break
+                        log.info("reading all hosts and TLS files again")
+                        await self._write_or_log()
+                        self._served.begin_again()
                     log.info("stopping")
                     nursery.cancel_scope.cancel()
                 await self._leave()

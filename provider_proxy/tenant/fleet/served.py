@@ -97,6 +97,14 @@ class Served:
             self._wake.set()
         return len(new)
 
+    def begin_again(self) -> None:
+        """Read the hosts of all shards again, with the TLS files as they are now."""
+        self._endpoints = Endpoints()
+        shards = list(self._changes)
+        self._drop(shards)
+        self._todo |= set(shards)
+        self._wake.set()
+
     def lost(self, shards: Iterable[int]) -> None:
         """These shards are somebody else's: the database refused a write."""
         self._drop([shard for shard in shards if shard in self._changes])
