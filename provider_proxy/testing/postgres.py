@@ -67,11 +67,28 @@ class Postgres:
             timeout=START_LIMIT_S,
         )
 
-    def start(self) -> None:
-        """Start the server, and wait until it answers."""
-        options = " ".join((*SETTINGS, "-k", str(self.folder)))
+    def start(self, *settings: str) -> None:
+        """Start the server, and wait until it answers.
+
+        Args:
+            settings: "name=value", beside and over the usual ones.
+        """
+        more = [word for setting in settings for word in ("-c", setting)]
+        options = " ".join((*SETTINGS, "-k", str(self.folder), *more))
         log = str(self.folder / "log")
         self.run("pg_ctl", "start", "-w", "-D", str(self.data), "-l", log, "-o", options)
+
+    def give(self, *paths: Path) -> None:
+        """Make files the server's own."""
+        if self._user is not None:
+            entry = pwd.getpwnam(self._user)
+            for path in paths:
+                os.chown(path, entry.pw_uid, entry.pw_gid)
+
+    def copy(self, source: Path, target: Path) -> None:
+        """Copy a folder of the server's, which is stopped, in place of what is there."""
+        shutil.rmtree(target, ignore_errors=True)
+        subprocess.run(["/bin/cp", "-a", source, target], check=True, timeout=START_LIMIT_S)
 
     def stop(self, how: str = "immediate") -> None:
         """Stop the server."""

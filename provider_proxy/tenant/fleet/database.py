@@ -34,6 +34,8 @@ TCP_LIMIT_MS = 5_000
 # Two transactions that waited for each other: the server ended one, and it may simply come again.
 AGAIN = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 TRIES = 3
+SECRETS = ("password", "sslpassword")
+QUOTED_RE = re.compile(r"\".*\"?", re.DOTALL)
 SCHEME_RE = re.compile(r"postgres(ql)?://", re.ASCII)
 
 
@@ -58,8 +60,10 @@ def read_address(text: str, *, name: str = "") -> str:
     try:
         values = conninfo_to_dict(text)
     except psycopg.ProgrammingError as exc:
-        raise UsageError(f"not an address of PostgreSQL: {str(exc).strip()}") from exc
-    if values.get("password") is not None:
+        # libpq repeats what it could not read, in quotes, and a password may be in that.
+        reason = QUOTED_RE.sub("…", str(exc).strip())
+        raise UsageError(f"not an address of PostgreSQL: {reason}") from None
+    if any(values.get(key) is not None for key in SECRETS):
         raise UsageError(
             "the address holds a password; put it in libpq's passfile (passfile=…), or name a "
             "service (service=…)"
