@@ -119,10 +119,13 @@ def _heading(figure: Figure, title: str, text: str) -> None:
 def _key(axes: Axes, where: Literal["lower right", "upper left"]) -> None:
     """What lines and marks mean, in grey: it holds for all colours."""
     handles = [
-        Line2D([], [], color=GREY, linewidth=1.8, marker="o", markersize=5, label="p99"),
+        Line2D(
+            [], [], color=GREY, linewidth=1.8, marker="o", markersize=5,
+            label="p99: 99 of 100 answers are faster",
+        ),
         Line2D(
             [], [], color=GREY, linewidth=1.2, linestyle=(0, (4, 2)), marker="o", markersize=5,
-            markerfacecolor="white", label="p50",
+            markerfacecolor="white", label="p50: half of the answers are faster",
         ),
         Line2D([], [], color=GREY, linewidth=1.8, label="line: predicted"),
         Line2D([], [], color=GREY, linestyle="none", marker="o", markersize=5, label="mark: measured"),
@@ -148,18 +151,18 @@ def _by_tenants(sweeps: Sweeps) -> Figure:
     axes.set_ylim(110, 60_000)
     _numbers(axes.xaxis, (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))
     _numbers(axes.yaxis, (200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000))
-    axes.set_xlabel("tenants, each asking every 2 s")
-    axes.set_ylabel("latency, ms")
+    axes.set_xlabel("number of tenants, each asking every 2 s (logarithmic axis)")
+    axes.set_ylabel("latency in ms (logarithmic axis)")
     axes.axhline(DEFAULT_TIMEOUT_MS, color=GREY, linewidth=0.8, linestyle=":")
     axes.text(1, DEFAULT_TIMEOUT_MS * 1.06, "30 s: the default timeout", fontsize=8, color=GREY)
     bold: dict[str, Any] = {"fontweight": "bold", "ha": "right"}
-    axes.text(27, 12_500, "one quote a request", color=ORANGE, **bold)
-    axes.text(1000, 1400, f"a tick of {TICK_S:g} s that runs freely", color=GREEN, **bold)
-    axes.text(1000, 465, "this rule: batch while busy", color=BLUE, **bold)
+    axes.text(27, 12_500, "one quote per request", color=ORANGE, **bold)
+    axes.text(1000, 1400, f"one batch every {TICK_S:g} s, by the clock", color=GREEN, **bold)
+    axes.text(1000, 465, "provider-proxy: batch while the chip is busy", color=BLUE, **bold)
     _key(axes, "lower right")
     _heading(
         figure,
-        "Latency against tenants",
+        "Latency by number of tenants",
         f"A chip that takes {sweeps.quote_ms:.0f} ms a quote (an Infineon TPM's RSA-2048, median), "
         f"duty at most {sweeps.max_duty:g}, window {sweeps.window_ms:g} ms",
     )
@@ -184,14 +187,14 @@ def _by_window(sweeps: Sweeps) -> Figure:
     top.set_yscale("log")
     top.set_ylim(150, 2700)
     _numbers(top.yaxis, (200, 300, 500, 1000, 2000))
-    top.set_ylabel("latency, ms")
+    top.set_ylabel("latency in ms (log. axis)")
     top.text(sweeps.window_ms * 1.05, 1900, "default", fontsize=8, color=GREY)
     _key(top, "upper left")
-    top.text(0.5, 625, "p99, of both crowds the same", fontsize=8, color=GREY)
+    top.text(0.5, 625, "p99, the same for both", fontsize=8, color=GREY)
     middle.set_ylim(0, 0.62)
-    middle.set_ylabel("share of the chip's time")
-    low.set_ylabel("answers a second")
-    low.set_xlabel("batch.window_ms (0, then logarithmic)")
+    middle.set_ylabel("share of the chip's time used")
+    low.set_ylabel("answers per second")
+    low.set_xlabel("batch.window_ms (logarithmic axis, with 0)")
     low.set_ylim(0, 300)
     middle.text(0.5, 0.53, f"{MANY} tenants, every 2 s", color=BLUE, fontweight="bold")
     middle.text(0.5, 0.30, f"{FEW} tenants, every 2 s", color=ORANGE, fontweight="bold")

@@ -83,10 +83,21 @@ def test_each_plot_as_png_and_svg_and_the_same_each_time(
 def test_axes_have_names_and_units(tmp_path: Path, found: sweeps.Sweeps) -> None:
     plots.draw(found, tmp_path)
     text = words(tmp_path / "latency-by-tenants.svg")
-    for label in ("latency, ms", "tenants, each asking every 2 s", "190 ms a quote", "p99", "p50"):
+    for label in (
+        "latency in ms (logarithmic axis)",
+        "number of tenants, each asking every 2 s",
+        "190 ms a quote",
+        "p99",
+        "p50",
+    ):
         assert label in text
     text = words(tmp_path / "by-window.svg")
-    for label in ("latency, ms", "share of the chip's time", "answers a second", "batch.window_ms"):
+    for label in (
+        "latency in ms",
+        "share of the chip's time",
+        "answers per second",
+        "batch.window_ms",
+    ):
         assert label in text
 
 
