@@ -154,7 +154,8 @@ def _start(*words: str) -> _Client:
 
 
 @contextmanager
-def _hostile_hosts() -> Iterator[tuple[subprocess.Popen[str], Any]]:
+def hostile_hosts() -> Iterator[tuple[subprocess.Popen[str], Any]]:
+    """The process of the hostile hosts, and what it said at its start: `ports` by kind, and an `ak`."""
     process = subprocess.Popen(
         [sys.executable, "-m", "provider_proxy.bench.hostile_hosts"],
         stdin=subprocess.PIPE,
@@ -176,7 +177,7 @@ def _watcher(directory: Path, say: Say) -> dict[str, object]:
     fakes = Fakes(None)
     try:
         say(f"{GOOD_HOSTS} good hosts alone")
-        calm = Watched(_write_config(directory, fakes, None), None)
+        calm = Watched(write_config(directory, fakes, None), None)
         try:
             time.sleep(WATCH_QUIET_S)
             fakes.ask("take")
@@ -185,8 +186,8 @@ def _watcher(directory: Path, say: Say) -> dict[str, object]:
         finally:
             calm.stop()
         quiet = {"good_host_interval_error_p99_quiet_ms": round(_p99(quiet_ms), 1)}
-        with _hostile_hosts() as (process, about):
-            watcher = Watched(_write_config(directory, fakes, about), None)
+        with hostile_hosts() as (process, about):
+            watcher = Watched(write_config(directory, fakes, about), None)
             try:
                 return _measure(fakes, watcher, process, say) | quiet
             finally:
@@ -234,8 +235,23 @@ def _errors_ms(fakes: Fakes) -> list[float]:
     return [abs(gap - GOOD_INTERVAL_S) * 1000 for gap in gaps]
 
 
-def _write_config(directory: Path, fakes: Fakes, about: Any) -> Path:
-    """Good hosts alone where `about` is None."""
+def write_config(
+    directory: Path,
+    fakes: Fakes,
+    about: Any,
+    *,
+    good_hosts: int = GOOD_HOSTS,
+    silent_hosts: int = SILENT_HOSTS,
+    hostile: int = HOSTILE_HOSTS,
+    others_interval_s: float = OTHERS_INTERVAL_S,
+    defaults: str = "",
+) -> Path:
+    """A configuration of `watch`. Call it without the hostile hosts first: the good ones are pinned then.
+
+    Args:
+        about: what the hostile hosts said at their start; None for good hosts alone.
+        defaults: more lines of the table.
+    """
     pins = PinStore(directory / "pins")
     if about is None:
         pins.pin("good", base64.b64decode(fakes.about["aks"][0]))
@@ -248,6 +264,7 @@ def _write_config(directory: Path, fakes: Fakes, about: Any) -> Path:
         "[defaults]",
         "jitter = 0.0",
         "insecure_plaintext = true",
+        defaults,
     ]
 
     def host(name: str, port: int, provider: str, more: str) -> None:
@@ -255,17 +272,17 @@ def _write_config(directory: Path, fakes: Fakes, about: Any) -> Path:
         lines.append(f'provider = "{provider}"\n{more}')
 
     good = f'pin = "good"\ntpm_policy = "policy.json"\ninterval_s = {GOOD_INTERVAL_S}'
-    for number in range(GOOD_HOSTS):
+    for number in range(good_hosts):
         host(f"good{number}", fakes.about["ports"][0], "good", good)
     path = directory / "watch.toml"
     if about is None:
         path.write_text("\n".join(lines) + "\n")
         return path
-    silent = f'pin = "good"\ntpm_policy = "policy.json"\ninterval_s = {OTHERS_INTERVAL_S}'
-    for number in range(SILENT_HOSTS):
+    silent = f'pin = "good"\ntpm_policy = "policy.json"\ninterval_s = {others_interval_s}'
+    for number in range(silent_hosts):
         host(f"silent{number}", about["ports"]["silent"], "silent", silent)
-    bad = f'pin = "hostile"\nima = true\ninterval_s = {OTHERS_INTERVAL_S}\n'
-    for number in range(HOSTILE_HOSTS):
+    bad = f'pin = "hostile"\nima = true\ninterval_s = {others_interval_s}\n'
+    for number in range(hostile):
         kind = HOSTILE_KINDS[number % len(HOSTILE_KINDS)]
         host(f"{kind}{number}", about["ports"][kind], "hostile", bad)
     trickling = f"{bad}timeout_s = 2.0\nretry_interval_s = 0.1\nround_limit_s = {ROUND_LIMIT_S}"

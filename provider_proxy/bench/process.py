@@ -16,7 +16,42 @@ STOP_LIMIT_S = 15.0
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
-class Target:
+class Vitals:
+    """What the kernel says of a process that runs."""
+
+    def __init__(self, pid: int) -> None:
+        self._proc = Path(f"/proc/{pid}")
+
+    def cpu_s(self) -> float:
+        """User and system time so far, all threads, in seconds."""
+        stat = (self._proc / "stat").read_text()
+        fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
+        return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+
+    def peak_rss_mb(self) -> float:
+        """Largest resident size so far, in MB (10^6 bytes)."""
+        return self._status_mb("VmHWM")
+
+    def rss_mb(self) -> float:
+        """Resident size now, in MB (10^6 bytes)."""
+        return self._status_mb("VmRSS")
+
+    def open_files(self) -> int:
+        """How many descriptors it has open."""
+        return len(os.listdir(self._proc / "fd"))
+
+    def threads(self) -> int:
+        """How many threads it has."""
+        return len(os.listdir(self._proc / "task"))
+
+    def _status_mb(self, name: str) -> float:
+        for line in (self._proc / "status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return round(int(line.split()[1]) * 1024 / 1e6, 1)
+        raise HostError(f"the kernel does not tell {name}")
+
+
+class Target(Vitals):
     """A running `bench.target`.
 
     Attributes:
@@ -38,6 +73,7 @@ class Target:
             stdout=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
         )
+        super().__init__(self._process.pid)
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -64,34 +100,6 @@ class Target:
             self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
-
-    def cpu_s(self) -> float:
-        """User and system time of the process so far, all threads, in seconds."""
-        stat = Path(f"/proc/{self._process.pid}/stat").read_text()
-        fields = stat.rpartition(")")[2].split()  # the name before it may hold anything
-        return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
-
-    def peak_rss_mb(self) -> float:
-        """Largest resident size so far, in MB (10^6 bytes)."""
-        return self._status_mb("VmHWM")
-
-    def rss_mb(self) -> float:
-        """Resident size now, in MB (10^6 bytes)."""
-        return self._status_mb("VmRSS")
-
-    def open_files(self) -> int:
-        """How many descriptors it has open."""
-        return len(os.listdir(f"/proc/{self._process.pid}/fd"))
-
-    def threads(self) -> int:
-        """How many threads it has."""
-        return len(os.listdir(f"/proc/{self._process.pid}/task"))
-
-    def _status_mb(self, name: str) -> float:
-        for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024 / 1e6
-        raise HostError(f"the kernel does not tell {name}")
 
 
 def config_text(

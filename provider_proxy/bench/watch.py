@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from provider_proxy.bench.process import STOP_LIMIT_S, TICKS_PER_S
+from provider_proxy.bench.process import STOP_LIMIT_S, Vitals
 from provider_proxy.errors import HostError
 from provider_proxy.trust.pins import PinStore
 
@@ -188,7 +188,7 @@ class Fakes:
         self._process.communicate()
 
 
-class Watched:
+class Watched(Vitals):
     """The running watcher, its lines read by a thread as they come."""
 
     def __init__(self, config: Path, core: int | None) -> None:
@@ -202,6 +202,7 @@ class Watched:
         )
         if core is not None:
             os.sched_setaffinity(self._process.pid, {core})
+        super().__init__(self._process.pid)
         self._seen: dict[str, dict[str, float]] = {}
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -215,19 +216,6 @@ class Watched:
     def seen(self, state: str) -> dict[str, float]:
         """Hosts that were reported in a state, and when."""
         return dict(self._seen.get(state, {}))
-
-    def cpu_s(self) -> float:
-        """User and system time so far, all threads, in seconds."""
-        stat = Path(f"/proc/{self._process.pid}/stat").read_text()
-        fields = stat.rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
-
-    def peak_rss_mb(self) -> float:
-        """Largest resident size so far, in MB (10^6 bytes)."""
-        for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return round(int(line.split()[1]) * 1024 / 1e6, 1)
-        raise HostError("the kernel does not tell VmHWM")
 
     def stop(self) -> None:
         self._process.terminate()
