@@ -30,8 +30,9 @@ if shutil.which("swtpm_setup") is None:
 SECRET = uuid.UUID("aaaaaaaa-0000-4000-8000-00000000000a")
 PASSPHRASE = b"a passphrase\0with any bytes\xff" * 10
 # What libvirt says of secrets, as virsh shows it; what Nova's modes make of it (2026.1).
-SHAREABLE = "<secret ephemeral='no' private='no'><uuid/></secret>"  # mode "host"
-PRIVATE = "<secret ephemeral='no' private='yes'><uuid/></secret>"  # mode "deployment"
+USAGE = "<usage type='vtpm'><name>x</name></usage>"
+SHAREABLE = f"<secret ephemeral='no' private='no'><uuid/>{USAGE}</secret>"  # mode "host"
+PRIVATE = f"<secret ephemeral='no' private='yes'><uuid/>{USAGE}</secret>"  # mode "deployment"
 
 
 class Virsh:
@@ -131,6 +132,8 @@ async def test_an_encrypted_state_is_read_where_libvirt_gives_its_secret(
     ("xml", "why"),
     [
         (PRIVATE, "private"),
+        (SHAREABLE.replace("vtpm", "ceph"), "not for a vTPM"),
+        (SHAREABLE.replace(USAGE, ""), "not for a vTPM"),
         (None, "does not have it"),
         ("no XML", "cannot be read"),
         (SHAREABLE.replace("'no'><", "'maybe'><"), "private"),

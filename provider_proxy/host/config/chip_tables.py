@@ -215,9 +215,9 @@ class Vtpm:
         read_path,
         Path("/run/provider-proxy/vtpm.sock"),
         (
-            "Unix socket for provider-proxy-ekhook, mode 0660 of the swtpm user's group, or "
-            "0666 where the daemon cannot give it to that group. The kernel names the "
-            "process that connects either way."
+            "Unix socket for provider-proxy-ekhook, with an ACL for the swtpm user. The kernel "
+            "names the user that connects, and others are turned away, too, where the file "
+            "system has no ACLs."
         ),
     )
     helper: Path = setting(

@@ -16,6 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from provider_proxy.common.failures import printable
+from provider_proxy.common.few_lines import FewLines
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +42,7 @@ class TurnedAway:
     def __init__(self, *, now: Callable[[], float] = time.time) -> None:
         self._now = now
         self._last: deque[dict[str, object]] = deque(maxlen=KEPT)
-        self._minute = 0
-        self._lines = 0
-        self._unwritten = 0
+        self._lines = FewLines(LINES_A_MINUTE, now=now)
 
     def shaken(self, reason: str, address: str, words: str = "") -> None:
         """A TLS handshake has ended.
@@ -73,14 +72,9 @@ class TurnedAway:
                 "fingerprint": fingerprint,
             }
         )
-        if int(now) // 60 != self._minute:
-            self._minute, self._lines = int(now) // 60, 0
-        self._lines += 1
-        if self._lines > LINES_A_MINUTE:
-            self._unwritten += 1
+        more = self._lines.take()
+        if more is None:
             return
-        more = f" ({self._unwritten} more were not written)" if self._unwritten else ""
-        self._unwritten = 0
         log.warning(
             "turned away: address=%s reason=%r subject=%r sha256=%s%s",
             address,

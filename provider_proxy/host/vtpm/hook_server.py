@@ -16,6 +16,7 @@ from typing import Any, NoReturn, Protocol
 
 import trio
 
+from provider_proxy.common.few_lines import FewLines
 from provider_proxy.errors import ProviderProxyError
 from provider_proxy.host.vtpm.messages import (
     MAX_LINE_BYTES,
@@ -31,6 +32,7 @@ LINE_LIMIT_S = 5.0  # a hook sends its line at once
 ANSWER_LIMIT_S = 18.0  # below the 20 s after which the hook gives up
 SEND_LIMIT_S = 5.0
 CONNECTIONS_A_USER = 64  # a host that boots starts its VMs some at a time
+LINES_A_MINUTE = 20
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
 
 
@@ -94,6 +96,7 @@ class HookDoor:
         self._uids = {uid, 0}
         self._observe = observe
         self._open: Counter[int] = Counter()
+        self._lines = FewLines(LINES_A_MINUTE)
 
     async def serve(self, stream: HookStream) -> None:
         """Serve one connection and close it."""
@@ -102,7 +105,7 @@ class HookDoor:
                 uid = peer_uid(stream)
                 if uid not in self._uids:
                     self._observe("connect", "refused")
-                    log.warning("hooks: user %d may not connect to vtpm.socket", uid)
+                    self._warn("user %d may not connect to vtpm.socket", uid)
                     return
                 if self._open[uid] >= CONNECTIONS_A_USER:
                     self._observe("connect", "too many")
@@ -118,6 +121,12 @@ class HookDoor:
                 # A bug that one hook meets must not end the service of the tenants.
                 log.exception("hooks: a connection ended with an unexpected error")
                 self._observe("connect", "bug")
+
+    def _warn(self, text: str, *values: object) -> None:
+        """A line in the log, where there is room this minute: a process must not fill it."""
+        more = self._lines.take()
+        if more is not None:
+            log.warning("hooks: " + text + "%s", *values, more)
 
     async def _converse(self, stream: HookStream) -> None:
         line = b""
@@ -140,7 +149,7 @@ class HookDoor:
                 answer = encode_good(await self._handler.certify(request))
         except ProviderProxyError as exc:
             self._observe(op, type(exc).__name__)
-            log.warning("hooks: %s refused: %s", op, exc)
+            self._warn("%s refused: %s", op, exc)
             return encode_error(str(exc))
         except trio.TooSlowError:
             self._observe(op, "TooSlowError")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import pwd
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +18,14 @@ from provider_proxy.host.vtpm.registry import Registry
 from provider_proxy.host.vtpm.requests import Issuer
 from provider_proxy.host.vtpm.service import Keeper
 
+log = logging.getLogger(__name__)
+
 REGISTRY_FILE = "vtpm.sqlite"
+ACL = "system.posix_acl_access"
+ACL_VERSION = struct.Struct("<I")  # linux/posix_acl_xattr.h
+ACL_ENTRY = struct.Struct("<HHI")  # tag, permissions, id
+USER_OBJ, USER, GROUP_OBJ, MASK, OTHER = 0x01, 0x02, 0x04, 0x10, 0x20
+NO_ID = 0xFFFFFFFF
 SHARED_MODE = 0o660
 OPEN_MODE = 0o666
 
@@ -41,22 +51,45 @@ async def open_keeper(
 
 
 def share_socket(settings: Vtpm) -> None:
-    """Let the swtpm user connect; who else may, the door asks the kernel for each connection.
+    """Let the swtpm user connect, beside root and ourselves; the door asks the kernel besides.
 
     Raises:
         HostError: there is no such user, or the socket's mode cannot be set.
     """
-    group = _swtpm_user(settings).pw_gid
+    user = _swtpm_user(settings)
     try:
         try:
-            os.chown(settings.socket, -1, group)
-            settings.socket.chmod(SHARED_MODE)
-        except PermissionError:  # systemd's filter of system calls, or a group that is not ours
-            settings.socket.chmod(OPEN_MODE)
+            os.setxattr(settings.socket, ACL, access_of(user.pw_uid))
+        except OSError as exc:
+            if exc.errno not in (errno.EOPNOTSUPP, errno.EPERM):
+                raise
+            _share_by_mode(settings.socket, user.pw_gid)
     except OSError as exc:
         raise HostError(
             f"vtpm.socket: cannot set the mode of {settings.socket}: {exc.strerror}"
         ) from exc
+
+
+def access_of(uid: int) -> bytes:
+    """A POSIX ACL: the owner and this user read and write, and nobody else does. Source: acl(5)."""
+    entries = ((USER_OBJ, 6, NO_ID), (USER, 6, uid), (GROUP_OBJ, 0, NO_ID), (MASK, 6, NO_ID))
+    return ACL_VERSION.pack(2) + b"".join(
+        ACL_ENTRY.pack(*entry) for entry in (*entries, (OTHER, 0, NO_ID))
+    )
+
+
+def _share_by_mode(path: Path, group: int) -> None:
+    """Where the file system has no ACLs. Raises: OSError."""
+    try:
+        os.chown(path, -1, group)
+        path.chmod(SHARED_MODE)
+    except PermissionError:  # systemd's filter of system calls, or a group that is not ours
+        path.chmod(OPEN_MODE)
+        log.warning(
+            "vtpm.socket: %s is open to every user of this host, who is then turned away: its file "
+            "system has no ACLs. Put it into /run",
+            path,
+        )
 
 
 def _swtpm_user(settings: Vtpm) -> pwd.struct_passwd:

@@ -275,6 +275,44 @@ def test_the_lock_must_be_that_process_s(libvirt: Libvirt, presence: Presence) -
         assert runs(presence, OTHER_VM)
 
 
+def test_a_number_that_another_process_got_while_it_was_pinned_is_not_held_on_to(
+    libvirt: Libvirt, presence: Presence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock was there when the look began, and has gone with its QEMU before pidfd_open."""
+    with libvirt.qemu():
+        once = [presence._holders()]
+        monkeypatch.setattr(presence, "_holders", lambda: once.pop() if once else {})
+        assert presence.look() == {}
+        assert presence._pins == {}
+        monkeypatch.undo()
+        assert runs(presence)
+
+
+def test_files_of_others_do_not_fill_the_log(
+    libvirt: Libvirt, presence: Presence, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In libvirt 12.8 the folder is of QEMU's user, who may write what it likes, as often."""
+    for number in range(100):
+        (libvirt.status_root / "x.xml").write_text("<x/>" + " " * number)
+        presence.look()
+    assert len(caplog.records) == 20
+
+
+async def test_a_folder_that_changes_all_the_time_is_looked_at_now_and_then(
+    autojump_clock: trio.testing.MockClock, seeing: Seeing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+    monkeypatch.setattr(seeing.eyes, "look", lambda: looks.append(trio.current_time()))
+
+    async def always(_fd: int) -> None:
+        await trio.sleep(0.001)
+
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", always)
+    with trio.move_on_after(3):
+        await seeing.eyes.run()
+    assert 50 < len(looks) <= 3 / eyes_module.GAP_S + 2
+
+
 def test_a_lock_of_another_kind_is_none(libvirt: Libvirt, presence: Presence) -> None:
     path = libvirt.status_root / "web.pid"
     path.touch()

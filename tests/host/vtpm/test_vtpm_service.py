@@ -3,13 +3,18 @@ or process can do."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pwd
+import shutil
 import socket
+import subprocess
+import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,7 @@ from tpm_helpers import sample
 from vtpm_helpers import OTHER_VM, VM, certificate_request, certify, ecc_key, rsa_key, sighting
 
 from provider_proxy.cli import main as cli
+from provider_proxy.common.few_lines import FewLines
 from provider_proxy.common.streams import SocketStream
 from provider_proxy.errors import HostError, NotFoundError, VtpmError
 from provider_proxy.evidence.model import Nonce, PcrMask, QuoteRequest, Tenant
@@ -489,12 +495,59 @@ async def test_an_issuer_certifies_what_is_registered(
         await keeper.certify(certificate_request(ecc_key()))
 
 
+def test_hooks_do_not_fill_the_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [60.0]
+    monkeypatch.setattr(door_module, "FewLines", partial(FewLines, now=lambda: now[0]))
+    door = HookDoor(None, uid=ME, observe=lambda *_: None)  # type: ignore[arg-type]
+    for _ in range(500):
+        door._warn("%s refused: %s", "certify", "no")
+    assert len(caplog.records) == 20
+    now[0] = 120.0
+    door._warn("%s refused: %s", "certify", "no")
+    assert caplog.messages[20:] == ["hooks: certify refused: no (480 more were not written)"]
+
+
 # --- the socket and the command ---------------------------------------------------------------------
 
 
-def test_the_socket_is_the_swtpm_user_s_or_the_kernel_s_word_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.skipif(ME != 0, reason="takes other users' places")
+@pytest.mark.parametrize(("user", "comes_in"), [("daemon", True), ("bin", False)])
+def test_the_socket_is_the_swtpm_user_s(user: str, comes_in: bool) -> None:
+    folder = Path(tempfile.mkdtemp())  # where others may come, unlike tmp_path
+    folder.chmod(0o755)
+    settings = Vtpm(socket=folder / "s", swtpm_user="daemon")
+    try:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(settings.socket))
+            sock.listen()
+            settings.socket.chmod(0o600)
+            share_socket(settings)
+            code = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+            ids = pwd.getpwnam(user)
+            done = subprocess.run(
+                ["/usr/bin/python3", "-c", code, str(settings.socket)],
+                user=ids.pw_uid,
+                group=ids.pw_gid,
+                extra_groups=[pwd.getpwnam("daemon").pw_gid],  # its group alone does not count
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert (done.returncode == 0) is comes_in, done.stderr
+            assert comes_in or "PermissionError" in done.stderr
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_without_acls_the_socket_is_its_group_s_or_the_kernel_s_word_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def without(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no")
+
+    monkeypatch.setattr(os, "setxattr", without)
     name = pwd.getpwuid(ME).pw_name
     settings = Vtpm(socket=tmp_path / "s", swtpm_user=name)
     with socket.socket(socket.AF_UNIX) as sock:
@@ -508,6 +561,8 @@ def test_the_socket_is_the_swtpm_user_s_or_the_kernel_s_word_alone(
         monkeypatch.setattr(os, "chown", refused)
         share_socket(settings)
         assert settings.socket.stat().st_mode & 0o777 == 0o666
+        assert "open to every user" in caplog.text
+        monkeypatch.undo()
     with pytest.raises(HostError, match=r"vtpm\.socket"):
         share_socket(Vtpm(socket=tmp_path / "none", swtpm_user=name))
     with pytest.raises(HostError, match=r"no user 'nosuchuser'"):

@@ -35,6 +35,7 @@ from provider_proxy.host.vtpm.sightings import Holds, Sighting, Window
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0  # where no change was told of
+GAP_S = 0.03  # at the least, from one look to the next, however often somebody touches the folder
 REREAD_S = 10.0  # a guest may have its vTPM written as often as it likes
 RETRY_S = (0.5, 2.0, 10.0, 60.0, 300.0)  # the last one for ever
 HOST_TROUBLE_RETRIES = 3  # so often what was read before still counts
@@ -131,6 +132,7 @@ class Eyes:
                             waiting.start_soon(_first, changes, waiting.cancel_scope)
                             await trio.lowlevel.wait_readable(self._presence.ends_fd())
                             waiting.cancel_scope.cancel()
+                    await trio.sleep(GAP_S)
                     self.look()
 
     # --- looking ------------------------------------------------------------------------------------

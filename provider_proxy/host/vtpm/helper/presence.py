@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from provider_proxy.common.few_lines import FewLines
 from provider_proxy.errors import HostError, VtpmError
 from provider_proxy.host.vtpm.entries import Origin
 from provider_proxy.host.vtpm.helper.status import Domain, parse_status
@@ -34,6 +35,7 @@ MAX_STATUS_BYTES = 8 * 1024 * 1024  # a domain with much metadata has some hundr
 MAX_DOMAINS = 100_000  # vtpm.max_vms at its most
 PROC = Path("/proc")
 
+LINES_A_MINUTE = 20
 OLD_WORDS = 64  # status files of a domain that were replaced, and do not count again
 # What says something about this process, or this host, and nothing about a file.
 OUR_TROUBLE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM))
@@ -92,6 +94,7 @@ class Presence:
         self._read: dict[str, _Read] = {}
         self._pins: dict[uuid.UUID, _Pin] = {}
         self._past: dict[uuid.UUID, deque[Stamp]] = {}
+        self._lines = FewLines(LINES_A_MINUTE)
         try:
             self._boot = (proc / "sys/kernel/random/boot_id").read_text("ascii").strip()
             self.folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -145,7 +148,7 @@ class Presence:
                 continue
             if domain.vm in found:
                 twice.add(domain.vm)
-                log.warning("two status files name the VM %s; it does not count", domain.vm)
+                self._warn("two status files name the VM %s; it does not count", domain.vm)
             found[domain.vm] = domain
         for vm in twice:
             del found[vm]
@@ -176,19 +179,25 @@ class Presence:
 
     def _parse(self, name: str, fd: int, status: os.stat_result) -> Domain | None:
         if not self._is_ours(status) or status.st_size > MAX_STATUS_BYTES:
-            log.warning("%s is not a plain file of root's; it does not count", name)
+            self._warn("%s is not a plain file of root's; it does not count", name)
             return None
         with open(fd, "rb", closefd=False) as file:
             data = file.read(MAX_STATUS_BYTES + 1)
         try:
             domain = parse_status(data)
         except VtpmError as exc:
-            log.warning("%s: %s", name, exc)
+            self._warn("%s: %s", name, exc)
             return None
         if domain is not None and f"{domain.name}.xml" != name:
-            log.warning("%s is about another domain; it does not count", name)
+            self._warn("%s is about another domain; it does not count", name)
             return None
         return domain
+
+    def _warn(self, text: str, *values: object) -> None:
+        """A line in the log, where there is room: the folder may be of QEMU's user."""
+        more = self._lines.take()
+        if more is not None:
+            log.warning(text + "%s", *values, more)
 
     def _is_ours(self, status: os.stat_result) -> bool:
         return (
@@ -210,6 +219,11 @@ class Presence:
             pin = None
         if pin is None:
             pin = self._pin(domain)
+            # The number may have been another process' by the time it was pinned: that has no lock.
+            if self._holders().get((status.st_dev, status.st_ino)) != domain.pid:
+                if pin is not None:
+                    self._unpin(domain.vm)
+                return None
         if pin is None or _has_ended(pin.fd):
             return None
         if pin.origin is None and domain.runs:
