@@ -184,6 +184,7 @@ docs: install
 	$(BIN)/python tests/support/api_page.py > docs/api.md
 	$(BIN)/python packaging/reference.py > docs/reference.md
 	$(BIN)/python packaging/example.py
+	$(BIN)/python tests/support/mistakes_page.py > docs/mistakes.md.new && mv docs/mistakes.md.new docs/mistakes.md
 
 picture: install
 	@PYTHONPATH=tests/support $(BIN)/python tests/support/status_picture.py >/dev/null

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({"ok": False, "error": str(exc)}))
         raise
-    found = list(program.find(loaded.config))
+    found = list(dict.fromkeys(program.find(loaded.config)))  # two may need one file
     good = all(finding.level != ERROR for finding in found)
     if args.json:
         findings = [dataclasses.asdict(finding) for finding in found]

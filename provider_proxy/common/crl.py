@@ -118,7 +118,8 @@ def _signer(
     signer = next((ca for ca in authorities if _is_signed_by(crl, ca)), None)
     if signer is None:
         raise HostError(
-            f"{name}: {path} has a CRL of {crl.issuer.rfc4514_string()!r}, and none of the CAs signed it"
+            f"{name}: {path} has a CRL of {crl.issuer.rfc4514_string()!r} that none of the trusted CAs "
+            "signed: is it another CA's list?"
         )
     for extension in crl.extensions:
         if extension.critical and extension.oid not in _UNDERSTOOD:

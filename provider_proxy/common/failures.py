@@ -18,8 +18,8 @@ NOT_TLS = "it does not speak TLS: is it http:// there?"
 ONLY_TLS = "it speaks TLS, and was asked without: write https://"
 NO_CERTIFICATE = "it wants a client certificate, and got none"
 CLOSED = (
-    "it closed the connection without an answer: does it want a client certificate, and is yours in "
-    "date and of a CA that it trusts?"
+    "it closed the connection without an answer: is it https:// there? Does it want a client "
+    "certificate, and is yours in date and of a CA that it trusts?"
 )
 
 # X509_V_ERR_…, x509_vfy.h of OpenSSL
@@ -95,6 +95,8 @@ def _of_tls(error: BaseException) -> str | None:
         return f"its certificate is not good: {_of_verification(error)}"
     if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         return CLOSED
+    if isinstance(error, ssl.SSLWantReadError | ssl.SSLWantWriteError):
+        return None  # asyncio's own way to wait: why it waited no longer is another's word
     if isinstance(error, ssl.SSLError):
         reason = error.reason or ""
         return _OF_REASON.get(reason) or f"TLS failed: {reason.replace('_', ' ').lower() or error}"
@@ -102,9 +104,9 @@ def _of_tls(error: BaseException) -> str | None:
 
 
 def _of_verification(error: ssl.SSLCertVerificationError) -> str:
-    code, words = error.verify_code, printable(error.verify_message)
+    code, words = error.verify_code, printable(error.verify_message).rstrip(".")
     if code in _NAME_MISMATCH:
-        return f"{words}: ask it by a name of its certificate, or give that name as TLS name"
+        return f"{words}: ask it by a name of its certificate, or give that name (--tls-name, tls_name)"
     if code == _EXPIRED:
         return "it has expired"
     if code == _NOT_YET:

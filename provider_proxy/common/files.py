@@ -119,7 +119,7 @@ def read_trusted(path: Path, limit: int) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 raise HostError(f"cannot read {path}: not a plain file")
             if status.st_mode & stat.S_IWOTH:
-                raise HostError(f"{path}: everybody can write it; see chmod o-w")
+                raise HostError(f"{path}: everybody can write it: chmod o-w {path}")
             data = file.read(limit + 1)
     except OSError as exc:
         raise HostError(f"cannot read {path}: {exc.strerror}") from exc

@@ -365,8 +365,8 @@ def _instead(blocks: Sequence[tuple[bytes, bytes]], wanted: str) -> str:
 
 def _encrypted(name: str, path: Path | None) -> HostError:
     return HostError(
-        f"{name}: {path} is encrypted, and there is nobody to ask for its password: decrypt it "
-        f"(openssl pkey -in {path} -out …), and keep it readable by its owner alone"
+        f"{name}: {path} is encrypted, and this program never asks for a password: decrypt it "
+        f"(openssl pkey -in {path} -out …), and let its owner alone read it"
     )
 
 

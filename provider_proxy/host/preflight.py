@@ -107,8 +107,11 @@ def check_start(config: Config, *, inherited: bool) -> None:
         inherited: systemd has opened the tenants' sockets.
 
     Raises:
-        HostError: an address is in use or not of this host, or the audit log cannot be written.
+        HostError: an address is in use or not of this host, or the state or the audit log cannot be
+            written.
     """
+    for closed in _state(config.state_dir):
+        raise HostError(closed.text)
     check_audit(config)
     check_conflicts(config)
     finding = allow_connections(config)

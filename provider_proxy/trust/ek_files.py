@@ -196,7 +196,7 @@ def _walk(
     try:
         status = directory.stat()
         if status.st_mode & stat.S_IWOTH:
-            raise HostError(f"{directory}: everybody can write it; see chmod o-w")
+            raise HostError(f"{directory}: everybody can write it: chmod o-w {directory}")
         entries = sorted(directory.iterdir())
     except OSError as exc:
         raise HostError(f"cannot read the CAs in {directory}: {exc.strerror}") from exc

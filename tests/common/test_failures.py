@@ -192,7 +192,7 @@ def test_a_wrong_name_and_the_way_out(certs: Certs, trusting: TlsFiles) -> None:
     with listening(served_by(certs)) as port:
         for said in everybody(port, trusting, name="elsewhere.example"):
             assert "its certificate is not good: Hostname mismatch" in said
-            assert "or give that name as TLS name" in said
+            assert "or give that name (--tls-name, tls_name)" in said
         for said in everybody(port, trusting, name="localhost"):  # reached under another name
             assert "its certificate" not in said
 

@@ -38,7 +38,7 @@ def test_what_cannot_be_looked_at_is_not_missing(
             "sha256:" + "AA:" * 31 + "AA",
             f'has colons or capitals in its hex: write "sha256:{"aa" * 32}"',
         ),
-        ("sha256:abc", "is not a good sha256 identity: see docs/tenants.md"),
+        ("sha256:abc", "kind must be: the certificate's SHA-256, 64 hex digits"),
         ("acme", "does not begin with one of spiffe:, dns:"),
     ],
 )

@@ -169,11 +169,11 @@ CASES: dict[str, tuple[Spoil, str]] = {
     ),
     "key encrypted": (
         lambda m: private(m.certs.client_key, m.key_as(Encoding.PEM, b"word")),
-        "--key: .* is encrypted, and there is nobody to ask",
+        "--key: .* is encrypted, and this program never asks",
     ),
     "key encrypted, old form": (
         lambda m: private(m.certs.client_key, m.traditional()),
-        "--key: .* is encrypted, and there is nobody to ask",
+        "--key: .* is encrypted, and this program never asks",
     ),
     "key 0644": (
         lambda m: m.certs.client_key.chmod(0o644),

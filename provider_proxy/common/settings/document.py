@@ -228,9 +228,12 @@ def _beside(path: Path, name: str, most: int, owner: int) -> list[Path]:
 
 def _check_writers(path: Path, status: os.stat_result, owner: int | None) -> None:
     if status.st_mode & stat.S_IWOTH:
-        raise HostError(f"{path}: everybody can write it; see chmod o-w")
+        raise HostError(f"{path}: everybody can write it: chmod o-w {path}")
     if owner is not None and status.st_uid not in {0, os.geteuid(), owner}:
-        raise HostError(f"{path} belongs to user {status.st_uid}, who has no say here")
+        raise HostError(
+            f"{path} belongs to user {status.st_uid}: it must be root's, or of the owner of the "
+            "file beside it: see chown"
+        )
 
 
 def _read(path: Path, layout: Layout, owner: int | None, adds: str | None) -> tuple[_Source, int]:

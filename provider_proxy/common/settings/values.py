@@ -31,7 +31,14 @@ IDENTITY_RE = re.compile(
 )
 
 
-KINDS = ("spiffe", "dns", "email", "cn", "sha256", "uid")
+RULES = {
+    "spiffe": "spiffe://TRUST-DOMAIN/PATH without spaces",
+    "dns": "a host's name, without a wildcard",
+    "email": "name@example.org, 254 characters at most",
+    "cn": "the common name, 64 characters at most",
+    "sha256": "the certificate's SHA-256, 64 hex digits",
+    "uid": "a user's number",
+}
 MUST_IDENTITIES = "identities: spiffe://…, dns:…, email:…, cn:…, sha256:<hex> or uid:<n>"
 
 
@@ -258,14 +265,14 @@ def read_identities(key: str, value: object) -> tuple[str, ...]:
 def _why_no_identity(text: str) -> str:
     """Which rule an identity breaks, and the text that would be taken, where that is plain."""
     kind, colon, rest = text.partition(":")
-    if not colon or kind.lower() not in KINDS:
-        return f"does not begin with one of {', '.join(f'{name}:' for name in KINDS)}"
+    if not colon or kind.lower() not in RULES:
+        return f"does not begin with one of {', '.join(f'{name}:' for name in RULES)}"
     bare = rest.replace(":", "").lower() if kind.lower() == "sha256" else rest.lower()
     folded = f"{kind.lower()}:{bare if kind.lower() in ('dns', 'sha256') else rest}"
     if IDENTITY_RE.fullmatch(folded):
         rule = "has colons or capitals in its hex" if kind.lower() == "sha256" else "has capitals"
         return f"{rule}: write {addresses.shown(folded)}"
-    return f"is not a good {kind.lower()} identity: see docs/tenants.md"
+    return f"is not as an identity of that kind must be: {RULES[kind.lower()]}"
 
 
 def read_uuids(key: str, value: object) -> frozenset[uuid.UUID]:

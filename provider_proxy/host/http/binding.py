@@ -36,7 +36,7 @@ def check_free(key: str, addresses: Sequence[str]) -> None:
             if _is_socket(path):
                 _demand_stale(path)
         except OSError as exc:
-            raise HostError(f"{key}: cannot listen on {address}: {exc}") from exc
+            raise HostError(f"{key}: cannot listen on {address}: {_words(exc)}") from exc
 
 
 def bind_tcp(key: str, address: str, *, listen: bool = True) -> list[socket.socket]:
@@ -59,7 +59,7 @@ def bind_tcp(key: str, address: str, *, listen: bool = True) -> list[socket.sock
     except (OSError, UnicodeError) as exc:
         for sock in sockets:
             sock.close()
-        raise HostError(f"{key}: cannot listen on {address}: {exc}") from exc
+        raise HostError(f"{key}: cannot listen on {address}: {_words(exc)}") from exc
     return sockets
 
 
@@ -73,8 +73,20 @@ def bind_unix(key: str, path: Path) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as exc:
         sock.close()
-        raise HostError(f"{key}: cannot listen on unix:{path}: {exc}") from exc
+        raise HostError(f"{key}: cannot listen on unix:{path}: {_words(exc)}") from exc
     return sock
+
+
+def _words(exc: OSError | UnicodeError) -> str:
+    """Why, and what to do."""
+    words = getattr(exc, "strerror", None) or str(exc)
+    hints = {
+        errno.EADDRINUSE: "see who has it (ss -ltnp), or take another port",
+        errno.EADDRNOTAVAIL: "this host has no such address (ip address)",
+        errno.EACCES: "ports below 1024 are for root: let provider-proxy.socket listen",
+    }
+    hint = hints.get(getattr(exc, "errno", None) or 0)
+    return words if hint is None else f"{words}: {hint}"
 
 
 def _remove_stale(path: Path) -> None:

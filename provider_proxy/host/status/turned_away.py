@@ -27,7 +27,7 @@ WHY = {
     "no_certificate": "it showed no client certificate",
     "bad_certificate": "its certificate was refused",
     "crowded_out": "its handshake took long, and others needed the room",
-    "protocol": "it does not speak TLS 1.2 or newer as we do",
+    "protocol": "it did not speak TLS, or no version from 1.2 on",
     "timeout": "its handshake took too long",
 }
 

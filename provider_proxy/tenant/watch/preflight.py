@@ -56,13 +56,16 @@ def files_of(config: WatchConfig) -> Iterator[TlsFiles]:
 
 def read_dates(config: WatchConfig) -> tuple[Dated, ...]:
     """The dates of all certificates and CAs. Reads files. Raises: HostError."""
-    return tuple(
-        dataclasses.replace(dated, vital=True, means="no verifier can poll an agent")
-        if dated.name == BRIDGE_CLIENT_CA
-        else dated
-        for files in files_of(config)
-        for dated in dates_of(files)
-    )
+    return tuple(_meant(dated) for files in files_of(config) for dated in dates_of(files))
+
+
+def _meant(dated: Dated) -> Dated:
+    """With what its end means, where that is not plain."""
+    if dated.name == BRIDGE_CLIENT_CA:
+        return dataclasses.replace(dated, vital=True, means="no verifier can poll an agent")
+    if dated.name.endswith(".tls_cert"):
+        return dataclasses.replace(dated, means="the proxy turns us away")
+    return dated
 
 
 def find(config: WatchConfig, *, for_bridge: bool) -> Iterator[Finding]:

@@ -339,7 +339,7 @@ def test_a_strangers_drop_in_is_refused(path: Path) -> None:
     extra = drop_in(path, "a.toml", "")
     for place in (extra, extra.parent):
         os.chown(place, 12345, -1)
-        with pytest.raises(HostError, match=f"^{place} belongs to user 12345, who has no say"):
+        with pytest.raises(HostError, match=f"^{place} belongs to user 12345: it must be root"):
             load_config(path)
         os.chown(path, 12345, -1)  # who writes the main file decides anyway
         load_config(path)

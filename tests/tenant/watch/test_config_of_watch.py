@@ -384,7 +384,7 @@ def test_a_stranger_s_hosts_are_refused(main: Path) -> None:
     extra = drop_in(main, "b.toml", f"[hosts.b]\n{PLAIN_HOST}")
     for path in (extra, extra.parent):
         os.chown(path, 12345, -1)
-        with pytest.raises(HostError, match=f"^{path} belongs to user 12345, who has no say"):
+        with pytest.raises(HostError, match=f"^{path} belongs to user 12345: it must be root"):
             load_watch_config(main)
         os.chown(path, 0, -1)
 
