@@ -16,6 +16,7 @@ from provider_proxy.errors import EvidenceFormatError, VerificationError
 from provider_proxy.evidence.tpm_keys import parse_ak, parse_public
 from provider_proxy.evidence.vtpm_link import spki_digest
 from provider_proxy.tenant.client import ProxyClient
+from provider_proxy.tenant.identity import ClaimedIdentity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,11 +76,24 @@ async def _run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**values, "registrations": registrations}))
         return 0
-    for name, value in values.items():
+    for name, value in {**values, **_in_words(identity)}.items():
         print(f"{name:10} {value}")
     for each in identity.registrations:
         print(f"registration {each.agent_id} at {each.registrar}: {each.state}")
     return 0
+
+
+def _in_words(identity: ClaimedIdentity) -> dict[str, str]:
+    """What yes, no and none mean, and what to do about them."""
+    return {
+        "software": "yes: not a hardware TPM, it proves nothing" if identity.software else "no",
+        "ek_cert": "yes: see ek-check"
+        if identity.ek_cert is not None
+        else "none: the chip carries no certificate. Compare ek_sha256 on another way, then pin it: "
+        "pin add --ek-sha256",
+        "ek_chain": f"{len(identity.ek_chain)} CAs beside it",
+        "ek_sha256": _ek_sha256(identity.ek_public) or "the EK cannot be read",
+    }
 
 
 def _ek_sha256(ek_public: bytes) -> str | None:

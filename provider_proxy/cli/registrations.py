@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         for each in found:
             _show(each)
-    return EXIT_REFUSED if any(each.get("state") in SAID_NO for each in found) else 0
+    said_no = [state.value for state in SAID_NO]
+    return EXIT_REFUSED if any(each.get("state") in said_no for each in found) else 0
 
 
 def _show(each: dict[str, object]) -> None:

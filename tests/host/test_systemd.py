@@ -319,6 +319,38 @@ def test_a_connection_in_place_of_a_listener_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("file", "is not a socket: the .socket unit must have ListenStream= alone"),
+        (
+            "datagram",
+            "does not listen as this daemon does: the .socket unit must have ListenStream=",
+        ),
+        ("pipe", "is not a socket"),
+    ],
+)
+def test_what_is_no_listening_socket_is_refused(tmp_path: Path, kind: str, words: str) -> None:
+    """ListenFIFO=, ListenSpecial= and ListenDatagram= in the .socket unit."""
+    config = tmp_path / "c.toml"
+    config.write_text(plain_toml(tmp_path / "s"))
+    with contextlib.ExitStack() as stack:
+        held: Any
+        if kind == "file":
+            held = stack.enter_context(config.open("rb"))
+        elif kind == "pipe":
+            read, write = os.pipe()
+            held = stack.enter_context(os.fdopen(read, "rb"))
+            stack.enter_context(os.fdopen(write, "wb"))
+        else:
+            held = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        done = run_inherited(held, config)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.real
 async def test_a_unix_socket_of_our_own_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "door"
     toml = plain_toml(tmp_path / "s", listen=f"unix:{path}")
