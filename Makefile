@@ -158,7 +158,7 @@ keylime-trial: install keylime
 
 # Everything of the bridge that takes longer, beside what `make test` runs of it.
 test-keylime-bridge: install keylime system-tests $(KEYLIME_VENV)-7.13.1/.installed
-	TEST_KEYLIME_BRIDGE=1 $(BIN)/python -m pytest -q -s tests/system/test_keylime_bridge.py
+	TEST_KEYLIME_BRIDGE=1 $(BIN)/python -m pytest -q -s tests/system/test_keylime_bridge.py tests/system/test_keylime_push.py
 
 test-keylime-releases: install keylime system-tests $(RELEASES:%=$(KEYLIME_VENV)-%/.installed)
 	TEST_KEYLIME_RELEASES=1 $(BIN)/python -m pytest -q -s tests/system/test_keylime_releases.py

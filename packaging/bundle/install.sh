@@ -90,6 +90,6 @@ fi
 if [ -d /run/systemd/system ]; then
     systemctl daemon-reload
     ! command -v udevadm >/dev/null || udevadm control --reload || true
-    systemctl try-restart provider-proxy.service
+    systemctl try-restart provider-proxy.service provider-proxy-bridge.service
 fi
 echo "installed: $("$app/bin/python3" -IB /usr/bin/provider-proxy --version); configure it in $config, then: systemctl enable --now provider-proxy"

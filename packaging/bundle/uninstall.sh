@@ -21,5 +21,6 @@ fi
 while read -r file; do rm -f "$file"; done <$app/installed-files
 rm -rf $app
 [ ! -d /run/systemd/system ] || systemctl daemon-reload
-[ "${1:-}" != --purge ] || rm -rf /var/lib/provider-proxy /etc/provider-proxy
+[ "${1:-}" != --purge ] || rm -rf /var/lib/provider-proxy /etc/provider-proxy /var/lib/provider-proxy-watch /etc/provider-proxy-watch \
+    /var/lib/provider-proxy-bridge /etc/provider-proxy-bridge
 echo "removed"

@@ -106,19 +106,25 @@ def _status(args: argparse.Namespace) -> int:
         width = max(map(len, hosts), default=0)
         for name, host in hosts.items():
             print(f"{name:{width}}  {_line(host)}")
-    return int(any(host["last"] == "refused" for host in hosts.values()))
+    return int(
+        any(host["last"] == "refused" or host["verdict"] == "fail" for host in hosts.values())
+    )
 
 
 def _line(host: Mapping[str, object]) -> str:
     at = host["last_at"]
     when = f" at {datetime.fromtimestamp(at, UTC):%H:%M:%S}Z" if isinstance(at, float) else ""
-    place = f":{host['port']}"
+    place = "push" if host["mode"] == "push" else f":{host['port']}"
     if not host["listening"]:
         place += " not listening"
     words = [f"{host['agent_id']}", place, f"{host['registered']}"]
     words.append(f"{host['last'] or 'not asked yet'}{when}")
     if host["reason"]:
         words.append(f"{host['reason']}")
+    if host["verdict"]:
+        words.append(f"verdict {host['verdict']}")
+    if host["push_error"]:
+        words.append(f"not posted: {host['push_error']}")
     if host["registrar_error"] and host["registered"] not in ("registered", "unconfirmed"):
         words.append(f"registrar: {host['registrar_error']}")
     return "  ".join(words)
@@ -130,6 +136,12 @@ def _reactivate(args: argparse.Namespace) -> int:
     unknown = [name for name in args.hosts if name not in config.hosts]
     if unknown:
         raise UsageError(f"{unknown[0]} is not in {args.config}")
+    pushed = [name for name in args.hosts if config.hosts[name].mode == "push"]
+    if pushed:
+        raise UsageError(
+            f"{pushed[0]} is in mode push, where Keylime knows no reactivation: delete the agent at the "
+            "verifier and add it again"
+        )
     if bridge.verifier_url is None:
         raise UsageError("bridge.verifier_url is missing: which verifier?")
     keys = keys_of(config)

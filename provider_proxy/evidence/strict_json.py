@@ -171,6 +171,25 @@ class Fields:
             raise EvidenceFormatError(f"{self._what}.{key} is not an object")
         return Fields(value, f"{self._what}.{key}")
 
+    def objects(self, key: str, most: int) -> tuple[Fields, ...]:
+        value = self._list(key, most)
+        if not all(isinstance(item, dict) for item in value):
+            raise EvidenceFormatError(f"{self._what}.{key} holds something that is not an object")
+        return tuple(Fields(item, f"{self._what}.{key}") for item in value)
+
+    def integers(self, key: str, most: int, limit: int) -> tuple[int, ...]:
+        value = self._list(key, most)
+        for item in value:
+            if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item <= limit:
+                raise EvidenceFormatError(f"{self._what}.{key} holds no number in 0..{limit}")
+        return tuple(value)
+
+    def _list(self, key: str, most: int) -> list[Any]:
+        value = self._values.get(key)
+        if not isinstance(value, list) or len(value) > most:
+            raise EvidenceFormatError(f"{self._what}.{key} is not a list of at most {most}")
+        return value
+
     def hex(self, key: str, limit: int) -> bytes:
         return _from_hex(self._values.get(key), limit, f"{self._what}.{key}")
 
@@ -181,9 +200,7 @@ class Fields:
         return data
 
     def hex_list(self, key: str, most: int, size: int) -> tuple[bytes, ...]:
-        value = self._values.get(key)
-        if not isinstance(value, list) or len(value) > most:
-            raise EvidenceFormatError(f"{self._what}.{key} is not a list of at most {most}")
+        value = self._list(key, most)
         return tuple(_from_hex(item, size, f"{self._what}.{key}") for item in value)
 
 

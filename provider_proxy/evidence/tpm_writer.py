@@ -14,6 +14,7 @@ from provider_proxy.evidence import tpm_keys
 from provider_proxy.evidence.attestation import TPM_GENERATED, TPM_ST_ATTEST_QUOTE
 from provider_proxy.evidence.model import ClockState, HashAlg
 
+TPM_ST_ATTEST_CERTIFY = 0x8017
 SOFT_FIRMWARE = 0x20191023_00163636
 AK_ATTRIBUTES = sum(tpm_keys.AK_MUST_HAVE.values()) | 1 << 6  # userWithAuth
 
@@ -89,6 +90,25 @@ def encode_attest(
             struct.pack(">Q", firmware_version),
             struct.pack(">IHB", 1, bank, 3) + mask.to_bytes(3, "little"),
             tpm2b(pcr_digest),
+        )
+    )
+
+
+def encode_certify(*, qualifying: bytes, name: bytes, signer: bytes) -> bytes:
+    """A TPMS_ATTEST of type certify: its signer has the object of this name.
+
+    Args:
+        signer: the signing key's qualified name.
+    """
+    return b"".join(
+        (
+            struct.pack(">IH", TPM_GENERATED, TPM_ST_ATTEST_CERTIFY),
+            tpm2b(signer),
+            tpm2b(qualifying),
+            struct.pack(">QIIB", 0, 0, 0, 1),
+            struct.pack(">Q", SOFT_FIRMWARE),
+            tpm2b(name),
+            tpm2b(name),
         )
     )
 

@@ -7,12 +7,13 @@ are the tenant's own, and bounded all the same. Which release speaks what: docs/
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import httpx
 
 from provider_proxy.common.http import IDENTITY, no_answer, read_body
-from provider_proxy.errors import EvidenceFormatError, NotSupportedError, ReplyError
-from provider_proxy.evidence.strict_json import parse_json_object
+from provider_proxy.errors import EvidenceFormatError, NotSupportedError, ReplyError, UsageError
+from provider_proxy.evidence.strict_json import parse_json_object, parse_own_json
 from provider_proxy.tenant.replies import status_text
 
 Version = tuple[int, int]
@@ -29,6 +30,7 @@ RELEASES = {
     (2, 1): "7.0",
 }
 MAX_SMALL_BYTES = 1024 * 1024
+MAX_POLICY_BYTES = 256 * 1024 * 1024
 PUSH_STATUS = 410  # of a verifier in push mode to /version
 
 
@@ -94,6 +96,28 @@ class VerifierApi:
             ) as response:
                 received = await read_body(response, limit, "the verifier")
         return response.status_code, received
+
+    async def runtime_policy(self, agent_id: str) -> Mapping[str, object] | None:
+        """The runtime policy that was given to an agent with it; None where there is none.
+
+        Does not see: a policy that was stored under a name of its own.
+
+        Raises:
+            ReplyError: no answer, or no access.
+        """
+        status, body = await self.call(
+            "GET", f"/v2.6/allowlists/{agent_id}", limit=MAX_POLICY_BYTES
+        )
+        if status == 404:
+            return None
+        if status != 200:
+            raise ReplyError(f"the verifier answered {status}: {status_text(body)}", status=status)
+        try:
+            results = parse_json_object(body, "the verifier's policy").get("results")
+            text = results.get("runtime_policy") if isinstance(results, dict) else None
+            return parse_own_json(text, "the verifier's policy") if isinstance(text, str) else None
+        except (EvidenceFormatError, UsageError) as exc:
+            raise ReplyError(str(exc)) from exc
 
     async def reactivate(self, agent_id: str) -> None:
         """Let the verifier ask an agent again that it has given up.

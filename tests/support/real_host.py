@@ -9,6 +9,7 @@ from dataclasses import replace
 from hashlib import sha1, sha256
 from pathlib import Path
 
+from boot_log import boot_events
 from event_log_helpers import header, new
 from helpers import free_port
 from tpm_helpers import Swtpm, daemon_over, plain_config, tool
@@ -17,9 +18,6 @@ from provider_proxy.host.config.tables import Config, Listen, Logs, TenantRules
 from provider_proxy.testing.broker import Broker
 
 LOG_ALGORITHMS = {0x04: 20, 0x0B: 32}
-BOOT_EVENTS = ((0, 8, "v1.0".encode("utf-16-le")), *((pcr, 4, bytes(4)) for pcr in range(8)))
-"""PCR, type and data: the firmware's version, and a separator in PCRs 0 to 7."""
-
 File = tuple[str, bytes]
 
 
@@ -37,6 +35,7 @@ class RealHost:
 
     Attributes:
         tcti: of its chip, for tools.
+        grub: the boot loader of the next boot; other bytes are another one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,6 +44,7 @@ class RealHost:
         self.port = free_port()
         self.chip = Swtpm(folder / "tpm")
         self.tcti = ""
+        self.grub = b"grub"
 
     @property
     def rules(self) -> dict[str, object]:
@@ -64,16 +64,19 @@ class RealHost:
                 self.tcti = broker.tcti
                 (self.folder / "ima").write_text("")
                 log = header(LOG_ALGORITHMS)
-                for pcr, kind, data in BOOT_EVENTS:
+                events = boot_events(self.grub)
+                for pcr, kind, data in events:
                     log += new(pcr, kind, data, LOG_ALGORITHMS)
-                    self.extend(pcr, sha256(data).digest())
+                self.extend(*((pcr, sha256(data).digest()) for pcr, _, data in events))
                 (self.folder / "uefi").write_bytes(log)
                 yield
         finally:
             self.chip.stop()
 
-    def extend(self, pcr: int, digest: bytes) -> None:
-        tool(self.tcti, "tpm2_pcrextend", f"{pcr}:sha256={digest.hex()}")
+    def extend(self, *digests: tuple[int, bytes]) -> None:
+        """Extend PCRs of the SHA-256 bank, one after the other."""
+        words = [f"{pcr}:sha256={digest.hex()}" for pcr, digest in digests]
+        tool(self.tcti, "tpm2_pcrextend", *words)
 
     def run(self, *files: File) -> None:
         """The kernel measures files."""
@@ -81,7 +84,7 @@ class RealHost:
             line, digest = ima_entry(path, content)
             with (self.folder / "ima").open("a") as lines:
                 lines.write(line)
-            self.extend(10, digest)
+            self.extend((10, digest))
 
     def config(self) -> Config:
         made = plain_config(self.folder / "state", self.tcti)
@@ -107,7 +110,7 @@ class RealHost:
 def pcr_0() -> str:
     """What PCR 0 holds after the firmware, in hex."""
     value = bytes(32)
-    for pcr, _, data in BOOT_EVENTS:
+    for pcr, _, data in boot_events():
         if pcr == 0:
             value = sha256(value + sha256(data).digest()).digest()
     return value.hex()

@@ -6,18 +6,15 @@ under each kind of policy, restarts of everything, a hundred hosts of which one 
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -37,13 +34,21 @@ from keylime_rig import (
     running_tenant,
     verifier_of,
 )
+from keylime_scenes import (
+    FILES,
+    FIRMWARE,
+    LIES,
+    MORE,
+    make_refstate,
+    runtime_policy,
+    start,
+    until_said,
+)
 from places import ROOT
 from plain_proxy import PlainProxy, plain_proxies
-from real_host import File, RealHost, pcr_0
+from real_host import RealHost, pcr_0
 
 from provider_proxy.errors import UntrustedAkError
-from provider_proxy.evidence.model import ClockState, QuoteRequest
-from provider_proxy.testing.soft_tpm import SoftTpm
 from provider_proxy.trust.bindings import RegistrarBindings
 from provider_proxy.trust.ek_judges import UnsafeAnyEk
 from provider_proxy.trust.pins import PinStore
@@ -51,39 +56,9 @@ from provider_proxy.trust.pins import PinStore
 pytestmark = pytest.mark.real
 
 ALL = pytest.mark.skipif("TEST_KEYLIME_BRIDGE" not in os.environ, reason="make test-keylime-bridge")
-FIRMWARE = json.dumps({"0": [sha256(b"firmware").hexdigest()]})
 DETECTION_S = 10.0  # an interval of 0.25 s, on a machine with other things to do
 POLLS = 200
 RELEASE_BEFORE = ROOT / ".venv-keylime-7.13.1"
-FILES: list[File] = [
-    ("boot_aggregate", b"boot"),
-    ("/usr/bin/one", b"one"),
-    ("/usr/bin/two", b"two"),
-]
-MORE: list[File] = [(f"/opt/{number}", b"%d" % number) for number in range(40)]
-
-
-def runtime_policy(files: list[File]) -> str:
-    """Keylime's runtime policy that lists these files."""
-    return json.dumps(
-        {
-            "meta": {"version": 1, "generator": 1},
-            "release": 0,
-            "digests": {path: [sha256(content).hexdigest()] for path, content in files},
-            "excludes": [],
-            "keyrings": {},
-            "ima": {"ignored_keyrings": [], "log_hash_alg": "sha1", "dm_policy": None},
-            "ima-buf": {},
-            "verification-keys": "",
-        }
-    )
-
-
-async def start(bridge: Running) -> dict[str, str]:
-    """Start a bridge; its agents' ids."""
-    await trio.to_thread.run_sync(bridge.start)
-    ids: dict[str, str] = await trio.to_thread.run_sync(bridge.ids)
-    return ids
 
 
 async def add_all(keylime: Keylime, ids: dict[str, str], *words: str) -> None:
@@ -106,73 +81,6 @@ def keylime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keylime]:
 
 
 # --- hosts that lie, and what Keylime makes of them ---------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Lie:
-    """What a host does, and what Keylime must say."""
-
-    tell: Callable[[PlainProxy], None]
-    reason: str
-
-
-def change_pcr(proxy: PlainProxy) -> None:
-    proxy.fake.tpm.extend(0, b"evil")
-
-
-def roll_back(proxy: PlainProxy) -> None:
-    clock = proxy.fake.tpm.clock
-    proxy.fake.tpm.clock = ClockState(
-        reset_count=clock.reset_count, restart_count=0, clock_ms=clock.clock_ms - 5
-    )
-
-
-def change_ak(proxy: PlainProxy) -> None:
-    proxy.fake.tpm = SoftTpm(pcrs={0: b"firmware"})
-
-
-def replay(proxy: PlainProxy) -> None:
-    kept = proxy.fake.good(proxy.fake.asked[-1][1])
-    proxy.fake.answer = lambda request: kept
-
-
-def tampered(proxy: PlainProxy, change: Callable[[dict[str, Any]], None]) -> None:
-    good = proxy.fake.good
-
-    def answer(request: QuoteRequest) -> bytes:
-        _, _, body = good(request).partition(b"\r\n\r\n")
-        values = json.loads(body)
-        change(values["results"])
-        body = json.dumps(values).encode()
-        return b"HTTP/1.1 200 X\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-
-    proxy.fake.answer = answer
-
-
-def another_salt(results: dict[str, Any]) -> None:
-    results["merkle"]["salt"] = "00" * 16
-
-
-def another_path(results: dict[str, Any]) -> None:
-    results["merkle"]["path"] = ["00" * 32] * len(results["merkle"]["path"])
-
-
-def another_value(results: dict[str, Any]) -> None:
-    attest, signature, blob = results["quote"].split(":")
-    values = bytearray(base64.b64decode(blob))
-    values[132 + 4 + 4 + 2] ^= 1  # the first byte of the first digest
-    results["quote"] = ":".join((attest, signature, base64.b64encode(values).decode()))
-
-
-LIES = {
-    "pcr": Lie(change_pcr, ""),  # true evidence of another state: Keylime's own policy says so
-    "clock": Lie(roll_back, "refused: ClockError: "),
-    "ak": Lie(change_ak, "refused: SignatureError: "),
-    "replay": Lie(replay, "refused: QualifyingDataError: "),
-    "salt": Lie(partial(tampered, change=another_salt), "refused: QualifyingDataError: "),
-    "path": Lie(partial(tampered, change=another_path), "refused: QualifyingDataError: "),
-    "value": Lie(partial(tampered, change=another_value), "refused: PcrDigestError: "),
-}
 
 
 QUICK_LIES = ("pcr", "clock", "ak", "path")
@@ -234,14 +142,6 @@ async def back_again(keylime: Keylime, bridge: Running, proxy: PlainProxy, agent
         nursery.cancel_scope.cancel()
 
 
-async def until_said(bridge: Running, name: str, last: str) -> None:
-    """Wait until the bridge says so of a host's last poll."""
-    end = time.monotonic() + 30
-    while bridge.status()["hosts"][name]["last"] != last:
-        assert time.monotonic() < end, bridge.status()
-        await trio.sleep(0.05)
-
-
 async def gone(keylime: Keylime, bridge: Running, agent_id: str) -> None:
     """Deleted at the verifier, an agent is not asked any more."""
     code, said = await keylime.tenant("-c", "delete", "-u", agent_id)
@@ -290,12 +190,16 @@ async def test_hosts_that_lie_are_invalid_with_the_reason(keylime: Keylime, tmp_
 # --- every kind of policy, over a real daemon ---------------------------------------------------------
 
 
-def policies(keylime: Keylime) -> dict[str, tuple[str, ...]]:
-    """The words of `keylime_tenant -c add` for each kind of policy."""
+def policies(keylime: Keylime, log: Path) -> dict[str, tuple[str, ...]]:
+    """The words of `keylime_tenant -c add` for each kind of policy.
+
+    Args:
+        log: the firmware's log of a good boot.
+    """
     folder = keylime.folder
     runtime, refstate = folder / "runtime.json", folder / "refstate.json"
     runtime.write_text(runtime_policy(FILES + MORE))
-    refstate.write_text("{}")
+    make_refstate(keylime, log, refstate)
     words = {
         "tpm": ("--tpm_policy", json.dumps({"0": [pcr_0()]})),
         "runtime": ("--runtime-policy", str(runtime)),
@@ -310,10 +214,11 @@ async def tale_of_policies(
 ) -> None:
     """One host under kinds of policies, so many polls, while it runs files; then an unknown one."""
     host = RealHost(tmp_path / "host")
-    words = policies(keylime)
     try:
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(host.up(FILES))
+            up = await stack.enter_async_context(AsyncExitStack())
+            await up.enter_async_context(host.up(FILES))
+            words = policies(keylime, host.folder / "uefi")
             hosts = dict.fromkeys(kinds, host.rules)
             bridge = stack.enter_context(running_bridge(keylime, tmp_path / "bridge", hosts))
             ak_public = await ak_of(host)
@@ -335,9 +240,16 @@ async def tale_of_policies(
                 status = await keylime.until(ids[kind], INVALID_QUOTE)
                 assert status["last_event_id"].startswith("ima."), status
             if "tpm" in kinds:
-                await trio.to_thread.run_sync(host.extend, 0, sha256(b"evil").digest())
+                await trio.to_thread.run_sync(host.extend, (0, sha256(b"evil").digest()))
                 status = await keylime.until(ids["tpm"], INVALID_QUOTE)
                 assert status["last_event_id"] == "pcr_validation.invalid_pcr_0"
+            if "boot" in kinds:
+                await up.aclose()
+                host.grub = b"another"
+                await stack.enter_async_context(host.up(FILES))
+                status = await keylime.until(ids["boot"], INVALID_QUOTE)
+                print(f"another boot loader: {status['last_event_id']}")
+                assert status["last_event_id"].startswith("measured_boot.")
     finally:
         host.close()
 
@@ -381,7 +293,7 @@ async def tale_of_restarts(folder: Path, *, site: Path | None = None) -> None:
             )
             bridge.pin("host", await ak_of(host))
             agent_id = (await start(bridge))["host"]
-            await keylime.add(agent_id, *policies(keylime)["runtime"])
+            await keylime.add(agent_id, *policies(keylime, host.folder / "uefi")["runtime"])
             await keylime.until_attested(agent_id, 3)
         for number in range(3):
             await until_said(bridge, "host", "no answer")

@@ -90,8 +90,10 @@ def status(bridge: Shown) -> dict[str, object]:
     hosts = {}
     for name, each in bridge.agents.items():
         standing, registration = each.agent.standing, each.registration.status
+        posted = None if each.pusher is None else each.pusher.posted
         hosts[name] = {
             "agent_id": each.agent.agent_id,
+            "mode": "pull" if posted is None else "push",
             "port": each.port,
             "listening": each.is_listening,
             "registered": registration.state.value,
@@ -101,6 +103,8 @@ def status(bridge: Shown) -> dict[str, object]:
             "reason": standing.reason,
             "last_at": standing.at,
             "good_at": standing.good_at,
+            "verdict": None if posted is None else posted.verdict,
+            "push_error": None if posted is None else posted.error,
         }
     return {
         "ready": why_not_ready(bridge) is None,

@@ -51,14 +51,16 @@ class Poll:
     """What Keylime's verifier, or its tenant, asks.
 
     Attributes:
-        nonce: 1 to 64 letters and digits.
+        nonce: 1 to 64 letters and digits in pull mode, 16 random bytes in push mode.
         mask: the PCRs, without PCR 16, which is the agent's own.
         ima_ml_entry: the IMA list from here on.
+        data_pcr: whether PCR 16 goes with the quote: in pull mode always.
     """
 
-    nonce: str
+    nonce: bytes
     mask: int
     ima_ml_entry: int
+    data_pcr: bool = True
 
     @property
     def wants_list(self) -> bool:
@@ -73,9 +75,14 @@ class Poll:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """What a poll is answered with; Keylime's names."""
+    """What a poll is answered with; Keylime's names.
+
+    Attributes:
+        boot: the TPM's reset count, of which `boottime` is made.
+    """
 
     quote: str
+    boot: int
     boottime: int
     ima: str | None
     ima_entry: int
@@ -184,8 +191,11 @@ class Agent:
             await question.done.wait()
         await self.questions.take(setting)
 
-    async def attest(self, poll: Poll) -> Shown:
+    async def attest(self, poll: Poll, wait_s: float | None = None) -> Shown:
         """Ask the host, and show what it proved.
+
+        Args:
+            wait_s: how long to wait for the host, in seconds; None for what a verifier that polls bears.
 
         Raises:
             VerificationError: the host's answer was refused.
@@ -194,7 +204,7 @@ class Agent:
         """
         began = trio.current_time()
         try:
-            shown = await self._answer_of(poll, self._wait_s())
+            shown = await self._answer_of(poll, self._wait_s() if wait_s is None else wait_s)
         except ProviderProxyError as exc:
             self._note(_result_of(exc), str(exc))
             raise
@@ -291,16 +301,16 @@ class Agent:
                 return judged
         raise ReplyError("the host's quotes show the same clock again and again")
 
-    def _make_nonce(self, nonce: str) -> Nonce:
+    def _make_nonce(self, nonce: bytes) -> Nonce:
         random = secrets.token_bytes(quoting.RANDOM_BYTES)
-        made = quoting.host_nonce(random, nonce.encode("ascii"), self.agent_id)
+        made = quoting.host_nonce(random, nonce, self.agent_id)
         # With these parts anybody can tell later that the host's quote came after the verifier's nonce.
         log.info(
             "%s: host nonce %s made of random %s and verifier's nonce %s for agent %s",
             self.name,
             made.decode("ascii"),
             random.hex(),
-            nonce,
+            nonce.decode("ascii") if nonce.isalnum() else f"0x{nonce.hex()}",
             self.agent_id,
         )
         return made
@@ -308,7 +318,8 @@ class Agent:
     def _show(self, poll: Poll, judged: Judged) -> Shown:
         quote, logs = judged.quote, judged.logs
         pcrs = {pcr: value for pcr, value in quote.pcrs.items() if poll.mask >> pcr & 1}
-        pcrs[quoting.DATA_PCR] = self._data_pcr
+        if poll.data_pcr:
+            pcrs[quoting.DATA_PCR] = self._data_pcr
         return Shown(
             quote=quoting.make_quote(
                 self.keys,
@@ -317,6 +328,7 @@ class Agent:
                 clock=quoting.shown_clock(quote.clock),
                 firmware=quote.firmware_version,
             ),
+            boot=quote.clock.reset_count,
             boottime=quoting.shown_boottime(quote.clock),
             ima=logs.ima if poll.wants_list else None,
             ima_entry=logs.ima_entry,

@@ -19,6 +19,7 @@ from provider_proxy.tenant.bridge import api
 from provider_proxy.tenant.bridge.agent import Agent
 from provider_proxy.tenant.bridge.door import Door, listen
 from provider_proxy.tenant.bridge.keys import BridgeKeys
+from provider_proxy.tenant.bridge.pushing import Pusher
 from provider_proxy.tenant.watch.tables import BridgeTable, RegistrarTable
 from provider_proxy.trust.registration.registration import Registration
 
@@ -36,7 +37,7 @@ class AgentRegistrar:
     ca: Path | None
     client_cert: Path | None
     client_key: Path | None
-    contact: str
+    contact: str | None
     interval_s: float
     register_unread: bool
 
@@ -45,7 +46,7 @@ class AgentRegistrar:
         return self.url.startswith("http://")
 
 
-def agent_registrar(bridge: BridgeTable, table: RegistrarTable, port: int) -> AgentRegistrar:
+def agent_registrar(bridge: BridgeTable, table: RegistrarTable, port: int | None) -> AgentRegistrar:
     """The registrar of the file, for the agent at a port. Raises: ConfigError without a URL."""
     if table.url is None:
         raise ConfigError("bridge.registrar needs a url")
@@ -54,7 +55,7 @@ def agent_registrar(bridge: BridgeTable, table: RegistrarTable, port: int) -> Ag
         ca=table.ca,
         client_cert=table.cert,
         client_key=table.key,
-        contact=authority(bridge.contact_ip or bridge.listen_ip, port),
+        contact=None if port is None else authority(bridge.contact_ip or bridge.listen_ip, port),
         interval_s=bridge.register_interval_s,
         register_unread=bridge.register_unread,
     )
@@ -83,23 +84,26 @@ class HostAgent:
     """One host's agent and all that belongs to it.
 
     Attributes:
-        port: where it listens.
-        is_listening: its port is open.
+        port: where it listens; None in push mode.
+        pusher: posts to the verifier; None in pull mode.
+        is_listening: its port is open; in push mode: it posts.
     """
 
     def __init__(
         self,
         agent: Agent,
-        port: int,
+        port: int | None,
         *,
         bridge: BridgeTable,
         registrar: RegistrarTable,
         access: RegistrarAccess,
         keys: BridgeKeys,
         context: ssl.SSLContext | None,
+        pusher: Pusher | None = None,
     ) -> None:
         self.agent = agent
         self.port = port
+        self.pusher = pusher
         self.is_listening = False
         self.registration = Registration(
             agent.name,
@@ -128,18 +132,33 @@ class HostAgent:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.agent.run)
                 nursery.start_soon(self.registration.run)
-                await self._listen(changed)
+                if self.pusher is not None:
+                    await self._post(self.pusher, changed)
+                elif self.port is not None:
+                    await self._listen(self.port, changed)
 
-    async def _listen(self, changed: Callable[[], None]) -> None:
+    async def _post(self, pusher: Pusher, changed: Callable[[], None]) -> None:
+        self.is_listening = True
+        changed()
+        log.info("%s: agent %s posts (experimental)", self.agent.name, self.agent.agent_id)
+        try:
+            await pusher.run()
+        finally:
+            self.is_listening = False
+            changed()
+
+    async def _listen(self, port: int, changed: Callable[[], None]) -> None:
         door = Door(partial(api.answer, self.agent), self._context)
         said = ""
         while True:
             try:
-                listener = listen(self._ip, self.port)
+                listener = listen(self._ip, port)
             except OSError as exc:
                 # Another program's fault, of which it may repent; the other hosts go on.
                 if said != (said := str(exc.strerror or exc)):
-                    log.error("%s: cannot listen at %s:%d: %s", *self._place(), said)
+                    log.error(
+                        "%s: cannot listen at %s:%d: %s", self.agent.name, self._ip, port, said
+                    )
                 await trio.sleep(BIND_AGAIN_S)
                 continue
             self.is_listening = True
@@ -149,13 +168,10 @@ class HostAgent:
                 self.agent.name,
                 self.agent.agent_id,
                 self._ip,
-                self.port,
+                port,
             )
             try:
                 await door.serve(listener)
             finally:
                 self.is_listening = False
                 changed()
-
-    def _place(self) -> tuple[str, str, int]:
-        return self.agent.name, self._ip, self.port

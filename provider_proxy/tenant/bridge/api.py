@@ -105,7 +105,7 @@ async def _quote(agent: Agent, is_identity: bool, given: Mapping[str, str]) -> d
         if not ENTRY_RE.fullmatch(text := given.get("ima_ml_entry", "0")):
             raise ParameterError("ima_ml_entry", "must be a number")
         entry = int(text)
-    shown = await agent.attest(Poll(nonce=nonce, mask=mask, ima_ml_entry=entry))
+    shown = await agent.attest(Poll(nonce=nonce.encode("ascii"), mask=mask, ima_ml_entry=entry))
     return {
         **_LABELS,
         **shown.values(),
@@ -137,8 +137,12 @@ def _parameters(query: str) -> Mapping[str, str]:
 
 def refusal(agent: Agent, error: VerificationError) -> dict[str, object]:
     """The results of a refusal: its reason, and nothing signed."""
-    reason = f"{REFUSED}{type(error).__name__}: {printable(str(error))}"
-    return {**_LABELS, "hash_alg": reason, "quote": "r", "pubkey": agent.pubkey}
+    return {**_LABELS, "hash_alg": refused_because(error), "quote": "r", "pubkey": agent.pubkey}
+
+
+def refused_because(error: VerificationError) -> str:
+    """The reason of a refusal, as Keylime gets it."""
+    return f"{REFUSED}{type(error).__name__}: {printable(str(error))}"
 
 
 def printable(text: str) -> str:

@@ -12,6 +12,7 @@ import signal
 import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from provider_proxy.tenant.bridge.door import Door, listen
 from provider_proxy.tenant.bridge.keys import BridgeKeys, load_keys
 from provider_proxy.tenant.bridge.metrics import BridgeMetrics
 from provider_proxy.tenant.bridge.ports import PortBook
+from provider_proxy.tenant.bridge.push_access import PushAccess
 from provider_proxy.tenant.watch.budget import Budget
 from provider_proxy.tenant.watch.preflight import read_dates
 from provider_proxy.tenant.watch.questions import HostQuestions, Setting
@@ -63,6 +65,11 @@ def keys_of(config: WatchConfig) -> BridgeKeys:
     return load_keys(path, make_for=make_for)
 
 
+def is_pushed(setting: Setting) -> bool:
+    """Whether a host's agent posts, and has no port."""
+    return setting.rules.mode == "push"
+
+
 def asked_hosts(settings: Mapping[str, Setting]) -> dict[str, Setting]:
     """The hosts that get an agent."""
     return {name: setting for name, setting in settings.items() if setting.endpoint is not None}
@@ -93,6 +100,9 @@ class Bridge:
         self._context: ssl.SSLContext | None = None
         if config.bridge.client_ca is not None:
             self._context = self.keys.server_context(config.bridge.client_ca)
+        self._push: PushAccess | None = None
+        if any(map(is_pushed, asked_hosts(self._settings).values())):
+            self._push = PushAccess(config.bridge, self.keys)
         self.agents: dict[str, HostAgent] = {}
         self._seen_states: set[str] = set()
 
@@ -117,6 +127,7 @@ class Bridge:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
                 async with (
                     http_client(self._registrar_tls, tls_name=self._registrar.tls_name) as http,
+                    nullcontext() if self._push is None else self._push.open(),
                     trio.open_nursery() as nursery,
                 ):
                     self._access = RegistrarAccess(http)
@@ -166,7 +177,7 @@ class Bridge:
 
     def _start(self, nursery: trio.Nursery, settings: Mapping[str, Setting]) -> None:
         bridge = self._config.bridge
-        ports = self._ports.ports_of(list(settings))
+        ports = self._ports.ports_of(_with_ports(settings))
         for name, setting in settings.items():
             questions = HostQuestions(
                 name, setting, self._store, budget=self._budget, judged_elsewhere=True
@@ -179,14 +190,19 @@ class Bridge:
                 hold_s=bridge.hold_s,
                 refuse_unsafe=bridge.after_crash == "refuse",
             )
+            pusher = None
+            if is_pushed(setting):
+                assert self._push is not None
+                pusher = self._push.pusher(agent)
             made = self.agents[name] = HostAgent(
                 agent,
-                ports[name],
+                ports.get(name),
                 bridge=bridge,
                 registrar=self._registrar,
                 access=self._access,
                 keys=self.keys,
                 context=self._context,
+                pusher=pusher,
             )
             made.registration.observe = lambda state: self._count()
             nursery.start_soon(partial(made.run, changed=self._count))
@@ -210,11 +226,16 @@ class Bridge:
             settings = await trio.to_thread.run_sync(_settings_again, config, aks, self._settings)
             dates = await trio.to_thread.run_sync(read_dates, config)
             asked = asked_hosts(settings)
-            await trio.to_thread.run_sync(self._ports.ports_of, list(asked))
+            if self._push is None and any(map(is_pushed, asked.values())):
+                raise ConfigError("the first host in mode push takes a restart")
+            if self._context is None and not all(map(is_pushed, asked.values())):
+                raise ConfigError("the first host in mode pull takes a restart")
+            await trio.to_thread.run_sync(self._ports.ports_of, _with_ports(asked))
         except ProviderProxyError as exc:
             log.error("reload refused, going on as before: %s", exc)
             return
-        for name in set(self.agents) - set(asked):
+        moved = {n for n, a in self.agents.items() if n in asked and _has_moved(a, asked[n])}
+        for name in moved | (set(self.agents) - set(asked)):
             self.agents.pop(name).stop()
             self.metrics.forget_host(name)
         for name in set(self.agents) & set(asked):
@@ -225,6 +246,15 @@ class Bridge:
         self.calendar.warn()
         self._count()
         log.info("reloaded: %d hosts", len(asked))
+
+
+def _with_ports(settings: Mapping[str, Setting]) -> list[str]:
+    return [name for name, setting in settings.items() if not is_pushed(setting)]
+
+
+def _has_moved(agent: HostAgent, setting: Setting) -> bool:
+    """From one mode to the other."""
+    return is_pushed(setting) != (agent.pusher is not None)
 
 
 def _settings_again(

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from provider_proxy.common.dates import Dated, show_dates
 
 PREFIX = "provider_proxy_bridge_"
+RESULTS = ("good", "refused", "no answer", "fault")
 POLL_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SIGN_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05)
 
@@ -24,6 +25,8 @@ class BridgeMetrics:
             ["result"],
             registry=self.registry,
         )
+        for result in RESULTS:
+            self.polls.labels(result)  # from 0 on, so that the first one is an increase
         self.host_good = Gauge(
             PREFIX + "host_good",
             "1 while a host's last poll was good.",

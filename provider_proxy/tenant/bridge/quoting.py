@@ -13,9 +13,16 @@ from typing import Protocol
 from uuid import UUID
 
 from provider_proxy.errors import ClockError
-from provider_proxy.evidence.model import ClockState, HashAlg, Nonce, PcrValues, Quote
-from provider_proxy.evidence.tpm_keys import BRIDGE_LABEL
-from provider_proxy.evidence.tpm_writer import encode_attest, encode_rsassa
+from provider_proxy.evidence.model import (
+    PCR_COUNT,
+    ClockState,
+    HashAlg,
+    Nonce,
+    PcrValues,
+    Quote,
+)
+from provider_proxy.evidence.tpm_keys import BRIDGE_LABEL, TPM_ALG_NULL
+from provider_proxy.evidence.tpm_writer import encode_attest, encode_certify, encode_rsassa
 from provider_proxy.evidence.wire import encode_quote
 
 DATA_PCR = 16
@@ -93,7 +100,7 @@ def shown_boottime(clock: ClockState) -> int:
 
 
 def make_quote(
-    signer: Signer, *, nonce: str, pcrs: Mapping[int, bytes], clock: ClockState, firmware: int
+    signer: Signer, *, nonce: bytes, pcrs: Mapping[int, bytes], clock: ClockState, firmware: int
 ) -> str:
     """Keylime's quote string.
 
@@ -104,7 +111,7 @@ def make_quote(
     """
     values = PcrValues(bank=HashAlg.SHA256, values=tuple(sorted(pcrs.items())))
     attest = encode_attest(
-        qualifying=nonce.encode("ascii"),
+        qualifying=nonce,
         clock=clock,
         bank=HashAlg.SHA256,
         mask=values.mask,
@@ -114,3 +121,29 @@ def make_quote(
     )
     signature = encode_rsassa(signer.sign(attest))
     return encode_quote(Quote(attest=attest, signature=signature, pcrs=values))
+
+
+def make_unsigned(mask: int) -> str:
+    """A quote string that nobody signed: it names PCRs, all zero, and its signature is TPM_ALG_NULL.
+
+    Keylime reads it, and refuses it by its signature's algorithm before anything else of it counts.
+    """
+    values = PcrValues(
+        bank=HashAlg.SHA256,
+        values=tuple((pcr, bytes(32)) for pcr in range(PCR_COUNT) if mask >> pcr & 1),
+    )
+    attest = encode_attest(
+        qualifying=b"refused",
+        clock=ClockState(reset_count=0, restart_count=0, clock_ms=0),
+        bank=HashAlg.SHA256,
+        mask=values.mask,
+        pcr_digest=hashlib.sha256(values.concatenated()).digest(),
+    )
+    null = TPM_ALG_NULL.to_bytes(2, "big") + HashAlg.SHA256.to_bytes(2, "big")
+    return encode_quote(Quote(attest=attest, signature=null, pcrs=values))
+
+
+def make_possession(signer: Signer, challenge: bytes) -> tuple[bytes, bytes]:
+    """Proves to a verifier in push mode that the AK is at hand: TPMS_ATTEST and TPMT_SIGNATURE."""
+    attest = encode_certify(qualifying=challenge, name=signer.ak_name, signer=signer.ak_name)
+    return attest, encode_rsassa(signer.sign(attest))

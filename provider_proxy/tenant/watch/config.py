@@ -163,7 +163,8 @@ def _check_bridge(
     if bridge.registrar not in registrars:
         raise ConfigError("bridge.registrar must name a [registrars.NAME]")
     asked = {name: rules for name, rules in hosts.items() if rules.need_provider_quote}
-    if bridge.client_ca is None:
+    pulled = any(rules.mode == "pull" for rules in asked.values())
+    if bridge.client_ca is None and (pulled or not asked):
         raise ConfigError("bridge.client_ca is missing: whose client certificates may ask?")
     if bridge.first_port > bridge.last_port:
         raise ConfigError("bridge.first_port must be <= bridge.last_port")
@@ -172,6 +173,8 @@ def _check_bridge(
     if bridge.verifier_url is not None and not bridge.verifier_url.startswith("https://"):
         raise ConfigError("bridge.verifier_url must be an https URL")
     for name, rules in asked.items():
+        if rules.mode == "push" and bridge.verifier_url is None:
+            raise ConfigError(f"hosts.{name}.mode = push needs bridge.verifier_url")
         if rules.bank is not HashAlg.SHA256:
             raise ConfigError(f'hosts.{name}.bank must be "sha256": Keylime is shown that bank')
 

@@ -51,7 +51,8 @@ def files_of(config: WatchConfig) -> Iterator[TlsFiles]:
         key=bridge.verifier_key,
         names=("bridge.verifier_ca", "bridge.verifier_cert", "bridge.verifier_key"),
     )
-    yield TlsFiles(ca=bridge.client_ca, names=(BRIDGE_CLIENT_CA, "", ""))
+    if bridge.client_ca is not None:
+        yield TlsFiles(ca=bridge.client_ca, names=(BRIDGE_CLIENT_CA, "", ""))
 
 
 def read_dates(config: WatchConfig) -> tuple[Dated, ...]:

@@ -84,6 +84,11 @@ class HostRules:
         None,
         "Whose host it is: hosts of one provider share the memory for large answers.",
     )
+    mode: str = setting(
+        one_of("pull", "push"),
+        "pull",
+        "For `bridge`: your verifier polls the host's agent, or (experimental) the agent posts to it.",
+    )
     need_provider_quote: bool = setting(
         read_flag, True, "Whether the host is asked; without, it is only listed."
     )
@@ -264,7 +269,7 @@ class BridgeTable:
     client_ca: Path | None = setting(
         read_path,
         None,
-        "CA of the client certificates of your verifier and its tools, PEM. Needed.",
+        "CA of the client certificates of your verifier and its tools, PEM. Needed for mode pull.",
     )
     listen_ip: str = setting(_read_ip, "127.0.0.1", "IP address at which the agents listen.")
     contact_ip: str | None = setting(
@@ -306,13 +311,13 @@ class BridgeTable:
     verifier_url: str | None = setting(
         read_safe_url,
         None,
-        "Your verifier, https, port 8881 as a rule: for reactivate.",
+        "Your verifier, https, port 8881 as a rule: for reactivate, and needed for mode push.",
     )
     verifier_ca: Path | None = setting(
         read_path, None, "CA of its certificate, PEM; the system's by default."
     )
     verifier_cert: Path | None = setting(
-        read_path, None, "Own certificate, PEM; for reactivate it demands one."
+        read_path, None, "Own certificate, PEM: for reactivate, and in mode push to see policies."
     )
     verifier_key: Path | None = setting(read_path, None, "Its private key, PEM.")
     verifier_tls_name: str | None = setting(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from bridged import NONCE, bridge_keys, bridged_in
 from ima_helpers import HOST, text
 from listed_tpms import ImaTpm, ima_proxy
 from watch_helpers import FakeProxy, Rig
@@ -21,68 +21,24 @@ from provider_proxy.evidence.model import ClockState
 from provider_proxy.evidence.tpm_writer import encode_attest
 from provider_proxy.evidence.wire import parse_quote
 from provider_proxy.tenant.bridge import api
-from provider_proxy.tenant.bridge.agent import AWAY_HOLD_S, Agent
-from provider_proxy.tenant.bridge.door import Asked
-from provider_proxy.tenant.bridge.keys import BridgeKeys, make_keys, parse_keys
-from provider_proxy.tenant.bridge.metrics import BridgeMetrics
+from provider_proxy.tenant.bridge.agent import AWAY_HOLD_S
+from provider_proxy.tenant.bridge.keys import BridgeKeys
 from provider_proxy.tenant.bridge.quoting import data_pcr, host_nonce
 from provider_proxy.tenant.bridge.view import MAX_STATES, KeylimeView
-from provider_proxy.tenant.watch.questions import HostQuestions
 from provider_proxy.testing.soft_tpm import SoftTpm
 
 Jumping = trio.testing.MockClock
-NONCE = "abcdefghij0123456789"
 INTEGRITY = f"/v2.6/quotes/integrity?nonce={NONCE}&partial=0&mask="
 
 
 @pytest.fixture(scope="session")
 def keys() -> BridgeKeys:
-    return parse_keys(make_keys("127.0.0.1"), Path("keys.pem"))
-
-
-class Bridged:
-    """An agent that is asked as Keylime asks."""
-
-    def __init__(self, rig: Rig, keys: BridgeKeys, **options: Any) -> None:
-        setting = rig.setting(**{"insecure_any_state": False, **options.pop("rules", {})})
-        questions = HostQuestions("h", setting, rig.store, budget=rig.budget, judged_elsewhere=True)
-        self.rig = rig
-        self.metrics = BridgeMetrics()
-        self.agent = Agent(
-            "h", questions, keys, self.metrics, **{"hold_s": 3.0, "now": lambda: 1e9, **options}
-        )
-
-    async def get(self, target: str, method: str = "GET") -> tuple[int, str, dict[str, Any]]:
-        asked = Asked(method=method, target=target, host="x", body=b"")
-        made = await api.answer(self.agent, asked)
-        values = json.loads(made.body)
-        assert values["code"] == made.status
-        return made.status, values["status"], values["results"]
-
-    async def poll(self, mask: int = 1, entry: int = 0, nonce: str = NONCE) -> dict[str, Any]:
-        target = (
-            f"/v2.6/quotes/integrity?nonce={nonce}&mask={mask:#x}&partial=1&ima_ml_entry={entry}"
-        )
-        status, said, results = await self.get(target)
-        assert status == 200, said
-        return results
+    return bridge_keys()
 
 
 @pytest.fixture
-def rig(tmp_path: Path, nursery: trio.Nursery) -> Rig:
-    made = Rig(tmp_path)
-    made.proxy.serve_in(nursery)
-    return made
-
-
-@pytest.fixture
-def make(rig: Rig, keys: BridgeKeys, nursery: trio.Nursery) -> Callable[..., Any]:
-    async def made(**options: Any) -> Bridged:
-        bridged = Bridged(options.pop("rig", rig), keys, **options)
-        await nursery.start(bridged.agent.run)
-        return bridged
-
-    return made
+def make(keys: BridgeKeys, tmp_path: Path, nursery: trio.Nursery) -> Callable[..., Any]:
+    return partial(bridged_in, nursery, tmp_path, keys)
 
 
 # --- good polls -------------------------------------------------------------------------------------

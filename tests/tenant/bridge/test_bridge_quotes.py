@@ -187,7 +187,7 @@ async def test_a_broken_challenge_is_an_error_of_its_own(keys: BridgeKeys, place
 def test_a_quote_is_keylime_s(keys: BridgeKeys) -> None:
     pcrs = {0: b"\1" * 32, 16: b"\2" * 32}
     clock = ClockState(reset_count=3, restart_count=0, clock_ms=77)
-    text = quoting.make_quote(keys, nonce="abcDEF123", pcrs=pcrs, clock=clock, firmware=9)
+    text = quoting.make_quote(keys, nonce=b"abcDEF123", pcrs=pcrs, clock=clock, firmware=9)
     quote = parse_quote(text)
     attest = attestation.parse_attest(quote.attest)
     assert attest.extra_data == b"abcDEF123"
@@ -280,7 +280,7 @@ def test_damaged_ports_are_not_begun_anew(tmp_path: Path, text: str) -> None:
 def test_base64_of_a_quote_is_of_one_bank(keys: BridgeKeys) -> None:
     text = quoting.make_quote(
         keys,
-        nonce="a",
+        nonce=b"a",
         pcrs={16: bytes(32)},
         clock=ClockState(reset_count=1, restart_count=0, clock_ms=1),
         firmware=0,
