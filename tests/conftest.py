@@ -53,34 +53,54 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         draw()
 
 
+# What only some tests need; `make test` goes on where one of these cannot be installed.
+OPTIONAL = (
+    *("chromium", "PostgreSQL", "promtool", "haproxy", "nginx"),
+    *("mandoc", "zsh", "fish"),
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--max-skipped",
         type=int,
         default=None,
         metavar="N",
-        help="fail a run that skips more than N tests; the summary names each reason",
+        help="fail a run that skips more than N tests, beside those of optional programs that are"
+        " not installed; the summary names each reason",
     )
 
 
-def skipped_in(session: pytest.Session) -> int:
-    """How many tests this run has skipped so far."""
+def skipped_in(session: pytest.Session) -> tuple[int, dict[str, int]]:
+    """How many tests this run has skipped so far, and how many more for want of which program."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    return len(reporter.stats.get("skipped", ())) if reporter is not None else 0
+    count = 0
+    missing: dict[str, int] = {}
+    for report in reporter.stats.get("skipped", ()) if reporter is not None else ():
+        reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+        program = reason.removesuffix(" is not installed")
+        if program in OPTIONAL:
+            missing[program] = missing.get(program, 0) + 1
+        else:
+            count += 1
+    return count, missing
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     limit = session.config.getoption("max_skipped")
-    if limit is not None and exitstatus == pytest.ExitCode.OK and skipped_in(session) > limit:
+    if limit is not None and exitstatus == pytest.ExitCode.OK and skipped_in(session)[0] > limit:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     limit = terminalreporter.config.getoption("max_skipped")
-    if limit is None:
+    if limit is None or terminalreporter._session is None:
         return
-    skipped = len(terminalreporter.stats.get("skipped", ()))
+    skipped, missing = skipped_in(terminalreporter._session)
     verdict = "too many" if skipped > limit else "within the bound"
     terminalreporter.write_line(f"skipped tests: {skipped} of at most {limit}: {verdict}")
+    if missing:
+        listed = ", ".join(f"{program} ({count})" for program, count in sorted(missing.items()))
+        terminalreporter.write_line(f"skipped besides, because these are not installed: {listed}")
