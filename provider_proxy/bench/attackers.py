@@ -15,6 +15,9 @@ import socket
 import ssl
 import threading
 import time
+from pathlib import Path
+
+from provider_proxy.bench.tenant_tls import tenant_context
 
 SOURCES = 200  # addresses of loopback that attackers come from: limits for each address do not help
 LIMIT_S = 20.0
@@ -71,8 +74,7 @@ def close_many(host: str, port: int, count: int, at_once: int) -> dict[str, obje
 
 def request_many(host: str, port: int, count: int, ca: str, pem: str) -> dict[str, object]:
     """Good requests by mutual TLS, each over a connection of its own that is closed behind it."""
-    context = ssl.create_default_context(cafile=ca)
-    context.load_cert_chain(pem)
+    context = tenant_context(Path(ca), Path(pem))
     left = [count]
     failed = [0]
     lock = threading.Lock()
@@ -114,8 +116,7 @@ def poll(host: str, port: int, seconds: float, ca: str, pems: list[str]) -> dict
     errors = [0]
 
     def tenant(pem: str) -> None:
-        context = ssl.create_default_context(cafile=ca)
-        context.load_cert_chain(pem)
+        context = tenant_context(Path(ca), Path(pem))
         tls: ssl.SSLSocket | None = None
         while time.monotonic() < end:
             begin = time.monotonic()

@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import socket
-import ssl
 import time
+from pathlib import Path
+
+from provider_proxy.bench.tenant_tls import tenant_context
 
 REQUEST = b"GET /version HTTP/1.1\r\nHost: proxy\r\nConnection: close\r\n\r\n"
 TLS_NAME = "localhost"  # in the certificates of `overload`
@@ -22,13 +24,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("host")
     parser.add_argument("port", type=int)
-    parser.add_argument("ca")
-    parser.add_argument("cert")
+    parser.add_argument("ca", type=Path)
+    parser.add_argument("cert", type=Path)
     parser.add_argument("count", type=int)
     parser.add_argument("--no-nodelay", action="store_true")
     args = parser.parse_args()
-    context = ssl.create_default_context(cafile=args.ca)
-    context.load_cert_chain(args.cert)
+    context = tenant_context(args.ca, args.cert)
     begin = time.monotonic()
     good = 0
     for _ in range(args.count):

@@ -20,6 +20,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from provider_proxy.bench import connections, load
 from provider_proxy.bench.process import Target, config_text
 from provider_proxy.bench.quotes import quantile
+from provider_proxy.bench.tenant_tls import tenant_context
 from provider_proxy.host import pki
 
 DELAY_MS = 200.0
@@ -74,9 +75,7 @@ def make_certificates(directory: Path, tenants: int) -> Contexts:
         path = directory / f"tenant{number}.pem"
         path.touch(mode=0o600)
         path.write_bytes(pki.pem(tenant.certificate) + tenant.key_pem())
-        context = ssl.create_default_context(cafile=str(directory / "ca.crt"))
-        context.load_cert_chain(path)
-        contexts.append(context)
+        contexts.append(tenant_context(directory / "ca.crt", path))
     return contexts
 
 

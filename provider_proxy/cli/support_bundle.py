@@ -20,12 +20,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from provider_proxy.cli import ask_admin
 from provider_proxy.cli.arguments import DEFAULT_CONFIG
 from provider_proxy.cli.check_config import lines_of
 from provider_proxy.cli.redaction import Redactor
+from provider_proxy.common.addresses import parse_url
 from provider_proxy.common.files import is_there, write_private
 from provider_proxy.common.settings.document import Loaded
 from provider_proxy.common.version import program_version
@@ -169,9 +169,7 @@ def _redactor(loaded: Loaded[Config] | None, status: Mapping[str, Any] | None) -
     known = {name for group in tenants for name in group}
     listed = (status or {}).get("tenants", {}).get("listed", [])
     tenants += [(each["name"],) for each in listed if each["name"] not in known]
-    registrars = [
-        (name, urlsplit(table.url).hostname or "") for name, table in config.registrars.items()
-    ]
+    registrars = [(name, parse_url(table.url).host) for name, table in config.registrars.items()]
     vms = [(str(vm),) for rules in config.tenants.values() for vm in rules.vms]
     return Redactor({"tenant": tenants, "registrar": registrars, "vm": vms})
 

@@ -19,7 +19,13 @@ from provider_proxy.common.addresses import parse_agent_id
 from provider_proxy.common.failures import printable
 from provider_proxy.common.findings import Finding, attempt, of_dates, warned
 from provider_proxy.common.settings.document import Layout, Loaded, load, read_document
-from provider_proxy.common.settings.schema import hidden, named_tables, read_table, setting
+from provider_proxy.common.settings.schema import (
+    check_related,
+    hidden,
+    named_tables,
+    read_table,
+    setting,
+)
 from provider_proxy.common.settings.values import (
     fail,
     number,
@@ -46,6 +52,10 @@ LAYOUT = Layout(max_bytes=4 * 1024 * 1024)  # 10,000 agents of 200 bytes, and ro
 DEFAULT_LIMIT_S = 60.0  # whoever adds an agent waits for us; Keylime's tenant sets no limit
 ANY_RE = re.compile(r".*", re.DOTALL)
 PROVES_LINKS, NEVER = "link", "never"
+HOST_NEEDS = (
+    ("runtime_policy_key", "runtime_policy"),
+    *(("uefi_pcrs", "uefi"), ("boot_policy", "uefi")),
+)
 
 
 def _read_hosts(key: str, value: object) -> tuple[str, ...]:
@@ -223,12 +233,7 @@ def _host(name: str, values: Mapping[str, object], base: Path) -> HostEntry:
     host = read_table(HostEntry, values, f"{key}.", {}, folder=base)
     if not host.url:
         raise ConfigError(f"{key}.url must be set: where does its proxy answer?")
-    if (host.cert is None) != (host.key is None):
-        raise ConfigError(f"{key}.cert and {key}.key belong together")
-    if host.runtime_policy_key is not None and host.runtime_policy is None:
-        raise ConfigError(f"{key}.runtime_policy_key needs runtime_policy")
-    if (host.uefi_pcrs is not None or host.boot_policy is not None) and not host.uefi:
-        raise ConfigError(f"{key}.uefi_pcrs and boot_policy need uefi = true")
+    check_related(key, host, together=(("cert", "key"),), needs=HOST_NEEDS)
     judged = host.tpm_policy is not None or host.logs != LogRules()
     if host.insecure_any_state == judged:
         raise ConfigError(

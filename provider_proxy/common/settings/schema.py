@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,6 +89,33 @@ def read_over(
     own = read_table(type(defaults), data, prefix, {}, folder=folder)
     changed = {name: getattr(own, name) for name in data}
     return dataclasses.replace(defaults, **changed)  # type: ignore[type-var]
+
+
+def check_related(
+    key: str,
+    table: object,
+    *,
+    together: Sequence[tuple[str, str]] = (),
+    needs: Sequence[tuple[str, str]] = (),
+) -> None:
+    """What two keys of a table say only with each other.
+
+    Args:
+        key: of the table, "hosts.a".
+        together: pairs of which both are set, or none.
+        needs: pairs of which the first is set only where the second is.
+
+    Raises:
+        ConfigError: the message names both.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(table)}  # type: ignore[arg-type]
+    said = {name for name in defaults if getattr(table, name) != defaults[name]}
+    for one, other in together:
+        if (one in said) != (other in said):
+            raise ConfigError(f"{key}.{one} and {other} belong together: set both, or none")
+    for one, other in needs:
+        if one in said and other not in said:
+            raise ConfigError(f"{key}.{one} needs {other}")
 
 
 def named_tables(

@@ -16,7 +16,7 @@ from pathlib import Path
 from provider_proxy.common.addresses import check_local
 from provider_proxy.common.settings.document import Layout, Loaded, read_document
 from provider_proxy.common.settings.document import load as load_settings
-from provider_proxy.common.settings.schema import named_tables, read_over, read_table
+from provider_proxy.common.settings.schema import check_related, named_tables, read_over, read_table
 from provider_proxy.common.settings.values import fail
 from provider_proxy.errors import ConfigError, UsageError
 from provider_proxy.evidence.model import HashAlg
@@ -109,10 +109,7 @@ def _check_whole(config: Config) -> None:
         )
     if listen.front and (listen.client_ca is None or not listen.front_peers):
         raise ConfigError("listen.front needs listen.client_ca and listen.front_peers")
-    if listen.front_peers and not listen.front:
-        raise ConfigError("listen.front_peers needs listen.front")
-    if listen.client_crl is not None and listen.client_ca is None:
-        raise ConfigError("listen.client_crl needs listen.client_ca")
+    check_related("listen", listen, needs=(("front_peers", "front"), ("client_crl", "client_ca")))
     if config.tenant_defaults.identities or config.tenant_defaults.vms:
         key = "tenant_defaults." + ("identities" if config.tenant_defaults.identities else "vms")
         raise ConfigError(f"{key} belongs in [tenants.NAME], not in [tenant_defaults]")
@@ -148,15 +145,13 @@ def _check_agent(config: Config) -> None:
     for key in ("url", "agent_id", "registrar_url"):
         if not getattr(agent, key):
             raise fail(f"keylime_agent.{key}", f'set where quoter.kind is "{KEYLIME_AGENT}"')
-    for cert, key in (("client_cert", "client_key"), ("registrar_cert", "registrar_key")):
-        if (getattr(agent, cert) is None) != (getattr(agent, key) is None):
-            raise fail(f"keylime_agent.{key}", f"set exactly where {cert} is")
+    together = (("client_cert", "client_key"), ("registrar_cert", "registrar_key"))
+    check_related("keylime_agent", agent, together=together)
     if agent.url is not None and agent.url.startswith("https") and agent.client_cert is None:
         raise fail("keylime_agent.client_cert", "set for an agent with mTLS")
     if bool(agent.ek_ca) == agent.insecure_no_ek:
         raise fail("keylime_agent.ek_ca", "set, or insecure_no_ek, and not both")
-    if agent.insecure_virtual_ek and not agent.ek_ca:
-        raise fail("keylime_agent.insecure_virtual_ek", "used with ek_ca")
+    check_related("keylime_agent", agent, needs=(("insecure_virtual_ek", "ek_ca"),))
     if len(config.tpm.banks) != 1:
         raise fail("tpm.banks", "one bank, the AK's, where a Keylime agent quotes")
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from provider_proxy.common.settings.schema import setting
+from provider_proxy.common.settings.schema import check_related, setting
 from provider_proxy.common.settings.values import (
     IDENTITY_RE,
     number,
@@ -128,8 +128,7 @@ def check_registrars(
         if quoter != "tpm":
             raise ConfigError(f'{key} needs quoter.kind = "tpm"')
         _check_url(key, table)
-        if (table.client_cert is None) != (table.client_key is None):
-            raise ConfigError(f"{key}.client_cert and {key}.client_key belong together")
+        check_related(key, table, together=(("client_cert", "client_key"),))
         if (
             table.tenant is not None
             and table.tenant not in tenants

@@ -15,11 +15,10 @@ from pathlib import Path
 
 from provider_proxy.common.addresses import is_loopback
 from provider_proxy.common.settings.document import Layout, Loaded, load, read_document
-from provider_proxy.common.settings.schema import named_tables, read_over, read_table
+from provider_proxy.common.settings.schema import check_related, named_tables, read_over, read_table
 from provider_proxy.common.settings.values import fail
 from provider_proxy.errors import ConfigError
 from provider_proxy.evidence.model import HashAlg
-from provider_proxy.evidence.vtpm_link import STATES
 from provider_proxy.tenant.watch.tables import (
     OWN_KEYS,
     TABLES,
@@ -36,6 +35,14 @@ LAYOUT = Layout(
     max_bytes=8 * 1024 * 1024,  # 20,000 hosts of ten keys
     adds={"hosts.d": "hosts"},
     max_adds=MAX_HOSTS,
+)
+HOST_TOGETHER = (
+    *(("tls_cert", "tls_key"), ("vm", "vm_ek")),
+    ("first_use_pcrs", "insecure_trust_on_first_use"),
+)
+HOST_NEEDS = (
+    *(("runtime_policy", "ima"), ("runtime_policy_key", "runtime_policy")),
+    *(("boot_policy", "uefi"), ("vm_least", "vm"), ("registrar", "uuid")),
 )
 
 
@@ -107,12 +114,10 @@ def _read_registrars(
         made = found[name] = read_table(RegistrarTable, table, key + ".", TABLES, folder=folder)
         if made.url is None:
             raise ConfigError(f"{key}.url must be an https URL: it is missing")
-        if (made.cert is None) != (made.key is None):
-            raise ConfigError(f"{key}.cert and key belong together")
         if bool(made.ek_ca) == made.insecure_no_ek:
             raise ConfigError(f"{key} needs ek_ca, or else insecure_no_ek: who vouches for EKs?")
-        if made.insecure_virtual_ek and not made.ek_ca:
-            raise ConfigError(f"{key}.insecure_virtual_ek needs ek_ca")
+        needs = (("insecure_virtual_ek", "ek_ca"),)
+        check_related(key, made, together=(("cert", "key"),), needs=needs)
     return found
 
 
@@ -122,18 +127,9 @@ def _check_host(key: str, rules: HostRules, *, needs_policy: bool) -> None:
         raise ConfigError(f"{key}.provider_ip is missing")
     if rules.insecure_plaintext and not is_loopback(rules.provider_ip):
         raise ConfigError(f"{key}.insecure_plaintext is for proxies on loopback only")
-    if (rules.tls_cert is None) != (rules.tls_key is None):
-        raise ConfigError(f"{key}.tls_cert and tls_key belong together")
+    check_related(key, rules, together=HOST_TOGETHER, needs=HOST_NEEDS)
     if rules.insecure_plaintext and (rules.tls_cert or rules.tls_ca):
         raise ConfigError(f"{key}.insecure_plaintext must not stand beside TLS files")
-    if rules.insecure_trust_on_first_use != bool(rules.first_use_pcrs):
-        raise ConfigError(f"{key}.first_use_pcrs and insecure_trust_on_first_use belong together")
-    if rules.runtime_policy is not None and not rules.ima:
-        raise ConfigError(f"{key}.runtime_policy needs ima")
-    if rules.runtime_policy_key is not None and rules.runtime_policy is None:
-        raise ConfigError(f"{key}.runtime_policy_key needs runtime_policy")
-    if rules.boot_policy is not None and not rules.uefi:
-        raise ConfigError(f"{key}.boot_policy needs uefi")
     if rules.uefi and not rules.uefi_pcrs:
         raise ConfigError(f"{key}.uefi_pcrs must name at least one PCR")
     judged = rules.tpm_policy or rules.first_use_pcrs or rules.ima or rules.uefi
@@ -144,12 +140,6 @@ def _check_host(key: str, rules: HostRules, *, needs_policy: bool) -> None:
         )
     if judged and rules.insecure_any_state:
         raise ConfigError(f"{key}.insecure_any_state must not stand beside a policy")
-    if (rules.vm is None) != (rules.vm_ek is None):
-        raise ConfigError(f"{key}.vm and vm_ek belong together")
-    if rules.vm_least != STATES[0] and rules.vm is None:
-        raise ConfigError(f"{key}.vm_least needs vm")
-    if rules.registrar is not None and rules.uuid is None:
-        raise ConfigError(f"{key}.registrar needs uuid, the host's id there")
     if rules.timeout_s > rules.max_age_s:
         raise ConfigError(f"{key}.timeout_s must be <= max_age_s")
 
@@ -168,8 +158,7 @@ def _check_bridge(
         raise ConfigError("bridge.client_ca is missing: whose client certificates may ask?")
     if bridge.first_port > bridge.last_port:
         raise ConfigError("bridge.first_port must be <= bridge.last_port")
-    if (bridge.verifier_cert is None) != (bridge.verifier_key is None):
-        raise ConfigError("bridge.verifier_cert and verifier_key belong together")
+    check_related("bridge", bridge, together=(("verifier_cert", "verifier_key"),))
     if bridge.verifier_url is not None and not bridge.verifier_url.startswith("https://"):
         raise ConfigError("bridge.verifier_url must be an https URL")
     for name, rules in asked.items():
