@@ -1,4 +1,5 @@
-"""Hostile hosts for `bench hostile`: proxies that are silent, flood, stall, send costly JSON or trickle.
+"""Hostile hosts for `bench hostile`: proxies that are silent, flood, stall, send costly JSON, crumbs
+of a byte, interim answers without end, or trickle.
 
 `python -m provider_proxy.bench.hostile_hosts` serves a kind of host a port of loopback, and prints a JSON
 line with the ports when it is up. The trickling host is good until it reads `turn` on stdin: from then on
@@ -80,6 +81,19 @@ async def _drip(writer: asyncio.StreamWriter, _request: QuoteRequest) -> None:
         await asyncio.sleep(0.1)
 
 
+async def _crumbs(writer: asyncio.StreamWriter, _request: QuoteRequest) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    for _ in range(LARGE // 8192):
+        writer.write(b"1\r\n \r\n" * 8192)
+        await writer.drain()
+
+
+async def _interim(writer: asyncio.StreamWriter, _request: QuoteRequest) -> None:
+    for _ in range(LARGE // 65536):
+        writer.write(b"HTTP/1.1 102 \r\n\r\n" * 4096)
+        await writer.drain()
+
+
 class Trickler:
     """A host that is good, and then promises that more of its IMA list will explain its PCR 10."""
 
@@ -145,6 +159,8 @@ async def _serve() -> None:
         "stall": _stall,
         "bomb": partial(_explode, _bomb()),
         "drip": _drip,
+        "crumbs": _crumbs,
+        "interim": _interim,
         "trickle": trickler.answer,
     }
     ports = {}

@@ -15,12 +15,16 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 import anyio
 import httpx
 
+from provider_proxy.common import http_head
 from provider_proxy.common.failures import why
 from provider_proxy.errors import ReplyError
 
 CONNECT_LIMIT_S = 10.0
 IDENTITY = {"Accept-Encoding": "identity"}
 """Headers of a request whose answer `read_body` reads."""
+
+MAX_FEW_PIECES = 1000
+LEAST_PIECE_BYTES = 256  # on average, of a body in many pieces
 
 NO_ANSWER = (httpx.HTTPError, httpx.InvalidURL, UnicodeError, OSError)
 """What a request raises where the other side is at fault. httpx parses a Location that it does not
@@ -44,7 +48,7 @@ def http_client(
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> httpx.AsyncClient:
     """A client that asks nobody but whom it is told to: no cookies, no proxies and netrc of the
-    environment, no redirects, no compressed answers.
+    environment, no redirects, no compressed answers, no answers before the answer without end.
 
     Args:
         context: see `tls.client_context`; None where the URL is http://: should TLS be spoken, nobody
@@ -55,19 +59,23 @@ def http_client(
         transport: what carries requests; tests put theirs there.
     """
 
-    async def name_the_server(request: httpx.Request) -> None:
-        request.extensions["sni_hostname"] = tls_name
+    async def extend(request: httpx.Request) -> None:
+        request.extensions["trace"] = http_head.trace
+        if tls_name is not None:
+            request.extensions["sni_hostname"] = tls_name
 
-    limits = httpx.Limits(max_connections=pool, max_keepalive_connections=1)
+    if pool is None:
+        limits = httpx.Limits()
+    else:
+        limits = httpx.Limits(max_connections=pool, max_keepalive_connections=1)
+    context = context or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     return httpx.AsyncClient(
-        verify=context or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-        transport=transport,
+        transport=transport or http_head.bounded_transport(context, limits),
         trust_env=False,
         cookies=no_cookies(),
         timeout=httpx.Timeout(read_limit_s, connect=min(connect_limit_s, read_limit_s)),
-        limits=limits if pool is not None else httpx.Limits(),
         headers=IDENTITY,
-        event_hooks={"request": [name_the_server] if tls_name is not None else []},
+        event_hooks={"request": [extend]},
     )
 
 
@@ -85,6 +93,15 @@ def no_answer(who: str, error: Callable[[str], Exception] = ReplyError) -> Itera
         raise error(f"{who} gave no answer: {why(exc)}") from exc
 
 
+def in_crumbs(pieces: int, size: int) -> bool:
+    """Whether a body comes in pieces so small that reading it is an attack.
+
+    A piece costs some 20 microseconds however small it is, and HTTP's chunks may have a byte each: 12 MB
+    of them keep an event loop busy for minutes.
+    """
+    return pieces > MAX_FEW_PIECES + size // LEAST_PIECE_BYTES
+
+
 async def read_body(response: httpx.Response, limit: int, who: str) -> bytes:
     """The body of a streamed response.
 
@@ -93,20 +110,24 @@ async def read_body(response: httpx.Response, limit: int, who: str) -> bytes:
         who: answers, for messages: "the proxy".
 
     Raises:
-        ReplyError: it is larger, or compressed.
+        ReplyError: it is larger, compressed, or in crumbs.
         httpx.HTTPError: it does not come whole.
     """
     if response.headers.get("content-encoding", "identity") != "identity":
         raise ReplyError(f"{who} sends a compressed answer, which nobody asked for")
     body = bytearray()
+    pieces = 0
     # Cancelled, not left: so httpx's generators end where they are and the connection is closed, where
     # a break would leave them to the garbage collector (trio warns of it).
     with anyio.CancelScope() as enough:
         async for chunk in response.aiter_bytes():
-            if len(body) + len(chunk) > limit:
+            pieces += 1
+            if in_crumbs(pieces, len(body)) or len(body) + len(chunk) > limit:
                 enough.cancel()
             else:
                 body += chunk
+    if in_crumbs(pieces, len(body)):
+        raise ReplyError(f"{who} sends an answer in too many pieces")
     if enough.cancel_called:
         raise ReplyError(f"{who} sends an answer larger than {limit} bytes")
     return bytes(body)

@@ -43,7 +43,7 @@ HOST_FLOORS = (
 THIRD_PARTY: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "evidence": frozenset({"cryptography"}),
-    "common": frozenset({"cryptography", "httpx", "anyio", "trio"}),
+    "common": frozenset({"cryptography", "httpx", "httpcore", "anyio", "trio"}),
     "trust": frozenset({"cryptography", "httpx", "anyio"}),
     "trust.registration": frozenset({"trio", "httpx"}),
     "tenant": frozenset({"cryptography", "httpx", "anyio"}),

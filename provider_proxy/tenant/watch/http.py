@@ -17,6 +17,7 @@ import h11
 import trio
 
 from provider_proxy.common.failures import CLOSED, why
+from provider_proxy.common.http import in_crumbs
 from provider_proxy.common.streams import SocketStream
 from provider_proxy.errors import ReplyError
 from provider_proxy.tenant.replies import refused
@@ -24,6 +25,7 @@ from provider_proxy.tenant.watch.budget import SMALL_BYTES, Room
 
 CONNECT_LIMIT_S = 10.0
 MAX_HEAD_BYTES = 16 * 1024  # the proxy's has 200 bytes
+MAX_INTERIM = 8  # 1xx answers before the answer; the proxy sends none, a front one at most
 RECEIVE_BYTES = 64 * 1024
 MAX_ERROR_BYTES = 16 * 1024  # Keylime's envelope with one line of text
 
@@ -187,7 +189,7 @@ class ProxyConnection:
         response: h11.Response | None = None
         came = False
         parts: list[bytes] = []
-        size = 0
+        size = interim = 0
         while True:
             event = http.next_event()
             if event is h11.NEED_DATA:
@@ -212,6 +214,8 @@ class ProxyConnection:
             elif isinstance(event, h11.Data):
                 parts.append(bytes(event.data))
                 size += len(event.data)
+                if in_crumbs(len(parts), size):
+                    raise ReplyError("the proxy's answer comes in too many pieces")
                 if size > limit:
                     raise ReplyError(f"the proxy's answer is larger than {limit} bytes")
                 if size > SMALL_BYTES:  # chunks, whose sum nobody knows
@@ -223,6 +227,10 @@ class ProxyConnection:
                 return response, b"".join(parts)
             elif not isinstance(event, h11.InformationalResponse):
                 raise ReplyError("the connection ended within the answer")
+            else:
+                interim += 1
+                if interim > MAX_INTERIM:
+                    raise ReplyError("the proxy sends interim answers without end")
 
 
 def _declared_bytes(response: h11.Response) -> int:

@@ -166,6 +166,36 @@ async def test_no_log_is_asked_for_and_none_is_read_where_no_policy_reads_one(
     assert [request.logs for _, request in rig.proxy.asked] == [False, True, True]
 
 
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 9000, "pieces"),
+        (b"HTTP/1.1 102 X\r\n\r\n" * 9000, "interim answers without end"),
+    ],
+)
+async def test_an_answer_that_costs_more_than_its_bytes_is_given_up(
+    autojump_clock: Jumping, rig: Rig, answer: bytes, problem: str
+) -> None:
+    """Each piece costs the event loop of all hosts the same, however small it is."""
+    rig.proxy.answer = lambda request: answer
+    host = rig.host(max_retries=0)
+    assert await host.round() is State.FAILED
+    assert problem in str(host.error)
+
+
+async def test_a_front_may_cut_an_answer_and_say_one_thing_before(
+    autojump_clock: Jumping, rig: Rig
+) -> None:
+    def cut(request: QuoteRequest) -> bytes:
+        body = rig.proxy.good(request).partition(b"\r\n\r\n")[2]
+        chunks = [b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:9], body[9:])]
+        head = b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n"
+        return b"HTTP/1.1 103 X\r\n\r\n" + head + b"".join(chunks) + b"0\r\n\r\n"
+
+    rig.proxy.answer = cut
+    assert await rig.host().round() is State.TRUSTED
+
+
 async def test_large_answers_are_parsed_beside_the_event_loop_one_at_a_time(
     autojump_clock: Jumping, rig: Rig
 ) -> None:
