@@ -44,6 +44,8 @@ DEBIAN_TESTS := swtpm-tools tpm2-tools libefivar1 libpq5 util-linux openssl syst
 # cannot be installed, its tests are skipped.
 DEBIAN_OPTIONAL := postgresql haproxy nginx chromium chromium-driver mandoc zsh fish git
 DEBIAN_BUILD := build-essential debhelper dpkg-dev fakeroot lintian
+# What a host of the bundle has, beside the TPM libraries, and what brings up the loopback of its test.
+DEBIAN_BUNDLE := systemd procps iproute2
 DEBIAN_KVM := e2fsprogs mmdebstrap ovmf qemu-system-x86
 # For test-libvirt alone.
 DEBIAN_LIBVIRT := libvirt-daemon-system libvirt-clients qemu-system-x86 iproute2
@@ -227,6 +229,7 @@ bundle: system
 	packaging/build-bundle.sh $(PYTHON) dist
 
 test-bundle: bundle
+	@packaging/system-packages.sh $(DEBIAN_BUNDLE)
 	tests/system/test-bundle.sh dist/provider-proxy-*-python*.tar.gz
 
 system-kvm:

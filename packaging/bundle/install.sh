@@ -20,6 +20,7 @@ fail() { echo "install.sh: $*" >&2; exit 3; }
 command -v systemctl >/dev/null || fail "there is no systemd here"
 systemd=$(systemctl --version | sed -n '1s/^systemd \([0-9]*\).*/\1/p')
 [ "${systemd:-0}" -ge 250 ] || fail "systemd 250 or newer is needed; this is ${systemd:-unknown}"
+[ -x /bin/kill ] || fail "there is no /bin/kill, which the units call to reload; install procps (or util-linux)"
 if command -v dpkg >/dev/null && dpkg -S /usr/bin/provider-proxy >/dev/null 2>&1; then
     fail "the Debian package provider-proxy is installed; upgrade that, or remove it first"
 fi
