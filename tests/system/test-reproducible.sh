@@ -4,8 +4,10 @@ set -eu
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d /var/tmp/provider-proxy-twice.XXXXXX)
 trap 'rm -rf "$work"' EXIT
+# Both of one commit, also where somebody commits meanwhile.
+git -c safe.directory='*' clone -q . "$work/one"
+git -c safe.directory='*' clone -q "$work/one" "$work/the-other-one"
 for name in one the-other-one; do
-    git -c safe.directory='*' clone -q . "$work/$name"
     (cd "$work/$name" && packaging/build-deb.sh out >/dev/null && packaging/build-bundle.sh "${PYTHON:-python3}" out >/dev/null)
     (cd "$work/$name/out" && sha256sum provider*) >"$work/$name.sums"
 done
