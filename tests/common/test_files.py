@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from provider_proxy.common.files import is_there
+from provider_proxy.common.files import FileLock, files_in, is_there, make_private_folder
 from provider_proxy.common.settings.values import read_identities
 from provider_proxy.errors import ConfigError, HostError, UsageError
+from provider_proxy.trust.ek_store import EkStore
 from provider_proxy.trust.pins import PinStore
 
 
@@ -27,6 +28,26 @@ def test_what_cannot_be_looked_at_is_not_missing(
             ask("h")
     with pytest.raises(UsageError, match="h is not pinned"):
         PinStore(tmp_path).load("h")
+
+
+def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path: Path) -> None:
+    """Before, glob() gave nothing: pins, certificates of tenants and CAs were passed over."""
+    (tmp_path / "b.json").touch()
+    (tmp_path / "a.json").touch()
+    (tmp_path / "a.txt").touch()
+    assert [path.name for path in files_in(tmp_path, ".json")] == ["a.json", "b.json"]
+    assert files_in(tmp_path / "none", ".json") == []
+    no_folder = tmp_path / "a.txt"
+    with pytest.raises(HostError, match=f"^cannot read {no_folder}: Not a directory"):
+        files_in(no_folder, ".json")
+    with pytest.raises(HostError, match="Not a directory"):
+        PinStore(no_folder).labels()
+    with pytest.raises(HostError, match=r"^cannot read the CAs in .*: Not a directory"):
+        EkStore(no_folder / "ca.pem")
+    with pytest.raises(HostError, match="Not a directory"):
+        FileLock(no_folder / "lock").take()
+    with pytest.raises(HostError, match="Not a directory"):
+        make_private_folder(no_folder / "below")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from provider_proxy.errors import EvidenceFormatError, UsageError
+from provider_proxy.evidence.logs import policy_making
 from provider_proxy.evidence.logs.boot_policy import parse_boot_policy
 from provider_proxy.evidence.logs.runtime_policy_file import parse_runtime_policy
 from provider_proxy.evidence.model import HashAlg
@@ -124,3 +125,9 @@ def test_no_policy_takes_the_last_of_two_equal_keys(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"policy\.json: the policy has the key '0' twice"):
         PolicyFiles().tpm(path, HashAlg.SHA256)
     assert parse_tpm_policy({"0": GOOD}).needed_mask == 1
+
+
+def test_keys_of_runtime_policies_that_are_merged_are_read_strictly() -> None:
+    keys = '{"keyids": [], "pubkeys": [], "pubkeys": ["x"]}'
+    with pytest.raises(UsageError, match="verification-keys has the key 'pubkeys' twice"):
+        policy_making._merge_keys([{"verification-keys": keys}])

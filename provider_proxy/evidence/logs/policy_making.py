@@ -19,6 +19,7 @@ from provider_proxy.evidence.logs.ima_line import BUFFER, ImaEntry, parse_entry,
 from provider_proxy.evidence.logs.runtime_policy import RuntimePolicy
 from provider_proxy.evidence.logs.runtime_policy_file import pattern_of
 from provider_proxy.evidence.model import HashAlg, VerifiedQuote, pcrs_of
+from provider_proxy.evidence.strict_json import parse_own_json
 
 Policy = dict[str, Any]
 LISTS = ("digests", "keyrings", "ima-buf")
@@ -171,7 +172,7 @@ def _merge_keys(policies: Sequence[Policy]) -> str:
     keys: list[str] = []
     for policy in policies:
         if policy.get("verification-keys"):
-            values = json.loads(policy["verification-keys"])
+            values = parse_own_json(policy["verification-keys"], "verification-keys")
             for place, key in enumerate(values["pubkeys"]):
                 key_id = values["keyids"][place] if place < len(values["keyids"]) else 0
                 if (key_id, key) not in zip(ids, keys, strict=True):
