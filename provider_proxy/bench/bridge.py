@@ -3,6 +3,8 @@
 The bridge is the real command, bound to one core; around it on another: a real daemon over a swtpm, and
 `keylime_load`, which polls as Keylime's verifier does, with a connection and mutual TLS for each poll.
 `polls_per_s` is polls for each second of the bridge's CPU, so that what the load costs is not in it.
+`alone_polls_per_s` is by the clock, beside a load that the other core bears: proxies of software, and
+clients of P-256. It is below what the bridge carries wherever `bridge_busy` is below 1.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ from provider_proxy.bench.keylime_load import (
     QUOTE_INTERVAL_S,
     Verifier,
     hanging,
-    make_client,
+    make_clients,
     registrar,
 )
 from provider_proxy.bench.process import TICKS_PER_S, Target, config_text
+from provider_proxy.bench.soft_host import SoftHost
 from provider_proxy.errors import HostError
 from provider_proxy.tenant.bridge.keys import BridgeKeys, load_keys
 from provider_proxy.tenant.bridge.quoting import agent_id_of
@@ -77,7 +80,7 @@ def run(seed: int, say: Say) -> dict[str, object]:
 
 
 async def _measure(directory: Path, core: int, say: Say) -> dict[str, object]:
-    ca, context = make_client(directory)
+    ca, context, light = make_clients(directory)
     daemon = config_text(directory / "daemon", window_ms=1, max_duty=1.0)
     with Target(directory, "daemon", daemon) as target:
         site = await _Site.make(directory, target, ca)
@@ -96,6 +99,7 @@ async def _measure(directory: Path, core: int, say: Say) -> dict[str, object]:
             say(f"{hosts} hosts every {QUOTE_INTERVAL_S:g} s")
             late, polls = await _pace(context, bridge.ports[:hosts])
             rss = bridge.peak_rss_mb()
+        alone = await _alone(site, light, core, say)
         say(f"{GOOD} hosts beside {HANGING} that hang")
         async with hanging() as nowhere:
             ports = [target.port] * GOOD + [nowhere] * HANGING
@@ -116,6 +120,34 @@ async def _measure(directory: Path, core: int, say: Say) -> dict[str, object]:
         "good_host_gap_ratio": round(statistics.mean(beside) / statistics.mean(quiet), 3),
         "good_host_gap_p99_ratio": round(_p99(beside) / _p99(quiet), 3),
         "hanging_hosts": HANGING,
+        **alone,
+    }
+
+
+async def _alone(site: _Site, context: ssl.SSLContext, core: int, say: Say) -> Mapping[str, object]:
+    """By the clock, with as little beside the bridge as can be."""
+    host = SoftHost()
+    PinStore(site.directory / "pins").pin("light", host.tpm.ak_public)
+    say(f"{HOSTS} hosts of software")
+    async with host.serve() as port, site.bridge([port] * HOSTS, core, pin="light") as bridge:
+        verifier = Verifier(context)
+        await asyncio.gather(*(verifier.poll(each) for each in bridge.ports))
+        walls, busy = [], []
+        for _ in range(BURSTS):
+            cpu_s, began = bridge.cpu_s(), time.monotonic()
+            _, wall = await _burst(verifier, bridge)
+            walls.append(wall)
+            busy.append((bridge.cpu_s() - cpu_s) / (time.monotonic() - began))
+        hosts = min(HOSTS, int(PACE_SHARE * statistics.median(walls) * QUOTE_INTERVAL_S))
+        say(f"{hosts} hosts of software every {QUOTE_INTERVAL_S:g} s")
+        late, polls = await _pace(context, bridge.ports[:hosts])
+    return {
+        "alone_polls_per_s": round(statistics.median(walls), 1),
+        "alone_polls_per_s_spread": [round(min(walls), 1), round(max(walls), 1)],
+        "bridge_busy": round(statistics.median(busy), 2),
+        "alone_failed_polls": sum(verifier.failed.values()),
+        "alone_hosts_paced": hosts,
+        "alone_late_share": round(late / polls, 4),
     }
 
 
@@ -208,7 +240,9 @@ class _Site:
         return cls(directory=directory, keys=keys, client_ca=client_ca)
 
     @asynccontextmanager
-    async def bridge(self, proxies: Sequence[int], core: int) -> AsyncIterator[_Bridge]:
+    async def bridge(
+        self, proxies: Sequence[int], core: int, *, pin: str = "host"
+    ) -> AsyncIterator[_Bridge]:
         """A bridge on a core of its own; proxies are the ports of the hosts' proxies."""
         names = [f"h{number}" for number in range(len(proxies))]
         first = _free_range(len(names) + 1)
@@ -219,7 +253,7 @@ class _Site:
         }
         async with AsyncExitStack() as stack:
             registry = await stack.enter_async_context(registrar(self.keys, ids))
-            config = self._config(names, proxies, first, registry)
+            config = self._config(names, proxies, first, registry, pin)
             process = subprocess.Popen(  # noqa: ASYNC220  # takes a millisecond
                 [
                     *(sys.executable, "-m", "provider_proxy", "--log-level", "warning"),
@@ -239,7 +273,7 @@ class _Site:
                 process.wait()
 
     def _config(
-        self, names: Sequence[str], proxies: Sequence[int], first: int, registry: int
+        self, names: Sequence[str], proxies: Sequence[int], first: int, registry: int, pin: str
     ) -> Path:
         state = tempfile.mkdtemp(dir=self.directory)
         values: dict[str, Mapping[str, object]] = {
@@ -259,7 +293,7 @@ class _Site:
             "defaults": {"insecure_plaintext": True},
         }
         values |= {
-            f"hosts.{name}": {"provider_ip": "127.0.0.1", "provider_port": port, "pin": "host"}
+            f"hosts.{name}": {"provider_ip": "127.0.0.1", "provider_port": port, "pin": pin}
             for name, port in zip(names, proxies, strict=True)
         }
         lines = [

@@ -1,7 +1,8 @@
 """What `bench bridge` puts around a bridge: a verifier with its ten places, a registrar, hanging hosts.
 
-As Keylime's verifier does, each poll is a connection of its own with mutual TLS and a client certificate
-of RSA-2048. Everything runs in the process of the benchmark, on another core than the bridge.
+As Keylime's verifier does, each poll is a connection of its own with mutual TLS, without resumption, and
+a client certificate of RSA-2048; or of P-256, which costs the load less and the bridge more. Everything
+runs in the process of the benchmark, on another core than the bridge.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from provider_proxy.tenant.bridge.keys import BridgeKeys
@@ -31,14 +32,17 @@ QUOTE_INTERVAL_S = 2.0  # Keylime's default
 RETRY_WAITS_S = (2.0, 4.0, 8.0, 16.0, 32.0)  # its default; afterwards this load begins again
 MASK = 0x1
 CLIENT = "client.pem"  # certificate and key of a client
+LIGHT_CLIENT = "light-client.pem"
+
+PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 
 
-def make_client(directory: Path) -> tuple[Path, ssl.SSLContext]:
-    """A CA's certificate file, and TLS of a client that has one of its certificates."""
+def make_clients(directory: Path) -> tuple[Path, ssl.SSLContext, ssl.SSLContext]:
+    """A CA's certificate file, and TLS of clients that have its certificates: of RSA, and of P-256."""
     ca_key, key = (rsa.generate_private_key(65537, 2048) for _ in range(2))
     now = datetime.now(UTC)
 
-    def certificate(name: str, of: rsa.RSAPrivateKey, *, is_ca: bool) -> x509.Certificate:
+    def certificate(name: str, of: PrivateKey, *, is_ca: bool) -> x509.Certificate:
         issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "bench CA")])
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         return (
@@ -53,19 +57,24 @@ def make_client(directory: Path) -> tuple[Path, ssl.SSLContext]:
             .sign(ca_key, hashes.SHA256())
         )
 
+    def client(name: str, of: PrivateKey) -> ssl.SSLContext:
+        own = directory / name
+        own.touch(0o600)
+        own.write_bytes(
+            of.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+            + certificate("bench client", of, is_ca=False).public_bytes(pem)
+        )
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE  # the load's own bridge; the handshake costs the same
+        context.load_cert_chain(own)
+        return context
+
     pem = serialization.Encoding.PEM
-    ca, own = directory / "client-ca.crt", directory / CLIENT
+    ca = directory / "client-ca.crt"
     ca.write_bytes(certificate("bench CA", ca_key, is_ca=True).public_bytes(pem))
-    own.touch(0o600)
-    own.write_bytes(
-        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        + certificate("bench client", key, is_ca=False).public_bytes(pem)
-    )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # the load's own bridge; the handshake costs the same
-    context.load_cert_chain(own)
-    return ca, context
+    light = ec.generate_private_key(ec.SECP256R1())
+    return ca, client(CLIENT, key), client(LIGHT_CLIENT, light)
 
 
 @dataclass

@@ -12,11 +12,8 @@ from pathlib import Path
 
 import trio
 
-from provider_proxy.evidence.inclusion import leaf_input, qualifying_data
-from provider_proxy.evidence.model import SALT_BYTES, HashAlg, InclusionProof, TrustedHost
-from provider_proxy.evidence.query import parse_quote_query
-from provider_proxy.evidence.wire import EvidenceEncoder
-from provider_proxy.host.batching.merkle import build_tree
+from provider_proxy.bench.soft_host import SoftHost
+from provider_proxy.evidence.model import TrustedHost
 from provider_proxy.tenant.bridge import api
 from provider_proxy.tenant.bridge.agent import Agent
 from provider_proxy.tenant.bridge.door import Asked
@@ -28,10 +25,8 @@ from provider_proxy.tenant.watch.http import Endpoint
 from provider_proxy.tenant.watch.questions import HostQuestions, Setting, Trust
 from provider_proxy.tenant.watch.store import StateStore
 from provider_proxy.tenant.watch.tables import HostRules
-from provider_proxy.testing.soft_tpm import SoftTpm
 
 POLLS = 400
-LEAVES = 64  # of the batch that a host's proxy answers from
 TARGET = "/v2.6/quotes/integrity?nonce=abcdefghij0123456789&mask=0xff&partial=1&ima_ml_entry=0"
 
 
@@ -39,32 +34,15 @@ class _Host:
     """A host's proxy in memory; counts the time that it takes."""
 
     def __init__(self) -> None:
-        self.tpm = SoftTpm(pcrs={0: b"firmware"})
+        self.soft = SoftHost()
         self.spent_s = 0.0
 
     async def trusted(self, name: str, rules: HostRules, ask_host: object = None) -> Trust:
-        return Trust(host=TrustedHost(ak=self.tpm.ak, label=name))
+        return Trust(host=TrustedHost(ak=self.soft.tpm.ak, label=name))
 
     async def get(self, target: str, limit: int, room: object) -> bytes:
         began = time.perf_counter()
-        request = parse_quote_query(target.partition("?")[2])
-        salt = bytes(SALT_BYTES)
-        leaves = [
-            leaf_input(salt=salt, nonce=request.nonce, mask=request.mask, bank=request.bank),
-            *(number.to_bytes(32, "big") for number in range(LEAVES - 1)),
-        ]
-        tree = build_tree(leaves)
-        quote = self.tpm.quote(qualifying_data(tree.root, LEAVES), HashAlg.SHA256, request.mask)
-        encoder = EvidenceEncoder(
-            quote,
-            ak_name=self.tpm.ak.name,
-            hash_alg=HashAlg.SHA256,
-            enc_alg=self.tpm.ak.enc_alg,
-            sign_alg=self.tpm.ak.sign_alg,
-            quote_ms=1.0,
-        )
-        proof = InclusionProof(leaf_index=0, tree_size=LEAVES, path=tree.paths[0], salt=salt)
-        body = b"".join(encoder.encode(proof))
+        body = self.soft.answer(target)
         self.spent_s += time.perf_counter() - began
         await trio.lowlevel.checkpoint()
         return body

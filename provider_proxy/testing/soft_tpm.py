@@ -43,6 +43,7 @@ class SoftTpm:
     ) -> None:
         self._key = key or ec.generate_private_key(ec.SECP256R1())
         self._pcrs = dict(pcrs or {})
+        self.clock_safe = True  # False after a crash, for a while
         self.clock = clock or ClockState(reset_count=1, restart_count=0, clock_ms=1000)
         self.ak_public = encode_public(self._key.public_key())
         self.ak: AttestationKey = tpm_keys.parse_ak(self.ak_public)
@@ -76,6 +77,7 @@ class SoftTpm:
             bank=bank,
             mask=mask,
             pcr_digest=HashAlg.SHA256.digest(values.concatenated()),
+            safe=int(self.clock_safe),
         )
         return Quote(attest=attest, signature=self.sign(attest), pcrs=values)
 

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import trio
+from evidence_factory import VM
 from keylime_helpers import keylime_environment, keylime_program
 from keylime_rig import Keylime, Running
+from link_claims import EK
 from plain_proxy import PlainProxy
 from real_host import File
+from watch_helpers import link
 
 from provider_proxy.evidence.model import ClockState, QuoteRequest
 from provider_proxy.testing.soft_tpm import SoftTpm
@@ -131,10 +134,30 @@ def another_value(results: dict[str, Any]) -> None:
     results["quote"] = ":".join((attest, signature, base64.b64encode(values).decode()))
 
 
+def unlink(proxy: PlainProxy) -> None:
+    link(proxy.fake, eks=[])
+
+
+def crash(proxy: PlainProxy) -> None:
+    proxy.fake.tpm.clock_safe = False
+
+
+def link_to_a_vm(proxy: PlainProxy, folder: Path) -> dict[str, object]:
+    """Answer with the link of a VM; what the watcher's file says of it."""
+    link(proxy.fake)
+    path = folder / "vm.ek"
+    path.write_bytes(EK)
+    return {"vm": str(VM), "vm_ek": str(path)}
+
+
 LIES = {
     "pcr": Lie(change_pcr, ""),  # true evidence of another state: Keylime's own policy says so
     "clock": Lie(roll_back, "refused: ClockError: "),
     "ak": Lie(change_ak, "refused: SignatureError: "),
+    "link": Lie(unlink, "refused: EkNotLinkedError: "),
+    "crash": Lie(
+        crash, "refused: ClockError: the TPM calls its clock unsafe"
+    ),  # after_crash: refuse
     "replay": Lie(replay, "refused: QualifyingDataError: "),
     "salt": Lie(partial(tampered, change=another_salt), "refused: QualifyingDataError: "),
     "path": Lie(partial(tampered, change=another_path), "refused: QualifyingDataError: "),

@@ -12,7 +12,8 @@ from typing import Any
 
 import trio
 import trio.testing
-from helpers import make_evidence
+from helpers import make_answer, make_evidence
+from link_claims import claims_bytes
 
 from provider_proxy.errors import ProviderProxyError
 from provider_proxy.evidence.model import ClockState, QuoteRequest, TrustedHost
@@ -212,3 +213,13 @@ async def inline(work: Callable[..., Any], *args: object) -> Any:
 
 def b64(data: bytes) -> str:
     return base64.b64encode(data).decode()
+
+
+def link(proxy: FakeProxy, **changes: Any) -> None:
+    """Let a proxy answer with the claims of a VM's link; changes are those of `link_claims`."""
+
+    def answer(request: QuoteRequest) -> bytes:
+        made = make_answer(proxy.tpm, request, claims=claims_bytes(**changes))
+        return response(200, b"".join(made.body()))
+
+    proxy.answer = answer

@@ -11,14 +11,15 @@ import pytest
 import trio
 import trio.testing
 from bridged import NONCE, bridge_keys, bridged_in
+from evidence_factory import VM
 from ima_helpers import HOST, text
+from link_claims import EK
 from listed_tpms import ImaTpm, ima_proxy
-from watch_helpers import FakeProxy, Rig
+from watch_helpers import FakeProxy, Rig, link
 
 from provider_proxy.errors import UsageError
 from provider_proxy.evidence.attestation import parse_attest
 from provider_proxy.evidence.model import ClockState
-from provider_proxy.evidence.tpm_writer import encode_attest
 from provider_proxy.evidence.wire import parse_quote
 from provider_proxy.tenant.bridge import api
 from provider_proxy.tenant.bridge.agent import AWAY_HOLD_S
@@ -100,6 +101,31 @@ async def test_the_host_s_own_policy_counts_though_keylime_does_not_ask(
     assert results["hash_alg"].startswith("refused: PolicyError: PCR 0 is ")
 
 
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({}, None),
+        ({"eks": []}, "EkNotLinkedError"),
+        ({"running": False}, "VmNotRunningError"),
+        ({"vm": "6f1d2c3b-4a5e-4c7d-8e9f-0a1b2c3d4e5f"}, "ClaimsError"),
+    ],
+)
+async def test_a_host_that_is_no_longer_linked_to_the_vm_is_refused(
+    autojump_clock: Jumping, make: Any, tmp_path: Path, changes: dict[str, Any], refused: str | None
+) -> None:
+    path = tmp_path / "ek"
+    path.write_bytes(EK)
+    bridged = await make(rules={"vm": VM, "vm_ek": path})
+    link(bridged.rig.proxy, **changes)
+    results = await bridged.poll()
+    if refused is None:
+        assert results["hash_alg"] == "sha256"
+        link(bridged.rig.proxy, running=False)  # the VM goes on elsewhere
+        refused, results = "VmNotRunningError", await bridged.poll()
+    assert results["hash_alg"].startswith(f"refused: {refused}: ")
+    assert results["quote"] == "r"
+
+
 # --- refusals ---------------------------------------------------------------------------------------
 
 
@@ -144,11 +170,10 @@ async def test_a_clock_that_falls_at_a_restart_is_refused(
 
 @pytest.mark.parametrize("refuse", [True, False])
 async def test_what_a_crash_does_is_a_setting(
-    autojump_clock: Jumping, make: Any, monkeypatch: pytest.MonkeyPatch, refuse: bool
+    autojump_clock: Jumping, make: Any, refuse: bool
 ) -> None:
-    unsafe = partial(encode_attest, safe=0)
-    monkeypatch.setattr("provider_proxy.testing.soft_tpm.encode_attest", unsafe)
     bridged = await make(refuse_unsafe=refuse)
+    bridged.rig.proxy.tpm.clock_safe = False
     results = await bridged.poll()
     assert results["hash_alg"].startswith("refused: ClockError") == refuse
     if not refuse:
