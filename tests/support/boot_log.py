@@ -9,8 +9,9 @@ from __future__ import annotations
 import struct
 import uuid
 
-Event = tuple[int, int, bytes]
-"""PCR, type and data; its digests are the data's."""
+Event = tuple[int, int, bytes, bytes]
+"""PCR, type, data, and the bytes whose digests it has."""
+COMMAND_LINE = "kernel_cmdline: "  # GRUB measures what follows
 
 S_CRTM_VERSION, SEPARATOR, IPL = 0x08, 0x04, 0x0D
 VARIABLE_DRIVER_CONFIG, SERVICES_APPLICATION = 0x8000_0001, 0x8000_0003
@@ -22,7 +23,7 @@ SECURITY_DATABASE = uuid.UUID("d719b2cb-3d3a-4596-a3bc-dad00e67656f")
 def _variable(guid: uuid.UUID, name: str, data: bytes) -> Event:
     text = name.encode("utf-16-le")
     body = guid.bytes_le + struct.pack("<QQ", len(name), len(data)) + text + data
-    return 7, VARIABLE_DRIVER_CONFIG, body
+    return 7, VARIABLE_DRIVER_CONFIG, body, body
 
 
 def _application(path: str, mark: bytes) -> Event:
@@ -30,11 +31,20 @@ def _application(path: str, mark: bytes) -> Event:
     text = f"{path}\0".encode("utf-16-le")
     device = struct.pack("<BBH", 4, 4, 4 + len(text)) + text + b"\x7f\xff\x04\x00"
     place = int.from_bytes(mark[:4].ljust(4, b"\0"), "little")
-    return 4, SERVICES_APPLICATION, struct.pack("<QQQQ", place, 4096, 0, len(device)) + device
+    body = struct.pack("<QQQQ", place, 4096, 0, len(device)) + device
+    return 4, SERVICES_APPLICATION, body, body
 
 
 def _ipl(pcr: int, text: str) -> Event:
-    return pcr, IPL, text.encode() + b"\0"
+    data = text.encode() + b"\0"
+    measured = data
+    if text.startswith(COMMAND_LINE):
+        measured = text.removeprefix(COMMAND_LINE).encode()
+    return pcr, IPL, data, measured
+
+
+def _plain(pcr: int, kind: int, data: bytes) -> Event:
+    return pcr, kind, data, data
 
 
 def boot_events(grub: bytes = b"grub") -> list[Event]:
@@ -44,17 +54,17 @@ def boot_events(grub: bytes = b"grub") -> list[Event]:
         grub: of the boot loader's image; other bytes are another one.
     """
     return [
-        (0, S_CRTM_VERSION, "v1.0\0".encode("utf-16-le")),
-        (0, FIRMWARE_BLOB, struct.pack("<QQ", 0x82_0000, 0xE_0000)),
+        _plain(0, S_CRTM_VERSION, "v1.0\0".encode("utf-16-le")),
+        _plain(0, FIRMWARE_BLOB, struct.pack("<QQ", 0x82_0000, 0xE_0000)),
         _variable(GLOBAL_VARIABLE, "SecureBoot", b"\0"),
         *(_variable(GLOBAL_VARIABLE, name, b"") for name in ("PK", "KEK")),
         *(_variable(SECURITY_DATABASE, name, b"") for name in ("db", "dbx")),
-        *((pcr, SEPARATOR, bytes(4)) for pcr in range(8)),
-        (4, EFI_ACTION, b"Calling EFI Application from Boot Option"),
+        *(_plain(pcr, SEPARATOR, bytes(4)) for pcr in range(8)),
+        _plain(4, EFI_ACTION, b"Calling EFI Application from Boot Option"),
         _application("\\EFI\\debian\\shimx64.efi", b"shim"),
         _application("\\EFI\\debian\\grubx64.efi", grub),
         _ipl(14, "MokList"),
         _ipl(9, "/boot/vmlinuz-6.1"),
-        _ipl(8, "kernel_cmdline: /boot/vmlinuz-6.1 root=/dev/vda1 ro"),
+        _ipl(8, f"{COMMAND_LINE}/boot/vmlinuz-6.1 root=/dev/vda1 ro"),
         _ipl(9, "/boot/initrd.img-6.1"),
     ]

@@ -37,11 +37,18 @@ def digest_of(alg: int, data: bytes) -> bytes:
     return bytes(ALGORITHMS[alg])
 
 
-def new(pcr: int, kind: int, data: bytes, algorithms: Mapping[int, int] = ALGORITHMS) -> bytes:
-    """TCG_PCR_EVENT2."""
+def new(
+    pcr: int,
+    kind: int,
+    data: bytes,
+    algorithms: Mapping[int, int] = ALGORITHMS,
+    *,
+    measured: bytes | None = None,
+) -> bytes:
+    """TCG_PCR_EVENT2; its digests are those of `data`, or of `measured` where that is given."""
     event = struct.pack("<III", pcr, kind, len(algorithms))
     for alg in algorithms:
-        event += struct.pack("<H", alg) + digest_of(alg, data)
+        event += struct.pack("<H", alg) + digest_of(alg, data if measured is None else measured)
     return event + struct.pack("<I", len(data)) + data
 
 

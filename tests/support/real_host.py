@@ -65,9 +65,9 @@ class RealHost:
                 (self.folder / "ima").write_text("")
                 log = header(LOG_ALGORITHMS)
                 events = boot_events(self.grub)
-                for pcr, kind, data in events:
-                    log += new(pcr, kind, data, LOG_ALGORITHMS)
-                self.extend(*((pcr, sha256(data).digest()) for pcr, _, data in events))
+                for pcr, kind, data, measured in events:
+                    log += new(pcr, kind, data, LOG_ALGORITHMS, measured=measured)
+                self.extend(*((pcr, sha256(measured).digest()) for pcr, _, _, measured in events))
                 (self.folder / "uefi").write_bytes(log)
                 yield
         finally:
@@ -110,7 +110,7 @@ class RealHost:
 def pcr_0() -> str:
     """What PCR 0 holds after the firmware, in hex."""
     value = bytes(32)
-    for pcr, _, data in boot_events():
+    for pcr, _, _, measured in boot_events():
         if pcr == 0:
-            value = sha256(value + sha256(data).digest()).digest()
+            value = sha256(value + sha256(measured).digest()).digest()
     return value.hex()

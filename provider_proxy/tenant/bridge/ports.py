@@ -44,7 +44,8 @@ class PortBook:
         """
         new = [name for name in names if name not in self._ports]
         if new:
-            taken = set(self._ports.values())
+            given = dict(self._ports)  # taken over once it is on disk
+            taken = set(given.values())
             free = (port for port in self._range if port not in taken)
             for name in new:
                 port = next(free, None)
@@ -53,9 +54,10 @@ class PortBook:
                         f"no port is left for {name}: bridge.first_port to bridge.last_port are "
                         f"{len(self._range)} ports, and {self._path} has given {len(taken)} away"
                     )
-                self._ports[name] = port
-            data = {"format": FORMAT, "ports": self._ports}
+                given[name] = port
+            data = {"format": FORMAT, "ports": given}
             write_private(self._path, json.dumps(data, indent=1).encode("ascii") + b"\n")
+            self._ports = given
         return {name: self._ports[name] for name in names}
 
 
@@ -69,6 +71,8 @@ def _parse(data: bytes, path: Path) -> dict[str, int]:
             raise EvidenceFormatError("no ports")
         fields = Fields(table, "ports")
         ports = {name: fields.integer(name, MAX_PORT) for name in table}
+        if 0 in ports.values():
+            raise EvidenceFormatError("a host has port 0")
         if len(set(ports.values())) != len(ports):
             raise EvidenceFormatError("two hosts have one port")
     except EvidenceFormatError as exc:

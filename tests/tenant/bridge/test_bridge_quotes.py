@@ -261,12 +261,35 @@ def test_ports_run_out_with_words(tmp_path: Path) -> None:
         book.ports_of(["a", "c"])
 
 
+def test_a_port_that_could_not_be_written_is_not_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be another host's after a restart."""
+    book = PortBook(tmp_path, 100, 103)
+    book.ports_of(["a"])
+
+    def full(path: Path, data: bytes) -> None:
+        raise HostError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("provider_proxy.tenant.bridge.ports.write_private", full)
+        with pytest.raises(HostError, match="no space"):
+            book.ports_of(["a", "b"])
+    with pytest.raises(HostError, match="no port is left"):
+        PortBook(tmp_path, 100, 101).ports_of(["a", "c", "d"])
+    given = book.ports_of(["a", "b"])
+    assert PortBook(tmp_path, 100, 103).ports_of(["c", "a", "b"]) == {**given, "c": 102}
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "{}",
         '{"format": "provider-proxy/bridge-ports/1", "ports": {"a": 1, "b": 1}}',
         '{"format": "provider-proxy/bridge-ports/1", "ports": {"a": "1"}}',
+        '{"format": "provider-proxy/bridge-ports/1", "ports": {"a": 0}}',
+        '{"format": "provider-proxy/bridge-ports/1", "ports": {"a": 1, "a": 2}}',
+        '{"format": "provider-proxy/bridge-ports/1", "ports": {"a": 1}',
         '{"format": "provider-proxy/bridge-ports/2", "ports": {}}',
         "",
     ],
