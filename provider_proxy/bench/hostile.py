@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from provider_proxy.bench.attackers import WORK_LIMIT_S
 from provider_proxy.bench.overload import make_certificates, tls_config
 from provider_proxy.bench.process import Target
 from provider_proxy.bench.watch import Fakes, Watched
@@ -44,6 +45,7 @@ ROUND_LIMIT_S = 15.0
 WATCH_QUIET_S = 10.0
 WATCH_WARM_S = 25.0
 WATCH_S = 40.0
+LAST_LIMIT_S = 60.0  # for the last connections of a client whose time is over
 SLACK_S = 2.0  # of what a report takes to get out, on a busy machine
 
 Say = Callable[[str], None]
@@ -106,7 +108,7 @@ def _daemon(directory: Path, say: Say) -> dict[str, object]:
             ),
             "good_tenant_answers": len(beside["latencies_ms"]),
             "good_tenant_errors": quiet["errors"] + beside["errors"],
-            "connections": attacked["connections"],
+            "connections": WARM_CONNECTIONS + attacked["connections"],
             "mtls_requests": asked["requests"],
             "mtls_failed": asked["failed"],
             "mtls_per_s": round(asked["requests"] / asked["seconds"]),
@@ -139,8 +141,17 @@ class _Client:
         )
 
     def result(self) -> Any:
-        """What it did, when it is done."""
-        out, _ = self._process.communicate()
+        """What it did, when it is done.
+
+        Raises:
+            HostError: it failed, or does not end.
+        """
+        try:
+            out, _ = self._process.communicate(timeout=WORK_LIMIT_S + LAST_LIMIT_S)
+        except subprocess.TimeoutExpired as exc:
+            self._process.kill()
+            self._process.communicate()
+            raise HostError("a client of the benchmark does not end") from exc
         if self._process.returncode:
             raise HostError("a client of the benchmark ended; see its error above")
         return json.loads(out)
