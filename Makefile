@@ -42,7 +42,7 @@ DEBIAN := swtpm libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv
 DEBIAN_TESTS := swtpm-tools tpm2-tools libefivar1 libpq5 util-linux openssl systemd systemd-container man-db
 # PostgreSQL for a fleet, fronts, a browser for the status page, and what reads manuals and completions. Where one
 # cannot be installed, its tests are skipped.
-DEBIAN_OPTIONAL := postgresql haproxy nginx chromium chromium-driver mandoc zsh fish git
+DEBIAN_OPTIONAL := postgresql haproxy nginx libnginx-mod-stream chromium chromium-driver mandoc zsh fish git
 DEBIAN_BUILD := build-essential debhelper dpkg-dev fakeroot lintian
 # What a host of the bundle has, beside the TPM libraries, and what brings up the loopback of its test.
 DEBIAN_BUNDLE := systemd procps iproute2

@@ -55,7 +55,13 @@ def watchdog_s() -> float:
 
 
 def take_listen_sockets() -> list[socket.socket]:
-    """The sockets that systemd opened for this process; empty where it opened none.
+    """The sockets that systemd opened for this process, whatever their names. Raises: ConfigError."""
+    return [sock for _, sock in take_named_sockets()]
+
+
+def take_named_sockets() -> list[tuple[str, socket.socket]]:
+    """The sockets that systemd opened for this process, each with its FileDescriptorName=; empty where it
+    opened none.
 
     The variables are removed, so that a child does not take them for its own.
 
@@ -64,14 +70,15 @@ def take_listen_sockets() -> list[socket.socket]:
     """
     pid = os.environ.pop("LISTEN_PID", "")
     count = os.environ.pop("LISTEN_FDS", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     if pid != str(os.getpid()) or not count.isascii() or not count.isdecimal():
         return []
     sockets = []
     for fd in range(LISTEN_FDS_START, LISTEN_FDS_START + min(int(count), MAX_LISTEN_FDS)):
         os.set_inheritable(fd, False)
         try:
-            sockets.append(socket.socket(fileno=fd))
+            name = names[fd - LISTEN_FDS_START] if fd - LISTEN_FDS_START < len(names) else ""
+            sockets.append((name, socket.socket(fileno=fd)))
         except OSError as exc:
             raise ConfigError(
                 f"the inherited descriptor {fd} is not a socket: the .socket unit must have "

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
     asynccontextmanager,
-    contextmanager,
 )
 from dataclasses import dataclass
 
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from provider_proxy.common import systemd
 from provider_proxy.common.addresses import Networks
 from provider_proxy.common.dates import Calendar
 from provider_proxy.common.version import program_version
-from provider_proxy.errors import HostError
 from provider_proxy.host import preflight
 from provider_proxy.host.api.admin import AdminDoor
 from provider_proxy.host.api.front import FrontDoor, make_front_door
@@ -41,6 +38,7 @@ from provider_proxy.host.config.material import read_dates
 from provider_proxy.host.config.tables import Config
 from provider_proxy.host.http import listeners
 from provider_proxy.host.http.server import Door
+from provider_proxy.host.listening import ADDRESS, FRONT, adopt, listening, open_hooks, opened
 from provider_proxy.host.logs.files import HostLogFiles
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters import agent_binding, local_tpm
@@ -53,7 +51,7 @@ from provider_proxy.host.status.board import StatusBoard
 from provider_proxy.host.status.recent import Recent
 from provider_proxy.host.tpm import ima
 from provider_proxy.host.vtpm.ca import HostCa, open_host_ca
-from provider_proxy.host.vtpm.open_service import open_keeper, share_socket
+from provider_proxy.host.vtpm.open_service import open_keeper
 from provider_proxy.host.vtpm.requests import Issuer
 from provider_proxy.host.vtpm.service import Keeper
 
@@ -147,10 +145,10 @@ async def open_parts(
     # Files first: what is wrong with them is said before the chip makes a key.
     context = listeners.tls_context(config.listen)
     book = load_book(config.listen, config.tenant_defaults, config.tenants)
-    adopted = listeners.adopt_listeners(systemd.take_listen_sockets(), context)
+    adopted = adopt(config.listen, context)
     metrics = Metrics()
     calendar = Calendar(read_dates(config), show=metrics.show_dates)
-    preflight.check_start(config, inherited=bool(adopted))
+    preflight.check_start(config, inherited=adopted.keys())
     async with AsyncExitStack() as stack:
         quoter = await stack.enter_async_context(open_quoter(config, metrics))
         issuer = await _make_issuer(config, quoter, open_issuer)
@@ -213,46 +211,14 @@ async def open_parts(
                 admin, observe=lambda status, reason: None, max_connections=ADMIN_CONNECTIONS
             ),
             open_tenants=stack.enter_context(
-                _opened(adopted, ours=False)
-                if adopted
-                else _opened(
-                    listeners.open_listeners("listen.address", config.listen.address, context)
-                )
+                listening(ADDRESS, config.listen.address, context, adopted)
             ),
-            open_front=stack.enter_context(
-                _opened(listeners.open_listeners("listen.front", config.listen.front, context))
-            ),
+            open_front=stack.enter_context(listening(FRONT, config.listen.front, context, adopted)),
             open_admin=stack.enter_context(
-                _opened(listeners.open_listeners("admin.address", config.admin.address, None))
+                opened(listeners.open_listeners("admin.address", config.admin.address, None))
             ),
-            open_hooks=stack.enter_context(_opened(_open_hooks(config))),
+            open_hooks=stack.enter_context(opened(open_hooks(config))),
         )
-
-
-@contextmanager
-def _opened(
-    opened: Sequence[listeners.Listener], *, ours: bool = True
-) -> Iterator[Sequence[listeners.Listener]]:
-    """Close listeners in the end; the unix sockets that are ours are removed, systemd's stay."""
-    names = listeners.describe(opened)
-    try:
-        yield opened
-    finally:
-        listeners.close_all(opened)
-        if ours:
-            listeners.remove_unix_sockets(names)
-
-
-def _open_hooks(config: Config) -> Sequence[listeners.Listener]:
-    if not config.vtpm.enabled:
-        return ()
-    opened = listeners.open_listeners("vtpm.socket", (f"unix:{config.vtpm.socket}",), None)
-    try:
-        share_socket(config.vtpm)
-    except HostError:
-        listeners.close_all(opened)
-        raise
-    return opened
 
 
 async def _make_issuer(

@@ -12,7 +12,7 @@ import logging
 import os
 import resource
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -95,16 +95,17 @@ def _has_credentials() -> bool:
 def addresses_of(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
     """What the daemon listens on, by key."""
     yield "listen.address", config.listen.address
+    yield "listen.front", config.listen.front
     yield "admin.address", config.admin.address
     if config.vtpm.enabled:
         yield "vtpm.socket", (f"unix:{config.vtpm.socket}",)
 
 
-def check_start(config: Config, *, inherited: bool) -> None:
+def check_start(config: Config, *, inherited: Collection[str] = ()) -> None:
     """What would stop a start late.
 
     Args:
-        inherited: systemd has opened the tenants' sockets.
+        inherited: the keys whose sockets systemd has opened.
 
     Raises:
         HostError: an address is in use or not of this host, or the state or the audit log cannot be
@@ -118,7 +119,7 @@ def check_start(config: Config, *, inherited: bool) -> None:
     if finding is not None:
         log.warning("%s", finding.text)
     for key, addresses in addresses_of(config):
-        if key != "listen.address" or not inherited:
+        if key not in inherited:
             binding.check_free(key, addresses)
 
 

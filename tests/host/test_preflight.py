@@ -64,7 +64,7 @@ def test_a_port_that_is_in_use_is_said_before_the_chip_makes_a_key(tmp_path: Pat
         assert found.startswith(f"error: admin.address: {address} is in use: ")
         assert "pytest" in found  # who has it
         with pytest.raises(HostError, match=f"admin.address: cannot listen on {address}"):
-            preflight.check_start(config, inherited=False)
+            preflight.check_start(config)
     assert texts(config) == []  # nothing was left open
 
 
@@ -72,9 +72,9 @@ def test_the_tenants_sockets_of_systemd_are_not_tried(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = (f"127.0.0.1:{server.getsockname()[1]}",)
         config = plain(tmp_path, listen=Listen(address=address, insecure_plaintext=True))
-        preflight.check_start(config, inherited=True)
+        preflight.check_start(config, inherited=("listen.address",))
         with pytest.raises(HostError, match=r"listen\.address: cannot listen"):
-            preflight.check_start(config, inherited=False)
+            preflight.check_start(config)
 
 
 @pytest.mark.parametrize(
@@ -114,19 +114,19 @@ def test_an_audit_log_that_cannot_be_written_stops_a_start(tmp_path: Path) -> No
     words = f"audit.path: there is no folder {missing.parent}: make it"
     assert texts(config) == [f"error: {words}"]
     with pytest.raises(HostError, match=words):
-        preflight.check_start(config, inherited=False)
+        preflight.check_start(config)
     missing.parent.mkdir()
     missing.mkdir()
     with pytest.raises(HostError, match="is not a plain file"):
-        preflight.check_start(config, inherited=False)
+        preflight.check_start(config)
     missing.rmdir()
-    preflight.check_start(config, inherited=False)
+    preflight.check_start(config)
     assert not missing.exists()  # nothing is made
     if os.geteuid() != 0:
         missing.parent.chmod(0o500)
         with pytest.raises(HostError, match="is not writable for this user"):
-            preflight.check_start(config, inherited=False)
-    preflight.check_start(plain(tmp_path, audit=AuditTable(path=missing)), inherited=False)
+            preflight.check_start(config)
+    preflight.check_start(plain(tmp_path, audit=AuditTable(path=missing)))
 
 
 def test_connections_need_descriptors(tmp_path: Path) -> None:

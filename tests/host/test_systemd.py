@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from helpers import (
     command,
     connect,
     free_port,
+    get_bytes,
     is_alive,
     make_certs,
     plain_toml,
@@ -202,9 +205,12 @@ def inherited(sock: socket.socket) -> tuple[list[str], tuple[int, ...]]:
     return emulated([sock.fileno()], []), (sock.fileno(),)
 
 
-def run_inherited(sock: socket.socket, config: Path) -> subprocess.CompletedProcess[str]:
+def run_inherited(
+    sock: socket.socket, config: Path, *, name: str = "door"
+) -> subprocess.CompletedProcess[str]:
     """Run the daemon on a socket that it will refuse."""
     launcher, fds = inherited(sock)
+    launcher = [word.replace('"door"', f'"{name}"') for word in launcher]
     return subprocess.run(
         [*launcher, *command("serve", "--config", config)],
         pass_fds=fds,
@@ -277,6 +283,45 @@ async def test_started_by_the_first_connection(tmp_path: Path) -> None:
         assert await serve.stop(signal.SIGTERM) == 0
         assert await serve.notify.next() == "STOPPING=1"
     assert path.is_socket()
+
+
+@pytest.mark.real
+async def test_a_front_s_socket_by_its_name(tmp_path: Path, certs: Certs) -> None:
+    """It takes certificates in headers; the other one does not."""
+    front, port = tmp_path / "front.sock", free_port()
+    listen = ["-l", str(front), "-l", f"127.0.0.1:{port}", "--fdname=front:provider-proxy.socket"]
+    launcher = ["systemd-socket-activate", "-E", "NOTIFY_SOCKET", *listen]
+    der = ssl.PEM_cert_to_DER_cert(certs.client_cert.read_text())
+    header = f"Client-Cert: :{base64.b64encode(der).decode()}:"
+    keys = f'front = "unix:{tmp_path}/elsewhere"\nfront_peers = ["uid:{os.geteuid()}"]\n'
+    toml = plain_toml(tmp_path / "s").replace("insecure_plaintext = true\n", certs.toml() + keys)
+    async with serving(tmp_path, toml, launcher=launcher, lazy=True) as serve:
+        await until(lambda: listens(front), "the socket")
+        async with connect(f"unix:{front}") as wire:
+            await wire.send(get_bytes("/version", header))
+            assert (await wire.reply()).status == 200
+        assert await serve.notify.next() == "READY=1"
+        async with connect(f"unix:{front}") as wire:
+            assert (await wire.get("/version")).status == 400
+        async with connect(f"localhost:{port}", certs.client(with_cert=True)) as wire:
+            assert (await wire.get("/version")).status == 200
+        assert await serve.stop(signal.SIGTERM) == 0
+    assert front.is_socket()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.real
+def test_a_front_s_socket_needs_a_front(tmp_path: Path) -> None:
+    """A name alone makes nobody a front."""
+    config = tmp_path / "c.toml"
+    config.write_text(plain_toml(tmp_path / "s"))
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(tmp_path / "x"))
+        sock.listen()
+        done = run_inherited(sock, config, name="front")
+    assert done.returncode == 2
+    assert "listen.front is not set" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.real

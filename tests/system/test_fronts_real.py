@@ -37,6 +37,7 @@ from provider_proxy.host.status.recent import FRESH_S
 pytestmark = pytest.mark.real
 
 ROUNDS = 10
+STREAM_MODULE = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
 
 
 def blocks(language: str) -> list[str]:
@@ -80,6 +81,10 @@ def haproxy(folder: Path, certs: Certs, daemon: str, block: str) -> Iterator[str
         .replace("bind :8890", f"bind 127.0.0.1:{port}")
         .replace("unix@/run/provider-proxy/front", f"unix@{daemon.removeprefix('unix:')}")
         .replace("127.0.0.1:8891", daemon)
+        .replace("192.0.2.1:8892", daemon)
+        .replace("/etc/haproxy/servers-ca.crt", str(certs.ca_file))
+        .replace("host1.example.org", "localhost")
+        .replace("/etc/haproxy/front.pem", str(folder / "front.pem"))
         .replace(" check", "")
     )
     path = folder / "haproxy.cfg"
@@ -97,6 +102,7 @@ def nginx(folder: Path, certs: Certs, daemon: str, block: str) -> Iterator[str]:
         .replace("/etc/nginx/server.key", str(certs.key))
         .replace("/etc/nginx/tenants-ca.crt", str(certs.ca_file))
         .replace("listen 8890", f"listen 127.0.0.1:{port}")
+        .replace("127.0.0.1:8891", daemon)
         .replace("unix:/run/provider-proxy/front", daemon)
     )
     paths = "".join(
@@ -105,6 +111,8 @@ def nginx(folder: Path, certs: Certs, daemon: str, block: str) -> Iterator[str]:
     )
     text = text.replace("http {\n", f"http {{\n    access_log off;\n{paths}", 1)
     user = "user root root;\n" if os.geteuid() == 0 else ""
+    if block.startswith("stream"):
+        user += f"load_module {STREAM_MODULE};\n"
     head = f"daemon off;\n{user}pid {folder}/pid;\nerror_log {folder}/log warn;\nevents {{}}\n"
     path = folder / "nginx.conf"
     path.write_text(head + text)
@@ -122,6 +130,13 @@ class Tenants:
         foreign = make_certs(folder / "other")
         self.stranger = self.certs.client()
         self.stranger.load_cert_chain(foreign.client_cert, foreign.client_key)
+
+    def front(self, folder: Path) -> None:
+        """The certificate that a front shows to the daemon."""
+        leaf = self.certs.ca.issue_cert("front.example.org")
+        path = folder / "front.pem"
+        path.touch(mode=0o600)
+        leaf.private_key_and_cert_chain_pem.write_to_path(str(path))
 
     def _context(self, certs: Certs, folder: Path, name: str) -> ssl.SSLContext:
         leaf = certs.ca.issue_cert(f"{name}@example.org", common_name=name)
@@ -169,46 +184,57 @@ async def counts(started: Started) -> dict[str, int]:
 FRONTS = {"haproxy": (haproxy, "haproxy"), "nginx": (nginx, "nginx")}
 
 
-@pytest.mark.parametrize("name", FRONTS)
-async def test_tenants_behind_a_front(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "tcp"), [("haproxy", False), ("haproxy", True), ("nginx", False)])
+async def test_tenants_behind_a_front(tmp_path: Path, name: str, tcp: bool) -> None:
     if shutil.which(name) is None:
         pytest.skip(f"{name} is not installed")
     start, language = FRONTS[name]
     tenants = Tenants(tmp_path)
-    listen = {
-        "front": (f"unix:{tmp_path}/front",),
-        "front_peers": (f"uid:{os.geteuid()}",),
+    listen: dict[str, tuple[str, ...]] = {
+        "front": ("127.0.0.1:0" if tcp else f"unix:{tmp_path}/front",),
+        "front_peers": ("dns:front.example.org" if tcp else f"uid:{os.geteuid()}",),
     }
     async with behind(tenants, tmp_path, **listen) as started:
         (daemon,) = started.front_addresses
         with contextlib.ExitStack() as stack:
-            front = start(tmp_path, tenants.certs, daemon, blocks(language)[0])
+            block = blocks(language)[0]
+            if tcp:
+                tenants.front(tmp_path)
+                block = block.partition("\nbackend ")[0] + "\n" + blocks(language)[1]
+            front = start(tmp_path, tenants.certs, daemon, block)
             address = await trio.to_thread.run_sync(stack.enter_context, front)
             for _ in range(ROUNDS):  # over connections that the front shares among them
                 for context in (tenants.one, tenants.two):
                     assert (await ask(address, context)).status == 200
             # What a tenant makes up never arrives.
             made_up = "Client-Cert: :AAAA:"
+            assert (await ask(address, tenants.one, "Client-Cert-Chain: x")).status == 200
             assert (await ask(address, tenants.one, made_up)).status == 200
             assert (await ask(address, tenants.one, made_up, made_up)).status == 200
             with contextlib.suppress(trio.BrokenResourceError, AssertionError, ssl.SSLError):
                 assert (await ask(address, tenants.stranger)).status == 400  # nginx says so in HTTP
             assert await counts(started) == {
-                "email:one@example.org": ROUNDS + 2,
+                "email:one@example.org": ROUNDS + 3,
                 "email:two@example.org": ROUNDS,
             }
 
 
-@pytest.mark.parametrize("version", ["send-proxy-v2", "send-proxy"])
+@pytest.mark.parametrize("version", ["send-proxy-v2", "send-proxy", "nginx"])
 async def test_addresses_by_the_proxy_protocol(tmp_path: Path, version: str) -> None:
-    if shutil.which("haproxy") is None:
-        pytest.skip("haproxy is not installed")
+    name = "nginx" if version == "nginx" else "haproxy"
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    if name == "nginx" and not STREAM_MODULE.exists():
+        pytest.skip("nginx has no stream module (libnginx-mod-stream)")
     tenants = Tenants(tmp_path)
     async with behind(tenants, tmp_path, proxy_protocol_from=("127.0.0.0/8",)) as started:
         daemon = started.addresses[0]
         with contextlib.ExitStack() as stack:
-            block = blocks("haproxy")[1].replace("send-proxy-v2", version)
-            front = haproxy(tmp_path, tenants.certs, daemon, block)
+            if name == "nginx":
+                front = nginx(tmp_path, tenants.certs, daemon, blocks("nginx")[1])
+            else:
+                block = blocks("haproxy")[2].replace("send-proxy-v2", version)
+                front = haproxy(tmp_path, tenants.certs, daemon, block)
             address = await trio.to_thread.run_sync(stack.enter_context, front)
             for context in (tenants.one, tenants.two):
                 assert (await ask(address, context)).status == 200

@@ -31,6 +31,7 @@ from provider_proxy.host.config.tables import Listen
 from provider_proxy.host.http.messages import Handler, Peer, Request, Response
 from provider_proxy.host.status.recent import STRANGERS
 
+MAX_HELPERS = 8  # of a request; OpenSSL and RFC 5280's usual chains have three at most
 MAX_CERTIFICATE_BYTES = 8 * 1024  # a head of 16 kB holds no more
 MAX_REMEMBERED = 16_384  # certificates whose chain was found good; 10,000 tenants and some more
 REMEMBERED_S = 60.0  # a CA that has run out meanwhile is seen so late
@@ -51,15 +52,40 @@ def parse_client_cert(values: Sequence[str]) -> bytes:
     if len(values) != 1:
         count = "no" if not values else "more than one"
         raise ClientCertError(f"the front sent {count} Client-Cert header")
-    value = values[0].strip(" \t")
+    return _byte_sequence("Client-Cert", values[0])
+
+
+def parse_client_chain(values: Sequence[str]) -> tuple[bytes, ...]:
+    """The certificates in the `Client-Cert-Chain` headers of a request: RFC 9440, section 2.3.
+
+    Args:
+        values: of all headers of that name, none is fine; untrusted.
+
+    Returns:
+        DER, not looked into yet: helpers on the way to a CA, trusted for nothing.
+
+    Raises:
+        ClientCertError: not a list of byte sequences of RFC 8941, or a long one.
+    """
+    listed = ",".join(values)
+    if not listed.strip(" \t"):
+        return ()
+    parts = listed.split(",")
+    if len(parts) > MAX_HELPERS:
+        raise ClientCertError(f"Client-Cert-Chain must hold {MAX_HELPERS} certificates at most")
+    return tuple(_byte_sequence("each of Client-Cert-Chain", part) for part in parts)
+
+
+def _byte_sequence(name: str, text: str) -> bytes:
+    value = text.strip(" \t")
     if len(value) < 3 or value[0] != ":" or value[-1] != ":":
-        raise ClientCertError("Client-Cert must be a base64 text between two colons (RFC 9440)")
+        raise ClientCertError(f"{name} must be a base64 text between two colons (RFC 9440)")
     try:
         der = base64.b64decode(value[1:-1], validate=True)
     except (binascii.Error, ValueError) as exc:
-        raise ClientCertError("Client-Cert is not base64") from exc
+        raise ClientCertError(f"{name} is not base64") from exc
     if not der or len(der) > MAX_CERTIFICATE_BYTES:
-        raise ClientCertError(f"Client-Cert must hold 1 to {MAX_CERTIFICATE_BYTES} bytes")
+        raise ClientCertError(f"{name} must hold 1 to {MAX_CERTIFICATE_BYTES} bytes")
     return der
 
 
@@ -86,8 +112,11 @@ class ClientChain:
         self._monotonic = monotonic
         self._good: OrderedDict[bytes, tuple[float, tuple[bytes, ...]]] = OrderedDict()
 
-    def check(self, der: bytes) -> tuple[bytes, ...]:
+    def check(self, der: bytes, helpers: Sequence[bytes] = ()) -> tuple[bytes, ...]:
         """The chain from a client's certificate to this CA, DER.
+
+        Args:
+            helpers: certificates that may be between the two, DER, untrusted.
 
         Does not check: the CRL, and who it is; see `TenantBook.find`.
 
@@ -99,18 +128,16 @@ class ClientChain:
         seen = self._good.get(der)
         if seen is not None and now - seen[0] < REMEMBERED_S:
             return seen[1]
-        chain = self._verify(der)
+        chain = self._verify(der, helpers)
         self._good[der] = now, chain
         self._good.move_to_end(der)
         if len(self._good) > MAX_REMEMBERED:
             self._good.popitem(last=False)
         return chain
 
-    def _verify(self, der: bytes) -> tuple[bytes, ...]:
-        try:
-            certificate = x509.load_der_x509_certificate(der)
-        except (ValueError, UnsupportedAlgorithm) as exc:
-            raise ClientCertError("Client-Cert holds no certificate") from exc
+    def _verify(self, der: bytes, helpers: Sequence[bytes]) -> tuple[bytes, ...]:
+        certificate = _load("Client-Cert", der)
+        between = [*self._between, *(_load("Client-Cert-Chain", helper) for helper in helpers)]
         if self._store is None:
             raise UnknownTenantError("listen.client_ca holds no CA that issued itself")
         verifier = (
@@ -121,10 +148,17 @@ class ClientChain:
             .build_client_verifier()
         )
         try:
-            verified = verifier.verify(certificate, self._between)
+            verified = verifier.verify(certificate, between)
         except (verification.VerificationError, ValueError, UnsupportedAlgorithm) as exc:
             raise UnknownTenantError("your certificate does not lead to listen.client_ca") from exc
         return tuple(part.public_bytes(Encoding.DER) for part in verified.chain)
+
+
+def _load(name: str, der: bytes) -> x509.Certificate:
+    try:
+        return x509.load_der_x509_certificate(der)
+    except (ValueError, UnsupportedAlgorithm) as exc:
+        raise ClientCertError(f"{name} holds no certificate") from exc
 
 
 def _ca_policy() -> verification.ExtensionPolicy:
@@ -190,9 +224,9 @@ class FrontJudge:
         if not self.is_front(request.peer):
             raise UnknownTenantError("this listener is for the provider's front alone")
         der = parse_client_cert(request.client_certs)
-        chain = self._chain.check(der)
+        chain = self._chain.check(der, parse_client_chain(request.client_chains))
         peer = dataclasses.replace(request.peer, certificate=der, chain=chain, uid=None)
-        return dataclasses.replace(request, peer=peer, client_certs=())
+        return dataclasses.replace(request, peer=peer, client_certs=(), client_chains=())
 
 
 def load_front_judge(listen: Listen, book: TenantBook) -> FrontJudge | None:

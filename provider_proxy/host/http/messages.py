@@ -16,6 +16,7 @@ from provider_proxy.evidence.wire import encode_envelope
 MAX_TARGET_CHARS = 2048
 JOIN_BYTES = 64 * 1024  # one write for what is small; an IMA list is not copied once more
 CLIENT_CERT = b"client-cert"  # RFC 9440
+CLIENT_CERT_CHAIN = b"client-cert-chain"
 JSON = b"application/json"
 HTML = b"text/html; charset=utf-8"
 TEXT = b"text/plain; version=0.0.4; charset=utf-8"
@@ -69,7 +70,8 @@ class Request:
 
     Attributes:
         host: the Host header: what the client calls this server. Untrusted.
-        client_certs: the values of all `Client-Cert` headers, on a front's listener; none elsewhere.
+        client_certs, client_chains: the values of all `Client-Cert` and `Client-Cert-Chain` headers, on
+            a front's listener; none elsewhere.
     """
 
     method: str
@@ -78,6 +80,7 @@ class Request:
     peer: Peer
     host: str = ""
     client_certs: tuple[str, ...] = ()
+    client_chains: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +200,11 @@ def to_request(head: h11.Request, peer: Peer, *, front: bool = False) -> Request
         query=query,
         peer=peer,
         host=host.decode("ascii", "replace"),
-        client_certs=tuple(
-            value.decode("latin-1") for name, value in head.headers if front and name == CLIENT_CERT
-        ),
+        client_certs=_values(head, CLIENT_CERT) if front else (),
+        client_chains=_values(head, CLIENT_CERT_CHAIN) if front else (),
     )
+
+
+def _values(head: h11.Request, wanted: bytes) -> tuple[str, ...]:
+    """The values of all headers of a name, in their order."""
+    return tuple(value.decode("latin-1") for name, value in head.headers if name == wanted)

@@ -22,7 +22,7 @@ _PLAIN_GET = re.compile(
     % (MAX_TARGET_CHARS - 1, _OTHER, _OTHER)
 )
 _CLOSES = re.compile(rb"\r\n(?i:connection: ?+close)\r\n")
-_CLIENT_CERT = re.compile(rb"\r\n(?i:%b):([\t -~]*+)(?=\r\n)" % CLIENT_CERT)
+_CLIENT_CERT = re.compile(rb"\r\n(?i:%b)(?i:(-chain)?+):([\t -~]*+)(?=\r\n)" % CLIENT_CERT)
 
 
 def plain_get(data: bytes) -> tuple[str, str, int, bool] | None:
@@ -44,9 +44,13 @@ def plain_get(data: bytes) -> tuple[str, str, int, bool] | None:
     return target.decode("ascii"), host.decode("ascii"), end, keeps
 
 
-def client_certs(head: bytes) -> tuple[str, ...]:
-    """The values of the `Client-Cert` headers of a head that `plain_get` has taken."""
-    return tuple(value.decode("ascii").strip("\t ") for value in _CLIENT_CERT.findall(head))
+def client_certs(head: bytes) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The values of the `Client-Cert` headers of a head that `plain_get` has taken, and those of its
+    `Client-Cert-Chain` headers."""
+    values: tuple[list[str], list[str]] = ([], [])
+    for chain, value in _CLIENT_CERT.findall(head):
+        values[bool(chain)].append(value.decode("ascii").strip("\t "))
+    return tuple(values[0]), tuple(values[1])
 
 
 def response_head(response: Response, date: bytes, *, keeps: bool) -> bytes:

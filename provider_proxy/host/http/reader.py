@@ -71,9 +71,17 @@ class RequestReader:
         target, host, end, self.keeps = plain
         self._ahead = data[end:]
         path, _, query = target.partition("?")
-        certs = client_certs(data[:end]) if self._front else ()
+        if not self._front:
+            return Request(method="GET", path=path, query=query, peer=peer, host=host)
+        certs, chains = client_certs(data[:end])
         return Request(
-            method="GET", path=path, query=query, peer=peer, host=host, client_certs=certs
+            method="GET",
+            path=path,
+            query=query,
+            peer=peer,
+            host=host,
+            client_certs=certs,
+            client_chains=chains,
         )
 
     async def _judged(

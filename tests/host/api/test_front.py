@@ -21,7 +21,12 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from helpers import LIMIT_S, FakeQuoter, Wire, connect, daemon_with, get, get_bytes, make_certs
 
 from provider_proxy.errors import ClientCertError, UnknownTenantError
-from provider_proxy.host.api.front import ClientChain, FrontJudge, parse_client_cert
+from provider_proxy.host.api.front import (
+    ClientChain,
+    FrontJudge,
+    parse_client_cert,
+    parse_client_chain,
+)
 from provider_proxy.host.api.identity import TenantBook
 from provider_proxy.host.config.tables import Admin, Config, Limits, Listen, TenantRules
 from provider_proxy.host.http.messages import Peer, Request
@@ -68,6 +73,23 @@ def test_what_is_no_such_header(values: list[str]) -> None:
     with pytest.raises(ClientCertError) as caught:
         parse_client_cert(values)
     assert caught.value.status == 400
+    assert caught.value.closes
+
+
+def test_a_chain_in_its_header() -> None:
+    assert parse_client_chain([]) == ()
+    assert parse_client_chain([""]) == ()
+    assert parse_client_chain([":MTIz:, :NDU2:"]) == (b"123", b"456")
+    assert parse_client_chain([":MTIz:", ":NDU2:"]) == (b"123", b"456")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [["x"], [":MTIz:,"], [":MTIz:", ""], [",:MTIz:"], ["::"], [":MTIz: :NDU2:"], [":MTIz:"] * 9],
+)
+def test_what_is_no_chain(values: list[str]) -> None:
+    with pytest.raises(ClientCertError) as caught:
+        parse_client_chain(values)
     assert caught.value.closes
 
 
@@ -177,6 +199,28 @@ def test_a_chain_is_looked_at_again_after_a_while() -> None:
     clock[0] += 61
     with pytest.raises(UnknownTenantError):
         chain.check(der)
+
+
+def test_cas_in_between_that_the_front_sends() -> None:
+    """They show the way to the CA, and make none."""
+    der = {name: leaf.cert.public_bytes(Encoding.DER) for name, leaf in LEAVES.items()}
+    between, other, no_ca = (
+        each.cert.public_bytes(Encoding.DER) for each in (BETWEEN, OTHER, NO_CA)
+    )
+    chain = ClientChain([ROOT.cert])
+    with pytest.raises(UnknownTenantError):
+        chain.check(der["of the CA between"])
+    found = chain.check(der["of the CA between"], [other, between])
+    assert found == (der["of the CA between"], between, ROOT.cert.public_bytes(Encoding.DER))
+    for name, helper in (
+        ("of another root of that name", other),
+        ("of one that is no CA", no_ca),
+        ("of nobody", der["of nobody"]),
+    ):
+        with pytest.raises(UnknownTenantError):
+            chain.check(der[name], [helper])
+    with pytest.raises(ClientCertError, match="Client-Cert-Chain"):
+        chain.check(der["of the root"], [b"123"])
 
 
 def test_bytes_that_are_no_certificate() -> None:
@@ -309,6 +353,8 @@ async def test_a_daemon_with_a_front(tmp_path: Path) -> None:
             (good_one, good_two, "TE: x"),
             ("Client-Cert:",),
             ("Client-Cert: x",),
+            (good_one, "Client-Cert-Chain: x"),
+            (good_one, "Client-Cert-Chain: x", "TE: x"),
             (good_one + ", " + good_two.partition(" ")[2],),
         ):
             async with connect(front) as wire:

@@ -1,0 +1,91 @@
+"""The listeners of a configuration, its own or those that systemd hands over, open for as long as a
+context lasts.
+
+A socket that systemd names "front" (`FileDescriptorName=front`) is a front's listener, every other one
+the tenants' own: what comes from a front speaks for all tenants, so no socket becomes one by chance.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+from provider_proxy.common import systemd
+from provider_proxy.errors import ConfigError, HostError
+from provider_proxy.host.config.tables import Config, Listen
+from provider_proxy.host.http import listeners
+from provider_proxy.host.vtpm.open_service import share_socket
+
+ADDRESS, FRONT = "listen.address", "listen.front"
+FRONT_NAME = "front"
+
+Opened = Sequence[listeners.Listener]
+
+
+def adopt(listen: Listen, context: ssl.SSLContext | None) -> Mapping[str, Opened]:
+    """The listeners that systemd hands over, by the key whose addresses they replace.
+
+    Raises:
+        ConfigError: a socket does not fit the configuration.
+    """
+    named = systemd.take_named_sockets()
+    by_key = {
+        ADDRESS: [sock for name, sock in named if name != FRONT_NAME],
+        FRONT: [sock for name, sock in named if name == FRONT_NAME],
+    }
+    if by_key[FRONT] and not listen.front:
+        raise ConfigError(
+            'systemd hands over a socket named "front", and listen.front is not set: set it and '
+            "listen.front_peers, or take FileDescriptorName=front out of the .socket unit"
+        )
+    return {
+        key: listeners.adopt_listeners(sockets, context)
+        for key, sockets in by_key.items()
+        if sockets
+    }
+
+
+def listening(
+    key: str,
+    addresses: Sequence[str],
+    context: ssl.SSLContext | None,
+    adopted: Mapping[str, Opened],
+) -> AbstractContextManager[Opened]:
+    """The listeners of a key: those that systemd opened, or else the configured ones.
+
+    Raises:
+        HostError: see `open_listeners`.
+    """
+    if key in adopted:
+        return opened(adopted[key], ours=False)
+    return opened(listeners.open_listeners(key, addresses, context))
+
+
+@contextmanager
+def opened(found: Opened, *, ours: bool = True) -> Iterator[Opened]:
+    """Close listeners in the end; the unix sockets that are ours are removed, systemd's stay."""
+    names = listeners.describe(found)
+    try:
+        yield found
+    finally:
+        listeners.close_all(found)
+        if ours:
+            listeners.remove_unix_sockets(names)
+
+
+def open_hooks(config: Config) -> Opened:
+    """The listener of swtpm's hooks; none where VMs are not linked.
+
+    Raises:
+        HostError: it cannot be opened, or not shared with those who call it.
+    """
+    if not config.vtpm.enabled:
+        return ()
+    found = listeners.open_listeners("vtpm.socket", (f"unix:{config.vtpm.socket}",), None)
+    try:
+        share_socket(config.vtpm)
+    except HostError:
+        listeners.close_all(found)
+        raise
+    return found
