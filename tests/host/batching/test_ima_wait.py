@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+import re
 
 import pytest
+from places import DOCS
 
 from provider_proxy.host.batching.ima_wait import EXEC_S, NO_IMA, ImaWait, predict_ima
-from provider_proxy.host.batching.simulation import Scenario, predict
+from provider_proxy.host.batching.simulation import DUTY_SPAN_S, Scenario, predict
+from provider_proxy.host.config.chip_tables import Tpm
+from provider_proxy.host.tpm.pace import capped_duty
+from provider_proxy.testing.disturb import CHIPS
 
 EXTEND_S = 0.005
 
@@ -78,3 +83,29 @@ def test_readings_are_part_of_a_quote() -> None:
     assert moving.chip_s == pytest.approx(0.068)
     assert moving.rest_s == pytest.approx(0.068)
     assert predict(moving).p50_ms > predict(quick).p50_ms * 1.2
+
+
+def test_the_table_of_the_decision() -> None:
+    """What docs/adr/0022 says of each chip, with the bound and without."""
+    text = (DOCS / "adr/0022-the-duty-follows-from-ima-s-wait.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| ([0-9]+) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 8
+    for name, quote_ms, cells in rows:
+        times = CHIPS[name]
+        found: list[tuple[float, ...]] = []
+        for bound_s in (None, Tpm().ima_wait_ms / 1000):
+            scenario = Scenario(
+                tenants=30,
+                interval_s=2,
+                quote_s=times.quote_s,
+                extend_s=times.extend_s,
+                max_duty=capped_duty(Tpm().max_duty, times.quote_s, bound_s),
+            )
+            got = predict(scenario)
+            turn_s = scenario.turn_s
+            found.append((scenario.max_duty, turn_s, got.p99_ms / 1000, got.ima.mean_ms))
+        told = [tuple(map(float, cell.split(" → "))) for cell in cells.split(" | ")]
+        assert float(quote_ms) == times.quote_s * 1000
+        for without, with_bound, said in zip(*found, told, strict=True):
+            assert said == pytest.approx((without, with_bound), rel=0.1, abs=0.06)
+        assert found[1][1] < DUTY_SPAN_S + 2  # no turn is longer than a tenant waits
