@@ -81,7 +81,11 @@ def make_certificates(directory: Path, tenants: int) -> Contexts:
 
 def tls_config(directory: Path, name: str, **settings: float) -> str:
     """A configuration with mutual TLS, out of `make_certificates`' files."""
-    text = config_text(directory / name, **settings)  # type: ignore[arg-type]
+    return with_tls(config_text(directory / name, **settings), directory)  # type: ignore[arg-type]
+
+
+def with_tls(text: str, directory: Path) -> str:
+    """A plaintext configuration of `config_text` with mutual TLS instead."""
     tls = "".join(
         f'{key} = "{directory / file}"\n'
         for key, file in (

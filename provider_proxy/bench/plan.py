@@ -19,7 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from provider_proxy.bench import load
+from provider_proxy.bench.overload import Contexts, make_certificates, tls_config, with_tls
 from provider_proxy.bench.process import Target, config_text
+from provider_proxy.evidence.model import TrustedHost
 from provider_proxy.host.batching.simulation import Costs, Prediction, Scenario, predict, quantile
 from provider_proxy.testing.disturb import CHIPS
 
@@ -29,6 +31,8 @@ SHORTEST_S, LONGEST_S = 8.0, 45.0
 ROUNDS = 3  # where one is short; the median's machine was not busy with something else
 CALIBRATION_S = 10.0
 PLAINTEXT_KB = 25.0  # of a connection; the bench speaks no TLS
+MEMORY_TENANTS = 500
+MEMORY_S = 5.0
 LATE_EVERY_S = 0.02
 REQUEST_SHARE = 0.4  # of a request's CPU, what is spent before it waits
 
@@ -116,7 +120,8 @@ def run(seed: int, say: Say) -> dict[str, object]:
     with tempfile.TemporaryDirectory(prefix="provider-proxy-bench-") as name:
         directory = Path(name)
         costs = calibrate(directory, seed, say)
-        return points(directory, costs, seed, say)
+        figures = points(directory, costs, seed, say)
+        return {**figures, "costs": shown_costs(tls_costs(directory, seed, say))}
 
 
 def points(directory: Path, costs: Costs, seed: int, say: Say) -> dict[str, object]:
@@ -161,13 +166,17 @@ def compare(at: Point, predicted: Prediction, measured: Measured) -> dict[str, o
     return {**row, "within_15_percent": within}
 
 
-def calibrate(directory: Path, seed: int, say: Say) -> Costs:
-    """The daemon's CPU on this machine, out of many requests a batch and of few."""
-    say("calibration: CPU a request and a batch")
+def calibrate(directory: Path, seed: int, say: Say, contexts: Contexts | None = None) -> Costs:
+    """The daemon's CPU on this machine, out of many requests a batch and of few.
+
+    Args:
+        contexts: of tenants that speak mutual TLS, whose files are in the directory; None for plaintext.
+    """
+    say("calibration: CPU a request and a batch" + (", mutual TLS" if contexts else ""))
     many = point("many", "infineon-p256", 300, 2)
     few = point("few", "stm-p256", 4, 0.25, max_duty=1)
-    (a,) = measure(directory, "many", many, CALIBRATION_S, seed)
-    (b,) = measure(directory, "few", few, CALIBRATION_S, seed)
+    (a,) = measure(directory, "many", many, CALIBRATION_S, seed, contexts=contexts)
+    (b,) = measure(directory, "few", few, CALIBRATION_S, seed, contexts=contexts)
     # cpu = request * requests/s + batch * batches/s, twice
     a_batches, b_batches = a.answered_per_s / a.leaves, b.answered_per_s / b.leaves
     determinant = a.answered_per_s * b_batches - b.answered_per_s * a_batches
@@ -182,8 +191,51 @@ def calibrate(directory: Path, seed: int, say: Say) -> Costs:
     )
 
 
+def tls_costs(directory: Path, seed: int, say: Say) -> Costs:
+    """What a plan assumes where nobody has measured: tenants speak mutual TLS."""
+    directory /= "tls"
+    directory.mkdir()
+    contexts = make_certificates(directory, 1)
+    costs = calibrate(directory, seed, say, contexts)
+    say("memory of connections")
+    with Target(directory, "memory", tls_config(directory, "memory", max_duty=1)) as target:
+        base_mb = target.rss_mb()
+        got = asyncio.run(
+            load.polling(
+                target.host,
+                target.port,
+                tenants=MEMORY_TENANTS,
+                interval_s=MEMORY_S,
+                seconds=MEMORY_S,
+                seed=seed,
+                contexts=contexts,
+            )
+        )
+        tenants_kb = (target.peak_rss_mb() - base_mb) * 1000
+        load.verify_all(got, _host_of(target, contexts))
+    return replace(costs, base_mb=base_mb, tenant_kb=tenants_kb / MEMORY_TENANTS)
+
+
+def shown_costs(costs: Costs) -> dict[str, float]:
+    """For packaging/sizing.py."""
+    return {
+        "request_us": round(costs.request_s * 1e6, 1),
+        "answer_us": round(costs.answer_s * 1e6, 1),
+        "batch_us": round(costs.batch_s * 1e6, 1),
+        "base_mb": round(costs.base_mb, 1),
+        "tenant_kb": round(costs.tenant_kb, 1),
+    }
+
+
 def measure(
-    directory: Path, name: str, at: Point, seconds: float, seed: int, rounds: int = 1
+    directory: Path,
+    name: str,
+    at: Point,
+    seconds: float,
+    seed: int,
+    rounds: int = 1,
+    *,
+    contexts: Contexts | None = None,
 ) -> list[Measured]:
     """Run a daemon and its tenants, so often; the first poll of each does not count.
 
@@ -198,11 +250,17 @@ def measure(
         max_duty=scenario.max_duty,
         ak_algorithm="rsa" if at.chip.endswith("-rsa") else "ecc",
     )
+    if contexts:
+        config = with_tls(config, directory)
     with Target(directory, name, config, "--chip", at.chip) as target:
-        return [_round(target, scenario, seconds, seed + 10_000 * n) for n in range(rounds)]
+        return [
+            _round(target, scenario, seconds, seed + 10_000 * n, contexts) for n in range(rounds)
+        ]
 
 
-def _round(target: Target, scenario: Scenario, seconds: float, seed: int) -> Measured:
+def _round(
+    target: Target, scenario: Scenario, seconds: float, seed: int, contexts: Contexts | None
+) -> Measured:
     cpu_s: list[float] = []
     late_ms: list[float] = []
 
@@ -217,6 +275,7 @@ def _round(target: Target, scenario: Scenario, seconds: float, seed: int) -> Mea
             seed=seed,
             keys=scenario.keys,
             redraw=True,
+            contexts=contexts,
             on_connected=lambda: cpu_s.append(target.cpu_s()),
         )
         watching.cancel()
@@ -224,7 +283,7 @@ def _round(target: Target, scenario: Scenario, seconds: float, seed: int) -> Mea
 
     got = asyncio.run(ask())
     cpu_s.append(target.cpu_s())
-    load.verify_all(got, load.trusted_host(target.host, target.port))
+    load.verify_all(got, _host_of(target, contexts))
     begin = min(reply.sent_s for reply in got.replies) + scenario.interval_s
     counted = [reply for reply in got.replies if reply.sent_s >= begin and reply.status == 200]
     latencies = sorted(reply.latency_ms for reply in counted)
@@ -245,6 +304,12 @@ def _round(target: Target, scenario: Scenario, seconds: float, seed: int) -> Mea
         quotes=len(quotes),
         requests=len(counted),
     )
+
+
+def _host_of(target: Target, contexts: Contexts | None) -> TrustedHost:
+    if contexts:
+        return asyncio.run(load.tls_trusted_host(target.host, target.port, contexts[0]))
+    return load.trusted_host(target.host, target.port)
 
 
 async def _note_lateness(late_ms: list[float]) -> None:

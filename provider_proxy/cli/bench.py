@@ -144,7 +144,7 @@ def _print_points(figures: dict[str, object]) -> None:
     for head in ("point", "p50", "p99", "duty", "CPU", "ok"):
         table.add_column(head, justify="left" if head == "point" else "right", no_wrap=True)
     for name, row in figures.items():
-        if isinstance(row, dict):
+        if isinstance(row, dict) and "chip" in row:
             shown = [
                 f"{row[f'{figure}_measured']:{form}} {row[f'{figure}_ratio'] - 1:+4.0%}"
                 for figure, form in plan.SHOWN.items()

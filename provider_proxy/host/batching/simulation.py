@@ -46,7 +46,7 @@ class Costs:
 
     request_s: float = 190e-6
     answer_s: float = 290e-6
-    batch_s: float = 4e-3
+    batch_s: float = 4.0e-3
     base_mb: float = 55.0
     tenant_kb: float = 85.0
 

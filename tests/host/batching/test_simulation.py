@@ -18,7 +18,9 @@ import trio
 import trio.testing
 from helpers import FakeQuoter
 from places import DOCS
+from scripts import load_script
 
+from provider_proxy.bench.plan import POINTS, SHOWN
 from provider_proxy.cli import main as cli
 from provider_proxy.errors import UsageError
 from provider_proxy.evidence.model import Nonce, PcrMask, QuoteRequest, Tenant, mask_of
@@ -271,6 +273,33 @@ def test_the_document_s_plan_is_what_it_prints(
     assert plan(*words.split()) == 0
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert block.splitlines() == printed
+
+
+def test_what_a_run_measured_gets_into_its_places() -> None:
+    """`packaging/sizing.py` finds each place once, and changes nothing where nothing has changed."""
+    script = load_script("packaging/sizing")
+    page = (DOCS / "sizing.md").read_text(encoding="utf-8")
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    costs = Costs()
+    told = {
+        "request_us": costs.request_s * 1e6,
+        "answer_us": costs.answer_s * 1e6,
+        "batch_us": costs.batch_s * 1e6,
+        "base_mb": costs.base_mb,
+        "tenant_kb": costs.tenant_kb,
+    }
+    assert script.with_costs(source, told) == source
+    assert "request_s: float = 777e-6\n" in script.with_costs(source, told | {"request_us": 777})
+    row = {f"{name}_{what}": 1.0 for name in SHOWN for what in ("measured", "ratio")}
+    figures = {"points": 10, "points_within_15_percent": 3, **{at.name: row for at in POINTS}}
+    changed = script.with_points(page, figures)
+    assert "15 %: 3 of 10 here" in changed
+    assert changed.count("| 1 (1.00) | 1 (1.00) | 1.00 (1.00) | 100.0% (1.00) |") == len(POINTS)
+    assert changed.count("\n") == page.count("\n")
+    assert script.with_points(changed, figures) == changed
+    (block,) = re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert script.with_example(page, block) == page
+    assert script.EXAMPLE in page
 
 
 def test_plan_json(capsys: pytest.CaptureFixture[str]) -> None:
