@@ -27,6 +27,7 @@ NONCE_CHARS = 20  # Keylime's
 BOOT_MASKS = 0x3FF  # PCRs 0 to 9: nobody is isolated, so all share one batch key
 ISOLATED = (0, *(1 << pcr for pcr in (11, 12, 13, 14, 15, 16, 23)))  # a batch key each
 CONNECT_AT_ONCE = 100
+HANDSHAKES_AT_ONCE = 32  # the daemon cuts off the oldest of more than 64 from one address
 ANSWER_LIMIT_S = 35.0  # above the daemon's default timeout
 POLL_S = 0.02
 TLS_NAME = "localhost"  # in the certificates of `overload`
@@ -177,8 +178,9 @@ async def _connect(
         return tenant
 
     tenants: list[_Tenant] = []
-    for at in range(0, count, CONNECT_AT_ONCE):
-        last = min(count, at + CONNECT_AT_ONCE)
+    at_once = HANDSHAKES_AT_ONCE if contexts else CONNECT_AT_ONCE
+    for at in range(0, count, at_once):
+        last = min(count, at + at_once)
         tenants += await asyncio.gather(*(connect(number) for number in range(at, last)))
     return tenants
 
