@@ -73,7 +73,10 @@ def measure(directory: Path, config: str, say: Say) -> dict[str, object]:
                 connect(target.host, target.port, directory, EACH)
                 used[name].append((target.cpu_s() - begin) / (CLIENTS * EACH) * 1000)
         say("clients without TCP_NODELAY")
-        slow = connect(daemon.host, daemon.port, directory, NO_NODELAY, clients=1, nodelay=False)
+        slow, slow_bare = (
+            connect(each.host, each.port, directory, NO_NODELAY, clients=1, nodelay=False)
+            for each in (daemon, bare)
+        )
         say(f"{CLOSED} connections that close")
         connect(daemon.host, daemon.port, directory, WARM_UP)
         before = daemon.rss_mb()
@@ -86,5 +89,6 @@ def measure(directory: Path, config: str, say: Say) -> dict[str, object]:
         "new_connection_cpu_ms": round(statistics.median(used["daemon"]), 2),
         "new_connection_cpu_ms_bare": round(statistics.median(used["bare"]), 2),
         "new_connections_no_nodelay_per_s": round(slow, 1),
+        "new_connections_no_nodelay_per_s_bare": round(slow_bare, 1),
         "rss_after_10000_closed_mb": round(after - before, 1),
     }
