@@ -351,8 +351,15 @@ async def test_a_daemon_with_a_front(tmp_path: Path) -> None:
             (good_one, good_two),
             (good_one, good_one),
             (good_one, good_two, "TE: x"),
+            (good_one, good_two.replace("Client-Cert", "CLIENT-CERT")),
             ("Client-Cert:",),
             ("Client-Cert: x",),
+            (good_one[:40] + "\r\n " + good_one[40:],),  # folded, which h11 unfolds
+            (
+                good_one.replace(" ", "\r\n "),  # and so is the second of two
+                good_one,
+            ),
+            (good_one[:-1] + "\t" + good_one[-1],),
             (good_one, "Client-Cert-Chain: x"),
             (good_one, "Client-Cert-Chain: x", "TE: x"),
             (good_one + ", " + good_two.partition(" ")[2],),
@@ -360,6 +367,17 @@ async def test_a_daemon_with_a_front(tmp_path: Path) -> None:
             async with connect(front) as wire:
                 assert await reply_of(wire, *headers) == 400, headers
                 assert await wire.is_closed()
+        async with connect(front) as wire:  # two tenants' requests in one piece
+            await wire.send(get_bytes("/version", good_one) + get_bytes("/version", good_two))
+            with trio.fail_after(LIMIT_S):
+                assert [(await wire.reply()).status for _ in range(2)] == [200, 200]
+        async with connect(front) as wire:  # a refusal answers nothing behind it
+            await wire.send(
+                get_bytes("/version", "Client-Cert: x") + get_bytes("/version", good_two)
+            )
+            with trio.fail_after(LIMIT_S):
+                assert (await wire.reply()).status == 400
+            assert await wire.is_closed()
         async with connect(front) as wire:
             stranger = f"Client-Cert: {header(TENANT)}"
             assert await reply_of(wire, stranger) == 403
@@ -368,8 +386,14 @@ async def test_a_daemon_with_a_front(tmp_path: Path) -> None:
         assert away[0]["fingerprint"] == hashlib.sha256(TENANT).hexdigest()
         assert away[-1] == {**away[-1], "reason": "the front sent no Client-Cert header"}
         assert away[-1]["fingerprint"] is None
-        async with connect(started.addresses[0], certs.client(with_cert=True)) as wire:
-            assert await reply_of(wire, good_one) == 200
+        for elsewhere in (
+            (good_one,),
+            (good_one, good_two),
+            ("Client-Cert: x",),
+            (good_one, "TE: x"),
+        ):
+            async with connect(started.addresses[0], certs.client(with_cert=True)) as wire:
+                assert await reply_of(wire, *elsewhere) == 200
         await trio.sleep(FRESH_S)
         assert "email:tenant@example.org" in await tenants_seen(started.admin_addresses[0])
 
