@@ -13,7 +13,7 @@ import pytest
 
 from provider_proxy.host.http import plain
 from provider_proxy.host.http.messages import MAX_TARGET_CHARS, REASONS, Response
-from provider_proxy.host.http.plain import plain_get, response_head
+from provider_proxy.host.http.plain import client_certs, plain_get, response_head
 
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 CASES = int(os.environ.get("FUZZ_CASES", "40000"))
@@ -23,6 +23,7 @@ BEGINS = (
     GOOD,
     GOOD.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"),
     b"GET /version HTTP/1.1\r\nConnection: keep-alive\r\nAccept: */*\r\nhost: a\r\nX: y\r\n\r\n",
+    b"GET /a HTTP/1.1\r\nHost: a\r\nClient-Cert: :AAAA:\r\nClient-Cert-Chain: :A=:, :B:\r\n\r\n",
     b"GET / HTTP/1.1\r\nconnection:close\r\nHost: a\r\nConnection: Keep-Alive\r\n\r\n",
 )
 TARGETS = (
@@ -44,6 +45,8 @@ HEADERS = (
     *(b"Accept: */*", b"User-Agent: python-httpx/0.27.0", b'Cookie: a=b; c="d"', b"X:", b"X: "),
     *(b"X: \t a\t b \t", b"X-Host: a", b"Hostile: a", b"TEst: a", b"T: a", b"X : a", b": a", b"X"),
     *(b"Connection: keep-alive", b"connection:Keep-Alive", b"Connection:  keep-alive"),
+    *(b"Client-Cert: :AAAA:", b"client-CERT:\t:B: ", b"Client-Cert:", b"Client-Cert-Chain:a,b"),
+    *(b"X-Client-Cert: a", b"Client-Certs: a", b"Client-Cert-: a", b"Client-Cert : a"),
     *(b"X: Connection: close", b"Connection:CLOSE", b"Connection: closed", b"Connection:\tclose"),
     *(
         b"Connection: close",
@@ -104,9 +107,22 @@ def judge(data: bytes) -> tuple[bytes, bytes, bytes, bool]:
     return head.target, host, conn.trailing_data[0], conn.their_state is h11.DONE
 
 
+def front_headers(data: bytes) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What h11 reads of a front's two headers."""
+    conn = h11.Connection(h11.SERVER, max_incomplete_event_size=16 * 1024)
+    conn.receive_data(data)
+    head = conn.next_event()
+    assert isinstance(head, h11.Request)
+    certs, chains = (
+        tuple(value.decode("ascii") for name, value in head.headers if name == wanted)
+        for wanted in (b"client-cert", b"client-cert-chain")
+    )
+    return certs, chains
+
+
 def test_what_is_taken_is_what_h11_reads() -> None:
     dice = random.Random(SEED)
-    taken, last = 0, 0
+    taken, last, fronts = 0, 0, 0
     for number in range(CASES):
         data = (composed if number % 2 else damaged)(dice)
         found = plain_get(data)
@@ -117,8 +133,12 @@ def test_what_is_taken_is_what_h11_reads() -> None:
         last += not keeps
         assert (target.encode(), host.encode(), data[end:], keeps) == judge(data), data
         assert len(target) <= MAX_TARGET_CHARS
+        certs = client_certs(data[:end])
+        fronts += any(certs)
+        assert certs == front_headers(data), data
     assert CASES / 20 < taken < CASES / 2, taken  # neither nothing nor everything
     assert taken / 100 < last < taken / 2, last
+    assert taken / 100 < fronts < taken / 2, fronts
 
 
 @pytest.mark.parametrize(
