@@ -117,6 +117,7 @@ def _front(directory: Path, say: Say) -> dict[str, object]:
         f'[listen]\nfront = "unix:{socket_path}"\nfront_peers = ["uid:{os.geteuid()}"]\n',
     )
     rates: dict[str, list[float]] = {"front": [], "own": []}
+    used: dict[str, list[float]] = {"front": [], "own": []}
     with (
         Target(directory, "fronted", config) as target,
         _haproxy(program, directory, socket_path) as port,
@@ -124,13 +125,18 @@ def _front(directory: Path, say: Say) -> dict[str, object]:
         for turn in range(FRONT_ROUNDS):
             say(f"new connections by HAProxy and by the daemon, round {turn + 1}")
             for name, at in (("front", port), ("own", target.port)):
+                begin_s = target.cpu_s()
                 rates[name].append(connections.connect("127.0.0.1", at, directory, FRONT_EACH))
+                count = connections.CLIENTS * FRONT_EACH
+                used[name].append((target.cpu_s() - begin_s) * 1000 / count)
     ratios = [a / b for a, b in zip(rates["front"], rates["own"], strict=True)]
     return {
         "front_cores_ratio": round(statistics.median(ratios), 2),
         "front_cores_ratio_spread": [round(min(ratios), 2), round(max(ratios), 2)],
         "front_per_s": round(statistics.median(rates["front"]), 1),
         "own_tls_per_s": round(statistics.median(rates["own"]), 1),
+        "front_daemon_cpu_ms": round(statistics.median(used["front"]), 2),
+        "own_tls_daemon_cpu_ms": round(statistics.median(used["own"]), 2),
     }
 
 
