@@ -35,7 +35,7 @@ HOST_FLOORS = (
     ("http", "registration", "vtpm", "audit"),
     ("status",),
     ("api",),
-    ("preflight",),
+    ("preflight", "listening"),
     ("assembly", "reload"),
     ("daemon", "pki"),
 )
