@@ -325,6 +325,13 @@ def test_old_tls_is_refused(certs: Certs) -> None:
     assert context.minimum_version is ssl.TLSVersion.TLSv1_2
 
 
+def test_a_connection_gets_one_ticket(certs: Certs) -> None:
+    """None would end resumption; each costs a tenth of a connection."""
+    context = tls_context(listen_with(certs))
+    assert context is not None
+    assert context.num_tickets == 1
+
+
 async def test_http_1_1_is_negotiated(certs: Certs) -> None:
     """A client that also speaks HTTP/2 learns that we do not."""
     context = tls_context(listen_with(certs))

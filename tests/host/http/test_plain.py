@@ -60,7 +60,8 @@ HEADERS = (
     *(b"X: \x00", b"X: \x7f", b"X: a\rb", b"X: \xe9", b"X\x01: a", b"X(: a", b"X: " + b"y" * 9000),
 )
 LINE_ENDS = (b"\r\n",) * 12 + (b"\n", b"\r", b"\r\r\n", b"\n\r\n")
-BEHIND = (b"", b"", b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"x", b"\r\n", b"5\r\nhello\r\n0\r\n\r\n")
+NEXT = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nClient-Cert: :AAAA:\r\n\r\n"
+BEHIND = (b"", b"", NEXT, b"x", b"\r\n", b"5\r\nhello\r\n0\r\n\r\n")
 
 
 def composed(dice: random.Random) -> bytes:
@@ -90,7 +91,7 @@ def damaged(dice: random.Random) -> bytes:
                 data[at:at] = data[at : at + dice.randrange(30)]
             case _:
                 del data[at : at + dice.randrange(4)]
-    return bytes(data)
+    return bytes(data) + dice.choice(BEHIND)
 
 
 def judge(data: bytes) -> tuple[bytes, bytes, bytes, bool]:
