@@ -145,6 +145,7 @@ def crash(proxy: PlainProxy) -> None:
 def link_to_a_vm(proxy: PlainProxy, folder: Path) -> dict[str, object]:
     """Answer with the link of a VM; what the watcher's file says of it."""
     link(proxy.fake)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "vm.ek"
     path.write_bytes(EK)
     return {"vm": str(VM), "vm_ek": str(path)}

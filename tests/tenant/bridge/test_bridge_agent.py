@@ -332,12 +332,13 @@ async def test_the_list_goes_out_as_keylime_counts(
         assert results["ima_measurement_list_entry"] == entry
         assert results["boottime"] == 2
         entry = size
-    # A verifier that has counted otherwise than we have seen gets the whole list.
-    results = await bridged.poll(1 << 10, 50)
-    assert (results["ima_measurement_list_entry"], results["ima_measurement_list"]) == (
-        0,
-        text(HOST[:300]),
-    )
+    # A verifier that has counted otherwise than we have seen, or beyond the end, gets the whole list.
+    for asked in (50, 301, 999_999_999):
+        results = await bridged.poll(1 << 10, asked)
+        assert (results["ima_measurement_list_entry"], results["ima_measurement_list"]) == (
+            0,
+            text(HOST[:300]),
+        )
 
 
 async def test_a_reboot_gives_the_whole_list_with_its_new_boot(
@@ -432,6 +433,13 @@ async def test_payloads_are_refused_with_words(
         ("/v2.6/quotes/integrity?nonce=a-b&mask=0x1&partial=1", 400),
         (f"/v2.6/quotes/integrity?nonce={'a' * 65}&mask=0x1&partial=1", 400),
         ("/v2.6/quotes/integrity?mask=0x1&partial=1", 400),
+        ("/v2.6/quotes/integrity?nonce=&mask=0x1&partial=1", 400),
+        ("/v2.6/quotes/integrity?nonce=a%00b&mask=0x1&partial=1", 400),
+        ("/v2.6/quotes/integrity?nonce=a%0Ab&mask=0x1&partial=1", 400),
+        ("/v2.6/quotes/integrity?nonce=%C3%A9&mask=0x1&partial=1", 400),
+        ("/v2.6/quotes/integrity?nonce=a&mask=0x111111111&partial=1", 400),
+        ("/v2.6/quotes/integrity?nonce=a&mask=1&partial=1&ima_ml_entry=1111111111", 400),
+        ("http://other/v2.6/quotes/integrity?nonce=a&mask=1&partial=1", 400),
         ("/v2.6/quotes/integrity?nonce=a&mask=0x1", 400),
         ("/v2.6/quotes/integrity?nonce=a&mask=0x1&partial=2", 400),
         ("/v2.6/quotes/integrity?nonce=a&mask=0x1000000&partial=1", 400),
@@ -453,6 +461,18 @@ async def test_what_is_no_poll_asks_no_host(
     bridged = await make()
     assert (await bridged.get(target))[0] == status
     assert bridged.rig.proxy.asked == []
+
+
+async def test_a_mask_of_nothing_asks_the_host_all_the_same(
+    autojump_clock: Jumping, make: Any
+) -> None:
+    """Of PCR 16 alone, and of nothing: a fresh proof of the host, though none of its PCRs is shown."""
+    bridged = await make()
+    for mask in ("0x0", "0x10000"):
+        status, _, results = await bridged.get(INTEGRITY + mask)
+        assert status == 200
+        assert parse_quote(results["quote"]).pcrs.mask == 1 << 16
+    assert len(bridged.rig.proxy.asked) == 2
 
 
 async def test_a_mask_without_0x_is_hex_as_keylime_s_agents_read_it(

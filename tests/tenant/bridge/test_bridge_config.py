@@ -10,7 +10,7 @@ import pytest
 from provider_proxy.cli.main import run
 from provider_proxy.errors import ConfigError
 from provider_proxy.tenant.bridge.admin import _host
-from provider_proxy.tenant.watch.config import parse_watch_config
+from provider_proxy.tenant.watch.config import load_watch_config, parse_watch_config
 
 HOST = {"provider_ip": "192.0.2.1"}
 MINE = {"url": "https://registrar.example:8891", "insecure_no_ek": True}
@@ -61,6 +61,35 @@ def test_without_client_ca_nobody_may_ask() -> None:
             {"bridge": {"registrar": "mine"}, "registrars": {"mine": MINE}, "hosts": {"h": HOST}},
             for_bridge=True,
         )
+
+
+PUSHED = """
+state_dir = "state"
+[bridge]
+registrar = "mine"
+verifier_url = "https://127.0.0.1:1"
+[registrars.mine]
+url = "https://registrar.example:8891"
+insecure_no_ek = true
+[hosts.h]
+provider_ip = "192.0.2.1"
+mode = "push"
+"""
+
+
+def test_a_host_that_is_pushed_needs_a_verifier_and_no_client_ca(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=r"hosts\.h\.mode = push needs bridge\.verifier_url"):
+        parse(host={"mode": "push"})
+    file = tmp_path / "bridge.toml"
+    file.write_text(PUSHED)
+    assert load_watch_config(file, for_bridge=True).hosts["h"].mode == "push"
+    assert run(["bridge", "reactivate", "h", "--config", str(file)]) == 2
+    assert "delete the agent at the verifier and add it again" in capsys.readouterr().err
+    file.write_text(PUSHED.replace('mode = "push"', ""))
+    with pytest.raises(ConfigError, match=r"bridge\.client_ca"):
+        load_watch_config(file, for_bridge=True)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,33 @@ async def test_a_bug_ends_one_connection(served: Served, caplog: pytest.LogCaptu
         assert b"200" in bytes(await stream.receive_some(4096))
 
 
+@pytest.mark.parametrize("sent", [b"", b"GET /x HT", GET])
+async def test_a_verifier_that_goes_away_in_the_middle(
+    served: Served, caplog: pytest.LogCaptureFixture, sent: bytes
+) -> None:
+    """Before its request, in it, and before the answer, which is longer than the kernel takes."""
+    came, gone = trio.Event(), trio.Event()
+
+    async def large(asked: Asked) -> Answer:
+        came.set()
+        await gone.wait()
+        return Answer(status=200, body=bytes(8 * 1024 * 1024))
+
+    served.answer = large
+    stream = await served.connect()
+    if sent:
+        await stream.send_all(sent)
+    if sent == GET:
+        await came.wait()
+    await stream.aclose()
+    gone.set()
+    served.answer = served.plain
+    async with await served.connect() as stream:
+        await stream.send_all(GET)
+        assert b"200" in bytes(await stream.receive_some(4096))
+    assert "unexpected" not in caplog.text
+
+
 async def test_those_who_send_nothing_give_way(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

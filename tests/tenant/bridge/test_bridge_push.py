@@ -207,6 +207,27 @@ async def test_an_answer_that_makes_no_sense_is_none(
         await pushed.api.offer(OFFER)
 
 
+@pytest.mark.parametrize("call", [1, 2, 3])
+async def test_a_verifier_that_breaks_off_is_asked_again(
+    autojump_clock: Jumping, push: Any, call: int
+) -> None:
+    """In the session, in the proof, in the offer."""
+    pushed = await push()
+    fake, calls = pushed.verifier, []
+
+    def breaks(request: httpx.Request) -> httpx.Response:
+        calls.append(request)
+        if len(calls) == call:
+            raise httpx.ReadError("reset")
+        answer: httpx.Response = fake(request)
+        return answer
+
+    http = httpx.AsyncClient(transport=httpx.MockTransport(breaks))
+    pushed.api._http = http
+    await rounds(pushed, 30)
+    assert len(fake.evidence) == 1
+
+
 @pytest.mark.parametrize(
     "asks",
     [
