@@ -24,6 +24,7 @@ from provider_proxy.evidence.verify import HostHistory, Verifier, new_challenge
 from provider_proxy.evidence.wire import parse_evidence
 from provider_proxy.tenant.client import ProxyClient
 from provider_proxy.tenant.ima_tail import ImaTail
+from provider_proxy.tenant.step_limit import bounded
 
 WHOLE_LIMIT_S = 900.0  # a kernel's longest list, in parts, at the pace that a proxy allows
 MAX_ASKS = 4 * MAX_PARTS  # an IMA list twice, in parts, and waits between them
@@ -135,7 +136,7 @@ async def _attest(
 async def _judged(judge: LogJudge, quote: VerifiedQuote, logs: HostLogs) -> bool:
     """False where more of the IMA list is needed."""
     done = False
-    for done in judge.judge(quote, logs):
+    for done in bounded(judge.judge(quote, logs)):
         if not done:
             await anyio.lowlevel.checkpoint()
     return done

@@ -14,7 +14,7 @@ from ima_helpers import GOOD, extended, line, text
 from provider_proxy.errors import LogError, UsageError
 from provider_proxy.evidence.logs.boot_policy import parse_boot_policy
 from provider_proxy.evidence.logs.ima_judge import LineJudge, Violations
-from provider_proxy.evidence.logs.judge import AnswerLogs, LogJudge, LogPolicy
+from provider_proxy.evidence.logs.judge import DEFAULT_UEFI_PCRS, AnswerLogs, LogJudge, LogPolicy
 from provider_proxy.evidence.logs.runtime_policy_file import parse_runtime_policy
 from provider_proxy.evidence.model import AkName, ClockState, HashAlg, HostLogs, VerifiedQuote
 
@@ -53,6 +53,10 @@ def judge(policy: LogPolicy, logs: HostLogs, made: VerifiedQuote | None = None) 
     except LogError as exc:
         return str(exc)
     return None
+
+
+def test_the_firmware_has_eight_pcrs() -> None:
+    assert DEFAULT_UEFI_PCRS == 0xFF
 
 
 COUNT = Violations.COUNT

@@ -26,6 +26,9 @@ GOOD, BAD = "11" * 32, "22" * 32
 
 REFUSED = [
     (b'{"a": 1, "a": 2}', "has the key 'a' twice"),
+    (b'{"b": 0, "a": 1, "c": 0, "a": 2}', "has the key 'a' twice"),
+    (b'{"%b": 1, "%b": 2}' % (b"a" * 81, b"a" * 81), f"has the key '{'a' * 80}' twice"),
+    (b'{"a": 1%be999}' % (b"0" * 90), f"holds the number 1{'0' * 79}, which"),
     (b'{"b": {"a": 1, "\\u0061": 2}}', "has the key 'a' twice"),
     (b'{"a": NaN}', "holds NaN"),
     (b'{"a": -Infinity}', "holds -Infinity"),
@@ -48,6 +51,16 @@ def test_both_readers_refuse_the_same(data: bytes, words: str) -> None:
     with pytest.raises(UsageError, match=r"^the policy") as own:
         parse_own_json(data, "the policy")
     assert words in str(own.value)
+
+
+def test_the_number_of_parts_is_bounded() -> None:
+    assert MAX_PARTS == 100_000
+    separators = b'"' + b"," * MAX_PARTS + b'"'  # in quotes they part nothing
+    for first in (b"1", separators):
+        most = b'{"a":[' + first + b",1" * (MAX_PARTS - 3) + b"]}"  # with the brackets one less
+        assert len(str(parse_json_object(most, "the answer"))) > MAX_PARTS
+        with pytest.raises(EvidenceFormatError, match="too many parts"):
+            parse_json_object(most.replace(b"]", b",1]"), "the answer")
 
 
 @pytest.mark.parametrize(("opened", "closed"), [('{"a":', "}"), ('{"a":[', "]}")])

@@ -98,6 +98,15 @@ def test_whatever_is_claimed_links_or_is_a_link_error(changes: dict[str, object]
         assert changes.get("running", True) is True
 
 
+def test_a_link_reads_no_pcr() -> None:
+    assert LINK.needed_mask == 0
+
+
+def test_the_least_state_is_one_that_there_is() -> None:
+    with pytest.raises(UsageError, match="least state"):
+        VtpmLink(vm=VM, ek=bytes(32), least="unknown")
+
+
 def test_an_ek_is_given_by_its_digest() -> None:
     with pytest.raises(UsageError):
         VtpmLink(vm=VM, ek=EK)

@@ -72,7 +72,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "evidence/inclusion.py": (f"{EVIDENCE}/test_inclusion.py", VECTORS),
     "evidence/policy.py": (f"{EVIDENCE}/test_policy.py",),
     "evidence/vtpm_link.py": (f"{EVIDENCE}/test_vtpm_link.py", VECTORS),
-    "evidence/model.py": (f"{EVIDENCE}/test_wire.py", f"{EVIDENCE}/test_query.py", VECTORS),
+    "evidence/model.py": (
+        f"{EVIDENCE}/test_model.py",
+        f"{EVIDENCE}/test_wire.py",
+        f"{EVIDENCE}/test_query.py",
+        VECTORS,
+    ),
     "evidence/logs/ima.py": LOGS,
     "evidence/logs/ima_line.py": LOGS,
     "evidence/logs/ima_judge.py": LOGS,

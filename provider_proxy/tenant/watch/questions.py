@@ -36,6 +36,7 @@ from provider_proxy.tenant.identity import PATH as IDENTITY_PATH
 from provider_proxy.tenant.ima_tail import ImaTail
 from provider_proxy.tenant.policies import PolicyFiles
 from provider_proxy.tenant.replies import body_limit
+from provider_proxy.tenant.step_limit import bounded
 from provider_proxy.tenant.watch.budget import Budget
 from provider_proxy.tenant.watch.http import Endpoint, ProxyConnection
 from provider_proxy.tenant.watch.policy import HostPolicy
@@ -316,7 +317,7 @@ class HostQuestions:
 
     async def _judge(self, quote: VerifiedQuote, logs: HostLogs) -> bool:
         done = False
-        for done in self._policy.judge(quote, logs):
+        for done in bounded(self._policy.judge(quote, logs)):
             if not done:
                 await trio.lowlevel.checkpoint()
         return done
