@@ -16,9 +16,7 @@ from typing import TypeVar
 
 from provider_proxy.errors import LogError
 
-STEP_LIMIT_S = (
-    2.0  # of the processor; a step of 256 lines takes 2 ms, and one line a few times that
-)
+STEP_LIMIT_S = 2.0  # of the processor; a step of a hundred lines takes 1 ms
 
 T = TypeVar("T")
 

@@ -28,7 +28,7 @@ from ima_helpers import (
 )
 
 from provider_proxy.errors import LogError, UsageError
-from provider_proxy.evidence.logs.ima import MAX_PARTS, ImaReplay, Outcome
+from provider_proxy.evidence.logs.ima import CHUNK_CHARS, MAX_PARTS, ImaReplay, Outcome
 from provider_proxy.evidence.logs.ima_judge import LineJudge, Violations
 from provider_proxy.evidence.logs.ima_line import MAX_LINE_CHARS, parse_entry
 from provider_proxy.evidence.logs.runtime_policy import RuntimePolicy
@@ -97,6 +97,65 @@ def test_a_list_without_end_is_refused() -> None:
     with pytest.raises(LogError, match="does not lead"):
         offer(replay, text([line("/last")]), MAX_PARTS - 1, bytes(32 * [1]))
     assert replay.next_entry == 0
+
+
+def test_a_list_without_end_is_said_to_be_long() -> None:
+    assert MAX_PARTS == 64
+    replay = replaying(HashAlg.SHA256)
+    for part in range(MAX_PARTS - 1):
+        offer(replay, text([line(f"/{part}")]), part, bytes(32 * [1]))
+    with pytest.raises(LogError, match="within 64 answers: a list of more than 64 lines"):
+        offer(replay, text([line("/last")]), MAX_PARTS - 1, bytes(32 * [1]))
+
+
+def test_after_a_match_as_many_answers_may_follow() -> None:
+    replay = replaying(HashAlg.SHA256)
+    offer(replay, text(HOST), 0, pcr10(HOST))
+    for part in range(MAX_PARTS - 1):
+        offer(replay, text([line(f"/{part}")]), len(HOST) + part, bytes(32 * [1]))
+        assert replay.next_entry == len(HOST) + part + 1
+    offer(replay, text([line("/last")]), len(HOST) + MAX_PARTS - 1, bytes(32 * [1]))
+    assert replay.next_entry == 0  # from the beginning, then
+
+
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [("boot_aggregate", False), ("/usr/bin/true", True), ("/boot_aggregate", True)],
+)
+def test_a_list_without_its_beginning_cannot_be_judged(first: str, told: bool) -> None:
+    lines = [line(first), line("/a"), line("boot_aggregate"), line("/b")]
+    replay = replaying(HashAlg.SHA256)
+    for at, one in enumerate(lines):
+        offer(replay, text([one]), at, bytes(32 * [1]))
+    with pytest.raises(LogError, match="does not lead to the signed PCR 10") as caught:
+        offer(replay, "", len(lines), bytes(32 * [1]))
+    assert ("does not begin with boot_aggregate" in str(caught.value)) is told
+
+
+def pauses(lines: Sequence[Line]) -> int:
+    return len(list(replaying(HashAlg.SHA256).offer(text(lines), 0, pcr10(lines))))
+
+
+def of_length(number: int, chars: int) -> Line:
+    short = line(f"/{number:06}")
+    return line(f"/{number:06}" + "x" * (chars - len(short.text)))
+
+
+def test_others_may_run_between_chunks() -> None:
+    assert CHUNK_CHARS == 16 * 1024
+    full = [of_length(number, 256) for number in range(64)]  # 16 KiB to the letter
+    assert pauses([*full, of_length(64, 256)]) == 0
+    assert pauses([*full, of_length(64, 256), of_length(65, 256)]) == 1
+    assert pauses([*full[1:], of_length(0, 257), of_length(64, 256)]) == 1
+
+
+def test_a_list_that_goes_on_within_a_chunk_is_judged_to_the_signed_value() -> None:
+    lines = [line(f"/{number}") for number in range(100)]
+    for end in (1, 50, 99, 100):
+        replay = replaying(HashAlg.SHA256)
+        assert pauses(lines[:end]) == (end * len(lines[-1].text) > CHUNK_CHARS)
+        assert offer(replay, text(lines), 0, pcr10(lines[:end])) is Outcome.MATCHED
+        assert replay.next_entry == end
 
 
 def refused(replay: ImaReplay, part: str | None, entry: int, quoted: bytes) -> str:

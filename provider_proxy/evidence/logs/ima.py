@@ -22,8 +22,7 @@ from provider_proxy.evidence.logs.ima_keys import KeySet
 from provider_proxy.evidence.logs.ima_line import BOOT_AGGREGATE
 
 MAX_PARTS = 64  # answers until one list is complete: of 7 MB each, two and a half million lines
-CHUNK_LINES = 256  # between two chances for others to run: about 2 ms
-CHUNK_CHARS = 16 * 1024  # the same where the lines are longer than usual
+CHUNK_CHARS = 16 * 1024  # between two chances for others to run: a hundred lines, about 1 ms
 
 
 class Outcome(enum.Enum):
@@ -136,8 +135,8 @@ class ImaReplay:
     def _chunk(self, lines: Sequence[str], at: int, quoted: bytes) -> int:
         """Take some lines, up to the one that leads to the signed value; where the next ones begin."""
         walk, hasher, value = self._walk, self._bank.hasher, self._value
-        begin, chars, most = at, 0, min(len(lines), at + CHUNK_LINES)
-        while at < most and chars <= CHUNK_CHARS:
+        begin, chars = at, 0
+        while at < len(lines) and chars <= CHUNK_CHARS:
             line = lines[at]
             chars += len(line)
             usual = None if walk.is_open else self._judge.usual.get(line)
