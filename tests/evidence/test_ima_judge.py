@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -29,7 +31,7 @@ from ima_helpers import (
 )
 
 from provider_proxy.errors import LogError, UsageError
-from provider_proxy.evidence.logs import ima_judge, runtime_policy, runtime_policy_file
+from provider_proxy.evidence.logs import ima_judge, ima_keys, runtime_policy, runtime_policy_file
 from provider_proxy.evidence.logs.ima import ImaReplay, Outcome
 from provider_proxy.evidence.logs.ima_judge import LineJudge, LineWalk, Violations
 from provider_proxy.evidence.logs.ima_keys import NO_KEYS, file_key
@@ -227,6 +229,57 @@ def test_a_violation_s_name_may_go_on_in_the_next_line() -> None:
         assert halves.outcome is Outcome.MATCHED
     with pytest.raises(LogError):
         judge([BOOT, line(b"/\n" + b"x\n" * 2100, violation=True), line("/x")])
+
+
+@pytest.mark.parametrize("chars", [4095, 4096, 4097])
+def test_what_goes_on_of_a_violation_s_name_is_bounded(chars: int) -> None:
+    """Its line feeds count, and each name has a bound of its own."""
+    junk = ["x" * 99] * 39 + ["x" * 95]  # and their line feeds: 3,996 characters
+    junk.append("y" * (chars - 3996 - 1))
+    assert sum(len(part) + 1 for part in junk) == chars
+    violation = line(b"/v", violation=True)
+    lines = [BOOT.text, violation.text, *junk, violation.text, *junk, line("/x").text]
+    replay = ImaReplay(LineJudge(HashAlg.SHA256))
+    steps = replay.offer(
+        "\n".join(lines) + "\n", 0, extended([BOOT, violation, violation, line("/x")])
+    )
+    if chars <= 4096:
+        for _ in steps:
+            pass
+        assert (replay.outcome, replay.violations) == (Outcome.MATCHED, 2)
+    else:
+        with pytest.raises(LogError, match="is not '10 <hash>"):
+            list(steps)
+
+
+def test_limits_are_the_documented_ones() -> None:
+    assert ima_judge.MAX_JOINED_LINES == 32
+    assert ima_keys.MAX_KEYS == 1000
+    assert ima_keys.MAX_KEY_BYTES == 16_384
+    assert ima_keys.MAX_RSA_BITS == 8_192
+    assert runtime_policy_file.MAX_SIGNATURES == 64
+
+
+def test_a_key_that_is_measured_has_a_bounded_size() -> None:
+    pem = RSA.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    assert ima_keys.key_in_buffer(pem.ljust(16_384, b"\n")) == file_key(RSA.public_key())
+    assert ima_keys.key_in_buffer(pem.ljust(16_385, b"\n")) is None
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 20])
+def test_a_certificate_s_own_id_names_its_key(length: int) -> None:
+    """The last four bytes of its subject key identifier; a shorter one names nothing."""
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "files")])
+    now = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, EC.public_key(), 7, now, now.replace(year=2050))
+        .add_extension(x509.SubjectKeyIdentifier(bytes(range(1, length + 1))), critical=False)
+        .sign(EC, hashes.SHA256())
+    )
+    found = ima_keys.key_in_buffer(made.public_bytes(Encoding.DER))
+    assert found is not None
+    expected = int.from_bytes(bytes(range(1, length + 1))[-4:], "big")
+    assert found.id == (expected if length >= 4 else file_key(EC.public_key()).id)
 
 
 def test_guessing_at_escapes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

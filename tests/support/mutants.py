@@ -79,7 +79,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         VECTORS,
     ),
     "evidence/logs/ima.py": LOGS,
-    "evidence/logs/ima_line.py": LOGS,
+    "evidence/logs/ima_line.py": (f"{EVIDENCE}/test_ima_line.py", *LOGS),
     "evidence/logs/ima_judge.py": LOGS,
     "evidence/logs/ima_keys.py": LOGS,
     "evidence/logs/runtime_policy.py": LOGS,
