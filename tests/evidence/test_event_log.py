@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 
 import pytest
 from event_log_helpers import (
@@ -21,6 +22,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from provider_proxy.errors import LogError, UsageError
+from provider_proxy.evidence.logs import event_log
 from provider_proxy.evidence.logs.boot_policy import parse_boot_policy
 from provider_proxy.evidence.logs.event_log import (
     EV_NO_ACTION,
@@ -132,6 +134,67 @@ def test_too_many_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("provider_proxy.evidence.logs.event_log.MAX_EVENTS", 3)
     with pytest.raises(LogError, match="too many events"):
         parse_event_log(LOG)
+
+
+def test_limits_are_the_documented_ones() -> None:
+    assert event_log.MAX_LOG_BYTES == 4_194_304
+    assert event_log.MAX_EVENTS == 50_000
+    assert event_log.MAX_ALGORITHMS == 8
+    assert frozenset((0, 3, 4)) == event_log.LOCALITIES
+
+
+def test_a_log_may_reach_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_log, "MAX_LOG_BYTES", len(LOG))
+    monkeypatch.setattr(event_log, "MAX_EVENTS", len(parse_event_log(LOG)))
+    assert len(parse_event_log(LOG)) == event_log.MAX_EVENTS
+    monkeypatch.setattr(event_log, "MAX_EVENTS", event_log.MAX_EVENTS - 1)
+    with pytest.raises(LogError, match="too many events"):
+        parse_event_log(LOG)
+    monkeypatch.setattr(event_log, "MAX_LOG_BYTES", len(LOG) - 1)
+    with pytest.raises(LogError, match="too large"):
+        parse_event_log(LOG)
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_log_has_one_to_eight_algorithms(count: int) -> None:
+    algorithms = {0x0B: 32} | dict.fromkeys(range(100, 99 + count), 16)
+    event = struct.pack("<III", 3, ACTION, count)
+    for alg, size in algorithms.items():
+        event += struct.pack("<H", alg) + bytes([alg]) * size
+    (found,) = parse_event_log(header(algorithms) + event + struct.pack("<I", 2) + b"ab")
+    assert (found.pcr, found.kind, found.data) == (3, ACTION, b"ab")
+    assert found.digests == {HashAlg.SHA256: b"\x0b" * 32}
+
+
+@pytest.mark.parametrize("value", range(7))
+def test_pcr_0_begins_with_a_locality_that_there_is(value: int) -> None:
+    log = header() + locality(value) + new(0, ACTION, b"x")
+    if value not in (0, 3, 4):
+        with pytest.raises(LogError, match="startup locality"):
+            replay(parse_event_log(log), HashAlg.SHA256)
+        return
+    first = bytes(31) + bytes([value])
+    expected_0 = HashAlg.SHA256.digest(first + HashAlg.SHA256.digest(b"x"))
+    assert replay(parse_event_log(log), HashAlg.SHA256) == {0: expected_0}
+
+
+def test_a_locality_of_another_length_is_out_of_place() -> None:
+    for extra in (b"", b"\3\0"):
+        log = header() + new(0, EV_NO_ACTION, b"StartupLocality\0" + extra)
+        with pytest.raises(LogError, match="startup locality"):
+            replay(parse_event_log(log), HashAlg.SHA256)
+    elsewhere = header() + new(1, EV_NO_ACTION, b"StartupLocality\0\7")
+    assert replay(parse_event_log(elsewhere), HashAlg.SHA256) == {}
+
+
+@pytest.mark.parametrize(("pcr", "good"), [(23, True), (24, False), (0xFFFFFFFF, False)])
+def test_an_event_s_pcr_is_one_that_there_is(pcr: int, good: bool) -> None:
+    assert len(parse_event_log(header() + new(pcr, EV_NO_ACTION, b"x"))) == 1
+    if good:
+        assert parse_event_log(header() + new(pcr, ACTION, b"x"))[0].pcr == pcr
+        return
+    with pytest.raises(LogError, match="a PCR that there is not"):
+        parse_event_log(header() + new(pcr, ACTION, b"x"))
 
 
 def digests(pcr: int) -> list[str]:

@@ -254,6 +254,7 @@ def test_what_goes_on_of_a_violation_s_name_is_bounded(chars: int) -> None:
 
 def test_limits_are_the_documented_ones() -> None:
     assert ima_judge.MAX_JOINED_LINES == 32
+    assert ima_judge.MAX_REMEMBERED_CHARS == 8_388_608
     assert ima_keys.MAX_KEYS == 1000
     assert ima_keys.MAX_KEY_BYTES == 16_384
     assert ima_keys.MAX_RSA_BITS == 8_192
@@ -463,6 +464,23 @@ def test_keys_are_the_host_s_own() -> None:
         except LogError:
             failed = 1
         assert failed == problems
+
+
+def test_what_was_judged_with_other_keys_is_judged_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is remembered as new or as old; what rests on no key is not judged twice."""
+    _, der = certificate(RSA)
+    keyrings = {".ima": [hashlib.sha256(der).hexdigest()]}
+    one = signed(RSA).text
+    other = line("/other").text
+    for limit in (1 << 20, 0):
+        monkeypatch.setattr(ima_judge, "MAX_REMEMBERED_CHARS", limit)
+        judge_of = LineJudge(HashAlg.SHA256, parse_runtime_policy(policy(keyrings=keyrings)))
+        keys = judge_of.judge(buffer_of(der).text, NO_KEYS).keys
+        assert len(keys) == 1
+        for known, good in ((keys, True), (NO_KEYS, False), (keys, True), (keys, True)):
+            kept = judge_of.judge(other, NO_KEYS)
+            assert (judge_of.judge(one, known).problem is None) is good
+            assert judge_of.judge(other, known) is kept
 
 
 def test_learned_keys_go_with_the_state() -> None:

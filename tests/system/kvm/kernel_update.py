@@ -25,6 +25,9 @@ UEFI_PCRS = (
 EXCLUDED = ("/var/", "/tmp/", "/run/", "/root/", "/etc/machine-id$")
 STRANGE = "/usr/local/bin/strange"
 
+Run = Callable[..., tuple[int, str]]
+"""Runs one of our commands in a folder; its exit code, and what it said on stderr."""
+
 
 def show(guest: Guest, folder: Path, fetch: Callable[[str], None]) -> None:
     """Update, and judge.
@@ -45,14 +48,15 @@ def show(guest: Guest, folder: Path, fetch: Callable[[str], None]) -> None:
     if "RECORD" in os.environ:
         for name in ("old", "new", "old-again", "new-again", "strange"):
             shutil.copytree(folder / name, Path(os.environ["RECORD"]) / name)
-    judge(folder)
+    judge(folder, run)
 
 
-def judge(folder: Path) -> None:
+def judge(folder: Path, run: Run) -> None:
     """Make policies of `old` and `new`, merge them, and judge all that was fetched by each."""
     for name in ("old", "new"):
         command(
             folder,
+            run,
             "policy",
             "make",
             *of(name),
@@ -63,7 +67,7 @@ def judge(folder: Path) -> None:
         )
     for kind in ("boot", "runtime"):
         parts = [f"old.{kind}.json", f"new.{kind}.json"]
-        command(folder, "policy", "merge", *parts, "--out", f"both.{kind}.json")
+        command(folder, run, "policy", "merge", *parts, "--out", f"both.{kind}.json")
     for policy, good in (
         ("old", {"old", "old-again"}),
         ("new", {"new", "new-again"}),
@@ -96,7 +100,7 @@ def excludes() -> list[str]:
     return [word for pattern in EXCLUDED for word in ("--exclude", pattern)]
 
 
-def command(folder: Path, *words: str) -> None:
+def command(folder: Path, run: Run, *words: str) -> None:
     """Run a command that must be good. Raises: GuestError."""
     code, said = run(folder, *words)
     need(code == 0, f"{' '.join(words[:2])}: {said.strip() or 'good'}")
