@@ -22,7 +22,7 @@
 # make test-upgrade    5 min  the last release's package, used, and then this one over it: nothing is lost
 # make test-bundle     2 min  the bundle installed without a network, started, asked and removed, likewise
 # make test-reproducible 10 min  package and bundle built twice: the same bytes
-# make test-kvm       10 min  the package in a virtual machine with a TPM, IMA and systemd, rebooted as well
+# make test-kvm       20 min  the package in a virtual machine with a TPM, IMA and systemd; rebooted, its kernel updated
 # make test-keylime-bridge   15 min  the bridge with Keylime 7.14.3 and 7.13.1: policies, lies, restarts, 100 hosts
 # make test-keylime-releases  5 min  what each release of Keylime can do, as docs/keylime-releases.md says
 # make soak           30 min  faults of the chip, attacks on the doors, hostile hosts: SOAK_SECONDS=600 each

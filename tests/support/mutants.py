@@ -1,6 +1,6 @@
 """`make mutants`: breaks the pure core on purpose, one place at a time, and looks whether a test notices.
 
-    python tests/support/mutants.py [--sample N] [--seed S] [--jobs J] [--list] [MODULE …]
+    python tests/support/mutants.py [--sample N] [--seed S] [--jobs J] [--again FILE] [--list] [MODULE …]
 
 A mutant is the package with one comparison turned, one operator exchanged, one number changed by one, one
 condition negated, or one `raise` left out. It is killed where a test of its module fails, or takes more
@@ -401,6 +401,12 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=0, help="only so many; 0 for all")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument(
+        "--again",
+        type=Path,
+        metavar="FILE",
+        help="only those that an earlier run's output has alive",
+    )
     parser.add_argument("--list", action="store_true", help="only name them")
     args = parser.parse_args()
     modules = args.modules or list(TESTS)
@@ -413,6 +419,10 @@ def main() -> int:
         for what in listed
         if module in modules and (module, what) not in there
     ]
+    if args.again is not None:
+        before = args.again.read_text(encoding="utf-8").splitlines()
+        alive = {line.removeprefix("ALIVE  ") for line in before if line.startswith("ALIVE  ")}
+        made = [mutant for mutant in made if f"{mutant.module}: {mutant.what}" in alive]
     if args.sample and args.sample < len(made):
         made = random.Random(args.seed).sample(made, args.sample)  # the same again
     if args.list:
