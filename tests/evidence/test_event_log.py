@@ -197,6 +197,46 @@ def test_an_event_s_pcr_is_one_that_there_is(pcr: int, good: bool) -> None:
         parse_event_log(header() + new(pcr, ACTION, b"x"))
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"4": 5}',
+        b'{"4": [5]}',
+        b'{"4": {"ab": 1}}',
+        b'{"4": null}',
+        b'{"4": ["zz"]}',
+        b'{"4": "ab"}',
+    ],
+)
+def test_a_boot_policy_has_lists_of_hex(data: bytes) -> None:
+    with pytest.raises(UsageError, match="PCR 4 is not a list of hex"):
+        parse_boot_policy(data, bank=HashAlg.SHA256)
+
+
+def test_a_boot_policy_may_name_every_pcr() -> None:
+    every = json.dumps({str(pcr): [] for pcr in range(24)}).encode()
+    assert parse_boot_policy(every, bank=HashAlg.SHA256).mask == 0xFFFFFF
+    with pytest.raises(UsageError, match="not an object of PCR numbers"):
+        parse_boot_policy(every.replace(b'"23"', b'"24"'), bank=HashAlg.SHA256)
+
+
+@pytest.mark.parametrize(
+    "first", [(EV_NO_ACTION, b"something"), (ACTION, b"Spec ID Event03\0" + bytes(20))]
+)
+def test_a_log_without_its_header_is_of_sha_1(first: tuple[int, bytes]) -> None:
+    kind, data = first
+    events = parse_event_log(old(0, kind, data) + old(1, ACTION, b"x"))
+    assert [event.kind for event in events] == [kind, ACTION]
+    assert set(events[0].digests) == {HashAlg.SHA1}
+
+
+def test_a_locality_comes_before_what_is_measured_into_pcr_0() -> None:
+    first = header() + new(1, ACTION, b"x") + locality(3)
+    assert replay(parse_event_log(first), HashAlg.SHA256)[0] == bytes(31) + b"\3"
+    with pytest.raises(LogError, match="out of place"):
+        replay(parse_event_log(header() + new(0, ACTION, b"x") + locality(3)), HashAlg.SHA256)
+
+
 def digests(pcr: int) -> list[str]:
     return [HashAlg.SHA256.digest(data).hex() for n, _, data in EVENTS if n == pcr]
 

@@ -638,6 +638,32 @@ def pem(key: PrivateKey) -> bytes:
     return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
+def test_an_envelope_has_a_bounded_number_of_signatures() -> None:
+    values = json.loads(envelope(policy(), EC))
+    good = values["signatures"]
+    bad = [{"sig": "AAAA"}]
+    most = json.dumps(values | {"signatures": bad * 63 + good}).encode()
+    assert parse_runtime_policy(most, key=pem(EC)) == parse_runtime_policy(policy())
+    more = json.dumps(values | {"signatures": bad * 64 + good}).encode()
+    with pytest.raises(UsageError, match="more than 64 signatures"):
+        parse_runtime_policy(more, key=pem(EC))
+
+
+@pytest.mark.parametrize("odd", [5, None, ["AAAA"], "é", "AA", "A A="])
+def test_an_envelope_holds_base64(odd: object) -> None:
+    values = json.loads(envelope(policy(), EC))
+    for changed in ({"payload": odd}, {"signatures": [{"sig": odd}]}, {"signatures": [odd]}):
+        with pytest.raises(UsageError, match="no base64"):
+            parse_runtime_policy(json.dumps(values | changed).encode(), key=pem(EC))
+
+
+def test_excludes_that_do_not_go_together_are_refused() -> None:
+    for alone in ("(?P<n>/a)", "(?P<n>/b)"):
+        parse_runtime_policy(policy(excludes=[alone]))
+    with pytest.raises(UsageError, match="do not go together"):
+        parse_runtime_policy(policy(excludes=["(?P<n>/a)", "(?P<n>/b)"]))
+
+
 def test_a_signed_policy_needs_its_key() -> None:
     data = envelope(policy(digests={"/x": [GOOD]}), EC)
     read = parse_runtime_policy(data, key=pem(EC))

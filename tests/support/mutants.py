@@ -87,7 +87,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "evidence/logs/judge.py": (*LOGS, f"{EVIDENCE}/test_event_log.py"),
     "evidence/logs/event_log.py": (f"{EVIDENCE}/test_event_log.py",),
     "evidence/logs/boot_policy.py": (f"{EVIDENCE}/test_event_log.py",),
-    "evidence/logs/policy_making.py": ("tests/cli/test_policy_cli.py",),
+    "evidence/logs/policy_making.py": (
+        f"{EVIDENCE}/test_policy_making.py",
+        "tests/cli/test_policy_cli.py",
+    ),
 }
 COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.Lt: (ast.LtE,),
