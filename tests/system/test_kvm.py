@@ -304,8 +304,8 @@ def read_securityfs(guest: machine.Guest) -> None:
             f"{reading['largest']} bytes, {reading['s']:.2f} s"
         )
     ok(
-        "securityfs: {new} new lines: {kept_s:.2f} s where the file was kept open, {again_s:.2f} s where "
-        "it is opened again and read, {seek_s:.2f} s where it is opened again and sought".format_map(
+        "securityfs: {new} new lines: {kept_s:.3f} s where the file was kept open, {again_s:.3f} s where "
+        "it is opened again and read, {seek_s:.3f} s where it is opened again and sought".format_map(
             found
         )
     )
