@@ -158,6 +158,16 @@ def test_a_list_that_goes_on_within_a_chunk_is_judged_to_the_signed_value() -> N
         assert replay.next_entry == end
 
 
+def test_lines_that_are_known_are_judged_to_the_signed_value() -> None:
+    """Another host has measured them before: the quick way through them ends where it must."""
+    lines = [line(f"/{number}") for number in range(100)]
+    shared = LineJudge(HashAlg.SHA256)
+    for end in (100, 1, 50, 99, 100):
+        replay = ImaReplay(shared)
+        assert offer(replay, text(lines), 0, pcr10(lines[:end])) is Outcome.MATCHED
+        assert replay.next_entry == end
+
+
 def refused(replay: ImaReplay, part: str | None, entry: int, quoted: bytes) -> str:
     """Ask on, with nothing more to be had, until it is refused."""
     for _ in range(4):
