@@ -332,6 +332,13 @@ def test_numbers_are_bounded_and_no_booleans() -> None:
             fields.integer(key, limit)
 
 
+def test_a_time_is_below_its_bound() -> None:
+    most = 999_999_999_999.5
+    assert Fields({"n": most}, "it").number("n") == most
+    with pytest.raises(EvidenceFormatError, match="out of bounds"):
+        Fields({"n": 1e12}, "it").number("n")
+
+
 def test_hex_has_no_white_space() -> None:
     fields = Fields({"a": "00ff", "b": "00 ff", "c": "00\nff", "d": "0x00", "e": "0", "f": ""}, "x")
     assert fields.hex("a", 2) == b"\x00\xff"
