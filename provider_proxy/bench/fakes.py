@@ -141,6 +141,9 @@ async def _serve() -> None:
         if line == b"flip\n":
             groups[1].tpm.extend(FLIPPED_PCR, b"bad")
             print(json.dumps({"at": time.monotonic()}), flush=True)
+        elif line == b"reset\n":
+            groups[1].tpm.reset({FLIPPED_PCR: b"good"})
+            print(json.dumps({"at": time.monotonic()}), flush=True)
         else:
             print(json.dumps([group.take() for group in groups]), flush=True)
 

@@ -9,17 +9,24 @@ silence   holds the reports of some hosts back for a while
 silences  the silences that hold
 unsilence ends one
 drain     has a member give its shards back
+size      what so many hosts need
 restored  begins above what was given out before a backup was restored
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
+from provider_proxy.errors import UsageError
 from provider_proxy.tenant.fleet.driver import import_with_libpq
 from provider_proxy.tenant.fleet.lease import DEFAULT_SHARDS
+from provider_proxy.tenant.fleet.sizing import fleet_size
+
+MAX_HOSTS = 10_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +83,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("silences", "list the silences that hold")
     made = add("unsilence", "end a silence; what it held back is delivered")
     made.add_argument("id", metavar="ID", help="as `fleet silences` lists it")
+    made = parts.add_parser(
+        "size",
+        help="say what a fleet needs",
+        description="Say what a fleet needs: members, connections, database. Arithmetic; it asks nobody.",
+    )
+    made.add_argument("--hosts", type=int, required=True, help="how many")
+    made.add_argument(
+        "--interval-s",
+        type=float,
+        default=10.0,
+        help="how often each is asked (default: %(default)g)",
+    )
+    made.add_argument("--json", action="store_true", help="one JSON object as the last line")
     add("restored", "after a backup was restored: raise epochs, show old verdicts no more")
 
 
@@ -86,7 +106,26 @@ def run(args: argparse.Namespace) -> int:
         UsageError: the file names no database, or an option is wrong.
         HostError: the database is away, or has no tables.
     """
+    if args.part == "size":
+        return _size(args)
     # A parser can be made, and pages written from it, where psycopg or libpq is not installed.
     parts = import_with_libpq("provider_proxy.cli.fleet_parts")
     code: int = parts.PARTS[args.part](args)
     return code
+
+
+def _size(args: argparse.Namespace) -> int:
+    """Raises: UsageError."""
+    if not 1 <= args.hosts <= MAX_HOSTS or not 0.1 <= args.interval_s <= 86_400:
+        raise UsageError(f"--hosts is 1 to {MAX_HOSTS}, --interval-s 0.1 to 86400")
+    size = fleet_size(args.hosts, args.interval_s)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(size)))
+        return 0
+    print(f"{size.verdicts_s:,.0f} verdicts a second")
+    print(f"members      {size.members}, a core each; one of them may die")
+    print(f"connections  {size.connections}")
+    print(
+        f"database     {size.database_cores} cores, {size.database_gb:.1f} GB, WAL {size.wal_mb_s:.1f} MB/s"
+    )
+    return 0

@@ -7,6 +7,7 @@ lies in this process's memory. The daemon has no option that leads here.
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Mapping
 
@@ -51,6 +52,12 @@ class SoftTpm:
     def extend(self, pcr: int, event: bytes) -> None:
         """Change a PCR's content, so that later quotes show another value."""
         self._pcrs[pcr] = self._pcrs.get(pcr, b"") + event
+
+    def reset(self, pcrs: Mapping[int, bytes]) -> None:
+        """The host reboots, and measures this."""
+        self._pcrs = dict(pcrs)
+        clock = self.clock
+        self.clock = dataclasses.replace(clock, reset_count=clock.reset_count + 1)
 
     def read(self, bank: HashAlg, mask: int) -> PcrValues:
         """The values of some PCRs."""

@@ -29,6 +29,9 @@ T = TypeVar("T")
 
 CONNECT_LIMIT_S = 3
 STATEMENT_LIMIT_MS = 10_000
+# A member that is stopped within a transaction holds its leases' rows, and nobody could take them over.
+MEMBER_PAUSE_MS = 2_000
+LONG_PAUSE_MS = 3_600_000  # of an import, which compares a million hosts between two statements
 # The kernel's: a server that vanished is noticed although nothing says so.
 TCP_LIMIT_MS = 5_000
 # Two transactions that waited for each other: the server ended one, and it may simply come again.
@@ -81,8 +84,11 @@ def read_address(text: str, *, name: str = "") -> str:
     return make_conninfo(text, **{key: v for key, v in limits.items() if key not in values})
 
 
-def connect(address: str) -> Connection[Any]:
+def connect(address: str, *, pause_ms: int = LONG_PAUSE_MS) -> Connection[Any]:
     """Open a connection whose statements commit by themselves.
+
+    Args:
+        pause_ms: how long a transaction may wait for this program between two statements.
 
     Raises:
         DatabaseError: it cannot be reached, or refuses.
@@ -91,7 +97,7 @@ def connect(address: str) -> Connection[Any]:
         opened = psycopg.connect(address, autocommit=True)
         opened.execute(f"set statement_timeout = {STATEMENT_LIMIT_MS}")
         opened.execute(f"set lock_timeout = {STATEMENT_LIMIT_MS}")
-        opened.execute("set idle_in_transaction_session_timeout = '30s'")
+        opened.execute(f"set idle_in_transaction_session_timeout = {pause_ms}")
     except psycopg.Error as exc:
         raise translated(exc) from exc
     return opened
@@ -169,7 +175,7 @@ class Database:
             connection = self._idle.pop(lane, None)
         try:
             if connection is None:
-                connection = connect(self._address)
+                connection = connect(self._address, pause_ms=MEMBER_PAUSE_MS)
                 schema.check_version(connection)
             result = again(work, connection)
         except BaseException as exc:

@@ -34,6 +34,21 @@ where id in (
     for update skip locked
 )
 """
+_LAPSED = """
+select until <= fleet_now() from member where id = %(me)s
+"""
+# An epoch that was seen higher than the row's belongs to a database of later than this one: a backup was
+# restored, or a standby took over that had not got everything. A holder learns the new one as it renews.
+_RAISE = """
+update lease set epoch = behind.epoch + 1
+from (
+    select lease.shard, seen.epoch from lease
+    join unnest(%(seen_shards)s::int[], %(seen_epochs)s::bigint[]) as seen (shard, epoch)
+        on seen.shard = lease.shard and seen.epoch > lease.epoch
+    for update of lease skip locked
+) as behind
+where lease.shard = behind.shard
+"""
 _ALIVE = """
 insert into member (id, name, version, knows, started, until)
 values (%(me)s, %(name)s, %(version)s, %(knows)s, fleet_now(),
@@ -55,13 +70,8 @@ select (select count(*) from member where until > fleet_now() and not draining),
        (select count(*) from lease),
        (select count(*) from lease where until <= fleet_now())
 """
-# An epoch that was seen higher than the row's belongs to a database of later than this one: a backup was
-# restored, or a standby took over that had not got everything.
 _TAKE = """
-update lease set owner = %(me)s, epoch = 1 + greatest(lease.epoch, (
-        select seen.epoch from unnest(%(seen_shards)s::int[], %(seen_epochs)s::bigint[])
-            as seen (shard, epoch) where seen.shard = lease.shard
-    )),
+update lease set owner = %(me)s, epoch = lease.epoch + 1,
     until = fleet_now() + make_interval(secs => %(lease)s)
 from (
     select shard, owner from lease
@@ -120,6 +130,8 @@ class Share:
         members: how many members serve, this one included unless it drains.
         free: shards that nobody holds.
         draining: this member was told to give its shards back.
+        lapsed: its time had run out; it has taken only what it held last, and does so for a while.
+        rolled_back: shards whose epoch was lower than this member has had it, and was raised.
     """
 
     epochs: Mapping[int, int]
@@ -128,6 +140,8 @@ class Share:
     members: int
     free: int = 0
     draining: bool = False
+    lapsed: bool = False
+    rolled_back: int = 0
 
 
 def renew(
@@ -144,15 +158,20 @@ def renew(
 
     Args:
         own_only: take only what this member held last. After an outage of the database every lease has
-            run out, and everybody is to have its own again.
+            run out, and everybody is to have its own again. So does a member that finds that its own
+            time has run out: this very call may have waited while the database stood still.
         seen: the highest epoch that this member has had of each shard; none is given out again.
     """
     values = member.values()
     known = {"seen_shards": list(seen or ()), "seen_epochs": list((seen or {}).values())}
     with connection.transaction():
+        row = connection.execute(_LAPSED, values).fetchone()
+        lapsed = bool(row and row[0])
+        own_only = own_only or lapsed
         row = connection.execute(_ALIVE, values).fetchone()
         connection.execute(_CLAMP_MEMBERS, values)
         connection.execute(_MINE, values)
+        raised = connection.execute(_RAISE, known).rowcount
         draining = bool(row and row[0])
         renewed = connection.execute(_RENEW, values).fetchall()
         held = dict(renewed)
@@ -165,7 +184,7 @@ def renew(
             connection.execute(_GIVE, values | {"shards": list(given)})
         fresh: set[int] = set()
         if len(held) < fair:
-            more = values | known | {"want": fair - len(held), "own_only": own_only}
+            more = values | {"want": fair - len(held), "own_only": own_only}
             for shard, epoch, was_mine in connection.execute(_TAKE, more).fetchall():
                 held[shard] = epoch
                 if not was_mine:
@@ -180,6 +199,8 @@ def renew(
         members=members,
         free=free - taken + len(given),
         draining=draining,
+        lapsed=lapsed,
+        rolled_back=raised,
     )
 
 

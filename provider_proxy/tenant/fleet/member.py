@@ -160,7 +160,6 @@ class FleetMember:
                 self._writer,
                 shared,
                 metrics=self.metrics,
-                fleet_metrics=self.fleet_metrics,
                 write=self._write_once,
                 rng=self._rng,
             )
@@ -279,6 +278,11 @@ class FleetMember:
                 self._hold(asked_s, share)
             await trio.sleep_until(begin + self._times.renew_s)
 
+    @property
+    def _grace_renewals(self) -> int:
+        """As many as a lease has: by then everybody has come back."""
+        return 1 + round(self._times.lease_s / self._times.renew_s)
+
     def _held(self) -> list[int]:
         """The shards that may be served now."""
         return list(self._holdings.epochs(self._now()))
@@ -288,7 +292,7 @@ class FleetMember:
             log.error("%s; watching on from memory", error)
         self._away = True
         # After an outage every lease may have run out: first everybody takes back its own.
-        self._grace = 1 + round(self._times.lease_s / self._times.renew_s)
+        self._grace = self._grace_renewals
         self.fleet_metrics.database_up.set(0)
 
     def _is_back(self) -> None:
@@ -300,6 +304,15 @@ class FleetMember:
     def _hold(self, asked_s: float, share: leases.Share) -> None:
         """Make the hosts that run those of the shards that are held."""
         self._holdings.granted(asked_s, share.epochs)
+        if share.lapsed:
+            self._grace = self._grace_renewals
+        if share.rolled_back:
+            self.fleet_metrics.rolled_back.inc(share.rolled_back)
+            log.error(
+                "the database is older than what this member has seen of it, in %d shards; what was seen "
+                "counts. Was a backup restored? Then run `provider-proxy fleet restored`",
+                share.rolled_back,
+            )
         for shard, epoch in share.epochs.items():
             self._epochs[shard] = max(epoch, self._epochs.get(shard, 0))
         new = self._served.hold(share.epochs, share.fresh)

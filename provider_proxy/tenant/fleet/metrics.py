@@ -54,9 +54,9 @@ class FleetMetrics:
             "Batches of a shard that were not written because its lease was lost.",
             registry=registry,
         )
-        self.older_states = Counter(
-            prefix + "older_states",
-            "Clock states that the database had older than this member. Must stay 0.",
+        self.rolled_back = Counter(
+            prefix + "rolled_back_shards",
+            "Shards whose epoch in the database was older than this member's. Must stay 0.",
             registry=registry,
         )
         self.lost_reports = Gauge(

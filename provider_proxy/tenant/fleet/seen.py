@@ -1,7 +1,8 @@
 """Clock states that a member has seen itself count, whatever the database says later.
 
-A database may be an older one: a backup that was restored, or a standby that had not got everything. A
-member that has watched a host before does not take an older state of the same AK for the newest.
+A database may be an older one: a backup that was restored, or a standby that had not got everything; and
+what a member found just before it lost a shard was never written. A member that has watched a host before
+does not take an older state of the same AK for the newest.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ class SeenRecords(HostRecords):
         """
         self.put(name, record)
         seen = self._seen.get(name)
-        if record is None or seen is None or seen[0] != record.ak_name:
+        if seen is None or (record is not None and seen[0] != record.ak_name):
             return False
+        if record is None:  # it was removed and came back: the same chip's clock goes on
+            record = HostRecord(ak_name=seen[0], newest=None, first_use={})
         if record.newest is not None and record.newest >= seen[1]:
             return False
         self.put(name, dataclasses.replace(record, newest=seen[1]))

@@ -21,7 +21,6 @@ from provider_proxy.evidence.vtpm_link import spire_name
 from provider_proxy.tenant.fleet import rows, schema
 from provider_proxy.tenant.fleet.database import Database, DatabaseError
 from provider_proxy.tenant.fleet.hosts import PolicyCache, RowAks, rules_from_json
-from provider_proxy.tenant.fleet.metrics import FleetMetrics
 from provider_proxy.tenant.fleet.seen import SeenRecords
 from provider_proxy.tenant.fleet.writer import Writer
 from provider_proxy.tenant.policies import PolicyFiles
@@ -56,7 +55,6 @@ class Served:
         shared: Shared,
         *,
         metrics: WatchMetrics,
-        fleet_metrics: FleetMetrics,
         write: Callable[[], Any],
         rng: random.Random,
     ) -> None:
@@ -66,7 +64,6 @@ class Served:
         self._writer = writer
         self._shared = shared
         self._metrics = metrics
-        self._fleet_metrics = fleet_metrics
         self._write = write
         self._rng = rng
         self._aks = RowAks()
@@ -171,7 +168,6 @@ class Served:
         """
         files = PolicyFiles()
         self._next_due_s = max(self._next_due_s, trio.current_time())
-        older = 0
         for number, row in enumerate(found):
             if number % HOSTS_AT_ONCE == 0:
                 await trio.lowlevel.checkpoint()
@@ -187,7 +183,7 @@ class Served:
             except ProviderProxyError as exc:
                 log.error("%s is not watched: %s", row.name, exc)
                 continue
-            older += self._records.begin(row.name, what.record)
+            self._records.begin(row.name, what.record)
             self._writer.begin(row.name, what.sequence)
             host = HostWatch(row.name, setting, self._shared, last=what.verdict)
             self.hosts[row.name], self._shards[row.name] = host, row.shard
@@ -197,14 +193,6 @@ class Served:
             nursery.start_soon(_within, scope, host, self._next_due_s)
             self._next_due_s += min(
                 1 / STARTS_PER_S, setting.rules.interval_s / max(of_all, len(found))
-            )
-        if older:
-            self._fleet_metrics.older_states.inc(older)
-            log.error(
-                "the database's clock states of %d hosts are older than what this member has seen of "
-                "them; the newer ones count. Was a backup restored? Then run "
-                "`provider-proxy fleet restored`",
-                older,
             )
 
     def _setting(self, row: rows.HostRow, files: PolicyFiles) -> Setting:

@@ -48,7 +48,7 @@ FIRES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
     "ProviderProxyFleetUnfenced": ({f"{PREFIX}unfenced_reports_total": "0x115 3x5"}, JOB),
     "ProviderProxyFleetReportsWait": ({f"{PREFIX}outbox_seconds": "0x90 60+60x30"}, JOB),
     "ProviderProxyFleetReportsLost": ({f"{PREFIX}lost_reports": "0x110 1x10"}, JOB),
-    "ProviderProxyFleetStatesWereOlder": ({f"{PREFIX}older_states_total": "0x100 9x20"}, JOB),
+    "ProviderProxyFleetRolledBack": ({f"{PREFIX}rolled_back_shards_total": "0x100 9x20"}, JOB),
 }
 # All of these at once, and nothing fires: a fleet that is well.
 WELL = {
@@ -61,7 +61,7 @@ WELL = {
     f"{PREFIX}unfenced_reports_total": "5x120",
     f"{PREFIX}outbox_seconds": "30x120",
     f"{PREFIX}lost_reports": "0x120",
-    f"{PREFIX}older_states_total": "0x120",
+    f"{PREFIX}rolled_back_shards_total": "0x120",
 }
 
 

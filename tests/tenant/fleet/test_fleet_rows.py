@@ -14,7 +14,13 @@ from needs_postgres import needs_postgres
 from provider_proxy.errors import HostError, UsageError
 from provider_proxy.evidence.model import AkName, ClockState
 from provider_proxy.tenant.fleet import imports, leases, outbox, rows, schema, views
-from provider_proxy.tenant.fleet.database import Database, DatabaseError, connect, translated
+from provider_proxy.tenant.fleet.database import (
+    Database,
+    DatabaseError,
+    connect,
+    read_address,
+    translated,
+)
 from provider_proxy.tenant.fleet.hosts import ImportedFleet, ImportedHost
 from provider_proxy.tenant.watch.reports import Verdict
 from provider_proxy.tenant.watch.states import State
@@ -222,3 +228,107 @@ async def test_a_connection_that_breaks_at_any_point_is_a_database_error(
         assert await database.run(schema.shards_of) == SHARDS
     finally:
         database.close()
+
+
+def report_of(sequence: int) -> rows.Outgoing:
+    return rows.Outgoing(id=uuid.uuid4(), sequence=sequence, body=b"{}")
+
+
+def test_a_host_that_comes_back_goes_on_with_its_numbers(
+    connection: psycopg.Connection[Any],
+) -> None:
+    """Its old reports are there still, and two with one number would hold up a whole batch for ever."""
+    write(connection, verdict=Verdict(State.TRUSTED), reports=(report_of(1), report_of(2)))
+    imports.apply(connection, fleet_of("b"), remove=True)
+    imports.apply(connection, fleet_of("a", "b"), remove=False)
+    assert known(connection) == rows.Known(sequence=2)
+    assert write(connection, verdict=Verdict(State.TRUSTED), reports=(report_of(3),))
+
+
+def test_one_damaged_record_is_one_host_s_affair(connection: psycopg.Connection[Any]) -> None:
+    write(connection, record=record(clock(1, 1)))
+    connection.execute("update host_state set record = '{}'")
+    found = known(connection)
+    assert found.record is None
+    assert "the database's record of a is damaged" in str(found.damage)
+    assert rows.read_known(connection, range(SHARDS))["b"] == rows.NOTHING
+
+
+def test_a_verdict_is_no_younger_than_it_is(connection: psycopg.Connection[Any]) -> None:
+    """However long its write has waited."""
+    shard = rows.shard_of("a", SHARDS)
+    epoch = leases.renew(connection, MEMBER).epochs[shard]
+    update = rows.Update(
+        host="a", shard=shard, made_s=100.0, verdict=Verdict(State.TRUSTED), age_s=5, good_for_s=20
+    )
+    rows.write(connection, MEMBER, {shard: epoch}, [update], now=lambda: 116.0)
+    (host,) = views.host_views(connection, like="a")
+    assert host.state == views.NOT_VERIFIED  # 21 s old
+
+
+def test_a_verdict_of_the_future_is_not_shown(connection: psycopg.Connection[Any]) -> None:
+    """The database's clock went back: what its old time says of freshness means nothing."""
+    write(connection, verdict=Verdict(State.TRUSTED), good_for_s=60)
+    assert views.host_views(connection, like="a")[0].state == "TRUSTED"
+    connection.execute(
+        "update host_state set verdict_at = fleet_now() + interval '1 hour',"
+        " fresh_until = fleet_now() + interval '2 hours'"
+    )
+    assert views.host_views(connection, like="a")[0].state == views.NOT_VERIFIED
+
+
+def test_every_change_of_hosts_is_seen_by_one_number(connection: psycopg.Connection[Any]) -> None:
+    before = schema.change_of(connection)
+    imports.apply(connection, fleet_of("a", "b"), remove=False)
+    assert schema.change_of(connection) == before  # nothing differed
+    imports.apply(connection, fleet_of("a"), remove=True)
+    assert schema.change_of(connection) > before
+
+
+def test_silences_are_listed_and_ended(connection: psycopg.Connection[Any]) -> None:
+    id_, count, _ = views.silence(connection, "a%", minutes=5, why="kernels")
+    assert count == 1
+    write(connection, verdict=Verdict(State.TRUSTED), reports=(report_of(1),))
+    assert outbox.next_reports(connection, range(SHARDS)) == []
+    assert [one.id for one in views.silence_views(connection)] == [id_]
+    views.end_silence(connection, str(id_))
+    assert views.silence_views(connection) == []
+    assert len(outbox.next_reports(connection, range(SHARDS))) == 1
+    with pytest.raises(UsageError, match="no silence"):
+        views.end_silence(connection, str(id_))
+
+
+async def test_two_transactions_that_wait_for_each_other_come_again(
+    server: Postgres, connection: psycopg.Connection[Any]
+) -> None:
+    database, tries = Database(server.dsn), []
+
+    def work(used: psycopg.Connection[Any]) -> int:
+        tries.append(used)
+        if len(tries) == 1:
+            raise psycopg.errors.DeadlockDetected("deadlock detected")
+        return schema.shards_of(used)
+
+    try:
+        assert await database.run(work) == SHARDS
+        assert tries[0] is tries[1]
+    finally:
+        database.close()
+
+
+def connect_often(dsn: str) -> None:
+    for _ in range(50):  # until the server has read its settings
+        connect(read_address(dsn)).close()
+
+
+def test_a_standby_is_refused(connection: psycopg.Connection[Any], server: Postgres) -> None:
+    """It takes no writes; of several servers the one that does is used."""
+    connection.execute("alter system set default_transaction_read_only = on")
+    connection.execute("select pg_reload_conf()")
+    try:
+        with pytest.raises(DatabaseError, match="read-only"):
+            connect_often(server.dsn)
+    finally:
+        connection.execute("set default_transaction_read_only = off")
+        connection.execute("alter system reset default_transaction_read_only")
+        connection.execute("select pg_reload_conf()")

@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 from needs_postgres import needs_postgres
 
 from provider_proxy.tenant.fleet import leases, schema
-from provider_proxy.tenant.fleet.lease import Holdings, LeaseTimes
+from provider_proxy.tenant.fleet.lease import MAX_LEASE_S, Holdings, LeaseTimes
 from provider_proxy.testing.postgres import Postgres, postgres
 
 pytestmark = [needs_postgres, pytest.mark.real]
@@ -337,3 +337,68 @@ def test_holdings_end_by_the_clock_from_before_the_question() -> None:
     holdings.granted(200.0, {})
     assert holdings.epochs(200.0) == {}
     assert holdings.next_end_s is None
+
+
+def test_a_clock_that_went_back_keeps_no_dead_member_s_shards(
+    connection: psycopg.Connection[Any],
+) -> None:
+    """The living keep theirs; the dead one's are free within a minute, however far it went back."""
+    reset(connection)
+    pass_s(connection, 3600)
+    dead, living = new_member("dead"), new_member("living")
+    leases.renew(connection, dead)
+    leases.renew(connection, living)
+    leases.renew(connection, dead)
+    mine = leases.renew(connection, living).epochs
+    assert len(mine) == 2
+    pass_s(connection, -3600)
+    assert leases.renew(connection, living).epochs == mine
+    for _ in range(int(MAX_LEASE_S) + 2):
+        pass_s(connection, 1)
+        held = leases.renew(connection, living).epochs
+        assert mine.items() <= held.items()
+    assert len(held) == SHARDS
+
+
+def test_after_a_stall_everybody_has_its_own_again(connection: psycopg.Connection[Any]) -> None:
+    """A renewal that waited while the database stood still finds all leases ended, and everybody dead."""
+    reset(connection)
+    first, second = new_member("first"), new_member("second")
+    leases.renew(connection, first)
+    leases.renew(connection, second)
+    leases.renew(connection, first)
+    leases.renew(connection, second)
+    pass_s(connection, TIMES.lease_s + 1)
+    shares = [leases.renew(connection, member) for member in (first, second)]
+    assert [len(share.epochs) for share in shares] == [3, 2]
+    assert all(share.lapsed and not share.fresh for share in shares)
+
+
+def test_an_older_database_gives_out_no_epoch_again(connection: psycopg.Connection[Any]) -> None:
+    reset(connection)
+    first, second = new_member("first"), new_member("second")
+    leases.renew(connection, first)
+    assert leases.renew(connection, first, seen={1: 7, 2: 1}).rolled_back == 1
+    assert leases.renew(connection, first).epochs == {0: 1, 1: 8, 2: 1, 3: 1, 4: 1}
+    # It is held by another one: whoever has seen more raises it, and its holder learns of that.
+    assert leases.renew(connection, second, seen={0: 9}).rolled_back == 1
+    with connection.transaction():
+        assert leases.fenced(connection, first, {0: 1, 3: 1}) == {3}
+    assert leases.renew(connection, first).epochs[0] == 10
+
+
+def test_restored_epochs_are_above_all_that_were_given_out(
+    connection: psycopg.Connection[Any],
+) -> None:
+    reset(connection)
+    member = new_member("only")
+    leases.renew(connection, member)
+    leases.restored(connection)
+    share = leases.renew(connection, member)
+    assert set(share.epochs.values()) == {leases.RESTORED_STEP + 2}
+    assert share.fresh == set(range(SHARDS))
+
+
+def test_a_lease_has_an_end_that_can_be_told_from_a_clock_s_jump() -> None:
+    with pytest.raises(ValueError, match="60 s at most"):
+        LeaseTimes(lease_s=61, renew_s=1, margin_s=1)

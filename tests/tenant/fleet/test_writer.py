@@ -140,3 +140,42 @@ def test_reports_are_bounded_and_the_loss_is_counted(
     bench.hold()
     _, (update,) = bench.writer.take()
     assert len(update.reports) == 2
+
+
+def test_reports_that_cannot_be_written_are_sent_after_a_while(bench: Bench) -> None:
+    """Leases are held, and the database takes no writes: its disk is full."""
+    bench.hold()
+    bench.settle(state=State.INVALID_QUOTE)
+    _, updates = bench.writer.take()
+    bench.writer.put_back(updates)
+    bench.writer.send_overdue()
+    assert bench.sent == []
+    bench.now += 6
+    bench.hold()
+    bench.writer.send_overdue()
+    bench.writer.send_overdue()
+    assert [report["unfenced"] for report in bench.sent] == [False]  # as it will be written
+    bench.settle(state=State.TRUSTED)
+    assert [report["unfenced"] for report in bench.sent] == [False, True]  # and the next at once
+    _, updates = bench.writer.take()
+    bench.writer.put_back(updates)
+    bench.now += 6
+    bench.writer.send_overdue()
+    assert len(bench.sent) == 2  # each once
+    bench.hold()
+    _, (update,) = bench.writer.take()
+    assert [json.loads(report.body) for report in update.reports] == bench.sent
+    bench.settle()
+    assert len(bench.sent) == 2  # all was written: the outbox is there again
+
+
+def test_what_is_put_back_waits_since_it_was_found(bench: Bench) -> None:
+    bench.records.put("h1", None)
+    bench.hold()
+    bench.settle()
+    for _ in range(3):
+        bench.now += 2
+        bench.hold()
+        _, updates = bench.writer.take()
+        bench.writer.put_back(updates)
+    assert bench.writer.oldest_s() == 6
