@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import trio
 from psycopg import Connection, Error
 
 from provider_proxy.errors import UsageError
@@ -15,6 +16,7 @@ from provider_proxy.tenant.fleet import imports, leases, schema, views
 from provider_proxy.tenant.fleet.admin import host_values, status_values
 from provider_proxy.tenant.fleet.database import again, connect, read_address, translated
 from provider_proxy.tenant.fleet.hosts import read_fleet
+from provider_proxy.tenant.fleet.registrars import pin_from_registrars
 from provider_proxy.tenant.watch.config import load_watch_config
 from provider_proxy.tenant.watch.tables import WatchConfig
 
@@ -52,6 +54,9 @@ def _migrate(args: argparse.Namespace) -> int:
 def _import(args: argparse.Namespace) -> int:
     def work(connection: Connection[Any], config: WatchConfig) -> int:
         schema.check_version(connection)
+        asked = trio.run(pin_from_registrars, config)
+        if asked:
+            print(f"asked registrars about {asked} hosts")
         fleet = read_fleet(config)
         if args.apply:
             plan = imports.apply(connection, fleet, remove=args.remove)

@@ -18,7 +18,7 @@ from uuid import UUID
 from provider_proxy.common.files import read_trusted, write_private
 from provider_proxy.common.settings.schema import read_table
 from provider_proxy.common.settings.values import read_pcrs
-from provider_proxy.errors import ConfigError, HostError, UsageError
+from provider_proxy.errors import HostError, UsageError
 from provider_proxy.evidence.model import HashAlg, pcrs_of
 from provider_proxy.tenant.policies import MAX_RUNTIME_POLICY_BYTES
 from provider_proxy.tenant.watch.questions import Trust
@@ -58,11 +58,14 @@ def digest_of(data: bytes) -> str:
 
 
 def rules_as_json(rules: HostRules) -> dict[str, object]:
-    """The keys that differ from their defaults, as TOML would hold them; `FILE_KEYS` left out."""
+    """The keys that differ from their defaults, as TOML would hold them.
+
+    `FILE_KEYS` are left out, and `registrar`: members take AKs from pins (see `registrars`).
+    """
     found: dict[str, object] = {}
     for field in dataclasses.fields(HostRules):
         value = getattr(rules, field.name)
-        if field.name in FILE_KEYS or value == field.default:
+        if field.name in (*FILE_KEYS, "registrar") or value == field.default:
             continue
         if field.metadata["read"] is read_pcrs:
             value = list(pcrs_of(value))
@@ -95,7 +98,6 @@ def read_fleet(config: WatchConfig) -> ImportedFleet:
     """The hosts of a watcher's file, with the contents of their policies and pins.
 
     Raises:
-        ConfigError: a host names a registrar: a fleet takes AKs from pins alone.
         UsageError: a host is not pinned.
         HostError: a file is missing or cannot be read.
     """
@@ -104,11 +106,6 @@ def read_fleet(config: WatchConfig) -> ImportedFleet:
     policies: dict[str, bytes] = {}
     read: dict[Path, str] = {}
     for name, rules in sorted(config.hosts.items()):
-        if rules.registrar is not None:
-            raise ConfigError(
-                f"hosts.{name}.registrar: a fleet takes AKs from pins alone; pin the host with "
-                "`provider-proxy pin add --registrar` and leave this key out"
-            )
         files = {}
         for key in FILE_KEYS:
             path = getattr(rules, key)

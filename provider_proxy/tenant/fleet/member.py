@@ -28,12 +28,13 @@ import trio
 
 from provider_proxy.common import memory
 from provider_proxy.common.addresses import split_address
-from provider_proxy.errors import ConfigError, HostError, ProviderProxyError, first_of
+from provider_proxy.errors import HostError, ProviderProxyError, first_of
 from provider_proxy.tenant.bridge.door import Door, listen
 from provider_proxy.tenant.fleet import leases, overview, rows, schema
 from provider_proxy.tenant.fleet.admin import FleetAdmin, Standing
 from provider_proxy.tenant.fleet.database import Database, DatabaseError, Lane, read_address
 from provider_proxy.tenant.fleet.delivery import Delivery
+from provider_proxy.tenant.fleet.eks import FleetEks
 from provider_proxy.tenant.fleet.hosts import PolicyCache
 from provider_proxy.tenant.fleet.lease import Holdings, LeaseTimes
 from provider_proxy.tenant.fleet.metrics import FleetMetrics
@@ -42,9 +43,15 @@ from provider_proxy.tenant.fleet.served import Served
 from provider_proxy.tenant.fleet.writer import Writer
 from provider_proxy.tenant.watch.alive import beat
 from provider_proxy.tenant.watch.budget import Budget
+from provider_proxy.tenant.watch.ek_directory import EkDirectory
 from provider_proxy.tenant.watch.host import Shared
 from provider_proxy.tenant.watch.metrics import WatchMetrics, write_often
-from provider_proxy.tenant.watch.reports import DRAIN_LIMIT_S, Reporter, open_sinks
+from provider_proxy.tenant.watch.reports import (
+    DRAIN_LIMIT_S,
+    Reporter,
+    Settled,
+    open_sinks,
+)
 from provider_proxy.tenant.watch.tables import WatchConfig
 
 log = logging.getLogger(__name__)
@@ -72,7 +79,7 @@ class FleetMember:
         times: how long leases last.
 
     Raises:
-        UsageError: the address is wrong, or holds a password; ek_dir is set.
+        UsageError: the address is wrong, or holds a password.
     """
 
     def __init__(
@@ -87,8 +94,6 @@ class FleetMember:
         rng: random.Random | None = None,
         now: Callable[[], float] = boottime_s,
     ) -> None:
-        if config.ek_dir is not None:
-            raise ConfigError("ek_dir is for a watcher of its own file: leave it out, or state")
         self._config = config
         self._database = Database(read_address(address, name=name))
         self._times = times or LeaseTimes()
@@ -102,6 +107,8 @@ class FleetMember:
         self.fleet_metrics = FleetMetrics(self.metrics.registry)
         self._records = SeenRecords()
         self._holdings = Holdings(self._times)
+        self._cache = PolicyCache(config.state_dir / "policies")
+        self._eks: FleetEks | None = None
         self._epochs: dict[int, int] = {}  # the highest that this member has had of each shard
         self._grace = 0  # renewals left in which only one's own shards are taken
         self._away = True  # until it has answered
@@ -149,13 +156,13 @@ class FleetMember:
                 store=self._records,
                 metrics=self.metrics,
                 tell=self._writer.tell,
-                settled=self._writer.settled,
+                settled=self._settled,
                 budget=Budget(),
                 rng=self._rng,
             )
             self._served = Served(
                 self._database,
-                PolicyCache(self._config.state_dir / "policies"),
+                self._cache,
                 self._records,
                 self._writer,
                 shared,
@@ -163,6 +170,7 @@ class FleetMember:
                 write=self._write_once,
                 rng=self._rng,
             )
+            eks = self._eks = self._open_eks(stack)
             async with trio.open_nursery() as outer:
                 outer.start_soon(self._reporter.run)
                 async with trio.open_nursery() as nursery:
@@ -174,6 +182,9 @@ class FleetMember:
                     nursery.start_soon(delivery.run)
                     nursery.start_soon(delivery.clean)
                     nursery.start_soon(self._look)
+                    nursery.start_soon(beat, *(() if eks is None else (eks.is_true,)))
+                    if eks is not None:
+                        nursery.start_soon(eks.run)
                     nursery.start_soon(memory.collect)
                     if self._config.admin is not None:
                         nursery.start_soon(self._show, self._config.admin)
@@ -196,6 +207,20 @@ class FleetMember:
                 await self._leave()
                 self._reporter.close()
                 outer.cancel_scope.deadline = trio.current_time() + DRAIN_LIMIT_S
+
+    def _open_eks(self, stack: AsyncExitStack) -> FleetEks | None:
+        """Raises: HostError: the directory cannot be used."""
+        if self._config.ek_dir is None:
+            return None
+        directory = EkDirectory(self._config.ek_dir)
+        directory.open()
+        stack.callback(directory.close)
+        return FleetEks(self._database, self._cache, directory, lambda: self._served.hosts)
+
+    def _settled(self, settled: Settled) -> None:
+        self._writer.settled(settled)
+        if self._eks is not None:
+            self._eks.settled(settled)
 
     def _unfenced(self, body: bytes) -> None:
         self.fleet_metrics.unfenced_reports.inc()

@@ -217,7 +217,7 @@ class HostQuestions:
             ReplyError: no answer.
             UsageError, HostError: our own side is at fault.
         """
-        trust = await self.setting.aks.trusted(self._name, self.setting.rules, self._host_shows)
+        trust = await self.setting.aks.trusted(self._name, self.setting.rules, self.host_shows)
         self.ek_anchor = trust.ek_anchor
         ak_name = trust.host.ak.name
         if self.ak_name != ak_name:
@@ -239,7 +239,7 @@ class HostQuestions:
             self._store.trust_first_use(self._name, ak_name, self._policy.first_use.confirm())
         return Judged(quote=quote, logs=logs, was_reset=was_reset)
 
-    async def _host_shows(self) -> HostCertificates:
+    async def host_shows(self) -> HostCertificates:
         """The host's own copy of its EK's certificates. Raises: ReplyError."""
         connection, timeout_s = self._connection, self.setting.rules.timeout_s
         assert connection is not None

@@ -20,6 +20,8 @@ from provider_proxy.errors import ConfigError, HostError
 from provider_proxy.evidence.model import QuoteRequest
 from provider_proxy.evidence.vtpm_link import ek_digest
 from provider_proxy.host.api.tenant import identity_results
+from provider_proxy.tenant.fleet.hosts import parse_trust, read_fleet
+from provider_proxy.tenant.fleet.registrars import pin_from_registrars
 from provider_proxy.tenant.watch.config import parse_watch_config
 from provider_proxy.tenant.watch.registrars import KnownAks, Registrars
 from provider_proxy.tenant.watch.states import State
@@ -95,6 +97,27 @@ async def test_a_registered_host_is_trusted_and_pinned(
     rig.proxy.tpm = stranger
     assert await judged(rig, tmp_path) is State.INVALID_QUOTE
     assert rig.reports[-1]["error"] == "PinChangedError"
+
+
+async def test_an_import_into_a_fleet_pins_what_the_registrar_recorded(
+    tmp_path: Path, nursery: trio.Nursery, book: FakeBook
+) -> None:
+    """Checked as a watcher does, against the pin that is there; or nothing is imported."""
+    rig = Rig(tmp_path)
+    rig.proxy.serve_in(nursery)
+    read = parse_watch_config(config(tmp_path))
+    with pytest.raises(HostError, match="nothing is imported: no pin from the registrar for h: "):
+        await pin_from_registrars(read)
+    register(book, AGENT, host_of(rig.proxy.tpm))
+    assert await pin_from_registrars(read) == 1
+    (host,) = read_fleet(read).hosts
+    assert parse_trust("h", host.pin).host.ak.name == rig.proxy.tpm.ak.name
+    assert await pin_from_registrars(read) == 1  # and again
+    book.ask("DELETE", f"/v2.6/agents/{AGENT}")
+    register(book, AGENT, host_of(SoftTpm(), 1))
+    with pytest.raises(HostError, match="h: "):
+        await pin_from_registrars(read)
+    assert read_fleet(read).hosts == (host,)
 
 
 async def test_an_ek_that_nobody_vouches_for_is_refused(
