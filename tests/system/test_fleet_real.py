@@ -12,6 +12,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -120,6 +121,34 @@ def test_a_database_that_is_away_changes_nothing(fleet: Fleet) -> None:
     )
     assert dict(fleet.connection.execute("select shard, owner from lease").fetchall()) == owners
     fleet.until(lambda: fleet.view().waiting_reports == 0, "the outbox empty")
+    fleet.check_reports()
+
+
+def test_a_database_whose_disk_is_full_holds_no_report_up(fleet: Fleet) -> None:
+    """Leases are renewed, nothing can be written: what is found is sent, and saved when there is room."""
+    fleet.start("first")
+    fleet.start("second")
+    fleet.until(lambda: fleet.trusted() == HOSTS, "all hosts trusted")
+    fleet.connection.execute(
+        "create function full_disk() returns trigger language plpgsql as $$ begin"
+        " raise exception 'could not extend file: No space left on device' using errcode = '53100';"
+        " end $$; create trigger full_disk before insert or update on host_state"
+        " for each statement execute function full_disk()"
+    )
+    fleet.fakes.flip()
+
+    def refused() -> list[dict[str, Any]]:
+        return [report for report in fleet.reports() if report["state"] == "INVALID_QUOTE"]
+
+    fleet.until(lambda: len(refused()) == FLIPPED, "the changed PCR to be told")
+    assert all("No space left on device" in member.log.read_text() for member in fleet.members)
+    assert fleet.view().waiting_reports == 0  # none of them is in the outbox
+    fleet.connection.execute("drop trigger full_disk on host_state")
+    fleet.until(
+        lambda: fleet.view().by_state == {"TRUSTED": HOSTS - FLIPPED, "INVALID_QUOTE": FLIPPED},
+        "what was found meanwhile",
+    )
+    fleet.until(lambda: len(refused()) == 2 * FLIPPED, "each of them again, from the outbox")
     fleet.check_reports()
 
 
