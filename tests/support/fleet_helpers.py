@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
 
@@ -62,6 +65,12 @@ class Fakes:
         self._process.communicate()
 
 
+def admin_of(name: str) -> str:
+    """Each member's admin listener: an address of its own for its name and this process."""
+    number = int.from_bytes(hashlib.sha256(f"{os.getpid()} {name}".encode()).digest()[:2], "big")
+    return f"127.77.{number >> 8}.{number & 255}:8898"
+
+
 class Member:
     """A member as a process, its reports read as they come."""
 
@@ -82,6 +91,11 @@ class Member:
     def _read(self) -> None:
         assert self.process.stdout is not None
         self.lines += iter(self.process.stdout.readline, b"")
+
+    def ask(self, path: str) -> tuple[int, str]:
+        """What its admin listener answers."""
+        answer = httpx.get(f"http://{admin_of(self.name)}{path}", trust_env=False, timeout=LIMIT_S)
+        return answer.status_code, answer.text
 
     def end(self, number: int = signal.SIGKILL) -> int:
         if self.process.poll() is None:
@@ -118,6 +132,7 @@ class Fleet:
             f'state = "postgresql:///postgres?host={self.server.folder}&user=postgres"',
             f'state_dir = "{self.folder / name}"',
             f'member = "{name}"',
+            f'admin = "{admin_of(name)}"',
             f'pins = "{self.folder / "pins"}"',
             "[defaults]",
             f"interval_s = {INTERVAL_S}",

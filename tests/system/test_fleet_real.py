@@ -112,6 +112,8 @@ def test_a_database_that_is_away_changes_nothing(fleet: Fleet) -> None:
     told = [report for report in fleet.reports() if report["state"] == "INVALID_QUOTE"]
     assert len(told) == FLIPPED
     assert all(report["unfenced"] for report in told)
+    assert [m.ask("/readyz")[0] for m in fleet.members] == [503, 503]
+    assert fleet.members[0].ask("/hosts")[0] == 503
     fleet.server.start()
     fleet.connection = psycopg.connect(fleet.server.dsn, autocommit=True)
     fleet.until(
@@ -185,10 +187,27 @@ def test_a_silence_holds_reports_back_until_it_ends(fleet: Fleet) -> None:
 
 
 def test_a_member_that_drains_serves_nothing(fleet: Fleet) -> None:
-    fleet.start("first")
-    fleet.start("second")
+    first, second = fleet.start("first"), fleet.start("second")
     fleet.until(lambda: fleet.shares() == [SHARDS // 2] * 2, "a fair share each")
+    assert first.ask("/readyz") == (200, "ready\n")
     assert "1 member will give back all shards" in fleet.cli("drain", "first")
     fleet.until(lambda: fleet.shares() == [0, SHARDS], "one to have all")
     fleet.until(lambda: fleet.trusted() == HOSTS, "all hosts trusted")
     assert "draining" in fleet.cli("status")
+    fleet.until(lambda: first.ask("/readyz")[0] == 503, "the first not to be ready")
+    assert "draining" in first.ask("/readyz")[1]
+    assert second.ask("/readyz") == (200, "ready\n")
+    assert f"provider_proxy_fleet_shards {SHARDS}.0" in second.ask("/metrics")[1]
+    found = json.loads(second.ask("/hosts?q=h1&state=TRUSTED")[1])["results"]
+    assert {host["name"] for host in found["hosts"]} == {f"h{n}" for n in (1, *range(10, 20))}
+    shown = json.loads(first.ask("/fleet?hours=24")[1])["results"]
+    assert (shown["by"]["name"], shown["hosts"]) == ("first", {"TRUSTED": HOSTS})
+    for bad in (
+        "/hosts?q=a&q=b",
+        "/hosts?after=x",
+        "/fleet?hours=2",
+        "/hosts?x=1",
+        "/hosts?state=%00",
+    ):
+        assert first.ask(bad)[0] == 400
+    assert first.ask("/nothing")[0] == 404
