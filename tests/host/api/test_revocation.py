@@ -195,6 +195,8 @@ def test_who_it_is_that_is_revoked_is_said(tmp_path: Path) -> None:
     cases = [
         (ROOT.revokes(INTER), "a CA above your"),
         (INTER.revokes(LEAF), "^your certificate was"),
+        (INTER.revokes() + ROOT.revokes(INTER), "a CA above your"),
+        (ROOT.revokes() + INTER.revokes(LEAF), "^your certificate was"),
     ]
     for crl, words in cases:
         book = TenantBook(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import socket
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,17 @@ import trio
 import trio.testing
 from ima_helpers import HOST
 from listed_tpms import ImaTpm
-from watch_helpers import FakeProxy, Rig, response
+from watch_helpers import FakeAks, FakeProxy, Rig, response
 
 from provider_proxy.errors import ReplyError
 from provider_proxy.evidence.model import QuoteRequest
 from provider_proxy.tenant.watch.budget import SMALL_BYTES, Budget
 from provider_proxy.tenant.watch.host import good_for_s
-from provider_proxy.tenant.watch.http import Endpoint
+from provider_proxy.tenant.watch.http import Endpoint, ProxyConnection
+from provider_proxy.tenant.watch.questions import Trust
 from provider_proxy.tenant.watch.states import State
+from provider_proxy.tenant.watch.tables import HostRules
+from provider_proxy.trust.ek_judges import AskHost
 
 Jumping = trio.testing.MockClock
 
@@ -219,6 +223,50 @@ async def test_large_answers_are_parsed_beside_the_event_loop_one_at_a_time(
         nursery.start_soon(rig.host().round)
     assert most == 1
     assert len(seen) == 3  # the last one is refused for its size
+
+
+async def test_a_large_answer_in_chunks_takes_room_too(autojump_clock: Jumping, rig: Rig) -> None:
+    held: list[int] = []
+
+    async def worker(work: Callable[[bytes], object], body: bytes) -> object:
+        held.append(rig.budget.held)
+        await trio.lowlevel.checkpoint()
+        return work(body)
+
+    def chunked(request: QuoteRequest) -> bytes:
+        body = rig.proxy.good(request).partition(b"\r\n\r\n")[2]
+        head = b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n"
+        return head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+
+    rig.budget = Budget(in_worker=worker)
+    rig.proxy.logs = {"mb_measurement_list": "A" * (2 * SMALL_BYTES)}
+    rig.proxy.answer = chunked
+    await rig.host(uefi=True).round()
+    assert len(held) == 1
+    assert held[0] > 2 * SMALL_BYTES
+
+
+async def test_a_connection_that_does_not_come_has_a_deadline(autojump_clock: Jumping) -> None:
+    connection = ProxyConnection(trio.sleep_forever, "h")
+    async with Budget().room("p") as room:
+        with trio.fail_after(100), pytest.raises(ReplyError, match="no connection within 10 s"):
+            await connection.get("/", 1000, room)
+
+
+async def test_the_host_s_certificates_have_a_deadline(autojump_clock: Jumping, rig: Rig) -> None:
+    class AsksTheHost(FakeAks):
+        async def trusted(
+            self, name: str, rules: HostRules, ask_host: AskHost | None = None
+        ) -> Trust:
+            assert ask_host is not None
+            await ask_host()
+            return await super().trusted(name, rules)
+
+    rig.aks = AsksTheHost(rig.proxy.tpm)
+    rig.proxy.identity = response(200, b"{", length=1000)
+    host = rig.host(timeout_s=2.0, max_retries=0, round_limit_s=20.0)
+    assert await host.round() is State.FAILED
+    assert str(host.error) == "no whole identity within 2 s"
 
 
 # --- what is left of a bad host's answer ---------------------------------------------------------------
