@@ -36,7 +36,8 @@ from provider_proxy.testing.broker import Command
 from provider_proxy.testing.disturb import CC_PCR_EXTEND, CC_QUOTE, CHIPS
 
 EXTENDS_PER_S = 25.0  # enough that chance does not decide: some 15 a quote of the slowest chip
-OPEN_S = 25.0
+OPEN_S, LONGEST_OPEN_S = 25.0, 60.0
+TURNS = 12  # of the chip, at the least: chance decides less where more quotes are seen
 SHELL_S = 10.0
 ROUNDS = 3  # the median's machine was not busy with something else
 LEAD_S = 3.0  # until every tenant has asked once
@@ -59,6 +60,11 @@ POINTS = (
     _bounded("slow chip, bounded", "nuvoton-rsa", 60, 4),
     point("a few tenants", "intel-rsa", 3, 2, window_s=0.0),
 )
+
+
+def open_s(at: Point) -> float:
+    """How long extends come at drawn moments, in each round."""
+    return min(LONGEST_OPEN_S, max(OPEN_S, TURNS * at.scenario.turn_s))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,12 +250,12 @@ def measure_point(directory: Path, at: Point, seed: int) -> dict[str, object]:
     }
 
 
-async def _extend(tcti: str, seed: int) -> Extends:
+async def _extend(tcti: str, seconds: float, seed: int) -> Extends:
     """Run the extender."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "provider_proxy.bench.extender", tcti),
-        *map(str, (EXTENDS_PER_S, OPEN_S, SHELL_S, seed)),
+        *map(str, (EXTENDS_PER_S, seconds, SHELL_S, seed)),
         stdout=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
     )
@@ -265,7 +271,7 @@ async def _beside_quotes(target: Target, chip: SlowChip, at: Point, seed: int) -
 
     async def extend() -> Extends:
         await asyncio.sleep(lead_s)
-        return await _extend(chip.tcti, seed)
+        return await _extend(chip.tcti, open_s(at), seed)
 
     await asyncio.to_thread(chip.take)  # what came before
     extending = asyncio.create_task(extend())
@@ -274,7 +280,7 @@ async def _beside_quotes(target: Target, chip: SlowChip, at: Point, seed: int) -
         target.port,
         tenants=scenario.tenants,
         interval_s=scenario.interval_s,
-        seconds=lead_s + OPEN_S + SHELL_S + LEAD_S,
+        seconds=lead_s + open_s(at) + SHELL_S + LEAD_S,
         seed=seed,
         redraw=True,
     )

@@ -123,6 +123,12 @@ def test_a_slow_chip_tells_what_it_did(tmp_path: Path) -> None:
         assert chip.take() == []
 
 
+def test_a_slow_chip_is_watched_for_longer() -> None:
+    seconds = [ima.open_s(at) for at in ima.POINTS]
+    assert min(seconds) == ima.OPEN_S
+    assert max(seconds) == ima.LONGEST_OPEN_S == ima.open_s(ima.POINTS[3])
+
+
 def test_a_round_s_median() -> None:
     rounds = [replace(WAIT, mean_ms=mean, p99_ms=p99) for mean, p99 in ((1, 9), (2, 7), (30, 8))]
     assert ima.median_of(rounds) == replace(WAIT, mean_ms=2, p99_ms=8)
