@@ -99,5 +99,5 @@ async def test_who_has_taken_a_report_does_not_get_it_again() -> None:
     webhook.takes = lambda _: True
     await delivery._round([0])
     assert not table.waiting
-    assert lines.got == [b"0", b"1", b"2"]
+    assert sorted(lines.got) == [b"0", b"1", b"2"]  # hosts have no order among each other
     assert len(webhook.got) == 9

@@ -238,7 +238,9 @@ def test_a_member_in_trouble_says_so(page: Page) -> None:
     page.site.trouble = "the database is away; hosts are watched from memory"
     try:
         page.open()
-        assert page.text("trouble") == f"This member: {page.site.trouble}."
+        said = f"This member: {page.site.trouble}."
+        # What was answered just before is remembered for a moment.
+        wait_until(partial(page.says, "trouble", said), "the notice")
     finally:
         page.site.trouble = None
 
