@@ -140,7 +140,7 @@ def commands() -> list[str]:
     """Each command of ours in a shell block, in code within text, and in the unit."""
     found = []
     for doc in OWN:
-        text = "\n".join(fenced(doc, "sh"))
+        text = "\n".join(fenced(doc, "sh")).replace("\\\n", "")  # a command over several lines
         found += re.findall(r"^(?:until )?(provider-proxy [^&;\n]*)", text, re.MULTILINE)
     found += re.findall(r"ExecStart=/usr/bin/(.*)", read("systemd/provider-proxy.service"))
     return found
