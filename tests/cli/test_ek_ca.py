@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import ssl
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -152,12 +153,12 @@ def test_files_that_cannot_be_read_are_the_environment_s(store: Path, tmp_path: 
 
 
 def test_the_documented_commands(store: Path, tmp_path: Path) -> None:
-    """The shell block of docs/ek-certificates.md, with a certificate and a chain of these names."""
+    """The shell block of docs/ek-certificates.md, over a certificate and its chain in one file."""
     text = (DOCS / "ek-certificates.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     store.rename(tmp_path / "tpm-cas")
-    cert_file(tmp_path, CHIP_CA)
-    (tmp_path / "chain.pem").write_bytes(CHIP_CA.pem())
+    leaf = ssl.DER_cert_to_PEM_cert(cert_file(tmp_path, CHIP_CA).read_bytes())
+    (tmp_path / "ek.pem").write_bytes(leaf.encode() + CHIP_CA.pem())
     for line in block.splitlines():
         program, *words = line.split()
         assert program == "provider-proxy"
