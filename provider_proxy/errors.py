@@ -12,7 +12,7 @@
     │   ├── UnknownTenantError     403, the connection closes
     │   ├── NotFoundError          404
     │   ├── MethodError            405
-    │   ├── WrongHostError         421, the admin door was asked under a foreign name
+    │   ├── WrongHostError         421, the admin server was asked under a foreign name
     │   └── TenantLimitError       429, the tenant's own limit, with Retry-After
     ├── ServiceError               the provider cannot answer now                           (HTTP 5xx)
     │   ├── OverloadedError        503, with Retry-After

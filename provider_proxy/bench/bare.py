@@ -1,6 +1,6 @@
 """The smallest HTTP server on h11 and trio: what the daemon's CPU is measured against.
 
-Frozen: it shares no code with the daemon's door, so that a faster door does not make it faster, too. It
+Frozen: it shares no code with the daemon's server, so a faster daemon does not make it faster, too. It
 answers every request with the same bytes, and has what h11's own example of a trio server has: h11 for
 both directions and a deadline a request. No limits, TLS or counters. Change it and figures of before and
 after cannot be compared any more.

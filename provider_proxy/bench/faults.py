@@ -17,7 +17,7 @@ from provider_proxy.bench.process import Target, config_text
 from provider_proxy.host.tpm import chip
 from provider_proxy.host.tpm.embedded import EmbeddedTpm
 from provider_proxy.testing.broker import Broker
-from provider_proxy.testing.faulty import take_all_sessions
+from provider_proxy.testing.faulty import exhaust_sessions
 
 DELAY_MS = 50.0
 FAULT_SHARE = 0.05
@@ -87,9 +87,9 @@ def _exhausted(directory: Path, seed: int) -> dict[str, object]:
         with Broker(embedded.tcti) as broker:
             config = config_text(directory / "c", tcti=broker.tcti)
             with Target(directory, "exhausted", config) as target:
-                hog = chip.open_context(broker.tcti)
+                exhausting = chip.open_context(broker.tcti)
                 try:
-                    held = take_all_sessions(hog)
+                    held = exhaust_sessions(exhausting)
                     got = asyncio.run(
                         load.at_once(
                             target.host,
@@ -101,7 +101,7 @@ def _exhausted(directory: Path, seed: int) -> dict[str, object]:
                     )
                     served = load.verify_all(got, load.trusted_host(target.host, target.port))
                 finally:
-                    chip.close_context(hog)
+                    chip.close_context(exhausting)
     finally:
         embedded.stop()
     return {

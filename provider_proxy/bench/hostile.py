@@ -1,4 +1,4 @@
-"""`bench hostile`: what attackers at the doors, and hostile hosts under a watcher, cost everybody else.
+"""`bench hostile`: what attackers at the servers, and hostile hosts under a watcher, cost everybody else.
 
 The daemon is the real one with mutual TLS, the watcher the real command; attackers, good tenants and
 hosts are processes of their own, bounded in number and time. Latencies are compared within one run,

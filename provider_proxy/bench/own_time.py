@@ -16,12 +16,12 @@ from provider_proxy.bench.soft_host import SoftHost
 from provider_proxy.evidence.model import TrustedHost
 from provider_proxy.tenant.bridge import api
 from provider_proxy.tenant.bridge.agent import Agent
-from provider_proxy.tenant.bridge.door import Asked
 from provider_proxy.tenant.bridge.keys import make_keys, parse_keys
 from provider_proxy.tenant.bridge.metrics import BridgeMetrics
 from provider_proxy.tenant.policies import PolicyFiles
 from provider_proxy.tenant.watch.budget import Budget
 from provider_proxy.tenant.watch.http import Endpoint
+from provider_proxy.tenant.watch.http_server import Asked
 from provider_proxy.tenant.watch.questions import HostQuestions, Setting, Trust
 from provider_proxy.tenant.watch.store import StateStore
 from provider_proxy.tenant.watch.tables import HostRules

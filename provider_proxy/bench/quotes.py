@@ -20,7 +20,7 @@ import trio
 from provider_proxy.bench import load
 from provider_proxy.bench.process import Target, config_text
 from provider_proxy.evidence.model import ALL_PCRS, HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
-from provider_proxy.host.batching.batch import Batch, Waiter, plant_tree
+from provider_proxy.host.batching.batch import Batch, Waiter, build_batch_tree
 from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters.local_tpm import open_quoter
@@ -261,7 +261,7 @@ def _tree_us() -> float:
         ]
         batch = Batch(1, HashAlg.SHA256, waiters, 0.0, 0.0)
         begin = time.process_time()
-        plant_tree(batch)
+        build_batch_tree(batch)
         times.append((time.process_time() - begin) / TENANTS * 1e6)
     return statistics.median(times)
 

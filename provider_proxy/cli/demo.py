@@ -1,7 +1,7 @@
 """`provider-proxy demo`: many tenants at once on this machine, every answer verified.
 
 Starts the real daemon (`provider-proxy serve`) with an embedded swtpm on loopback, in a directory that
-goes in the end, and asks through the real HTTP door. The tenants are the library's `ProxyClient`.
+goes in the end, and asks through the real HTTP server. The tenants are the library's `ProxyClient`.
 """
 
 from __future__ import annotations

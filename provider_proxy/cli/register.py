@@ -80,10 +80,12 @@ async def _register(
     async with open_quoter(
         config.tpm, config.state_dir, metrics, host_uuid=config.host_uuid
     ) as quoter:
-        book = Registrations(
+        directory = Registrations(
             quoter, metrics, host_uuid=quoter.identity.host_uuid, state_dir=config.state_dir
         )
-        made = await trio.to_thread.run_sync(book.make, config.registrars)  # all: ids must differ
+        made = await trio.to_thread.run_sync(
+            directory.make, config.registrars
+        )  # all: ids must differ
         for each in made:
             if each.name not in tables:
                 continue

@@ -183,7 +183,7 @@ class QuoteRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tenant:
-    """Who asks, as the door found out.
+    """Who asks, as the server found out.
 
     Attributes:
         name: tells tenants apart; requests of one name take turns with those of others.

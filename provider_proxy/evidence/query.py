@@ -26,7 +26,7 @@ MAX_TIMEOUT_MS = 600_000  # the configuration's own limit is lower; this bounds 
 def parse_quote_query(query: str) -> QuoteRequest:
     """Read a query string.
 
-    Does not check: what the tenant may see, or whether the bank is offered; the door does.
+    Does not check: what the tenant may see, or whether the bank is offered; the server does.
 
     Raises:
         ParameterError: names the parameter ("query" where the string itself is ill-formed).

@@ -202,7 +202,7 @@ def _parse_timing(fields: Fields) -> Timing:
 
 
 def encode_envelope(code: int, status: str, results: Mapping[str, object]) -> bytes:
-    """Keylime's envelope, which every answer of the door has."""
+    """Keylime's envelope, which every answer of the server has."""
     return json.dumps(
         {"code": code, "status": status, "results": results}, separators=(",", ":")
     ).encode("utf-8")

@@ -1,6 +1,6 @@
 """Makes the daemon's parts out of its configuration, as one value; `daemon` runs them.
 
-    configuration → metrics → quoter → vTPM keeper → batcher → registrations → doors → listeners
+    configuration → metrics → quoter → vTPM vtpm_service → batcher → registrations → servers → listeners
 
 Nothing here starts a task of the daemon's or waits for a tenant.
 """
@@ -24,10 +24,10 @@ from provider_proxy.common.addresses import Networks
 from provider_proxy.common.dates import Calendar
 from provider_proxy.common.version import program_version
 from provider_proxy.host import preflight
-from provider_proxy.host.api.admin import AdminDoor
-from provider_proxy.host.api.front import FrontDoor, make_front_door
-from provider_proxy.host.api.identity import TenantBook, load_book
-from provider_proxy.host.api.tenant import TenantDoor, identity_results, vtpm_ca_results
+from provider_proxy.host.api.admin import AdminApi
+from provider_proxy.host.api.front import FrontApi, make_front_api
+from provider_proxy.host.api.identity import TenantDirectory, load_tenant_directory
+from provider_proxy.host.api.tenant import TenantApi, identity_results, vtpm_ca_results
 from provider_proxy.host.audit.file import AuditLog
 from provider_proxy.host.audit.records import records_of
 from provider_proxy.host.batching.batch import Batch
@@ -37,7 +37,7 @@ from provider_proxy.host.config.chip_tables import KEYLIME_AGENT
 from provider_proxy.host.config.material import read_dates
 from provider_proxy.host.config.tables import Config
 from provider_proxy.host.http import listeners
-from provider_proxy.host.http.server import Door
+from provider_proxy.host.http.server import HttpServer
 from provider_proxy.host.listening import ADDRESS, FRONT, adopt, listening, open_hooks, opened
 from provider_proxy.host.logs.files import HostLogFiles
 from provider_proxy.host.metrics import Metrics
@@ -51,9 +51,9 @@ from provider_proxy.host.status.board import StatusBoard
 from provider_proxy.host.status.recent import Recent
 from provider_proxy.host.tpm import ima
 from provider_proxy.host.vtpm.ca import HostCa, open_host_ca
-from provider_proxy.host.vtpm.open_service import open_keeper
+from provider_proxy.host.vtpm.open_service import open_vtpm_service
 from provider_proxy.host.vtpm.requests import Issuer
-from provider_proxy.host.vtpm.service import Keeper
+from provider_proxy.host.vtpm.service import VtpmService
 
 ADMIN_CONNECTIONS = 16  # Prometheus, a status page or two, `top`; one more closes the idlest
 
@@ -101,10 +101,10 @@ class Parts:
     """All that the daemon runs, made and connected.
 
     Attributes:
-        keeper: the registry of vTPMs; None where `vtpm.enabled` is false.
+        vtpm_service: the registry of vTPMs; None where `vtpm.enabled` is false.
         draining: set once the daemon is going down.
-        tenant_door, tenants: the tenants' requests, and the server that reads them.
-        front_door, front: the same for a front's listeners; no door where there are none.
+        tenant_api, tenants: the tenants' requests, and the server that reads them.
+        front_api, front: the same for a front's listeners; no server where there are none.
         admin: the server of the admin listener.
         open_tenants, open_admin, open_hooks: the listeners, in the order of the configuration.
     """
@@ -112,16 +112,16 @@ class Parts:
     metrics: Metrics
     calendar: Calendar
     quoter: HostQuoter
-    keeper: Keeper | None
+    vtpm_service: VtpmService | None
     recent: Recent
     batcher: Batcher
     registrations: Registrations
     draining: trio.Event
-    tenant_door: TenantDoor
-    tenants: Door
-    admin: Door
-    front_door: FrontDoor | None
-    front: Door
+    tenant_api: TenantApi
+    tenants: HttpServer
+    admin: HttpServer
+    front_api: FrontApi | None
+    front: HttpServer
     open_tenants: Sequence[listeners.Listener]
     open_front: Sequence[listeners.Listener]
     open_admin: Sequence[listeners.Listener]
@@ -144,7 +144,7 @@ async def open_parts(
     """
     # Files first: what is wrong with them is said before the chip makes a key.
     context = listeners.tls_context(config.listen)
-    book = load_book(config.listen, config.tenant_defaults, config.tenants)
+    directory = load_tenant_directory(config.listen, config.tenant_defaults, config.tenants)
     adopted = adopt(config.listen, context)
     metrics = Metrics()
     calendar = Calendar(read_dates(config), show=metrics.show_dates)
@@ -152,18 +152,18 @@ async def open_parts(
     async with AsyncExitStack() as stack:
         quoter = await stack.enter_async_context(open_quoter(config, metrics))
         issuer = await _make_issuer(config, quoter, open_issuer)
-        keeper = await stack.enter_async_context(
-            open_keeper(config.vtpm, config.state_dir, metrics, issuer)
+        vtpm_service = await stack.enter_async_context(
+            open_vtpm_service(config.vtpm, config.state_dir, metrics, issuer)
         )
         recent, draining = Recent(), trio.Event()
         logs = _make_logs(config, quoter)
         stack.callback(logs.close)
-        batcher = _make_batcher(config, quoter, metrics, recent, keeper, logs)
+        batcher = _make_batcher(config, quoter, metrics, recent, vtpm_service, logs)
         registrations = _make_registrations(config, quoter, metrics)
         registrations.replace(await trio.to_thread.run_sync(registrations.make, config.registrars))
-        door = _make_tenant_door(config, quoter, batcher, book, recent, registrations, issuer)
-        tenants = Door(
-            door,
+        server = _make_tenant_api(config, quoter, batcher, directory, recent, registrations, issuer)
+        tenants = HttpServer(
+            server,
             observe=metrics.count_request,
             observe_handshake=metrics.count_handshake,
             turned_away=recent.turned_away.shaken,
@@ -172,11 +172,11 @@ async def open_parts(
             busy_status=config.limits.busy_status,
             passed_on=Networks(config.listen.proxy_protocol_from).holds,
         )
-        front_door = make_front_door(
-            config.listen, door, book, recent.count, recent.turned_away.note
+        front_api = make_front_api(
+            config.listen, server, directory, recent.count, recent.turned_away.note
         )
-        front = Door(
-            front_door or door,
+        front = HttpServer(
+            front_api or server,
             observe=metrics.count_request,
             observe_handshake=metrics.count_handshake,
             turned_away=recent.turned_away.shaken,
@@ -187,27 +187,27 @@ async def open_parts(
         )
         metrics.connections.set_function(lambda: tenants.connections + front.connections)
         board = _make_status_board(config, quoter, batcher, recent, metrics, draining, calendar)
-        admin = AdminDoor(
+        admin = AdminApi(
             metrics,
             board.not_ready,
             board.results,
             registrations.for_provider,
-            vms=keeper.listed if keeper is not None else None,
+            vms=vtpm_service.listed if vtpm_service is not None else None,
         )
         yield Parts(
             metrics=metrics,
             calendar=calendar,
             quoter=quoter,
-            keeper=keeper,
+            vtpm_service=vtpm_service,
             recent=recent,
             batcher=batcher,
             registrations=registrations,
             draining=draining,
-            tenant_door=door,
+            tenant_api=server,
             tenants=tenants,
-            front_door=front_door,
+            front_api=front_api,
             front=front,
-            admin=Door(
+            admin=HttpServer(
                 admin, observe=lambda status, reason: None, max_connections=ADMIN_CONNECTIONS
             ),
             open_tenants=stack.enter_context(
@@ -246,7 +246,7 @@ def _make_batcher(
     quoter: HostQuoter,
     metrics: Metrics,
     recent: Recent,
-    keeper: Keeper | None,
+    vtpm_service: VtpmService | None,
     logs: LogSource,
 ) -> Batcher:
     """The batcher, with the host's logs, claims and audit log."""
@@ -260,7 +260,7 @@ def _make_batcher(
         quoter,
         settings,
         metrics,
-        claims=keeper.claims if keeper is not None else None,
+        claims=vtpm_service.claims if vtpm_service is not None else None,
         logs=logs,
         boottime=_boottime(),
         audit=_make_audit(config, quoter, metrics),
@@ -326,20 +326,20 @@ def _boottime() -> int:
     return int(time.time() - time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
-def _make_tenant_door(
+def _make_tenant_api(
     config: Config,
     quoter: HostQuoter,
     batcher: Batcher,
-    book: TenantBook,
+    directory: TenantDirectory,
     recent: Recent,
     registrations: Registrations,
     issuer: Issuer | None,
-) -> TenantDoor:
-    """The tenants' door."""
+) -> TenantApi:
+    """The tenants' server."""
     identity = quoter.identity
-    return TenantDoor(
+    return TenantApi(
         batcher.submit,
-        book.find,
+        directory.find,
         identity=identity_results(
             ak_public=identity.ak_public,
             ak_pem=quoter.ak.public_key.public_bytes(

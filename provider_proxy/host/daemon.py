@@ -1,8 +1,8 @@
 """The daemon: one nursery, in which everything that it is runs, and the way up and down.
 
     run ─┬─ batcher.run         fill and flush
-         ├─ keeper.run          the registry of vTPMs and its hooks, with vtpm.enabled
-         ├─ doors               a listener each; a task a connection
+         ├─ vtpm_service.run          the registry of vTPMs and its hooks, with vtpm.enabled
+         ├─ servers               a listener each; a task a connection
          ├─ registrations       a task a tenant's registrar; none keeps READY or a quote waiting
          ├─ watchdog            ends the process where a TPM command hangs
          ├─ calendar.run        warns of what expires
@@ -11,7 +11,7 @@
          └─ signals             SIGTERM and SIGINT begin the drain, SIGHUP reloads
 
 Up: TPM and keys, then listeners, then READY. Down: STOPPING; new requests get 503 and a closed
-connection; what waits is sealed and answered, for `limits.drain_ms` at most; then the doors close.
+connection; what waits is sealed and answered, for `limits.drain_ms` at most; then the servers close.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from provider_proxy.host import assembly
 from provider_proxy.host.assembly import OpenIssuer, OpenQuoter
 from provider_proxy.host.config.tables import Config
 from provider_proxy.host.http import listeners
-from provider_proxy.host.http.server import Door
+from provider_proxy.host.http.server import HttpServer
 from provider_proxy.host.reload import ReadConfig, Reloader
 from provider_proxy.host.status import unit_line, watchdog
 
@@ -78,19 +78,21 @@ async def run(
         )
         _announce(config, started)
         _hold_to_descriptors(config, parts.tenants, parts.front)
-        if parts.keeper is not None:
-            await parts.keeper.start()  # the socket is there: nothing that happens now is missed
+        if parts.vtpm_service is not None:
+            await (
+                parts.vtpm_service.start()
+            )  # the socket is there: nothing that happens now is missed
         memory.tune_gc()
         async with trio.open_nursery() as nursery:
             _start(nursery, config, parts)
             reloader = Reloader(
                 config,
                 read_config or (lambda: config),
-                parts.tenant_door,
+                parts.tenant_api,
                 (*parts.open_tenants, *parts.open_front),
                 parts.registrations,
                 parts.calendar,
-                parts.front_door,
+                parts.front_api,
             )
             await nursery.start(_reload_at_signal, reloader)
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -102,12 +104,14 @@ async def run(
                     lambda: parts.quoter.state,
                     lambda: parts.batcher.queue.waiting,
                 )
-                async with trio.open_nursery() as doors:
+                async with trio.open_nursery() as servers:
                     for listener in parts.open_tenants:
-                        doors.start_soon(listener.serve, parts.tenants.serve)
+                        servers.start_soon(listener.serve, parts.tenants.serve)
                     for listener in parts.open_front:
-                        doors.start_soon(listener.serve, parts.front.serve)
-                    doors.start_soon(_drain_at_signal, config, signals, parts, doors.cancel_scope)
+                        servers.start_soon(listener.serve, parts.front.serve)
+                    servers.start_soon(
+                        _drain_at_signal, config, signals, parts, servers.cancel_scope
+                    )
             nursery.cancel_scope.cancel()
     log.info("stopped")
 
@@ -119,13 +123,13 @@ def _start(nursery: trio.Nursery, config: Config, parts: assembly.Parts) -> None
     nursery.start_soon(parts.calendar.run)
     parts.registrations.start(nursery)
     nursery.start_soon(watchdog.run, lambda: parts.quoter.state, config.tpm.hang_limit_s)
-    if parts.keeper is not None:
-        nursery.start_soon(parts.keeper.run, parts.open_hooks)
+    if parts.vtpm_service is not None:
+        nursery.start_soon(parts.vtpm_service.run, parts.open_hooks)
     for listener in parts.open_admin:
         nursery.start_soon(listener.serve, parts.admin.serve)
 
 
-def _hold_to_descriptors(config: Config, tenants: Door, front: Door) -> None:
+def _hold_to_descriptors(config: Config, tenants: HttpServer, front: HttpServer) -> None:
     """Take no more connections than can be open beside what else needs files.
 
     Raises:
@@ -172,9 +176,9 @@ async def _drain_at_signal(
     config: Config,
     signals: AsyncIterator[int],
     parts: assembly.Parts,
-    doors: trio.CancelScope,
+    servers: trio.CancelScope,
 ) -> None:
-    """Wait for a signal; then answer what waits and close the doors."""
+    """Wait for a signal; then answer what waits and close the servers."""
     async for number in signals:
         log.info("%s: draining", signal.Signals(number).name)
         break
@@ -189,4 +193,4 @@ async def _drain_at_signal(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(parts.tenants.finish)
             nursery.start_soon(parts.front.finish)
-    doors.cancel()
+    servers.cancel()

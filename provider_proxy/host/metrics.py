@@ -110,7 +110,7 @@ class Metrics:
         )
         self.tls_handshakes = Counter(
             prefix + "tls_handshakes",
-            "TLS handshakes at the tenants' door, by result (ok, failed, silent) and reason.",
+            "TLS handshakes at the tenants' server, by result (ok, failed, silent) and reason.",
             ["result", "reason"],
             registry=self.registry,
         )

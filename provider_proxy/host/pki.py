@@ -1,4 +1,4 @@
-"""A small CA of the provider's own: certificates of the door and of tenants, and who was revoked.
+"""A small CA of the provider's own: certificates of the server and of tenants, and who was revoked.
 
 For a first set-up and for tests; a provider that has a CA goes on using that. Keys are P-256, not
 encrypted, for their owner alone. Files are written under temporary names and then linked to their own,

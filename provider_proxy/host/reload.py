@@ -2,7 +2,7 @@
 loses nothing.
 
 The new state is made as a whole before any of it is used; where a part of it is bad, the old one goes on.
-Connections stay: those that come after get the new TLS context, and every request asks the new book.
+Connections stay: those that come after get the new TLS context, and every request asks the new directory.
 What cannot change while serving (addresses, TPM, batch, limits) is named in the log, and waits for a
 restart.
 """
@@ -20,9 +20,9 @@ import trio
 from provider_proxy.common import systemd
 from provider_proxy.common.dates import Calendar, Dated
 from provider_proxy.errors import ConfigError, ProviderProxyError
-from provider_proxy.host.api.front import FrontDoor, FrontJudge, load_front_judge
-from provider_proxy.host.api.identity import TenantBook, load_book
-from provider_proxy.host.api.tenant import TenantDoor
+from provider_proxy.host.api.front import FrontApi, FrontJudge, load_front_judge
+from provider_proxy.host.api.identity import TenantDirectory, load_tenant_directory
+from provider_proxy.host.api.tenant import TenantApi
 from provider_proxy.host.config.material import read_dates
 from provider_proxy.host.config.tables import Config
 from provider_proxy.host.http import listeners
@@ -40,7 +40,7 @@ class _Fresh:
     """All that a reload replaces, made before any of it is used."""
 
     config: Config
-    book: TenantBook
+    directory: TenantDirectory
     front: FrontJudge | None
     context: ssl.SSLContext | None
     registrations: Sequence[HostRegistration]
@@ -59,19 +59,19 @@ class Reloader:
         self,
         config: Config,
         read_config: ReadConfig,
-        door: TenantDoor,
-        doors: Sequence[listeners.Listener],
+        server: TenantApi,
+        servers: Sequence[listeners.Listener],
         registrations: Registrations,
         calendar: Calendar,
-        front: FrontDoor | None = None,
+        front: FrontApi | None = None,
     ) -> None:
         self._front = front
         self._config = config
         self._read_config = read_config
-        self._door = door
+        self._server = server
         self._registrations = registrations
         self._calendar = calendar
-        self._tls = [door for door in doors if door.context is not None]
+        self._tls = [server for server in servers if server.context is not None]
 
     async def run(self, signals: AsyncIterator[int]) -> None:
         """Reload at each signal, for ever."""
@@ -92,7 +92,7 @@ class Reloader:
         fresh = await trio.to_thread.run_sync(self._load)
         for key in _unchangeable(self._config, fresh.config):
             log.warning("reload: %s has changed, which takes a restart", key)
-        self._door.identify = fresh.book.find
+        self._server.identify = fresh.directory.find
         if self._front is not None and fresh.front is not None:
             self._front.judge = fresh.front
         if fresh.context is not None:
@@ -111,11 +111,11 @@ class Reloader:
         config = self._read_config()
         if config.listen.insecure_plaintext != self._config.listen.insecure_plaintext:
             raise ConfigError("listen.insecure_plaintext cannot change while serving")
-        book = load_book(config.listen, config.tenant_defaults, config.tenants)
+        directory = load_tenant_directory(config.listen, config.tenant_defaults, config.tenants)
         return _Fresh(
             config=config,
-            book=book,
-            front=load_front_judge(config.listen, book),
+            directory=directory,
+            front=load_front_judge(config.listen, directory),
             context=listeners.tls_context(config.listen),
             registrations=self._registrations.make(config.registrars),
             dates=read_dates(config),

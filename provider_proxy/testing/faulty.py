@@ -68,7 +68,7 @@ class FaultyContext(ESAPI):  # type: ignore[misc]
         self._real.close()
 
 
-def take_all_sessions(context: ESAPI) -> int:
+def exhaust_sessions(context: ESAPI) -> int:
     """Start sessions until the TPM has none left; how many there were."""
     for count in range(MAX_SESSIONS):
         try:

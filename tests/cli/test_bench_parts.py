@@ -44,7 +44,7 @@ async def test_the_bare_server_answers_as_the_door_does() -> None:
 
 
 def test_the_bare_server_knows_nothing_of_the_door() -> None:
-    """A faster door must not make it faster, too."""
+    """A faster server must not make it faster, too."""
     code = (
         "import sys, provider_proxy.bench.bare; "
         "print([name for name in sys.modules if name.startswith('provider_proxy.host')])"

@@ -394,7 +394,7 @@ def test_a_closed_pipe_is_no_verdict(files: Files) -> None:
     assert b"Traceback" not in done.stderr
 
 
-# --- against a door ---------------------------------------------------------------------------------
+# --- against a server ---------------------------------------------------------------------------------
 
 
 class Site:
@@ -619,7 +619,7 @@ async def test_tls(site: Site) -> None:
     own = ("--cert", certs.client_cert, "--key", certs.client_key)
     expect(await site.run("fetch", "--pcrs", "16", "--ca", certs.ca_file, *own), GOOD)
     expect(await site.run("identity", "--ca", certs.ca_file, *own), GOOD)
-    # the system's CAs do not know this one; the door demands a certificate
+    # the system's CAs do not know this one; the server demands a certificate
     expect(await site.run("fetch", "--pcrs", "16", *own), ENVIRONMENT, "no answer")
     expect(await site.run("fetch", "--pcrs", "16", "--ca", certs.ca_file), ENVIRONMENT, "no answer")
     for words in (("--ca", "none"), ("--ca", certs.ca_file, "--cert", "none", "--key", "none")):

@@ -1,5 +1,5 @@
-"""The stream under the door: trio's own tests of a stream, over plain sockets and over TLS, and what only
-TLS has. Real sockets; the client is `trio.SSLStream` or the ssl module's."""
+"""The stream under the server: trio's own tests of a stream, over plain sockets and over TLS, and what
+only TLS has. Real sockets; the client is `trio.SSLStream` or the ssl module's."""
 
 from __future__ import annotations
 

@@ -300,7 +300,7 @@ def test_a_key_log_that_cannot_be_written(
         client_context(files_of(material.certs))
 
 
-# --- every door uses it ---------------------------------------------------------------------------------
+# --- every server uses it ---------------------------------------------------------------------------
 
 
 def _listen(c: Certs) -> None:
@@ -351,18 +351,18 @@ DOORS: dict[Callable[[Certs], None], str] = {
 }
 
 
-@pytest.mark.parametrize("door", list(DOORS))
+@pytest.mark.parametrize("server", list(DOORS))
 def test_every_door_has_the_same_rule_for_keys(
-    material: Material, door: Callable[[Certs], None]
+    material: Material, server: Callable[[Certs], None]
 ) -> None:
     certs = material.certs
-    door(certs)
+    server(certs)
     certs.client_key.chmod(0o644)
-    with pytest.raises(HostError, match=f"^{DOORS[door]}: .* must not be readable by others"):
-        door(certs)
+    with pytest.raises(HostError, match=f"^{DOORS[server]}: .* must not be readable by others"):
+        server(certs)
     private(certs.client_key, material.key_as(Encoding.PEM, b"word"))
-    with pytest.raises(HostError, match=f"^{DOORS[door]}: .* is encrypted"):
-        door(certs)
+    with pytest.raises(HostError, match=f"^{DOORS[server]}: .* is encrypted"):
+        server(certs)
 
 
 def test_the_webhook_s_ca(material: Material) -> None:
@@ -389,7 +389,7 @@ def test_a_command_with_an_encrypted_key_ends_at_once(material: Material) -> Non
     assert "pass phrase" not in done.stderr + done.stdout
 
 
-# --- dates ----------------------------------------------------------------------------------------------
+# --- dates ------------------------------------------------------------------------------------------
 
 
 def test_dates(material: Material) -> None:

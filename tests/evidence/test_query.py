@@ -1,4 +1,4 @@
-"""The parameters of GET /verifier/quote, as a tenant writes and the door reads them."""
+"""The parameters of GET /verifier/quote, as a tenant writes and the server reads them."""
 
 from __future__ import annotations
 

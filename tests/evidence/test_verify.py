@@ -482,7 +482,7 @@ def test_memory_history_forgets_the_oldest_open_nonce(monkeypatch: pytest.Monkey
     nonces = [Nonce(b"nonce number %04d" % n) for n in range(5)]
     for nonce in nonces:
         history.open(nonce)
-    # A forgotten one can only be refused: forgetting never opens a door.
+    # A forgotten one can only be refused: forgetting never opens a server.
     assert [history.is_open(nonce) for nonce in nonces] == [False, False, True, True, True]
     assert not history.spend(nonces[0])
     assert history.spend(nonces[4])

@@ -313,8 +313,8 @@ def test_a_state_directory_that_is_a_file(tmp_path: Path) -> None:
 
 
 def test_a_missing_place_for_a_unix_socket(tmp_path: Path) -> None:
-    toml = plain_toml(tmp_path / "s", listen=f"unix:{tmp_path}/none/door")
-    fails(tmp_path, toml, 3, "listen.address", f"unix:{tmp_path}/none/door")
+    toml = plain_toml(tmp_path / "s", listen=f"unix:{tmp_path}/none/server")
+    fails(tmp_path, toml, 3, "listen.address", f"unix:{tmp_path}/none/server")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Few open files: the doors stay open for who asks, the TPM and the admin listener keep theirs."""
+"""Few open files: the servers stay open for who asks, the TPM and the admin listener keep theirs."""
 
 from __future__ import annotations
 

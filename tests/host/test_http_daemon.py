@@ -1,4 +1,4 @@
-"""The real daemon's door beyond TLS: users of a unix socket as tenants, and the audit log."""
+"""The real daemon's server beyond TLS: users of a unix socket as tenants, and the audit log."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CLOSED = "[tenant_defaults]\naccept_unlisted = false\n"
 
 def unix_toml(folder: Path, more: str) -> str:
     return (
-        f'state_dir = "{folder / "s"}"\n[listen]\naddress = "unix:{folder / "door"}"\n'
+        f'state_dir = "{folder / "s"}"\n[listen]\naddress = "unix:{folder / "server"}"\n'
         f'insecure_plaintext = true\n[tpm]\ntcti = "embedded"\n{NO_LOGS}{more}'
     )
 

@@ -120,7 +120,7 @@ async def test_a_resumed_session_is_looked_at_as_any_other(tmp_path: Path) -> No
         session, _, first = await trio.to_thread.run_sync(ask, None)
         assert first.startswith(b"HTTP/1.1 200")
         write_crl(certs, crl, serial)
-        # The old TLS context goes on where the certificates stay: only the book says no.
+        # The old TLS context goes on where the certificates stay: only the directory says no.
         await hup(daemon, tmp_path / "d0.toml", text)
         _, _, second = await trio.to_thread.run_sync(ask, session)
         assert second.startswith(b"HTTP/1.1 403")

@@ -116,7 +116,7 @@ for place, fd in enumerate(high):
     os.dup2(fd, 3 + place, inheritable=True)
 os.environ["LISTEN_PID"] = pid.replace("SELF", str(os.getpid()))
 os.environ["LISTEN_FDS"] = count
-os.environ["LISTEN_FDNAMES"] = "door"
+os.environ["LISTEN_FDNAMES"] = "server"
 os.execv(command[0], command)
 """
 # What it starts: takes the sockets and tells about them.
@@ -165,14 +165,14 @@ def sockets(tmp_path: Path) -> Iterator[list[socket.socket]]:
         socket.create_server(("127.0.0.1", 0)) as tcp,
         socket.socket(socket.AF_UNIX) as unix,
     ):
-        unix.bind(str(tmp_path / "door"))
+        unix.bind(str(tmp_path / "server"))
         unix.listen()
         yield [tcp, unix]
 
 
 def test_sockets_are_taken_in_their_order(sockets: list[socket.socket], tmp_path: Path) -> None:
     told = tell(sockets)
-    assert told["names"] == [list(sockets[0].getsockname()), str(tmp_path / "door")]
+    assert told["names"] == [list(sockets[0].getsockname()), str(tmp_path / "server")]
     assert told["fds"] == [3, 4]
     assert told["environ"] == []  # a child must not take them for its own
     assert told["sockets_in_child"] == 0  # nor get them
@@ -206,11 +206,11 @@ def inherited(sock: socket.socket) -> tuple[list[str], tuple[int, ...]]:
 
 
 def run_inherited(
-    sock: socket.socket, config: Path, *, name: str = "door"
+    sock: socket.socket, config: Path, *, name: str = "server"
 ) -> subprocess.CompletedProcess[str]:
     """Run the daemon on a socket that it will refuse."""
     launcher, fds = inherited(sock)
-    launcher = [word.replace('"door"', f'"{name}"') for word in launcher]
+    launcher = [word.replace('"server"', f'"{name}"') for word in launcher]
     return subprocess.run(
         [*launcher, *command("serve", "--config", config)],
         pass_fds=fds,
@@ -228,7 +228,7 @@ def certs(tmp_path_factory: pytest.TempPathFactory) -> Certs:
 
 @pytest.mark.real
 async def test_an_inherited_unix_socket_is_served_and_left(tmp_path: Path) -> None:
-    path = tmp_path / "door"
+    path = tmp_path / "server"
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
         sock.listen()
@@ -266,8 +266,8 @@ def listens(path: Path) -> bool:
 @pytest.mark.real
 async def test_started_by_the_first_connection(tmp_path: Path) -> None:
     """By systemd's own tool, which waits with the sockets and hands them over."""
-    path, port = tmp_path / "door", free_port()
-    listen = ["-l", str(path), "-l", f"127.0.0.1:{port}", "--fdname=door:more"]
+    path, port = tmp_path / "server", free_port()
+    listen = ["-l", str(path), "-l", f"127.0.0.1:{port}", "--fdname=server:more"]
     launcher = ["systemd-socket-activate", "-E", "NOTIFY_SOCKET", *listen]
     toml = plain_toml(tmp_path / "s")
     async with serving(tmp_path, toml, launcher=launcher, lazy=True) as serve:
@@ -397,7 +397,7 @@ def test_what_is_no_listening_socket_is_refused(tmp_path: Path, kind: str, words
 
 @pytest.mark.real
 async def test_a_unix_socket_of_our_own_is_removed(tmp_path: Path) -> None:
-    path = tmp_path / "door"
+    path = tmp_path / "server"
     toml = plain_toml(tmp_path / "s", listen=f"unix:{path}")
     async with serving(tmp_path, toml) as serve:
         asker = Asker(await trusted_ak(f"unix:{path}"))
@@ -409,7 +409,7 @@ async def test_a_unix_socket_of_our_own_is_removed(tmp_path: Path) -> None:
 
 @pytest.mark.real
 async def test_what_a_killed_daemon_left_is_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "door"
+    path = tmp_path / "server"
     toml = plain_toml(tmp_path / "s", listen=f"unix:{path}")
     async with serving(tmp_path, toml) as serve:
         swtpm = serve.swtpm

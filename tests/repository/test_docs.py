@@ -413,7 +413,7 @@ IDENTITY = tenant.identity_results(
     host_uuid="",
     software=True,
 )
-TENANT_DOOR = tenant.TenantDoor(
+TENANT_DOOR = tenant.TenantApi(
     no_submit,
     no_identify,
     identity=IDENTITY,
@@ -422,7 +422,7 @@ TENANT_DOOR = tenant.TenantDoor(
     default_timeout_ms=1,
     max_timeout_ms=1,
 )
-ADMIN_DOOR = admin.AdminDoor(Metrics(), lambda: None, dict)
+ADMIN_DOOR = admin.AdminApi(Metrics(), lambda: None, dict)
 
 
 def test_documented_routes_are_those_of_the_doors() -> None:
@@ -506,7 +506,7 @@ def test_stages_name_functions_that_exist(row: list[str]) -> None:
 
 
 GLOSSARY_TERMS = (
-    "tenant, provider, host, proxy, door, registrar, record, registration, round, activation, "
+    "tenant, provider, host, proxy, server, registrar, record, registration, round, activation, "
     "TPM, chip, gate, duty, PCR, bank, mask, AK, EK, authValue, quote, qualifying data, "
     "nonce, request, challenge, waiter, batch key, isolation class, line, window, ripe, seal, "
     "batch, drain, salt, leaf, padding, tree, root, path, proof, reply, evidence, label, claims, "

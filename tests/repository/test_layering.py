@@ -47,7 +47,7 @@ THIRD_PARTY: dict[str, frozenset[str]] = {
     "trust": frozenset({"cryptography", "httpx", "anyio"}),
     "trust.registration": frozenset({"trio", "httpx"}),
     "tenant": frozenset({"cryptography", "httpx", "anyio"}),
-    "tenant.bridge": frozenset({"cryptography", "httpx", "trio", "h11", "prometheus_client"}),
+    "tenant.bridge": frozenset({"cryptography", "httpx", "trio", "prometheus_client"}),
     "tenant.fleet": frozenset({"trio", "psycopg", "prometheus_client"}),
     "tenant.watch": frozenset({"httpx", "trio", "h11", "prometheus_client"}),
     "host": frozenset({"cryptography", "trio", "prometheus_client"}),

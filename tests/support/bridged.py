@@ -11,9 +11,9 @@ from watch_helpers import Rig
 
 from provider_proxy.tenant.bridge import api
 from provider_proxy.tenant.bridge.agent import Agent
-from provider_proxy.tenant.bridge.door import Asked
 from provider_proxy.tenant.bridge.keys import BridgeKeys, make_keys, parse_keys
 from provider_proxy.tenant.bridge.metrics import BridgeMetrics
+from provider_proxy.tenant.watch.http_server import Asked
 from provider_proxy.tenant.watch.questions import HostQuestions
 
 NONCE = "abcdefghij0123456789"

@@ -99,7 +99,7 @@ class Machine:
     def __init__(self, root: Path, tcti: str) -> None:
         self.root, self.folder, self._bin = root, root / "here", root / "bin"
         self.etc, self.state = root / "etc/provider-proxy", root / "var/lib/provider-proxy"
-        self._door, self._admin = free_port(), free_port()
+        self._server, self._admin = free_port(), free_port()
         for path in (self.folder, self._bin, self.etc / "secrets", self.state.parent):
             path.mkdir(parents=True)
         self.add_command("provider-proxy", COMMAND.format(python=sys.executable, etc=str(self.etc)))
@@ -126,9 +126,9 @@ class Machine:
             ("/etc/provider-proxy", str(self.etc)),
             (" -C /etc ", f" -C {self.etc.parent} "),
             ("/var/lib/provider-proxy", str(self.state)),
-            ("0.0.0.0:8890", f"127.0.0.1:{self._door}"),
-            (f"{HOST}:8890", f"localhost:{self._door}"),
-            ("127.0.0.1:8890", f"127.0.0.1:{self._door}"),
+            ("0.0.0.0:8890", f"127.0.0.1:{self._server}"),
+            (f"{HOST}:8890", f"localhost:{self._server}"),
+            ("127.0.0.1:8890", f"127.0.0.1:{self._server}"),
             ("127.0.0.1:8895", f"127.0.0.1:{self._admin}"),
             (f"--host {HOST}", "--host localhost"),
             ("sleep 1", "sleep 0.1"),

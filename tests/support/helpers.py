@@ -52,7 +52,7 @@ from provider_proxy.host.batching.batch import Answer
 from provider_proxy.host.config.tables import Config
 from provider_proxy.host.daemon import Started
 from provider_proxy.host.http.listeners import describe, open_listeners
-from provider_proxy.host.http.server import Door
+from provider_proxy.host.http.server import HttpServer
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.quoters.local_tpm import EsysQuoter
 from provider_proxy.host.quoters.tpm_opener import HostIdentity
@@ -377,22 +377,24 @@ async def connect(
 
 
 @asynccontextmanager
-async def door_on_port(door: Door, context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
-    """A door on a port of loopback; gives its address."""
+async def server_on_port(
+    server: HttpServer, context: ssl.SSLContext | None = None
+) -> AsyncIterator[str]:
+    """A server on a port of loopback; gives its address."""
     (listener,) = open_listeners("a test", ["127.0.0.1:0"], context)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(listener.serve, door.serve)
+        nursery.start_soon(listener.serve, server.serve)
         yield describe([listener])[0]
         nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager
-async def connected(door: Door) -> AsyncIterator[Wire]:
-    """A client on one end of a pair of unix sockets, a door on the other: no delay of a network's, so
+async def connected(server: HttpServer) -> AsyncIterator[Wire]:
+    """A client on one end of a pair of unix sockets, a server on the other: no delay of a network's, so
     that it fits the autojump clock."""
     ours, theirs = socket.socketpair()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(door.serve, SocketStream(theirs))
+        nursery.start_soon(server.serve, SocketStream(theirs))
         async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
             yield Wire(stream)
         nursery.cancel_scope.cancel()
@@ -413,7 +415,7 @@ async def quote_over(wire: Wire, asker: Asker, mask: int = MASK) -> VerifiedQuot
 
 
 async def trusted_ak(address: str, context: ssl.SSLContext | None = None) -> AttestationKey:
-    """The AK that a door names: trust on first use, which is good enough for a test."""
+    """The AK that a server names: trust on first use, which is good enough for a test."""
     results = (await get(address, "/verifier/identity", context)).results()
     return parse_ak(base64.b64decode(cast(str, results["ak_tpm"])))
 
@@ -423,7 +425,7 @@ async def trusted_ak(address: str, context: ssl.SSLContext | None = None) -> Att
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certs:
-    """Files of a door's TLS, and contexts for its clients."""
+    """Files of a server's TLS, and contexts for its clients."""
 
     ca: trustme.CA
     ca_file: Path
@@ -439,7 +441,7 @@ class Certs:
         return context
 
     def toml(self) -> str:
-        """The `[listen]` keys of a door that demands clients' certificates."""
+        """The `[listen]` keys of a server that demands clients' certificates."""
         return f'tls_cert = "{self.cert}"\ntls_key = "{self.key}"\nclient_ca = "{self.ca_file}"\n'
 
 

@@ -11,16 +11,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import trio
-from helpers import LIMIT_S, door_on_port
+from helpers import LIMIT_S, server_on_port
 
 from provider_proxy.errors import ProviderProxyError, QuoteError
 from provider_proxy.evidence.model import HashAlg, Nonce, PcrMask, QuoteRequest, Tenant
-from provider_proxy.host.api.admin import AdminDoor
+from provider_proxy.host.api.admin import AdminApi
 from provider_proxy.host.batching.batch import Batch, SealedBy, Waiter
 from provider_proxy.host.batching.batcher import Queue
 from provider_proxy.host.config.chip_tables import Tpm
 from provider_proxy.host.config.tables import BatchTable, Config, Listen
-from provider_proxy.host.http.server import Door
+from provider_proxy.host.http.server import HttpServer
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.status.board import StatusBoard
 from provider_proxy.host.status.recent import Recent
@@ -162,7 +162,7 @@ def count_crowd(recent: Recent) -> None:
 
 
 class Site:
-    """An admin door in a thread of its own; what it says is put into `status`.
+    """An admin server in a thread of its own; what it says is put into `status`.
 
     Attributes:
         url: of the page.
@@ -179,13 +179,13 @@ class Site:
         assert self._started.wait(LIMIT_S)
 
     async def _serve(self) -> None:
-        door = Door(
-            AdminDoor(Metrics(), lambda: None, lambda: self.status()),
+        server = HttpServer(
+            AdminApi(Metrics(), lambda: None, lambda: self.status()),
             observe=lambda status, reason: None,
         )
         self._token = trio.lowlevel.current_trio_token()
         with self._scope:
-            async with door_on_port(door) as address:
+            async with server_on_port(server) as address:
                 self.url = f"http://{address}/"
                 self._started.set()
                 await trio.sleep_forever()

@@ -238,14 +238,14 @@ async def test_a_registrar_that_dies_between_the_two_steps(
 def serve_config(folder: Path, registrars: dict[str, RegistrarTable]) -> Config:
     return replace(
         plain_config(folder / "s"),
-        listen=Listen(address=(f"unix:{folder}/door",), insecure_plaintext=True),
+        listen=Listen(address=(f"unix:{folder}/server",), insecure_plaintext=True),
         tenants={"acme": TenantRules(identities=(ME,))},
         registrars=registrars,
     )
 
 
 async def told(admin: str) -> dict[str, dict[str, Any]]:
-    """What the admin door says, by registrar."""
+    """What the admin server says, by registrar."""
     results = (await get(admin, "/registrations")).results()
     found = cast("list[dict[str, Any]]", results["registrations"])
     return {each["registrar"]: each for each in found}
@@ -318,9 +318,9 @@ async def test_a_registrar_that_never_answers_keeps_nobody_waiting(tmp_path: Pat
         tables = {"dead": RegistrarTable(url=f"http://127.0.0.1:{port}", insecure_plaintext=True)}
         with trio.fail_after(LIMIT_S):
             async with daemon_over(serve_config(tmp_path, tables)) as started:
-                door = started.addresses[0]
-                asker = Asker(await trusted_ak(door))
-                async with connect(door) as wire:
+                server = started.addresses[0]
+                asker = Asker(await trusted_ak(server))
+                async with connect(server) as wire:
                     for _ in range(3):
                         await quote_over(wire, asker)
                 assert (await told(started.admin_addresses[0]))["dead"]["state"] == "pending"

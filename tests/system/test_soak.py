@@ -273,17 +273,17 @@ class Tenant:
     """Asks again and again on a connection of its own, and takes nothing for granted."""
 
     def __init__(
-        self, number: int, address: str, ak: AttestationKey, books: Books, dice: random.Random
+        self, number: int, address: str, ak: AttestationKey, directories: Books, dice: random.Random
     ) -> None:
         self._number = number
         self._address = address
         self._asker = Asker(ak)
-        self._books = books
+        self._directories = directories
         self._dice = dice
 
     async def run(self) -> None:
         """Until it has been served after the last fault."""
-        while self._number not in self._books.back:
+        while self._number not in self._directories.back:
             async with connect(self._address) as wire:
                 if await self._converse(wire):
                     await self._part(wire)
@@ -291,21 +291,23 @@ class Tenant:
     async def _converse(self, wire: Wire) -> bool:
         """Ask for a while on one connection; False where we hung up on the proxy."""
         for _ in range(self._dice.randint(5, 30)):
-            if self._number in self._books.back:
+            if self._number in self._directories.back:
                 break
-            began_calm = self._books.calm_from is not None
+            began_calm = self._directories.calm_from is not None
             timeout_ms = self._dice.choice(TIMEOUTS_MS)
             challenge = self._asker.challenge(self._dice.choice(MASKS), timeout_ms=timeout_ms)
-            self._books.asked += 1
+            self._directories.asked += 1
             await wire.send(get_bytes(quote_target(challenge)))
             if self._dice.random() < HANG_UP:
                 await trio.sleep(self._dice.uniform(0.0, 0.05))
-                self._books.hung_up += 1
+                self._directories.hung_up += 1
                 return False
             reply = await self._reply(wire, timeout_ms)
             self._judge(reply, challenge)
-            if reply.status == 200 and began_calm and self._books.calm_from is not None:
-                self._books.back[self._number] = time.monotonic() - self._books.calm_from
+            if reply.status == 200 and began_calm and self._directories.calm_from is not None:
+                self._directories.back[self._number] = (
+                    time.monotonic() - self._directories.calm_from
+                )
             await trio.sleep(self._dice.uniform(0.0, PAUSE_S))
         return True
 
@@ -315,7 +317,7 @@ class Tenant:
         raise AssertionError(f"a request with a timeout of {timeout_ms} ms hangs")
 
     def _judge(self, reply: Reply, challenge: Challenge) -> None:
-        self._books.answered[reply.status] += 1
+        self._directories.answered[reply.status] += 1
         if reply.status != 200:
             check_refusal(reply, *KNOWN)
             assert not reply.closes
@@ -341,23 +343,23 @@ async def test_soak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seed = int(os.environ.get("SOAK_SEED") or secrets.randbits(32))
     with capsys.disabled():
         print(f"\nsoak: SOAK_SEED={seed} SOAK_SECONDS={SECONDS:g}", flush=True)
-    books = Books()
+    directories = Books()
     try:
-        done = await soak(tmp_path, seed, books)
+        done = await soak(tmp_path, seed, directories)
     except BaseException as exc:
-        exc.add_note(f"SOAK_SEED={seed}: {books.text()}")
+        exc.add_note(f"SOAK_SEED={seed}: {directories.text()}")
         raise
-    slowest = max(books.back.values())
+    slowest = max(directories.back.values())
     with capsys.disabled():
         faults = ", ".join(f"{n} x {kind}" for kind, n in sorted(done.items()))
-        print(f"soak: {books.text()}; faults: {faults}; all back after {slowest:.2f} s")
-    assert sum(books.answered.values()) + books.hung_up == books.asked
-    assert books.answered[200] >= TENANTS
-    assert books.answered[503] > 0, "no fault was met"
+        print(f"soak: {directories.text()}; faults: {faults}; all back after {slowest:.2f} s")
+    assert sum(directories.answered.values()) + directories.hung_up == directories.asked
+    assert directories.answered[200] >= TENANTS
+    assert directories.answered[503] > 0, "no fault was met"
     assert slowest < SERVICE_BACK_S, f"SOAK_SEED={seed}"
 
 
-async def soak(folder: Path, seed: int, books: Books) -> Counter[str]:
+async def soak(folder: Path, seed: int, directories: Books) -> Counter[str]:
     """Fair weather, foul weather, fair weather; what happened to the chip."""
     weather = Weather()
     metrics: list[Metrics] = []
@@ -372,9 +374,9 @@ async def soak(folder: Path, seed: int, books: Books) -> Counter[str]:
                 async with trio.open_nursery() as nursery:
                     for number in range(TENANTS):
                         dice = random.Random(f"{seed}/{number}")
-                        nursery.start_soon(Tenant(number, address, ak, books, dice).run)
+                        nursery.start_soon(Tenant(number, address, ak, directories, dice).run)
                     await schedule.run(trio.current_time() + SECONDS - RECOVERY_S)
-                    books.calm_from = time.monotonic()
+                    directories.calm_from = time.monotonic()
             finally:
                 weather.clear()
             assert await is_ready(started)

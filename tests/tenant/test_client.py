@@ -1,4 +1,4 @@
-"""`ProxyClient`: under asyncio and trio, over a mock transport and against the daemon's real door."""
+"""`ProxyClient`: under asyncio and trio, over a mock transport and against the daemon's real server."""
 
 from __future__ import annotations
 
@@ -494,7 +494,7 @@ def test_a_late_answer_is_refused(run: Run[object], proxy: Proxy) -> None:
         run(lambda: proxy.attest(Verifier(GOOD_POLICY, max_age_s=60), now=lambda: next(times)))
 
 
-# --- against the daemon's real door -----------------------------------------------------------------
+# --- against the daemon's real server -----------------------------------------------------------------
 
 
 NOWHERE = Path("/nonexistent")

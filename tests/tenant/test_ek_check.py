@@ -19,9 +19,9 @@ import httpx
 import pytest
 import trio
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from door import make_door
 from evidence_factory import VM
-from helpers import FakeQuoter, command, door_on_port, make_answer, make_evidence
+from helpers import FakeQuoter, command, make_answer, make_evidence, server_on_port
+from http_server_helpers import make_server
 from ima_helpers import GOOD as FILE_GOOD
 from ima_helpers import line
 from ima_helpers import text as listed
@@ -573,11 +573,11 @@ def test_what_is_no_file_decides_nothing(tmp_path: Path) -> None:
             demand_ours(path)
 
 
-# --- as Keylime runs it, against a door -------------------------------------------------------------
+# --- as Keylime runs it, against a server -------------------------------------------------------------
 
 
 class Hosts:
-    """Doors of two hosts, and a tenant's file about them. `claims` says what each claims."""
+    """Servers of two hosts, and a tenant's file about them. `claims` says what each claims."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -641,7 +641,7 @@ async def hosts(tmp_path: Path) -> AsyncIterator[Hosts]:
                 claims=made.claims_of(name),
             )
             nursery.start_soon(batcher.run)
-            address = await stack.enter_async_context(door_on_port(make_door(batcher.submit)))
+            address = await stack.enter_async_context(server_on_port(make_server(batcher.submit)))
             ports[name] = int(address.rpartition(":")[2])
         made.write_map(ports)
         yield made

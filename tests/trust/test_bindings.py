@@ -17,7 +17,7 @@ import anyio
 import httpx
 import pytest
 from anyio.lowlevel import checkpoint
-from books import Book, FakeBook, RealBook, register
+from binding_directories import Book, FakeBook, RealBook, register
 from cryptography.hazmat.primitives.asymmetric import ec
 from fake_registrar import FakeRegistrar, envelope
 from helpers import HOST_UUID, make_evidence, run_here
@@ -66,7 +66,7 @@ Run = Callable[[Body], None]
 
 
 @pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.real)])
-def book(request: pytest.FixtureRequest) -> Book:
+def directory(request: pytest.FixtureRequest) -> Book:
     if request.param == "fake":
         return FakeBook()
     found: RealBook = request.getfixturevalue("real")
@@ -138,20 +138,22 @@ def with_fake(fake: FakeRegistrar, tenant: Tenant, **options: object) -> Registr
 # --- the contract: the fake and the real registrar --------------------------------------------------
 
 
-def test_contract(book: Book, tenant: Tenant, run: Run, request: pytest.FixtureRequest) -> None:
+def test_contract(
+    directory: Book, tenant: Tenant, run: Run, request: pytest.FixtureRequest
+) -> None:
     backend = request.node.callspec.params["run"]
     agent_id = f"contract-{backend}.example"
     host = vouched_host()
 
     async def body() -> None:
-        async with book.client() as http:
-            source = agent_records.AgentRecords(http, book.url)
+        async with directory.client() as http:
+            source = agent_records.AgentRecords(http, directory.url)
             with pytest.raises(NotRegisteredError):
                 await source.fetch(agent_id)
-            register(book, agent_id, host, activate=False)
+            register(directory, agent_id, host, activate=False)
             with pytest.raises(NotRegisteredError):
                 await source.fetch(agent_id)
-            register(book, agent_id, host)
+            register(directory, agent_id, host)
             record = await source.fetch(agent_id)
             assert (record.ek_public, record.ek_cert, record.ak_public) == (
                 host.ek_public,
@@ -159,19 +161,19 @@ def test_contract(book: Book, tenant: Tenant, run: Run, request: pytest.FixtureR
                 host.ak_public,
             )
             # Anybody may knock a record out by posting it again,
-            register(book, agent_id, host, activate=False)
+            register(directory, agent_id, host, activate=False)
             with pytest.raises(NotRegisteredError):
                 await source.fetch(agent_id)
             # or by answering for it wrongly,
             wrong = json.dumps({"auth_tag": "00"}).encode()
-            assert book.ask("PUT", f"/v2.6/agents/{agent_id}", wrong)[0] == 400
-            assert book.ask("PUT", f"/v2.6/agents/{agent_id}", wrong)[0] == 404
+            assert directory.ask("PUT", f"/v2.6/agents/{agent_id}", wrong)[0] == 400
+            assert directory.ask("PUT", f"/v2.6/agents/{agent_id}", wrong)[0] == 404
             # and then have another TPM there.
             other = vouched_host(1)
-            register(book, agent_id, other)
+            register(directory, agent_id, other)
             assert (await source.fetch(agent_id)).ek_public == other.ek_public
-            assert book.ask("POST", f"/v2.6/agents/{agent_id}", host.body())[0] == 403
-            assert book.ask("DELETE", f"/v2.6/agents/{agent_id}")[0] == 200
+            assert directory.ask("POST", f"/v2.6/agents/{agent_id}", host.body())[0] == 403
+            assert directory.ask("DELETE", f"/v2.6/agents/{agent_id}")[0] == 200
             with pytest.raises(NotRegisteredError):
                 await source.fetch(agent_id)
             # A version that it does not have is asked for once, and found out.
@@ -184,7 +186,7 @@ def test_contract(book: Book, tenant: Tenant, run: Run, request: pytest.FixtureR
 
 
 def test_a_software_key_passes_the_registrar_and_is_refused_here(
-    book: Book, tenant: Tenant, run: Run, request: pytest.FixtureRequest
+    directory: Book, tenant: Tenant, run: Run, request: pytest.FixtureRequest
 ) -> None:
     """No TPM anywhere: the credential is opened in software, the attributes are what they should be."""
     agent_id = f"software-{request.node.callspec.params['run']}.example"
@@ -204,9 +206,9 @@ def test_a_software_key_passes_the_registrar_and_is_refused_here(
     async def body() -> None:
         for number, (what, (host, error)) in enumerate(hosts.items()):
             name = f"{agent_id}-{number}"
-            register(book, name, host)  # the registrar is content
-            async with book.client() as http:
-                judge = tenant.bindings(http, book.url)
+            register(directory, name, host)  # the registrar is content
+            async with directory.client() as http:
+                judge = tenant.bindings(http, directory.url)
                 with pytest.raises(error):
                     await judge.check(name, host.ek_cert, host.ak_public)
                 with pytest.raises(error):
@@ -222,7 +224,7 @@ def test_a_software_key_passes_the_registrar_and_is_refused_here(
     ids=["unrestricted", "exportable", "decrypts"],
 )
 def test_an_ak_whose_attributes_are_wrong_passes_the_registrar_and_is_refused_here(
-    book: Book, tenant: Tenant, run: Run, request: pytest.FixtureRequest, attributes: int
+    directory: Book, tenant: Tenant, run: Run, request: pytest.FixtureRequest, attributes: int
 ) -> None:
     """A genuine EK, and beside it a key that signs whatever it is given."""
     agent_id = request.node.callspec.id.replace("[", "-")
@@ -230,11 +232,11 @@ def test_an_ak_whose_attributes_are_wrong_passes_the_registrar_and_is_refused_he
     host = replace(vouched_host(), ak_public=encode_public(key.public_key(), attributes))
 
     async def body() -> None:
-        register(book, agent_id, host)
-        async with book.client() as http:
+        register(directory, agent_id, host)
+        async with directory.client() as http:
             for eks in (tenant.eks, UnsafeAnyEk()):
                 with pytest.raises(UntrustedAkError):
-                    await tenant.bindings(http, book.url, eks=eks).check(
+                    await tenant.bindings(http, directory.url, eks=eks).check(
                         agent_id, host.ek_cert, host.ak_public
                     )
         assert not tenant.pins.has(agent_id)
@@ -243,38 +245,38 @@ def test_an_ak_whose_attributes_are_wrong_passes_the_registrar_and_is_refused_he
 
 
 def test_a_lie_about_the_attributes_with_no_ek_chain(
-    book: Book, tenant: Tenant, run: Run, request: pytest.FixtureRequest
+    directory: Book, tenant: Tenant, run: Run, request: pytest.FixtureRequest
 ) -> None:
     """The public area says "restricted, fixedTPM"; the key lies in a file. Only the EK's chain tells."""
     agent_id = f"lie-{request.node.callspec.params['run']}"
     host = SoftHost(tpm=SoftTpm(), ek=rsa_ek(2))
 
     async def body() -> None:
-        register(book, agent_id, host)
-        async with book.client() as http:
+        register(directory, agent_id, host)
+        async with directory.client() as http:
             with pytest.raises(UntrustedEkError):
-                await tenant.bindings(http, book.url).check(agent_id, None, host.ak_public)
+                await tenant.bindings(http, directory.url).check(agent_id, None, host.ak_public)
             # What the way round costs: this passes, and it is a key in a file.
-            unsafe = tenant.bindings(http, book.url, eks=UnsafeAnyEk())
+            unsafe = tenant.bindings(http, directory.url, eks=UnsafeAnyEk())
             binding = await unsafe.check(agent_id, None, host.ak_public)
             assert binding.host.ak.name == host.tpm.ak.name
-        async with book.client() as http:  # pinned, but not believed without the way round
+        async with directory.client() as http:  # pinned, but not believed without the way round
             with pytest.raises(UntrustedEkError):
-                await tenant.bindings(http, book.url).get(agent_id)
+                await tenant.bindings(http, directory.url).get(agent_id)
 
     run(body)
 
 
 def test_from_the_registrar_to_a_verified_quote(
-    book: Book, tenant: Tenant, run: Run, request: pytest.FixtureRequest
+    directory: Book, tenant: Tenant, run: Run, request: pytest.FixtureRequest
 ) -> None:
     agent_id = f"good-{request.node.callspec.params['run']}"
     host = vouched_host()
 
     async def body() -> None:
-        register(book, agent_id, host)
-        async with book.client() as http:
-            judge = tenant.bindings(http, book.url)
+        register(directory, agent_id, host)
+        async with directory.client() as http:
+            judge = tenant.bindings(http, directory.url)
             binding = await judge.get(agent_id)
             challenge = new_challenge(mask=1, now_s=time.monotonic(), history=binding.history)
             answer = make_evidence(host.tpm, challenge.request)

@@ -1,4 +1,4 @@
-"""The operator's door: health, metrics, and status as JSON and as a page, registrations.
+"""The operator's server: health, metrics, and status as JSON and as a page, registrations.
 
 Everything here only reads. The listener has no password, so it is for loopback and unix sockets
 alone (`config` sees to that), and a web page that an operator happens to have open must not read
@@ -19,7 +19,7 @@ from provider_proxy.host.metrics import Metrics
 PAGE = "status.html"
 
 
-class AdminDoor:
+class AdminApi:
     """The handler of the operator's listeners.
 
     Args:

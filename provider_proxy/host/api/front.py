@@ -25,7 +25,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from provider_proxy.common.tls import load_certificates
 from provider_proxy.errors import ClientCertError, UnknownTenantError
-from provider_proxy.host.api.identity import TenantBook
+from provider_proxy.host.api.identity import TenantDirectory
 from provider_proxy.host.api.tenant import Count, TurnAway
 from provider_proxy.host.config.tables import Listen
 from provider_proxy.host.http.messages import Handler, Peer, Request, Response
@@ -118,7 +118,7 @@ class ClientChain:
         Args:
             helpers: certificates that may be between the two, DER, untrusted.
 
-        Does not check: the CRL, and who it is; see `TenantBook.find`.
+        Does not check: the CRL, and who it is; see `TenantDirectory.find`.
 
         Raises:
             ClientCertError: it is no certificate.
@@ -200,19 +200,21 @@ class FrontJudge:
     """Says for whom a front asks. Never changed: a reload makes a new one.
 
     Args:
-        book: the tenants.
+        directory: the tenants.
         peers: who the front may be, as identities ("uid:…", "dns:…").
         chain: of the tenants' certificates.
     """
 
-    def __init__(self, book: TenantBook, peers: Collection[str], chain: ClientChain) -> None:
-        self._book = book
+    def __init__(
+        self, directory: TenantDirectory, peers: Collection[str], chain: ClientChain
+    ) -> None:
+        self._directory = directory
         self._peers = frozenset(peers)
         self._chain = chain
 
     def is_front(self, peer: Peer) -> bool:
         """Whether a connection is the front's, by its uid or its own certificate."""
-        return not self._peers.isdisjoint(self._book.identities(peer))
+        return not self._peers.isdisjoint(self._directory.identities(peer))
 
     def admit(self, request: Request) -> Request:
         """The request as if its tenant had come itself.
@@ -229,7 +231,7 @@ class FrontJudge:
         return dataclasses.replace(request, peer=peer, client_certs=(), client_chains=())
 
 
-def load_front_judge(listen: Listen, book: TenantBook) -> FrontJudge | None:
+def load_front_judge(listen: Listen, directory: TenantDirectory) -> FrontJudge | None:
     """The judge of a configuration; None where it has no front.
 
     Raises:
@@ -238,10 +240,10 @@ def load_front_judge(listen: Listen, book: TenantBook) -> FrontJudge | None:
     if not listen.front or listen.client_ca is None:
         return None
     authorities = load_certificates("listen.client_ca", listen.client_ca)
-    return FrontJudge(book, listen.front_peers, ClientChain(authorities))
+    return FrontJudge(directory, listen.front_peers, ClientChain(authorities))
 
 
-class FrontDoor:
+class FrontApi:
     """The handler of a front's listeners, before the tenants' own.
 
     Args:
@@ -287,13 +289,17 @@ class FrontDoor:
         return None
 
 
-def make_front_door(
-    listen: Listen, handler: Handler, book: TenantBook, count: Count, turned_away: TurnAway
-) -> FrontDoor | None:
-    """The front's door; None where there is none.
+def make_front_api(
+    listen: Listen,
+    handler: Handler,
+    directory: TenantDirectory,
+    count: Count,
+    turned_away: TurnAway,
+) -> FrontApi | None:
+    """The front's server; None where there is none.
 
     Raises:
         HostError: see `load_front_judge`.
     """
-    judge = load_front_judge(listen, book)
-    return None if judge is None else FrontDoor(handler, judge, count, turned_away)
+    judge = load_front_judge(listen, directory)
+    return None if judge is None else FrontApi(handler, judge, count, turned_away)

@@ -4,7 +4,7 @@ Asked on every request, not at the handshake alone: a resumed TLS session passes
 certificate has expired or was revoked, and a kept-alive connection must lose its right when its tenant
 is removed. A certificate is parsed once; what is looked up each time is its dates, the CRL, the tenant.
 
-A book is never changed: a reload makes a new one.
+A directory is never changed: a reload makes a new one.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _folded_uri(uri: str) -> str:
     return uri if match is None else match[0].lower() + uri[match.end() :]
 
 
-class TenantBook:
+class TenantDirectory:
     """The tenants, by their identities.
 
     Args:
@@ -236,15 +236,15 @@ def _tenant(name: str, rules: TenantRules) -> Tenant:
     )
 
 
-def load_book(
+def load_tenant_directory(
     listen: Listen, defaults: TenantRules, tenants: Mapping[str, TenantRules]
-) -> TenantBook:
-    """The book of a configuration, its CRL read.
+) -> TenantDirectory:
+    """The directory of a configuration, its CRL read.
 
     Raises:
         HostError: the CRL is missing or not the CA's, or has run out and `listen.crl_strict` is set.
     """
-    return TenantBook(
+    return TenantDirectory(
         defaults,
         tenants,
         certificates=listen.client_ca is not None,

@@ -1,4 +1,4 @@
-"""The tenants' door: routes, and what each answers.
+"""The tenants' server: routes, and what each answers.
 
 Hands a checked request to `Submit` and gives its answer, or the error's status, to `http1`. Never
 decides when a quote is taken, and knows a tenant only by what `identify` says of the connection.
@@ -61,7 +61,7 @@ Identify = Callable[[Peer], Tenant]
 TurnAway = Callable[[str, str, bytes | None], object]
 
 
-class TenantDoor:
+class TenantApi:
     """The handler of the tenants' listeners.
 
     Args:

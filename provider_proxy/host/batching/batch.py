@@ -1,6 +1,6 @@
 """What a batch is made of: waiters, the sealed batch, its tree, its check, its answers.
 
-Synchronous and without a clock; `batcher` decides when. `plant_tree` and `check_batch` are the two
+Synchronous and without a clock; `batcher` decides when. `build_batch_tree` and `check_batch` are the two
 long computations of a batch, some 10 microseconds a leaf each, and run in a worker thread.
 """
 
@@ -129,7 +129,7 @@ class Batch:
             waiter.refuse(error)
 
 
-def plant_tree(batch: Batch) -> RootHash:
+def build_batch_tree(batch: Batch) -> RootHash:
     """Build a batch's tree (in the tree worker); proofs in the order of the waiters.
 
     Leaves and padding are shuffled together, so that an index tells nothing of who came when.

@@ -47,10 +47,10 @@ from provider_proxy.host.batching.batch import (
     Batch,
     SealedBy,
     Waiter,
+    build_batch_tree,
     check_batch,
-    plant_tree,
 )
-from provider_proxy.host.batching.queue import BatchSettings, WaitingRoom
+from provider_proxy.host.batching.queue import BatchSettings, RequestQueue
 from provider_proxy.host.batching.report import report
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.tpm.state import ChipState
@@ -151,7 +151,7 @@ class Batcher:
         self._claims = claims
         self._logs = logs
         self._boottime = boottime
-        self._room = WaitingRoom(settings, lambda: quoter.state)
+        self._room = RequestQueue(settings, lambda: quoter.state)
         self._settings = settings
         metrics.queue.set_function(lambda: self._room.waiting)
         self._batches = 0
@@ -310,7 +310,7 @@ class Batcher:
 
     async def _quote(self, batch: Batch) -> None:
         """Build the tree and quote its root; on failure every waiter has the error."""
-        root = await self._in_worker(plant_tree, batch)
+        root = await self._in_worker(build_batch_tree, batch)
         qualifying = inclusion.qualifying_data(root, batch.size)
         begin = trio.current_time()
         try:

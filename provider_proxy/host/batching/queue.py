@@ -93,7 +93,7 @@ class Line:
         return taken
 
 
-class WaitingRoom:
+class RequestQueue:
     """All the lines.
 
     Args:

@@ -34,7 +34,7 @@ def read_dates(config: Config) -> tuple[Dated, ...]:
 
 
 def listen_files(listen: Listen) -> TlsFiles:
-    """The files of the tenants' door."""
+    """The files of the tenants' server."""
     return TlsFiles(
         ca=listen.client_ca,
         cert=listen.tls_cert,

@@ -41,7 +41,7 @@ ALL_BUT_IMA = tuple(pcr for pcr in range(PCR_COUNT) if pcr != 10)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listen:
-    """`[listen]`: the tenants' door."""
+    """`[listen]`: the tenants' server."""
 
     address: tuple[str, ...] = setting(
         read_addresses,
@@ -165,7 +165,7 @@ class BatchTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """`[limits]`: what the door bears."""
+    """`[limits]`: what the server bears."""
 
     max_queue: int = setting(
         integer(1, 1_000_000), 8192, "Requests that may wait at once. One more gets 503."

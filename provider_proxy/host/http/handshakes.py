@@ -15,7 +15,7 @@ class Shaking(Protocol):
         """End at once, for another needs the room."""
 
 
-class HandshakeRoom:
+class HandshakeLimits:
     """The handshakes in progress, in the order in which they began.
 
     Args:

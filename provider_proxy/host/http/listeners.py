@@ -207,7 +207,7 @@ def describe(listeners: Sequence[Listener]) -> list[str]:
 
 
 def tls_context(listen: Listen) -> ssl.SSLContext | None:
-    """The door's TLS: 1.2 at least, clients' certificates where `client_ca` is set.
+    """The server's TLS: 1.2 at least, clients' certificates where `client_ca` is set.
 
     Raises:
         HostError: a file is wrong; the message says which and why.

@@ -1,4 +1,4 @@
-"""Requests and responses of our doors, as values; `http1` carries them.
+"""Requests and responses of our servers, as values; `http1` carries them.
 
 A response is in Keylime's envelope where it is JSON. Nothing here reads a socket or waits.
 """

@@ -5,7 +5,7 @@ headers and body leave in one write. Whatever a client does wrong gets a 4xx in 
 the connection is kept or closed as RFC 9112 says.
 
 Invariants: a connection holds at most one request; no more than one read goes past a limit; each
-wait on the client has a deadline. `Door.finish` never cuts off a request that is being answered.
+wait on the client has a deadline. `HttpServer.finish` never cuts off a request that is being answered.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import trio
 from provider_proxy.common.streams import SocketStream
 from provider_proxy.errors import DeadlineError, ProviderProxyError
 from provider_proxy.host.http import proxy_protocol
-from provider_proxy.host.http.handshakes import HandshakeRoom
+from provider_proxy.host.http.handshakes import HandshakeLimits
 from provider_proxy.host.http.messages import (
     Handler,
     Observer,
@@ -58,7 +58,7 @@ ObserveHandshake = Callable[[str], None]
 """Called after each TLS handshake, with "ok", `SILENT`, or why it failed: see `handshake_failure`."""
 
 
-class Door(HandshakeRoom):
+class HttpServer(HandshakeLimits):
     """Serves one kind of listener.
 
     Args:
@@ -211,10 +211,10 @@ class _Connection:
     """One client. All its waits share one cancel scope, whose deadline moves from stage to stage;
     a scope for each wait would cost a tenth of a request."""
 
-    def __init__(self, door: Door, stream: SocketStream) -> None:
-        self._door = door
+    def __init__(self, server: HttpServer, stream: SocketStream) -> None:
+        self._server = server
         self._stream = stream
-        self._reader = RequestReader(stream, MAX_HEAD_BYTES, front=door.front)
+        self._reader = RequestReader(stream, MAX_HEAD_BYTES, front=server.front)
         self._client: proxy_protocol.Client | None = None  # whose connection a proxy passes on
         self._stage = _Stage.IDLE
         self._scope = trio.CancelScope()
@@ -267,13 +267,13 @@ class _Connection:
 
     async def run(self) -> None:
         """Handshake, then requests, until either side ends."""
-        if self._door.closing:
+        if self._server.closing:
             return
         with self._scope:
             if self._stream.is_tls:
                 self._enter(_Stage.READING, HANDSHAKE_LIMIT_S)
                 await self._shake_hands()
-            peer = peer_of(self._stream, self._door.chains, self._limit, self._client)
+            peer = peer_of(self._stream, self._server.chains, self._limit, self._client)
             self._scope.deadline = self.since + IDLE_LIMIT_S
             await self._converse(peer)
         while self._scope.cancelled_caught and self._goes_on():
@@ -282,7 +282,7 @@ class _Connection:
             with trio.CancelScope(deadline=begin + IDLE_LIMIT_S) as self._scope:
                 if not is_idle:
                     await self._send()
-                    if not self._reader.keeps or self._door.closing:
+                    if not self._reader.keeps or self._server.closing:
                         return
                 await self._converse(peer)
 
@@ -290,16 +290,16 @@ class _Connection:
         """True where a deadline was not the connection's end: it goes on under a new scope."""
         if self._stage is _Stage.IDLE:  # the last request's deadline; this wait has a longer one
             is_due = trio.current_time() >= self.since + IDLE_LIMIT_S and self._early is None
-            return not (is_due or self._cut_off or self._door.closing)
+            return not (is_due or self._cut_off or self._server.closing)
         if self._stage is _Stage.ANSWERING:
-            self._compose(error_response(DeadlineError(TIMED_OUT), self._door.busy_status))
+            self._compose(error_response(DeadlineError(TIMED_OUT), self._server.busy_status))
         return self._stage in (_Stage.ANSWERING, _Stage.LATE)
 
     async def _shake_hands(self) -> None:
         """TLS's handshake, counted."""
         reason, words = "timeout", ""  # who else cancels, to make room or to end, has waited too
         try:
-            with self._door.shaking(self, self.address() or ""):
+            with self._server.shaking(self, self.address() or ""):
                 await self._stream.do_handshake()
             reason = "ok"
         except trio.BrokenResourceError as exc:
@@ -311,8 +311,8 @@ class _Connection:
         finally:
             heard = reason if self._stream.heard else SILENT
             reason = CROWDED_OUT if self._crowded_out else heard
-            self._door.observe_handshake(reason)
-            self._door.turned_away(reason, self.address() or "", words)
+            self._server.observe_handshake(reason)
+            self._server.turned_away(reason, self.address() or "", words)
 
     def _limit(self, seconds: float) -> None:
         """The handler says how long it may take."""
@@ -326,16 +326,16 @@ class _Connection:
             if isinstance(incoming, Request):
                 # Its deadline is still the last one; a handler that waits sets its own.
                 self._stage = _Stage.ANSWERING
-                self._door.waiting.pop(self, None)
+                self._server.waiting.pop(self, None)
                 try:
-                    response = await self._door.handler(incoming)
+                    response = await self._server.handler(incoming)
                 except ProviderProxyError as exc:
-                    response = error_response(exc, self._door.busy_status)
+                    response = error_response(exc, self._server.busy_status)
             else:
                 response = incoming
             self._compose(response)
             await self._send()
-            if not self._reader.keeps or self._door.closing:
+            if not self._reader.keeps or self._server.closing:
                 # Behind a refusal more may come unread. After an answer, TLS's own close_notify is
                 # enough: to wait for the client would hold up one that reads to the end.
                 if not self._stream.is_tls or not isinstance(incoming, Request):
@@ -351,10 +351,10 @@ class _Connection:
                 self._stage = _Stage.IDLE
                 self.since = trio.current_time()
                 if not self._cut_off:
-                    self._door.waiting[self] = None
+                    self._server.waiting[self] = None
             incoming = await self._reader.next(peer, self._read_on)
         now = trio.current_time()
-        if self._cut_off or self._door.closing or self._scope.deadline < now + LEAST_ANSWER_S:
+        if self._cut_off or self._server.closing or self._scope.deadline < now + LEAST_ANSWER_S:
             if self._scope.cancel_called and self._stage is _Stage.IDLE:
                 self._early = incoming
                 await trio.lowlevel.checkpoint_if_cancelled()
@@ -363,11 +363,11 @@ class _Connection:
 
     def _compose(self, response: Response) -> None:
         """Make the bytes of a response; from here on it is the answer."""
-        self._door.observe(response.status, response.reason)
+        self._server.observe(response.status, response.reason)
         reader = self._reader
-        if response.closes or self._door.closing:
+        if response.closes or self._server.closing:
             reader.keeps = False
-        head = response_head(response, self._door.date(), keeps=reader.keeps)
+        head = response_head(response, self._server.date(), keeps=reader.keeps)
         self._outgoing = joined((head, *(() if reader.head_only else response.body)))
 
     async def _send(self) -> None:

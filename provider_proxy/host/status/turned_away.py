@@ -1,4 +1,4 @@
-"""Who was turned away at the door, and why: a few lines in the log, and the last of them in the status.
+"""Who was turned away at the server, and why: a few lines in the log, and the last of them in the status.
 
 Whoever fails at TLS, or shows a certificate of nobody that is known, leaves nothing else behind: the
 operator sees here what the tenant sees as a closed connection. Lines are few, however many come: a port

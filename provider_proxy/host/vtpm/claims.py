@@ -24,7 +24,7 @@ class Claims:
     """A `batcher.ClaimsSource` over what is known of VMs.
 
     Args:
-        look: the entry of a VM that runs here now; None of every other: `Keeper.running_entry`.
+        look: the entry of a VM that runs here now; None of every other: `VtpmService.running_entry`.
     """
 
     def __init__(self, look: Look) -> None:

@@ -95,7 +95,7 @@ class Entry:
 def registered(old: Entry | None, vm: uuid.UUID, name: str, ek: Ek, *, issuer: str) -> Entry:
     """swtpm_setup made a key: it joins those of the same making, or begins a new vTPM.
 
-    Does not check: that root has it do so now; the keeper does.
+    Does not check: that root has it do so now; the vTPM service does.
     """
     entry = old or Entry(vm=vm)
     if ek in entry.eks:

@@ -1,4 +1,4 @@
-"""The hooks' door: a unix socket, one line in, one line out.
+"""The hooks' server: a unix socket, one line in, one line out.
 
 Lets in root and the swtpm user, by what the kernel says of the peer. Every wait has a deadline and
 every user a number of connections; nothing here touches the registry, which the handler does.
@@ -66,7 +66,7 @@ class HookListener(Protocol):
 
 
 class Handler(Protocol):
-    """What answers the hooks: the keeper."""
+    """What answers the hooks: the vTPM service."""
 
     async def certify(self, request: CertificateRequest) -> bytes | None:
         """Register an EK; a certificate, or None where swtpm_localca shall make one.
@@ -77,7 +77,7 @@ class Handler(Protocol):
         ...
 
 
-class HookDoor:
+class HookServer:
     """Serves hooks' connections.
 
     Args:

@@ -16,7 +16,7 @@ from provider_proxy.host.config.chip_tables import Vtpm
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.vtpm.registry import Registry
 from provider_proxy.host.vtpm.requests import Issuer
-from provider_proxy.host.vtpm.service import Keeper
+from provider_proxy.host.vtpm.service import VtpmService
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +31,10 @@ OPEN_MODE = 0o666
 
 
 @asynccontextmanager
-async def open_keeper(
+async def open_vtpm_service(
     settings: Vtpm, state_dir: Path, metrics: Metrics, issuer: Issuer | None
-) -> AsyncIterator[Keeper | None]:
-    """A keeper over the registry in `state_dir`; None where `vtpm.enabled` is false.
+) -> AsyncIterator[VtpmService | None]:
+    """A vTPM service over the registry in `state_dir`; None where `vtpm.enabled` is false.
 
     Raises:
         HostError: there is no such user, or the registry cannot be read.
@@ -45,13 +45,13 @@ async def open_keeper(
     registry = Registry(state_dir / REGISTRY_FILE, max_vms=settings.max_vms)
     try:
         uid = _swtpm_user(settings).pw_uid
-        yield Keeper(settings, registry, metrics, uid=uid, issuer=issuer)
+        yield VtpmService(settings, registry, metrics, uid=uid, issuer=issuer)
     finally:
         registry.close()
 
 
 def share_socket(settings: Vtpm) -> None:
-    """Let the swtpm user connect, beside root and ourselves; the door asks the kernel besides.
+    """Let the swtpm user connect, beside root and ourselves; the server asks the kernel besides.
 
     Raises:
         HostError: there is no such user, or the socket's mode cannot be set.

@@ -3,7 +3,7 @@
 A change is committed before it can be seen, in one transaction, and synced to the disk: whoever got an
 answer may rely on it, whatever kills the process then. Methods that change block for a disk's write
 and are not for two threads at once; `get` is one look-up in a dict and never waits. That a VM runs is
-kept for people and to see copies; what tenants are told of it is the keeper's.
+kept for people and to see copies; what tenants are told of it is the vTPM service's.
 
 Invariants: an EK belongs to one VM; no more VMs than `max_vms`.
 """
@@ -129,7 +129,7 @@ class Registry:
     def register(self, request: CertificateRequest, *, issuer: str) -> Entry:
         """Take a new EK of a VM whose vTPM is being made.
 
-        Does not check: that root has it made now; the keeper does.
+        Does not check: that root has it made now; the vTPM service does.
 
         Raises:
             CloneError: the EK is another VM's.

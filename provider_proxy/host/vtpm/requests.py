@@ -1,6 +1,6 @@
 """What swtpm_setup wants certified, as values: a VM's EK or platform, and what its TPM says of itself.
 
-The registry's door makes a `CertificateRequest` out of a hook's message, and an `Issuer`, where there
+The registry's server makes a `CertificateRequest` out of a hook's message, and an `Issuer`, where there
 is one, answers it with a certificate. Nothing is read, signed or written here.
 """
 

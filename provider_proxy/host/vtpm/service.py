@@ -26,7 +26,7 @@ from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.vtpm.claims import Claims, entry_values
 from provider_proxy.host.vtpm.entries import Entry, ek_of
 from provider_proxy.host.vtpm.follower import Follower
-from provider_proxy.host.vtpm.hook_server import HookDoor, HookListener
+from provider_proxy.host.vtpm.hook_server import HookListener, HookServer
 from provider_proxy.host.vtpm.registry import CloneError, Registry
 from provider_proxy.host.vtpm.requests import MAX_CERTIFICATE_BYTES, CertificateRequest, Issuer
 from provider_proxy.host.vtpm.sightings import Gone, Sighting, Window
@@ -39,7 +39,7 @@ PRUNE_S = 60.0
 STATES = ("confirmed", "registered", "claimed", "stopped")
 
 
-class Keeper:
+class VtpmService:
     """The daemon's part of the link. Open the hooks' socket, `start`, then `run` in a nursery.
 
     Args:
@@ -48,7 +48,7 @@ class Keeper:
 
     Attributes:
         claims: what the batcher asks.
-        door: what serves the hooks.
+        server: what serves the hooks.
         follower: what provider-proxy-vtpm sees.
         issuer: as it was given.
     """
@@ -69,7 +69,7 @@ class Keeper:
         self._one = trio.Lock()
         self.follower = Follower(settings.helper, self.take, max_vms=settings.max_vms)
         self.claims = Claims(self.running_entry)
-        self.door = HookDoor(
+        self.server = HookServer(
             self,
             uid=uid,
             observe=lambda op, outcome: metrics.vtpm_messages.labels(op, outcome).inc(),
@@ -108,7 +108,7 @@ class Keeper:
         """Serve hooks, follow and prune, until cancelled."""
         async with trio.open_nursery() as nursery:
             for listener in hooks:
-                nursery.start_soon(listener.serve, self.door.serve)
+                nursery.start_soon(listener.serve, self.server.serve)
             nursery.start_soon(self.follower.run)
             nursery.start_soon(self._prune)
 

@@ -10,9 +10,9 @@ from provider_proxy.common.addresses import is_loopback
 from provider_proxy.common.dates import Calendar
 from provider_proxy.evidence.wire import encode_envelope
 from provider_proxy.tenant.bridge.agents import HostAgent
-from provider_proxy.tenant.bridge.door import Answer, Asked
 from provider_proxy.tenant.bridge.keys import BridgeKeys
 from provider_proxy.tenant.bridge.metrics import BridgeMetrics
+from provider_proxy.tenant.watch.http_server import Answer, Asked
 from provider_proxy.trust.registration.state import GOOD
 
 METRICS_TYPE = b"text/plain; version=0.0.4; charset=utf-8"

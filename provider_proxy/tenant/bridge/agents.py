@@ -17,9 +17,9 @@ from provider_proxy.common.addresses import authority
 from provider_proxy.errors import ConfigError
 from provider_proxy.tenant.bridge import api
 from provider_proxy.tenant.bridge.agent import Agent
-from provider_proxy.tenant.bridge.door import Door, listen
 from provider_proxy.tenant.bridge.keys import BridgeKeys
 from provider_proxy.tenant.bridge.pushing import Pusher
+from provider_proxy.tenant.watch.http_server import TenantHttpServer, listen
 from provider_proxy.tenant.watch.tables import BridgeTable, RegistrarTable
 from provider_proxy.trust.registration.registration import Registration
 
@@ -148,7 +148,7 @@ class HostAgent:
             changed()
 
     async def _listen(self, port: int, changed: Callable[[], None]) -> None:
-        door = Door(partial(api.answer, self.agent), self._context)
+        server = TenantHttpServer(partial(api.answer, self.agent), self._context)
         said = ""
         while True:
             try:
@@ -171,7 +171,7 @@ class HostAgent:
                 port,
             )
             try:
-                await door.serve(listener)
+                await server.serve(listener)
             finally:
                 self.is_listening = False
                 changed()

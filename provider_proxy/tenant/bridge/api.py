@@ -27,8 +27,8 @@ from provider_proxy.errors import (
 from provider_proxy.evidence.model import PCR_COUNT
 from provider_proxy.evidence.wire import encode_envelope
 from provider_proxy.tenant.bridge.agent import Agent, Poll
-from provider_proxy.tenant.bridge.door import Answer, Asked
 from provider_proxy.tenant.bridge.quoting import DATA_PCR
+from provider_proxy.tenant.watch.http_server import Answer, Asked
 
 log = logging.getLogger(__name__)
 

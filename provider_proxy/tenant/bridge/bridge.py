@@ -26,12 +26,12 @@ from provider_proxy.errors import ConfigError, HostError, ProviderProxyError
 from provider_proxy.tenant.bridge.admin import Admin
 from provider_proxy.tenant.bridge.agent import Agent
 from provider_proxy.tenant.bridge.agents import HostAgent, RegistrarAccess, agent_registrar
-from provider_proxy.tenant.bridge.door import Door, listen
 from provider_proxy.tenant.bridge.keys import BridgeKeys, load_keys
 from provider_proxy.tenant.bridge.metrics import BridgeMetrics
-from provider_proxy.tenant.bridge.ports import PortBook
+from provider_proxy.tenant.bridge.ports import PortTable
 from provider_proxy.tenant.bridge.push_access import PushAccess
 from provider_proxy.tenant.watch.budget import Budget
+from provider_proxy.tenant.watch.http_server import TenantHttpServer, listen
 from provider_proxy.tenant.watch.preflight import read_dates
 from provider_proxy.tenant.watch.questions import HostQuestions, Setting
 from provider_proxy.tenant.watch.registrars import KnownAks, Registrars
@@ -90,7 +90,7 @@ class Bridge:
         directory = state_dir_of(config)
         self._store = StateStore(directory)
         self._budget = Budget()
-        self._ports = PortBook(directory, config.bridge.first_port, config.bridge.last_port)
+        self._ports = PortTable(directory, config.bridge.first_port, config.bridge.last_port)
         self._registrars = Registrars(config)
         self._settings = make_settings(config, KnownAks(self._registrars), judged_elsewhere=True)
         assert config.bridge.registrar is not None
@@ -160,7 +160,7 @@ class Bridge:
             listener = listen(ip, port)
         except OSError as exc:
             raise HostError(f"bridge.admin: cannot listen at {ip}:{port}: {exc.strerror}") from exc
-        nursery.start_soon(Door(Admin(self).answer, None).serve, listener)
+        nursery.start_soon(TenantHttpServer(Admin(self).answer, None).serve, listener)
 
     async def _heed(
         self,

@@ -19,7 +19,7 @@ MAX_FILE_BYTES = 8 * 1024 * 1024
 MAX_PORT = 65535
 
 
-class PortBook:
+class PortTable:
     """The file of a state directory.
 
     Args:

@@ -20,9 +20,9 @@ from psycopg import Connection
 from provider_proxy.common.pages import NO_SNIFF, check_host, page_headers
 from provider_proxy.errors import ProviderProxyError, UsageError, WrongHostError
 from provider_proxy.evidence.wire import encode_envelope
-from provider_proxy.tenant.bridge.door import Answer, Asked
 from provider_proxy.tenant.fleet import overview, views
 from provider_proxy.tenant.fleet.database import Database, DatabaseError
+from provider_proxy.tenant.watch.http_server import Answer, Asked
 
 PAGE = "fleet.html"
 HTML = b"text/html; charset=utf-8"

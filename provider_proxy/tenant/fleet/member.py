@@ -29,7 +29,6 @@ import trio
 from provider_proxy.common import memory
 from provider_proxy.common.addresses import split_address
 from provider_proxy.errors import HostError, ProviderProxyError, first_of
-from provider_proxy.tenant.bridge.door import Door, listen
 from provider_proxy.tenant.fleet import leases, overview, rows, schema
 from provider_proxy.tenant.fleet.admin import FleetAdmin, Standing
 from provider_proxy.tenant.fleet.database import Database, DatabaseError, Lane, read_address
@@ -45,6 +44,7 @@ from provider_proxy.tenant.watch.alive import beat
 from provider_proxy.tenant.watch.budget import Budget
 from provider_proxy.tenant.watch.ek_directory import EkDirectory
 from provider_proxy.tenant.watch.host import Shared
+from provider_proxy.tenant.watch.http_server import TenantHttpServer, listen
 from provider_proxy.tenant.watch.metrics import WatchMetrics, write_often
 from provider_proxy.tenant.watch.reports import (
     DRAIN_LIMIT_S,
@@ -250,7 +250,7 @@ class FleetMember:
         except OSError as exc:
             raise HostError(f"admin: cannot listen at {address}: {exc.strerror}") from exc
         admin = FleetAdmin(self._database, self.standing, self._metrics_text)
-        await Door(admin.answer, None).serve(listener)
+        await TenantHttpServer(admin.answer, None).serve(listener)
 
     async def _look(self) -> None:
         """Look at the fleet as a whole every now and then, for its history and the metrics, for ever."""

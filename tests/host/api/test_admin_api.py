@@ -1,4 +1,4 @@
-"""The operator's door: who may ask, what the page may do, and that status is as documented."""
+"""The operator's server: who may ask, what the page may do, and that status is as documented."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from helpers import (
     Wire,
     connect,
     connected,
-    door_on_port,
     get,
     make_certs,
     plain_toml,
     quote_over,
     run_command,
+    server_on_port,
     serving,
     trusted_ak,
     until,
@@ -34,11 +34,11 @@ from tpm_helpers import sample
 
 from provider_proxy.common.pages import check_host, page_headers
 from provider_proxy.errors import QuoteError, WrongHostError
-from provider_proxy.host.api.admin import AdminDoor
+from provider_proxy.host.api.admin import AdminApi
 from provider_proxy.host.config.tables import Listen
 from provider_proxy.host.http.listeners import open_listeners, tls_context
 from provider_proxy.host.http.peers import SILENT
-from provider_proxy.host.http.server import Door
+from provider_proxy.host.http.server import HttpServer
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.status.recent import Recent
 
@@ -61,15 +61,15 @@ def full_status() -> dict[str, Any]:
     return make_board(recent, chip=CHIP, metrics=metrics).results()
 
 
-def make_door(metrics: Metrics | None = None) -> Door:
-    handler = AdminDoor(metrics or Metrics(), lambda: None, full_status)
-    return Door(handler, observe=lambda status, reason: None)
+def make_server(metrics: Metrics | None = None) -> HttpServer:
+    handler = AdminApi(metrics or Metrics(), lambda: None, full_status)
+    return HttpServer(handler, observe=lambda status, reason: None)
 
 
 @asynccontextmanager
 async def over_tcp() -> AsyncIterator[Wire]:
-    """A client of the door on loopback, where a browser could be."""
-    async with door_on_port(make_door()) as address, connect(address) as wire:
+    """A client of the server on loopback, where a browser could be."""
+    async with server_on_port(make_server()) as address, connect(address) as wire:
         yield wire
 
 
@@ -111,7 +111,7 @@ def test_handshake_reasons_are_documented() -> None:
 
 
 async def test_status_is_json_in_the_envelope() -> None:
-    async with connected(make_door()) as wire:
+    async with connected(make_server()) as wire:
         reply = await wire.get("/status")
         assert reply.results()["version"] == 1
         assert reply.header("Content-Type") == "application/json"
@@ -124,7 +124,7 @@ async def test_status_is_json_in_the_envelope() -> None:
 
 
 async def test_the_page_may_run_its_own_script_and_no_other() -> None:
-    async with connected(make_door()) as wire:
+    async with connected(make_server()) as wire:
         reply = await wire.get("/")
     assert (reply.status, reply.body) == (200, PAGE)
     assert reply.header("Content-Type") == "text/html; charset=utf-8"
@@ -190,7 +190,7 @@ async def test_a_rebound_name_reads_nothing(path: str) -> None:
 
 
 async def test_a_unix_socket_takes_any_name() -> None:
-    async with connected(make_door()) as wire:
+    async with connected(make_server()) as wire:
         await wire.send(b"GET /status HTTP/1.1\r\nHost: provider-proxy\r\n\r\n")
         assert (await wire.reply()).status == 200
 
@@ -252,8 +252,8 @@ async def test_tls_handshakes_are_counted_by_reason(tmp_path: Any) -> None:
     metrics = Metrics()
     listen = Listen(tls_cert=certs.cert, tls_key=certs.key, client_ca=certs.ca_file)
     (listener,) = open_listeners("listen.address", ("127.0.0.1:0",), tls_context(listen))
-    door = Door(
-        AdminDoor(metrics, lambda: None, dict),
+    server = HttpServer(
+        AdminApi(metrics, lambda: None, dict),
         observe=lambda status, reason: None,
         observe_handshake=metrics.count_handshake,
     )
@@ -263,7 +263,7 @@ async def test_tls_handshakes_are_counted_by_reason(tmp_path: Any) -> None:
         return sample(metrics, "tls_handshakes_total", {"result": result, "reason": reason})
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(listener.serve, door.serve)
+        nursery.start_soon(listener.serve, server.serve)
         assert (await get(address, "/healthz", certs.client(with_cert=True))).status == 200
         stranger = other.client(with_cert=True)
         stranger.load_verify_locations(certs.ca_file)
@@ -274,14 +274,14 @@ async def test_tls_handshakes_are_counted_by_reason(tmp_path: Any) -> None:
         async with connect(address) as wire:
             await wire.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             await wire.rest()
-        await until(lambda: door.connections == 0)
+        await until(lambda: server.connections == 0)
         async with connect(address):
-            await until(lambda: door.connections == 1)  # one that nobody has seen is not counted
+            await until(lambda: server.connections == 1)  # one that nobody has seen is not counted
             await until(lambda: counted("silent", "silent") == 0)
         await until(lambda: counted("silent", "silent") == 1)
         async with connect(address) as wire:
             await wire.send(b"\x16\x03\x01")
-            await until(lambda: door.connections == 1)
+            await until(lambda: server.connections == 1)
         await until(lambda: counted("failed", "client_gone") == 1)
         nursery.cancel_scope.cancel()
     assert counted("ok", "ok") == 1

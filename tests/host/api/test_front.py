@@ -27,7 +27,7 @@ from provider_proxy.host.api.front import (
     parse_client_cert,
     parse_client_chain,
 )
-from provider_proxy.host.api.identity import TenantBook
+from provider_proxy.host.api.identity import TenantDirectory
 from provider_proxy.host.config.tables import Admin, Config, Limits, Listen, TenantRules
 from provider_proxy.host.http.messages import Peer, Request
 from provider_proxy.host.status.recent import FRESH_S
@@ -239,8 +239,8 @@ FRONT = Peer(name="unix:1", is_gone=lambda: False, limit=lambda s: None, uid=33)
 
 
 def judge() -> FrontJudge:
-    book = TenantBook(TenantRules(accept_unlisted=True), {}, certificates=True)
-    return FrontJudge(book, ("uid:33", "cn:front"), ClientChain([ROOT.cert]))
+    directory = TenantDirectory(TenantRules(accept_unlisted=True), {}, certificates=True)
+    return FrontJudge(directory, ("uid:33", "cn:front"), ClientChain([ROOT.cert]))
 
 
 def request(peer: Peer, *certs: bytes) -> Request:
@@ -252,8 +252,8 @@ def request(peer: Peer, *certs: bytes) -> Request:
 def test_the_tenant_is_the_certificates() -> None:
     admitted = judge().admit(request(FRONT, TENANT))
     assert (admitted.peer.certificate, admitted.peer.uid) == (TENANT, None)
-    book = TenantBook(TenantRules(accept_unlisted=True), {}, certificates=True)
-    assert book.find(admitted.peer).name == "cn:tenant"
+    directory = TenantDirectory(TenantRules(accept_unlisted=True), {}, certificates=True)
+    assert directory.find(admitted.peer).name == "cn:tenant"
 
 
 def test_a_front_by_its_certificate() -> None:

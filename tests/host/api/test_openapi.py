@@ -1,5 +1,5 @@
-"""`openapi.json` and the door say the same: paths, parameters and their bounds, statuses, and each reply
-that a door really gives."""
+"""`openapi.json` and the server say the same: paths, parameters and their bounds, statuses, and each
+reply that a server really gives."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import h11
 import pytest
 import schemathesis
 import trio
-from door import NONCE, VM, make_door
 from helpers import FakeQuoter, Reply, Wire, connected, get_bytes, make_evidence
+from http_server_helpers import NONCE, VM, make_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema_rs import Draft202012Validator, ValidationError
@@ -51,7 +51,7 @@ from provider_proxy.host.config.tables import DEFAULT_ISOLATED
 from provider_proxy.host.http import messages
 from provider_proxy.host.http import server as http1
 from provider_proxy.host.http.messages import Peer
-from provider_proxy.host.http.server import Door
+from provider_proxy.host.http.server import HttpServer
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.testing.soft_tpm import SoftTpm
 from provider_proxy.trust.registration.state import State, Status, for_tenant
@@ -66,7 +66,7 @@ VTPM_CA = "/verifier/vtpm-ca"
 MINIMAL = {"nonce": NONCE, "mask": "0x1"}
 GOOD = f"{QUOTE}?{urlencode(MINIMAL)}"
 CONFIGURED = 408  # limits.busy_status
-# After a bug the connection closes without a response; the admin door alone sends 421.
+# After a bug the connection closes without a response; the admin server alone sends 421.
 NEVER_SENT = {500, WrongHostError.status}
 NOT_OF_GET = 405
 
@@ -171,8 +171,8 @@ def test_versions_are_the_codes() -> None:
 
 
 def test_paths_are_the_doors() -> None:
-    handler = make_door(no_submit).handler
-    assert isinstance(handler, server.TenantDoor)
+    handler = make_server(no_submit).handler
+    assert isinstance(handler, server.TenantApi)
     assert set(DOC["paths"]) == set(handler._routes)
     for item in DOC["paths"].values():
         assert set(item) == {"get"}
@@ -323,7 +323,7 @@ async def test_unknown_and_repeated_parameters_are_refused_as_described() -> Non
     values = {**MINIMAL, "bank": "sha256", "ima_ml_entry": "0", "vm": VM, "timeout_ms": "1"}
     values |= {"logs": "none"}
     assert set(values) == set(PARAMETERS)
-    async with connected(make_door(no_submit)) as wire:
+    async with connected(make_server(no_submit)) as wire:
         for name, value in {**values, "new": "1"}.items():
             target = f"{QUOTE}?{urlencode([*values.items(), (name, value)])}"
             reply = await wire.get(target)
@@ -335,7 +335,7 @@ async def test_unknown_and_repeated_parameters_are_refused_as_described() -> Non
 
 
 def error_kinds() -> list[type[ProviderProxyError]]:
-    """Each error that becomes a response at the tenants' door."""
+    """Each error that becomes a response at the tenants' server."""
     return [
         kind
         for kind in vars(errors).values()
@@ -370,7 +370,7 @@ def test_statuses_are_the_codes() -> None:
 
 
 def test_documents_have_the_statuses_of_any_path() -> None:
-    """What identity, version and description can meet is the door's and `identify`'s doing alone."""
+    """What identity, version and description can meet is the server's and `identify`'s doing alone."""
     everywhere = {"200", "400", "403", "414", "431", "501", "505"}
     for path, operation in OPERATIONS.items():
         more = {QUOTE: {"404", "429", "502", "503", "504"}, VTPM_CA: {"404"}}.get(path, set())
@@ -420,7 +420,7 @@ class AllLogs:
 
 @asynccontextmanager
 async def quoting() -> AsyncIterator[Wire]:
-    """A connection to a door with everything: claims, logs, all banks."""
+    """A connection to a server with everything: claims, logs, all banks."""
     batcher = Batcher(
         FakeQuoter(),
         BatchSettings(isolate_mask=ISOLATED, window_s=0),
@@ -431,7 +431,7 @@ async def quoting() -> AsyncIterator[Wire]:
     )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(batcher.run)
-        async with connected(make_door(batcher.submit, banks=tuple(HashAlg))) as wire:
+        async with connected(make_server(batcher.submit, banks=tuple(HashAlg))) as wire:
             yield wire
         nursery.cancel_scope.cancel()
 
@@ -455,14 +455,14 @@ async def test_good_replies_are_as_described() -> None:
 
 
 async def test_a_host_without_a_ca_says_so_as_described() -> None:
-    async with connected(make_door(no_submit, vtpm_ca=None)) as wire:
+    async with connected(make_server(no_submit, vtpm_ca=None)) as wire:
         reply = await wire.get(VTPM_CA)
         assert reply.status == 404
         check_reply(VTPM_CA, reply)
 
 
 async def test_the_description_is_served() -> None:
-    async with connected(make_door(no_submit)) as wire:
+    async with connected(make_server(no_submit)) as wire:
         reply = await wire.get("/openapi.json")
         assert (reply.status, reply.body) == (200, RAW)
         assert reply.header("Content-Type") == "application/json"
@@ -478,17 +478,17 @@ async def test_registrations_are_as_described() -> None:
         for last_success in (None, 1_795_353_880.5):
             status = Status(state=state, last_success=last_success)
             own = [for_tenant("acme", "host-a.example", status)]
-            async with connected(make_door(no_submit, registrations=lambda tenant: own)) as wire:  # noqa: B023
+            async with connected(make_server(no_submit, registrations=lambda tenant: own)) as wire:  # noqa: B023
                 reply = await wire.get("/verifier/identity")
                 assert reply.results()["registrations"] == own
                 check_reply("/verifier/identity", reply)
 
 
-def failing_door(error: ProviderProxyError) -> Door:
+def failing_door(error: ProviderProxyError) -> HttpServer:
     async def submit(*_args: object, **_kwargs: object) -> Any:
         raise error
 
-    return make_door(submit)
+    return make_server(submit)
 
 
 def an_error(kind: type[ProviderProxyError], retry_after_s: float | None) -> ProviderProxyError:
@@ -525,7 +525,7 @@ BAD_HTTP: list[tuple[bytes, int]] = [
 @pytest.mark.parametrize("path", OPERATIONS)
 @pytest.mark.parametrize(("data", "status"), BAD_HTTP, ids=lambda value: str(value)[:60])
 async def test_refusals_are_as_described(path: str, data: bytes, status: int) -> None:
-    async with connected(make_door(no_submit)) as wire:
+    async with connected(make_server(no_submit)) as wire:
         await wire.send(data.replace(b"{}", path.encode(), 1))
         reply = await wire.reply()
         assert reply.status == status
@@ -537,7 +537,7 @@ async def test_who_is_no_tenant_is_refused_as_described(path: str) -> None:
     def nobody(_peer: Peer) -> Tenant:
         raise errors.UnknownTenantError("you are no tenant")
 
-    async with connected(make_door(no_submit, identify=nobody)) as wire:
+    async with connected(make_server(no_submit, identify=nobody)) as wire:
         reply = await wire.get(path)
         assert reply.status == 403
         check_reply(path, reply)
@@ -545,7 +545,7 @@ async def test_who_is_no_tenant_is_refused_as_described(path: str) -> None:
 
 @pytest.mark.parametrize("target", ["/", "/v1", "/metrics", "/openapi.json/", "/verifier"])
 async def test_another_path_is_404_as_described(target: str) -> None:
-    async with connected(make_door(no_submit)) as wire:
+    async with connected(make_server(no_submit)) as wire:
         reply = await wire.get(target)
         assert reply.status == 404
         check_reply(None, reply)
@@ -555,7 +555,7 @@ async def test_late_quotes_are_504_as_described(autojump_clock: trio.testing.Moc
     async def submit(*_args: object, **_kwargs: object) -> Any:
         await trio.sleep_forever()
 
-    async with connected(make_door(submit)) as wire:
+    async with connected(make_server(submit)) as wire:
         await wire.send(get_bytes(GOOD))
         await trio.sleep(31)  # and with it the answer
         reply = await wire.reply()

@@ -1,4 +1,4 @@
-"""Revocation over the whole chain, from files of several CRLs to the door; names that look alike."""
+"""Revocation over the whole chain, from files of several CRLs to the server; names that look alike."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
-from helpers import LIMIT_S, Certs, door_on_port, make_certs
+from helpers import LIMIT_S, Certs, make_certs, server_on_port
 
 from provider_proxy.common.crl import Crl, load_crls
 from provider_proxy.common.tls import load_certificates
 from provider_proxy.errors import HostError, UnknownTenantError
-from provider_proxy.host.api.identity import TenantBook, load_book, parse_chain
+from provider_proxy.host.api.identity import TenantDirectory, load_tenant_directory, parse_chain
 from provider_proxy.host.config.tables import Listen, TenantRules
 from provider_proxy.host.http.listeners import tls_context
 from provider_proxy.host.http.messages import Peer, Request, Response
-from provider_proxy.host.http.server import Door
+from provider_proxy.host.http.server import HttpServer
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)
@@ -127,7 +127,7 @@ def is_revoked(lists: tuple[Crl, ...]) -> bool:
     return any(each.holds(issued) for each in lists for issued in parse_chain(CHAIN).issued)
 
 
-# --- the file -----------------------------------------------------------------------------------------
+# --- the file ---------------------------------------------------------------------------------------
 
 
 def test_every_certificate_of_the_chain_is_looked_at(tmp_path: Path) -> None:
@@ -157,15 +157,15 @@ def test_a_ca_without_a_list_is_named_or_refused(
     lists_of(tmp_path, ROOT.revokes())
     listen = Listen(client_ca=tmp_path / "ca.pem", client_crl=tmp_path / "crl.pem")
     for strict in (False, True):
-        book = load_book(
+        directory = load_tenant_directory(
             dataclasses.replace(listen, crl_strict=strict), TenantRules(accept_unlisted=True), {}
         )
         assert "no CRL of CN=inter" in caplog.text
         if not strict:
-            assert book.find(peer(CHAIN)).name == "dns:acme.example"
+            assert directory.find(peer(CHAIN)).name == "dns:acme.example"
             continue
         with pytest.raises(UnknownTenantError, match="no revocation list"):
-            book.find(peer(CHAIN))
+            directory.find(peer(CHAIN))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_what_would_not_count_is_refused(
         lists_of(tmp_path, *crls)
 
 
-# --- the book -----------------------------------------------------------------------------------------
+# --- the directory ----------------------------------------------------------------------------------
 
 
 def test_who_it_is_that_is_revoked_is_said(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_who_it_is_that_is_revoked_is_said(tmp_path: Path) -> None:
         (ROOT.revokes() + INTER.revokes(LEAF), "^your certificate was"),
     ]
     for crl, words in cases:
-        book = TenantBook(
+        directory = TenantDirectory(
             TenantRules(accept_unlisted=True),
             {},
             certificates=True,
@@ -207,21 +207,25 @@ def test_who_it_is_that_is_revoked_is_said(tmp_path: Path) -> None:
             now=lambda: NOW,
         )
         with pytest.raises(UnknownTenantError, match=words):
-            book.find(peer(CHAIN))
+            directory.find(peer(CHAIN))
         with pytest.raises(UnknownTenantError, match="connect again"):
-            book.find(dataclasses.replace(peer(CHAIN), chain=()))  # what cannot be told is refused
+            directory.find(
+                dataclasses.replace(peer(CHAIN), chain=())
+            )  # what cannot be told is refused
 
 
 def test_a_ca_that_is_over_ends_its_certificates(tmp_path: Path) -> None:
     short = issue("inter", ROOT, days=1)
     leaf = issue("leaf", short, [x509.DNSName("acme.example")], days=9)
     now = [NOW]
-    book = TenantBook(TenantRules(accept_unlisted=True), {}, certificates=True, now=lambda: now[0])
+    directory = TenantDirectory(
+        TenantRules(accept_unlisted=True), {}, certificates=True, now=lambda: now[0]
+    )
     chain = (leaf.der(), short.der(), issue("root", days=9).der())
-    assert book.find(peer(chain)).name == "dns:acme.example"
+    assert directory.find(peer(chain)).name == "dns:acme.example"
     now[0] += 2 * DAY
     with pytest.raises(UnknownTenantError, match="not valid now"):
-        book.find(peer(chain))
+        directory.find(peer(chain))
 
 
 def peer(chain: tuple[bytes, ...]) -> Peer:
@@ -234,7 +238,7 @@ def peer(chain: tuple[bytes, ...]) -> Peer:
     )
 
 
-# --- names --------------------------------------------------------------------------------------------
+# --- names ------------------------------------------------------------------------------------------
 
 
 def names_of(names: Iterable[x509.GeneralName] = (), raw: bytes | None = None) -> list[str]:
@@ -293,11 +297,11 @@ def test_names_that_could_be_taken_for_others_are_refused(raw: bytes) -> None:
         names_of(raw=der(0x30, raw))
 
 
-# --- the door -----------------------------------------------------------------------------------------
+# --- the server -------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
-async def door(folder: Path, certs: Certs, seen: list[Peer]) -> AsyncIterator[str]:
+async def server(folder: Path, certs: Certs, seen: list[Peer]) -> AsyncIterator[str]:
     ca = folder / "clients.pem"
     ca.write_bytes(ROOT.pem())  # the client sends the intermediate
     listen = Listen(tls_cert=certs.cert, tls_key=certs.key, client_ca=ca)
@@ -306,8 +310,8 @@ async def door(folder: Path, certs: Certs, seen: list[Peer]) -> AsyncIterator[st
         seen.append(request.peer)
         return Response(body=(b"{}",))
 
-    made = Door(answer, observe=lambda status, reason: None)
-    async with door_on_port(made, tls_context(listen)) as address:
+    made = HttpServer(answer, observe=lambda status, reason: None)
+    async with server_on_port(made, tls_context(listen)) as address:
         yield address
 
 
@@ -336,7 +340,7 @@ async def test_the_chain_is_known_in_a_resumed_session_too(
             reused.append(tls.session_reused)
             return tls.session
 
-    async with door(tmp_path, certs, seen) as address:
+    async with server(tmp_path, certs, seen) as address:
         session = await trio.to_thread.run_sync(ask, address, None)
         await trio.to_thread.run_sync(ask, address, session)
     assert reused == [False, True]

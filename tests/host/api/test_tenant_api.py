@@ -1,4 +1,4 @@
-"""The tenants' door and the operator's: routes, parameters, statuses. Through a real `http1.Door`."""
+"""The tenants' server and the operator's: routes, parameters, statuses. Through a real `HttpServer`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from urllib.parse import quote
 import pytest
 import trio
 import trio.testing
-from door import IDENTITY, NONCE, TENANT, VM, FakeSubmit, make_door
 from helpers import FakeQuoter, Wire, connected, get_bytes, until
+from http_server_helpers import IDENTITY, NONCE, TENANT, VM, FakeSubmit, make_server
 
 from provider_proxy.errors import (
     OverloadedError,
@@ -22,12 +22,12 @@ from provider_proxy.errors import (
 from provider_proxy.evidence.model import HashAlg, QuoteRequest, Tenant, mask_of
 from provider_proxy.evidence.wire import parse_evidence
 from provider_proxy.host.api import tenant as server
-from provider_proxy.host.api.admin import AdminDoor
+from provider_proxy.host.api.admin import AdminApi
 from provider_proxy.host.batching.batcher import Batcher
 from provider_proxy.host.batching.queue import BatchSettings
 from provider_proxy.host.config.tables import DEFAULT_ISOLATED
 from provider_proxy.host.http.messages import Peer
-from provider_proxy.host.http.server import Door
+from provider_proxy.host.http.server import HttpServer
 from provider_proxy.host.metrics import Metrics
 
 ISOLATED = mask_of(DEFAULT_ISOLATED)
@@ -41,7 +41,7 @@ async def submit() -> FakeSubmit:
 
 
 async def test_a_good_request_reaches_submit_and_its_answer_the_tenant(submit: FakeSubmit) -> None:
-    async with connected(make_door(submit)) as wire:
+    async with connected(make_server(submit)) as wire:
         reply = await wire.get(GOOD)
         assert reply.status == 200
         assert reply.envelope()["status"] == "Success"
@@ -53,7 +53,7 @@ async def test_a_good_request_reaches_submit_and_its_answer_the_tenant(submit: F
 
 
 async def test_all_parameters_arrive(submit: FakeSubmit) -> None:
-    async with connected(make_door(submit)) as wire:
+    async with connected(make_server(submit)) as wire:
         target = f"{GOOD}&bank=sha1&ima_ml_entry=17&vm={VM}&timeout_ms=1500"
         assert (await wire.get(target)).status == 200
         ((request, _, timeout_s),) = submit.calls
@@ -115,7 +115,7 @@ BAD_PARAMETERS: list[tuple[str, str]] = [
 async def test_a_bad_parameter_is_400_with_its_name(
     submit: FakeSubmit, query: str, parameter: str
 ) -> None:
-    async with connected(make_door(submit)) as wire:
+    async with connected(make_server(submit)) as wire:
         reply = await wire.get(f"/verifier/quote?{query}")
         assert reply.status == 400
         envelope = reply.envelope()
@@ -127,7 +127,7 @@ async def test_a_bad_parameter_is_400_with_its_name(
 
 
 async def test_no_answer_holds_what_a_tenant_sent(submit: FakeSubmit) -> None:
-    async with connected(make_door(submit)) as wire:
+    async with connected(make_server(submit)) as wire:
         for secret in ("s3cret-nonce-%21%21%21%21", "s3cret"):
             assert (
                 b"s3cret" not in (await wire.get(f"/verifier/quote?nonce={secret}&mask=0x1")).body
@@ -135,7 +135,7 @@ async def test_no_answer_holds_what_a_tenant_sent(submit: FakeSubmit) -> None:
 
 
 async def test_the_longest_timeout_is_served(submit: FakeSubmit) -> None:
-    async with connected(make_door(submit)) as wire:
+    async with connected(make_server(submit)) as wire:
         assert (await wire.get(f"{GOOD}&timeout_ms=60000")).status == 200
         assert submit.calls[0][2] == 60.0
 
@@ -157,7 +157,7 @@ UNKNOWN = [
 
 @pytest.mark.parametrize("path", UNKNOWN)
 async def test_an_unknown_path_is_404(submit: FakeSubmit, path: str) -> None:
-    async with connected(make_door(submit)) as wire:
+    async with connected(make_server(submit)) as wire:
         reply = await wire.get(path)
         assert reply.status == 404
         assert reply.envelope()["results"] == {}
@@ -166,7 +166,7 @@ async def test_an_unknown_path_is_404(submit: FakeSubmit, path: str) -> None:
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "options", "get"])
 @pytest.mark.parametrize("path", [GOOD, "/verifier/identity", "/version"])
 async def test_another_method_is_405(submit: FakeSubmit, method: str, path: str) -> None:
-    async with connected(make_door(submit)) as wire:
+    async with connected(make_server(submit)) as wire:
         await wire.send(get_bytes(path, method=method))
         reply = await wire.reply()
         assert reply.status == 405
@@ -183,7 +183,7 @@ async def test_options_say_that_somebody_is_there(submit: FakeSubmit, target: st
         raise UnknownTenantError("you are no tenant")
 
     for version in ("1.0", "1.1"):
-        async with connected(make_door(submit, identify=nobody)) as wire:
+        async with connected(make_server(submit, identify=nobody)) as wire:
             await wire.send(get_bytes(target, method="OPTIONS", version=version))
             reply = await wire.reply()
             assert (reply.status, reply.body) == (200, b"")
@@ -192,7 +192,7 @@ async def test_options_say_that_somebody_is_there(submit: FakeSubmit, target: st
 
 
 async def test_head_is_the_head_of_get(submit: FakeSubmit) -> None:
-    async with connected(make_door(submit)) as wire:
+    async with connected(make_server(submit)) as wire:
         got = await wire.get("/version")
         await wire.send(get_bytes("/version", method="HEAD"))
         reply = await wire.reply(to_head=True)
@@ -201,7 +201,7 @@ async def test_head_is_the_head_of_get(submit: FakeSubmit) -> None:
 
 
 async def test_head_takes_no_quote(submit: FakeSubmit) -> None:
-    async with connected(make_door(submit)) as wire:
+    async with connected(make_server(submit)) as wire:
         await wire.send(get_bytes(GOOD, method="HEAD"))
         assert (await wire.reply(to_head=True)).status == 405
         assert (await wire.get("/version")).status == 200
@@ -211,7 +211,7 @@ async def test_head_takes_no_quote(submit: FakeSubmit) -> None:
 async def test_a_vm_without_claims_is_404() -> None:
     """Through the real batcher, of a host that makes no claims."""
     batcher = Batcher(FakeQuoter(), BatchSettings(isolate_mask=ISOLATED), Metrics())
-    async with connected(make_door(batcher.submit)) as wire:
+    async with connected(make_server(batcher.submit)) as wire:
         reply = await wire.get(f"{GOOD}&vm={VM}")
         assert reply.status == 404
         assert reply.envelope()["results"] == {}
@@ -220,8 +220,8 @@ async def test_a_vm_without_claims_is_404() -> None:
 async def test_a_pcr_that_is_not_allowed_is_400() -> None:
     """Through the real batcher."""
     batcher = Batcher(FakeQuoter(), BatchSettings(isolate_mask=ISOLATED), Metrics())
-    door = make_door(batcher.submit, identify=lambda peer: Tenant(name="t", pcr_allow=0x2))
-    async with connected(door) as wire:
+    server = make_server(batcher.submit, identify=lambda peer: Tenant(name="t", pcr_allow=0x2))
+    async with connected(server) as wire:
         reply = await wire.get(f"/verifier/quote?nonce={NONCE}&mask=0x3")
         assert reply.status == 400
         assert reply.results() == {"parameter": "mask"}
@@ -234,7 +234,7 @@ async def test_a_late_quote_is_504(
     submit: FakeSubmit, autojump_clock: trio.testing.MockClock, query: str, seconds: float
 ) -> None:
     submit.delay_s = 1000.0
-    async with connected(make_door(submit)) as wire:
+    async with connected(make_server(submit)) as wire:
         begin = trio.current_time()
         await wire.send(get_bytes(GOOD + query))
         reply = await _unbounded_reply(wire)
@@ -269,7 +269,7 @@ async def test_errors_of_submit_become_their_statuses(
     submit: FakeSubmit, error: ProviderProxyError, status: int, retry_after: str | None
 ) -> None:
     submit.error = error
-    async with connected(make_door(submit)) as wire:
+    async with connected(make_server(submit)) as wire:
         reply = await wire.get(GOOD)
         assert reply.status == status
         assert reply.header("Retry-After") == retry_after
@@ -280,7 +280,7 @@ async def test_who_may_not_come_in_gets_nothing(submit: FakeSubmit) -> None:
     def nobody(_peer: Peer) -> Tenant:
         raise RequestError("you are not enrolled")
 
-    async with connected(make_door(submit, identify=nobody)) as wire:
+    async with connected(make_server(submit, identify=nobody)) as wire:
         for path in (GOOD, "/verifier/identity", "/version"):
             reply = await wire.get(path)
             assert reply.status == 400
@@ -297,8 +297,8 @@ async def test_a_tenants_rate_is_its_own(
     """A burst, then so many a second; another tenant does not feel it, and other paths are free."""
     tenant = Tenant(name="fast", pcr_allow=0xFFFFFF, rate=2.0, burst=3)
     who = [tenant]
-    door = make_door(submit, identify=lambda peer: who[0])
-    async with connected(door) as wire:
+    server = make_server(submit, identify=lambda peer: who[0])
+    async with connected(server) as wire:
         for _ in range(2):
             statuses = [(await wire.get(GOOD)).status for _ in range(4)]
             assert statuses == [200, 200, 200, 429]
@@ -319,9 +319,9 @@ async def test_a_tenants_requests_in_flight_are_bounded(
 ) -> None:
     """Counted over all its connections; who timed out, failed or hung up is not in flight any more."""
     tenant = Tenant(name="t", pcr_allow=0xFFFFFF, max_inflight=2)
-    door = make_door(submit, identify=lambda peer: tenant)
+    server = make_server(submit, identify=lambda peer: tenant)
     submit.delay_s = 5.0
-    async with connected(door) as one, connected(door) as two, connected(door) as three:
+    async with connected(server) as one, connected(server) as two, connected(server) as three:
         for query, error in (("", None), ("&timeout_ms=1000", None), ("", OverloadedError("full"))):
             submit.error = error
             for wire in (one, two):
@@ -337,7 +337,7 @@ async def test_a_tenants_requests_in_flight_are_bounded(
 
 async def test_identify_may_be_replaced(submit: FakeSubmit) -> None:
     """A reload holds for the next request."""
-    handler = server.TenantDoor(
+    handler = server.TenantApi(
         submit,
         lambda peer: TENANT,
         identity=IDENTITY,
@@ -350,7 +350,7 @@ async def test_identify_may_be_replaced(submit: FakeSubmit) -> None:
     def nobody(_peer: Peer) -> Tenant:
         raise UnknownTenantError("you are no tenant any more")
 
-    async with connected(Door(handler, observe=lambda status, reason: None)) as wire:
+    async with connected(HttpServer(handler, observe=lambda status, reason: None)) as wire:
         assert (await wire.get(GOOD)).status == 200
         handler.identify = nobody
         reply = await wire.get(GOOD)
@@ -366,8 +366,8 @@ async def test_identify_sees_the_connection(submit: FakeSubmit) -> None:
         names.append(peer.name)
         return Tenant(name=peer.name, pcr_allow=1)
 
-    door = make_door(submit, identify=identify)
-    async with connected(door) as one, connected(door) as two:
+    server = make_server(submit, identify=identify)
+    async with connected(server) as one, connected(server) as two:
         await one.get(GOOD)
         await two.get(GOOD)
     assert [tenant.name for _, tenant, _ in submit.calls] == names
@@ -376,7 +376,7 @@ async def test_identify_sees_the_connection(submit: FakeSubmit) -> None:
 
 async def test_is_gone_is_the_connections(submit: FakeSubmit) -> None:
     submit.delay_s = 60.0
-    async with connected(make_door(submit)) as wire:
+    async with connected(make_server(submit)) as wire:
         await wire.send(get_bytes(GOOD))
         await until(lambda: submit.is_gone is not None)
         assert submit.is_gone is not None
@@ -386,7 +386,7 @@ async def test_is_gone_is_the_connections(submit: FakeSubmit) -> None:
 
 
 async def test_the_identity_document(submit: FakeSubmit) -> None:
-    async with connected(make_door(submit)) as wire:
+    async with connected(make_server(submit)) as wire:
         reply = await wire.get("/verifier/identity")
         assert reply.envelope()["status"] == "Success"
         assert reply.results() == {
@@ -419,7 +419,7 @@ def test_an_ek_certificate_is_base64() -> None:
 
 
 async def test_the_version_document(submit: FakeSubmit) -> None:
-    async with connected(make_door(submit)) as wire:
+    async with connected(make_server(submit)) as wire:
         results = (await wire.get("/version")).results()
     assert results == {
         "supported_version": "1.0",
@@ -431,21 +431,23 @@ async def test_the_version_document(submit: FakeSubmit) -> None:
 
 @pytest.mark.parametrize("path", ["/version", "/verifier/identity"])
 async def test_documents_take_no_parameters(submit: FakeSubmit, path: str) -> None:
-    async with connected(make_door(submit)) as wire:
+    async with connected(make_server(submit)) as wire:
         reply = await wire.get(f"{path}?nonce={NONCE}")
         assert reply.status == 400
         assert reply.results() == {"parameter": "query"}
 
 
-# --- the operator's door ----------------------------------------------------------------------------
+# --- the operator's server ----------------------------------------------------------------------------
 
 
 async def test_the_admin_door() -> None:
     metrics = Metrics()
     why: list[str | None] = [None]
-    door = Door(AdminDoor(metrics, lambda: why[0], dict), observe=lambda status, reason: None)
+    server = HttpServer(
+        AdminApi(metrics, lambda: why[0], dict), observe=lambda status, reason: None
+    )
     metrics.requests.labels(503, "OverloadedError").inc(3)
-    async with connected(door) as wire:
+    async with connected(server) as wire:
         health = await wire.get("/healthz")
         assert (health.status, health.envelope()["status"]) == (200, "alive")
         ready = await wire.get("/readyz")

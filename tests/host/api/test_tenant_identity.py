@@ -22,7 +22,7 @@ from provider_proxy.common.tls import load_certificates
 from provider_proxy.errors import HostError, TenantLimitError, UnknownTenantError
 from provider_proxy.evidence.model import Tenant
 from provider_proxy.host.api import quotas as quotas_module
-from provider_proxy.host.api.identity import TenantBook, load_book, parse_chain
+from provider_proxy.host.api.identity import TenantDirectory, load_tenant_directory, parse_chain
 from provider_proxy.host.api.quotas import (
     LOG_BURST_BYTES,
     LOG_BYTES_PER_S,
@@ -74,15 +74,15 @@ def peer(
     )
 
 
-def book(
+def directory(
     tenants: Mapping[str, TenantRules] | None = None,
     *,
     unlisted: bool = False,
     certificates: bool = True,
     now: Callable[[], datetime] = lambda: NOW,
-) -> TenantBook:
+) -> TenantDirectory:
     defaults = TenantRules(accept_unlisted=unlisted)
-    return TenantBook(defaults, tenants or {}, certificates=certificates, now=now)
+    return TenantDirectory(defaults, tenants or {}, certificates=certificates, now=now)
 
 
 ACME = x509.UniformResourceIdentifier("spiffe://example.org/acme")
@@ -106,7 +106,7 @@ FINGERPRINT = FULL.fingerprint(hashes.SHA256()).hex()
 )
 def test_any_name_of_a_certificate_finds_its_tenant(identity: str) -> None:
     rules = TenantRules(identities=(identity,), rate=3, burst=4, max_inflight=5, pcr_allow=6)
-    found = book({"acme": rules}).find(peer(FULL))
+    found = directory({"acme": rules}).find(peer(FULL))
     assert found == Tenant(name="acme", rate=3, burst=4, max_inflight=5, pcr_allow=6)
 
 
@@ -115,14 +115,14 @@ def test_names_are_looked_up_in_order() -> None:
         "by-mail": TenantRules(identities=("email:a@example.org",)),
         "by-uri": TenantRules(identities=("spiffe://example.org/acme",)),
     }
-    assert book(tenants).find(peer(FULL)).name == "by-uri"
+    assert directory(tenants).find(peer(FULL)).name == "by-uri"
 
 
 def test_the_cn_counts_only_where_there_is_no_other_name() -> None:
     tenants = {"cn": TenantRules(identities=("cn:a tenant",))}
-    assert book(tenants).find(peer(certificate())).name == "cn"
+    assert directory(tenants).find(peer(certificate())).name == "cn"
     with pytest.raises(UnknownTenantError):
-        book(tenants).find(peer(FULL))
+        directory(tenants).find(peer(FULL))
 
 
 def test_an_uri_that_is_no_spiffe_id_is_no_identity() -> None:
@@ -160,31 +160,31 @@ def test_a_name_of_a_kind_that_nobody_reads_is_no_bug_of_ours() -> None:
 
 
 def test_unlisted_tenants_come_in_where_the_defaults_say_so() -> None:
-    assert book(unlisted=True).find(peer(FULL)).name == "spiffe://example.org/acme"
+    assert directory(unlisted=True).find(peer(FULL)).name == "spiffe://example.org/acme"
     with pytest.raises(UnknownTenantError):
-        book(unlisted=False).find(peer(FULL))
+        directory(unlisted=False).find(peer(FULL))
 
 
 def test_no_certificate_takes_the_name_of_a_table() -> None:
     """An unlisted certificate whose CN is a tenant's name is another tenant."""
     tenants = {"acme": TenantRules(identities=("dns:acme.example",))}
-    found = book(tenants, unlisted=True).find(peer(certificate(cn="acme")))
+    found = directory(tenants, unlisted=True).find(peer(certificate(cn="acme")))
     assert found.name == "cn:acme"
 
 
 def test_without_a_certificate_nobody_comes_in_where_one_is_asked_for() -> None:
     with pytest.raises(UnknownTenantError):
-        book(unlisted=True).find(peer())
+        directory(unlisted=True).find(peer())
 
 
 def test_without_certificates_a_connection_is_a_tenant() -> None:
-    assert book(certificates=False).find(peer()).name == "192.0.2.1:5"
+    assert directory(certificates=False).find(peer()).name == "192.0.2.1:5"
 
 
 def test_dates_are_looked_at_each_time() -> None:
     time = [NOW]
     tenants = {"acme": TenantRules(identities=("spiffe://example.org/acme",))}
-    found = book(tenants, now=lambda: time[0])
+    found = directory(tenants, now=lambda: time[0])
     assert found.find(peer(FULL)).name == "acme"
     for other in (NOW + 2 * DAY, NOW - 2 * DAY):
         time[0] = other
@@ -194,10 +194,10 @@ def test_dates_are_looked_at_each_time() -> None:
 
 def test_a_unix_user_is_a_tenant() -> None:
     tenants = {"agent": TenantRules(identities=("uid:64055",))}
-    assert book(tenants).find(peer(uid=64055)).name == "agent"
+    assert directory(tenants).find(peer(uid=64055)).name == "agent"
     with pytest.raises(UnknownTenantError):
-        book(tenants).find(peer(uid=0))
-    assert book(tenants, unlisted=True).find(peer(uid=0)).name == "uid:0"
+        directory(tenants).find(peer(uid=0))
+    assert directory(tenants, unlisted=True).find(peer(uid=0)).name == "uid:0"
 
 
 # --- the CRL ----------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def read_crls(crl: Path, ca: Path) -> tuple[Crl, ...]:
 def test_a_revoked_certificate_does_not_come_in(tmp_path: Path, encoding: Encoding) -> None:
     crls = read_crls(*write_crl(tmp_path, (7, 9), encoding=encoding))
     defaults = TenantRules(accept_unlisted=True)
-    found = TenantBook(defaults, {}, certificates=True, crls=crls, now=lambda: NOW)
+    found = TenantDirectory(defaults, {}, certificates=True, crls=crls, now=lambda: NOW)
     with pytest.raises(UnknownTenantError, match="revoked"):
         found.find(peer(certificate(serial=7), ca_certificate()))
     assert found.find(peer(certificate(serial=8), ca_certificate())).name == "cn:a tenant"
@@ -258,7 +258,7 @@ def test_a_revoked_certificate_does_not_come_in(tmp_path: Path, encoding: Encodi
 def test_a_list_counts_however_the_ca_spells_its_name(tmp_path: Path) -> None:
     """RFC 5280, section 7.1: capitals and spaces make no other CA."""
     crls = read_crls(*write_crl(tmp_path, (7,), issuer=" CA "))
-    found = TenantBook(TenantRules(), {}, certificates=True, crls=crls, now=lambda: NOW)
+    found = TenantDirectory(TenantRules(), {}, certificates=True, crls=crls, now=lambda: NOW)
     with pytest.raises(UnknownTenantError, match="revoked"):
         found.find(peer(certificate(serial=7), ca_certificate()))
 
@@ -282,7 +282,9 @@ def test_a_crl_that_has_run_out_still_keeps_out_whom_it_names(tmp_path: Path) ->
     late = lambda: NOW + timedelta(hours=1)  # noqa: E731
     defaults = TenantRules(accept_unlisted=True)
     for strict in (False, True):
-        found = TenantBook(defaults, {}, certificates=True, crls=crls, crl_strict=strict, now=late)
+        found = TenantDirectory(
+            defaults, {}, certificates=True, crls=crls, crl_strict=strict, now=late
+        )
         with pytest.raises(UnknownTenantError, match="revoked"):
             found.find(peer(certificate(serial=7), ca_certificate()))
         if not strict:
@@ -300,10 +302,10 @@ def test_a_crl_that_has_run_out_stops_the_start_where_that_is_wanted(
     crl, ca = write_crl(tmp_path, (), until=NOW)  # NOW is long ago
     listen = Listen(client_ca=ca, client_crl=crl, crl_strict=strict)
     if not strict:
-        load_book(listen, TenantRules(), {})
+        load_tenant_directory(listen, TenantRules(), {})
         return
     with pytest.raises(HostError, match=r"has run out, and listen\.crl_strict is set"):
-        load_book(listen, TenantRules(), {})
+        load_tenant_directory(listen, TenantRules(), {})
 
 
 def test_what_is_no_crl_is_refused(tmp_path: Path) -> None:

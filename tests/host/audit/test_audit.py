@@ -52,7 +52,7 @@ from provider_proxy.host.audit.records import (
     records_of,
     request_hash,
 )
-from provider_proxy.host.batching.batch import Answer, Batch, Waiter, check_batch, plant_tree
+from provider_proxy.host.batching.batch import Answer, Batch, Waiter, build_batch_tree, check_batch
 from provider_proxy.testing.soft_tpm import SoftTpm
 
 NOW = 1_767_225_600.1234
@@ -86,7 +86,7 @@ def five_waiters() -> list[Waiter]:
 async def quoted(quoter: FakeQuoter, waiters: list[Waiter], number: int = 7) -> Batch:
     """A batch as the batcher's steps leave it, answered."""
     batch = Batch(number, HashAlg.SHA256, waiters, 0.0, 0.0)
-    root = plant_tree(batch)
+    root = build_batch_tree(batch)
     qualifying = inclusion.qualifying_data(root, batch.size)
     batch.quote = await quoter.quote(qualifying, batch.bank, batch.mask)
     check_batch(batch, batch.quote, quoter.ak)
@@ -96,7 +96,7 @@ async def quoted(quoter: FakeQuoter, waiters: list[Waiter], number: int = 7) -> 
 def quote_now(tpm: SoftTpm, waiters: list[Waiter], number: int = 7) -> Batch:
     """The same without trio."""
     batch = Batch(number, HashAlg.SHA256, waiters, 0.0, 0.0)
-    root = plant_tree(batch)
+    root = build_batch_tree(batch)
     batch.quote = tpm.quote(inclusion.qualifying_data(root, batch.size), batch.bank, batch.mask)
     check_batch(batch, batch.quote, tpm.ak)
     return batch
@@ -368,7 +368,7 @@ def test_of_two_records_of_one_nonce_the_one_that_holds_is_given() -> None:
 
 def quote_failed(nonce: Nonce) -> tuple[AuditRecord, ...]:
     batch = Batch(3, HashAlg.SHA256, [waiter(nonce)], 0.0, 0.0)
-    plant_tree(batch)
+    build_batch_tree(batch)
     batch.refuse(QuoteError("the TPM gave no quote"))
     return records_from(SCENE.tpm, batch)
 
@@ -404,7 +404,7 @@ def test_a_batch_that_failed_its_own_check_leaves_no_proof() -> None:
 
 def test_an_unfinished_batch_has_no_records() -> None:
     batch = Batch(3, HashAlg.SHA256, [waiter(NONCES[0])], 0.0, 0.0)
-    plant_tree(batch)
+    build_batch_tree(batch)
     with pytest.raises(ValueError, match="not finished"):
         records_from(SCENE.tpm, batch)
 

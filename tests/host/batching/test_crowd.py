@@ -1,4 +1,4 @@
-"""Slow and hostile clients in numbers, at the real daemon's door; a good tenant comes in all the same."""
+"""Slow and hostile clients in numbers, at the real daemon; a good tenant is served all the same."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 
-from provider_proxy.host.http.handshakes import HandshakeRoom
+from provider_proxy.host.http.handshakes import HandshakeLimits
 
 
 class Shaking:
@@ -20,7 +20,7 @@ class Shaking:
 @pytest.mark.parametrize("limits", [(3, 100), (100, 3)])
 def test_many_that_come_at_once_crowd_out_one_each(limits: tuple[int, int]) -> None:
     """Before the task of any of those that have to go has run."""
-    room, made = HandshakeRoom(*limits), [Shaking() for _ in range(10)]
+    room, made = HandshakeLimits(*limits), [Shaking() for _ in range(10)]
     with contextlib.ExitStack() as stack:
         for each in made:
             stack.enter_context(room.shaking(each, "192.0.2.1"))
@@ -33,7 +33,7 @@ def test_many_that_come_at_once_crowd_out_one_each(limits: tuple[int, int]) -> N
 
 
 def test_an_address_crowds_out_its_own() -> None:
-    room, other, made = HandshakeRoom(100, 2), Shaking(), [Shaking() for _ in range(4)]
+    room, other, made = HandshakeLimits(100, 2), Shaking(), [Shaking() for _ in range(4)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(room.shaking(other, "192.0.2.2"))
         for each in made:

@@ -1,5 +1,5 @@
-"""The HTTP/1.1 door: framing, limits, deadlines, refusals, and its end. Real sockets; where a deadline is
-tested, a pair of unix sockets (no delay of the network's) under the autojump clock."""
+"""The HTTP/1.1 server: framing, limits, deadlines, refusals, and its end. Real sockets; where a deadline
+is tested, a pair of unix sockets (no delay of the network's) under the autojump clock."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from helpers import (
     Wire,
     connect,
     connected,
-    door_on_port,
     get_bytes,
     make_certs,
+    server_on_port,
     until,
 )
 
@@ -50,7 +50,7 @@ from provider_proxy.errors import (
 from provider_proxy.host.http import messages
 from provider_proxy.host.http import server as http1
 from provider_proxy.host.http.messages import Request, Response
-from provider_proxy.host.http.server import Door
+from provider_proxy.host.http.server import HttpServer
 
 OK = get_bytes("/ok")
 BIG = 8 * 1024 * 1024
@@ -65,7 +65,9 @@ class Site:
         self.error: ProviderProxyError = NotFoundError("no such path")
         self.entered = trio.Event()
         self.release = trio.Event()
-        self.door = Door(self.handle, observe=lambda status, reason: self.note(status, reason))
+        self.server = HttpServer(
+            self.handle, observe=lambda status, reason: self.note(status, reason)
+        )
 
     def note(self, status: int, reason: str) -> None:
         self.seen.append((status, reason))
@@ -100,13 +102,13 @@ async def site() -> Site:
 
 
 def pair(site: Site) -> AbstractAsyncContextManager[Wire]:
-    return connected(site.door)
+    return connected(site.server)
 
 
 @asynccontextmanager
 async def open_port(site: Site, context: ssl.SSLContext | None = None) -> AsyncIterator[str]:
-    """The door on a port of loopback."""
-    async with door_on_port(site.door, context) as address:
+    """The server on a port of loopback."""
+    async with server_on_port(site.server, context) as address:
         yield address
 
 
@@ -608,7 +610,7 @@ async def test_busy_in_the_words_of_keylimes_verifier(
 ) -> None:
     """It tries again after 408 alone; what no second try can better stays what it is."""
     site.error, status, _, headers, closes = case
-    site.door.busy_status = 408
+    site.server.busy_status = 408
     async with pair(site) as wire:
         reply = await wire.get("/error")
     expected = 408 if status in (429, 503, 504) else status
@@ -619,7 +621,7 @@ async def test_busy_in_the_words_of_keylimes_verifier(
 
 
 async def test_a_request_that_is_late_is_busy_too(site: Site) -> None:
-    site.door.busy_status = 500
+    site.server.busy_status = 500
     async with pair(site) as wire:
         assert (await wire.get("/limit?0.01")).status == 500
 
@@ -743,10 +745,10 @@ async def test_who_does_not_read_is_closed(
         await wire.send(get_bytes("/big"))
         limit = http1.SEND_LIMIT_S + BIG / http1.SEND_BYTES_PER_S
         await trio.sleep(limit - 1)
-        assert site.door._open
+        assert site.server._open
         await trio.sleep(2)
         await trio.testing.wait_all_tasks_blocked()
-        assert not site.door._open
+        assert not site.server._open
         assert len(await wire.rest()) < BIG
 
 
@@ -775,7 +777,7 @@ async def test_a_tls_handshake_has_a_limit(
     server = SocketStream(theirs, server_context(certs))
     client = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
     async with client, trio.open_nursery() as nursery:
-        nursery.start_soon(site.door.serve, server)
+        nursery.start_soon(site.server.serve, server)
         if tls:
             await client.send_all(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
         assert await _closed_within(Wire(client), 2 * http1.HANDSHAKE_LIMIT_S)
@@ -880,7 +882,7 @@ async def test_is_gone(
             await until(is_gone, "is_gone")
             assert is_gone()  # asking does not take it away
         site.release.set()
-        await until(lambda: not site.door._open, "the connection's end")
+        await until(lambda: not site.server._open, "the connection's end")
         async with connect(address, client) as fresh:
             assert (await fresh.get("/ok")).status == 200
     assert caplog.records == []
@@ -913,7 +915,7 @@ async def test_clients_that_reset_do_no_harm(site: Site, caplog: pytest.LogCaptu
                 if data:
                     await wire.send(data)
                 await _reset(wire)
-        await until(lambda: not site.door._open, "the connections' end")
+        await until(lambda: not site.server._open, "the connections' end")
         async with connect(address) as wire:
             assert (await wire.get("/ok")).status == 200
     assert caplog.records == []
@@ -969,7 +971,7 @@ async def test_an_untrusted_server_gets_no_request(site: Site, certs: Certs) -> 
 
 def site_for(*, most: int = 4096, most_per_address: int = 4096) -> Site:
     site = Site()
-    site.door = Door(
+    site.server = HttpServer(
         site.handle,
         observe=site.note,
         max_connections=most,
@@ -1010,7 +1012,7 @@ async def test_who_says_nothing_or_little_makes_room(sent: bytes) -> None:
         for wire in slow:
             if sent:
                 await wire.send(sent)
-        await until(lambda: len(site.door._open) == 10)
+        await until(lambda: len(site.server._open) == 10)
         for _ in range(10):
             async with connect(address) as good:
                 assert (await good.get("/ok")).status == 200
@@ -1045,22 +1047,22 @@ async def test_one_address_cannot_take_all_the_room() -> None:
         open_port(site) as address,
         connect(address) as one,
         connect(address) as two,
-        connected(site.door) as unix,
+        connected(site.server) as unix,
     ):
         for wire in (one, two, unix):
             assert (await wire.get("/ok")).status == 200
         async with connect(address) as late:
             assert await late.is_closed()
-        for wire in (one, two):  # they stay, unlike where the whole door is full
+        for wire in (one, two):  # they stay, unlike where the whole server is full
             assert (await wire.get("/ok")).status == 200
-        async with connected(site.door) as other:  # unix sockets have no address
+        async with connected(site.server) as other:  # unix sockets have no address
             assert (await other.get("/ok")).status == 200
         await _close(one)
-        await until(lambda: len(site.door._open) == 2)
+        await until(lambda: len(site.server._open) == 2)
         async with connect(address) as again:
             assert (await again.get("/ok")).status == 200
     assert reasons(site) == ["too many connections of an address"]
-    assert not site.door._per_address  # nothing is kept of those who went
+    assert not site.server._per_address  # nothing is kept of those who went
 
 
 @pytest.mark.parametrize("limit", ["max_handshakes", "max_handshakes_per_address"])
@@ -1070,7 +1072,9 @@ async def test_handshakes_that_stall_end_for_those_that_come(
     """The oldest goes, counted by itself: a good client is through in milliseconds."""
     results: list[str] = []
     limits: dict[str, Any] = {limit: 3}
-    site.door = Door(site.handle, observe=site.note, observe_handshake=results.append, **limits)
+    site.server = HttpServer(
+        site.handle, observe=site.note, observe_handshake=results.append, **limits
+    )
     async with open_port(site, server_context(certs)) as address, AsyncExitStack() as stack:
         stalling = [await stack.enter_async_context(connect(address)) for _ in range(8)]
         for wire in stalling[::2]:
@@ -1084,9 +1088,9 @@ async def test_handshakes_that_stall_end_for_those_that_come(
         assert not set(results) - {"ok", "crowded_out"}
         for wire in stalling[:5]:
             assert await wire.is_closed()
-    await until(lambda: not site.door._open)
-    assert not site.door._shaking
-    assert not site.door._shaking_of
+    await until(lambda: not site.server._open)
+    assert not site.server._shaking
+    assert not site.server._shaking_of
 
 
 async def test_who_the_client_is(site: Site, certs: Certs) -> None:
@@ -1115,11 +1119,11 @@ async def test_finish_closes_who_is_idle_and_answers_who_waits(site: Site) -> No
         await idle.get("/ok")
         async with connect(address) as busy, trio.open_nursery() as nursery:
             await busy.send(get_bytes("/wait"))
-            await until(lambda: len(site.requests) == 2 and len(site.door._open) == 3)
+            await until(lambda: len(site.requests) == 2 and len(site.server._open) == 3)
             done = trio.Event()
 
             async def finish() -> None:
-                await site.door.finish()
+                await site.server.finish()
                 done.set()
 
             nursery.start_soon(finish)
@@ -1141,7 +1145,7 @@ async def test_finish_while_an_answer_is_on_its_way(site: Site) -> None:
         async with pair(site) as wire, trio.open_nursery() as nursery:
             await wire.send(get_bytes("/big") + OK)
             await trio.testing.wait_all_tasks_blocked()
-            nursery.start_soon(site.door.finish)
+            nursery.start_soon(site.server.finish)
             await trio.testing.wait_all_tasks_blocked()
             reply = await wire.reply()
             assert len(reply.body) == BIG
@@ -1154,7 +1158,7 @@ async def test_finish_does_not_answer_what_was_pipelined(site: Site) -> None:
     async with pair(site) as wire, trio.open_nursery() as nursery:
         await wire.send(get_bytes("/wait") + OK)
         await site.entered.wait()
-        nursery.start_soon(site.door.finish)
+        nursery.start_soon(site.server.finish)
         await trio.testing.wait_all_tasks_blocked()
         site.release.set()
         assert (await wire.reply()).closes
@@ -1165,7 +1169,7 @@ async def test_finish_does_not_answer_what_was_pipelined(site: Site) -> None:
 async def test_after_finish_nobody_is_served(site: Site) -> None:
     async with open_port(site) as address:
         with trio.fail_after(LIMIT_S):
-            await site.door.finish()
+            await site.server.finish()
         async with connect(address) as wire:
             await wire.send(OK)
             assert await wire.is_closed()
@@ -1176,7 +1180,7 @@ async def test_finish_lets_a_half_request_come_whole(site: Site) -> None:
     async with pair(site) as wire, trio.open_nursery() as nursery:
         await wire.send(OK[:20])
         await trio.testing.wait_all_tasks_blocked()
-        nursery.start_soon(site.door.finish)
+        nursery.start_soon(site.server.finish)
         await trio.testing.wait_all_tasks_blocked()
         await wire.send(OK[20:])
         reply = await wire.reply()

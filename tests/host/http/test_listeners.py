@@ -34,7 +34,7 @@ from provider_proxy.host.http.listeners import (
     tls_context,
 )
 from provider_proxy.host.http.messages import Request, Response
-from provider_proxy.host.http.server import Door
+from provider_proxy.host.http.server import HttpServer
 
 KEY = "listen.address"
 
@@ -57,12 +57,12 @@ async def served(listeners: list[Listener]) -> AsyncIterator[list[str]]:
     async def handle(request: Request) -> Response:
         return Response(body=(request.path.encode(),))
 
-    door = Door(handle, observe=lambda status, reason: None)
+    server = HttpServer(handle, observe=lambda status, reason: None)
 
     names = describe(listeners)
     async with trio.open_nursery() as nursery:
         for listener in listeners:
-            nursery.start_soon(listener.serve, door.serve)
+            nursery.start_soon(listener.serve, server.serve)
         yield names
         nursery.cancel_scope.cancel()
     close_all(listeners)
@@ -160,7 +160,7 @@ async def test_a_port_can_be_taken_again_at_once() -> None:
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
 async def test_the_mode_of_a_unix_socket(tmp_path: Path, umask: int) -> None:
-    path = tmp_path / "door"
+    path = tmp_path / "server"
     before = os.umask(umask)
     try:
         listeners = open_listeners(KEY, [f"unix:{path}"], None)
@@ -171,7 +171,7 @@ async def test_the_mode_of_a_unix_socket(tmp_path: Path, umask: int) -> None:
 
 
 async def test_a_stale_unix_socket_is_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "door"
+    path = tmp_path / "server"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
         stale.listen()
@@ -189,14 +189,14 @@ async def test_a_live_unix_socket_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_in_place_of_a_unix_socket_is_left(tmp_path: Path) -> None:
-    path = tmp_path / "door"
+    path = tmp_path / "server"
     path.write_bytes(b"precious")
     with pytest.raises(HostError, match=r"cannot listen on unix:"):
         open_listeners(KEY, [f"unix:{path}"], None)
     assert path.read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("name", ["none/door", "x" * 120])
+@pytest.mark.parametrize("name", ["none/server", "x" * 120])
 def test_a_path_that_cannot_be_bound(tmp_path: Path, name: str) -> None:
     with pytest.raises(HostError, match=r"cannot listen on unix:"):
         open_listeners(KEY, [f"unix:{tmp_path / name}"], None)

@@ -9,7 +9,7 @@ import struct
 
 import pytest
 import trio
-from helpers import LIMIT_S, Wire, connect, door_on_port, get_bytes
+from helpers import LIMIT_S, Wire, connect, get_bytes, server_on_port
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +22,7 @@ from provider_proxy.host.http.proxy_protocol import (
     ProxyHeaderError,
     read_header,
 )
-from provider_proxy.host.http.server import Door
+from provider_proxy.host.http.server import HttpServer
 
 
 def v2(address: str, port: int, *, command: int = 1, extra: bytes = b"") -> bytes:
@@ -112,14 +112,14 @@ def test_whatever_comes_is_a_header_or_an_error(data: bytes, begin: bytes) -> No
         return
 
 
-# --- the door ---------------------------------------------------------------------------------------
+# --- the server ---------------------------------------------------------------------------------------
 
 
 class Site:
     def __init__(self, *trusted: str, max_per_address: int = 4096) -> None:
         self.names: list[str] = []
         self.seen: list[tuple[int, str]] = []
-        self.door = Door(
+        self.server = HttpServer(
             self.handle,
             observe=lambda status, reason: self.seen.append((status, reason)),
             max_per_address=max_per_address,
@@ -140,7 +140,7 @@ async def ask(wire: Wire, header: bytes) -> int:
 @pytest.mark.parametrize("header", [GOOD["v1, IPv4"][0], GOOD["v2, IPv4"][0]])
 async def test_the_client_is_the_one_that_the_proxy_names(header: bytes) -> None:
     site = Site("127.0.0.0/8")
-    async with door_on_port(site.door) as address, connect(address) as wire:
+    async with server_on_port(site.server) as address, connect(address) as wire:
         assert await ask(wire, header) == 200
         assert await ask(wire, b"") == 200  # once a connection
     assert site.names == ["192.0.2.7:56324"] * 2
@@ -148,14 +148,14 @@ async def test_the_client_is_the_one_that_the_proxy_names(header: bytes) -> None
 
 async def test_a_proxy_that_speaks_for_itself() -> None:
     site = Site("127.0.0.1")
-    async with door_on_port(site.door) as address, connect(address) as wire:
+    async with server_on_port(site.server) as address, connect(address) as wire:
         assert await ask(wire, b"PROXY UNKNOWN\r\n") == 200
     assert site.names[0].startswith("127.0.0.1:")
 
 
 async def test_a_named_proxy_must_say_it() -> None:
     site = Site("127.0.0.1")
-    async with door_on_port(site.door) as address, connect(address) as wire:
+    async with server_on_port(site.server) as address, connect(address) as wire:
         await wire.send(get_bytes("/ok"))
         assert await wire.is_closed()
     assert (site.names, site.seen) == ([], [(0, "no PROXY header")])
@@ -164,14 +164,14 @@ async def test_a_named_proxy_must_say_it() -> None:
 async def test_nobody_else_may_say_it() -> None:
     """From an address that is not named it is what it looks like: no HTTP."""
     site = Site("192.0.2.0/24")
-    async with door_on_port(site.door) as address, connect(address) as wire:
+    async with server_on_port(site.server) as address, connect(address) as wire:
         assert await ask(wire, GOOD["v1, IPv4"][0]) == 400
     assert site.names == []
 
 
 async def test_clients_behind_a_proxy_have_limits_of_their_own() -> None:
     site = Site("127.0.0.1", max_per_address=2)
-    async with door_on_port(site.door) as address:
+    async with server_on_port(site.server) as address:
         async with connect(address) as one, connect(address) as two, connect(address) as other:
             for wire, client in ((one, "192.0.2.1"), (two, "192.0.2.1"), (other, "192.0.2.2")):
                 assert await ask(wire, v2(client, 1)) == 200
@@ -185,7 +185,7 @@ async def test_a_proxy_that_says_nothing_is_let_go(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     site = Site("127.0.0.1")
-    async with door_on_port(site.door) as address:
+    async with server_on_port(site.server) as address:
         host, _, port = address.rpartition(":")
         async with await trio.open_tcp_stream(host, int(port)) as stream:
             await stream.send_all(b"PROX")

@@ -546,7 +546,7 @@ class Site:
         await wire.send(get_bytes(quote_target(challenge)))
 
     async def check_alive(self) -> None:
-        """The doors themselves are fine."""
+        """The servers themselves are fine."""
         assert (await get(self.started.addresses[0], "/version")).status == 200
         assert (await get(self.started.admin_addresses[0], "/healthz")).status == 200
 

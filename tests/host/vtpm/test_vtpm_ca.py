@@ -24,9 +24,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, decode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from door import make_door
 from evidence_factory import OTHER_VM, VM, FixedTpm, ec_key, rsa_key
 from helpers import connected, run_here
+from http_server_helpers import make_server
 from keylime_helpers import PYTHON, keylime_environment
 from openssl_helpers import VERIFY_CERT
 from tpm_helpers import AK_HANDLE, EK_HANDLE, Faults, Swtpm, open_quoter, swtpm_at, tool
@@ -597,7 +597,7 @@ async def test_the_route_gives_the_certificate() -> None:
     async def no_submit(*_args: object, **_kwargs: object) -> Any:
         raise AssertionError("nothing is asked here")
 
-    async with connected(make_door(no_submit, vtpm_ca=b"der")) as wire:
+    async with connected(make_server(no_submit, vtpm_ca=b"der")) as wire:
         results = (await wire.get("/verifier/vtpm-ca")).results()
         assert results == {"ca_cert": base64.b64encode(b"der").decode()}
 

@@ -1,5 +1,5 @@
-"""The EK hook's door and the keeper behind it: who may say what and when, and how little a hostile peer
-or process can do."""
+"""The EK hook's server and the vTPM service behind it: who may say what and when, and how little a
+hostile peer or process can do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from provider_proxy.common.few_lines import FewLines
 from provider_proxy.common.streams import SocketStream
 from provider_proxy.errors import HostError, NotFoundError, VtpmError
 from provider_proxy.evidence.model import Nonce, PcrMask, QuoteRequest, Tenant
-from provider_proxy.host.api.admin import AdminDoor
+from provider_proxy.host.api.admin import AdminApi
 from provider_proxy.host.config.chip_tables import Vtpm
 from provider_proxy.host.http import messages, server
 from provider_proxy.host.http.listeners import open_listeners
@@ -38,12 +38,12 @@ from provider_proxy.host.vtpm import hook_server as door_module
 from provider_proxy.host.vtpm.claims import entry_values
 from provider_proxy.host.vtpm.entries import CONFIRMED, Ek, Entry, ek_of
 from provider_proxy.host.vtpm.follower import Follower
-from provider_proxy.host.vtpm.hook_server import CONNECTIONS_A_USER, LINE_LIMIT_S, HookDoor
+from provider_proxy.host.vtpm.hook_server import CONNECTIONS_A_USER, LINE_LIMIT_S, HookServer
 from provider_proxy.host.vtpm.messages import MAX_LINE_BYTES, parse_message
 from provider_proxy.host.vtpm.open_service import share_socket
 from provider_proxy.host.vtpm.registry import Registry
 from provider_proxy.host.vtpm.requests import CertificateRequest
-from provider_proxy.host.vtpm.service import PRUNE_S, Keeper
+from provider_proxy.host.vtpm.service import PRUNE_S, VtpmService
 from provider_proxy.host.vtpm.sightings import LEASE_S, Gone, Holds, Sighting, Window
 
 ME = os.geteuid()
@@ -97,7 +97,7 @@ def test_messages_that_are_none(line: bytes) -> None:
         parse_message(line)
 
 
-# --- the door ---------------------------------------------------------------------------------------
+# --- the server -------------------------------------------------------------------------------------
 
 
 class Heard:
@@ -118,13 +118,13 @@ class Heard:
 
 
 class AtDoor:
-    """A door whose peers are whoever the test says."""
+    """A server whose peers are whoever the test says."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.heard = Heard()
         self.seen: list[tuple[str, str]] = []
         self.uid = 0
-        self.door = HookDoor(
+        self.server = HookServer(
             self.heard, uid=SWTPM_USER, observe=lambda *what: self.seen.append(what)
         )
         monkeypatch.setattr(door_module, "peer_uid", lambda stream: self.uid)
@@ -133,7 +133,7 @@ class AtDoor:
     async def connected(self) -> AsyncIterator[trio.SocketStream]:
         ours, theirs = socket.socketpair()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.door.serve, SocketStream(theirs))
+            nursery.start_soon(self.server.serve, SocketStream(theirs))
             async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
                 yield stream
 
@@ -223,11 +223,11 @@ async def test_one_user_does_not_crowd_out_the_other(at_door: AtDoor) -> None:
         nursery.cancel_scope.cancel()
 
 
-# --- the keeper -------------------------------------------------------------------------------------
+# --- the vTPM service -------------------------------------------------------------------------------
 
 
 class Helper:
-    """Stands in for provider-proxy-vtpm at the other end of the keeper's follower."""
+    """Stands in for provider-proxy-vtpm at the other end of the vTPM service's follower."""
 
     def __init__(self) -> None:
         self.window = Window(open=True, holds=Holds(reading="read", eks=eks()))
@@ -238,7 +238,7 @@ class Helper:
 
 
 class Kept:
-    """A keeper over a registry of its own; threads run inline, so that the clock may jump."""
+    """A vTPM service over a registry of its own; threads run inline, so that the clock may jump."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.state_root = folder / "swtpm"
@@ -250,16 +250,18 @@ class Kept:
         self.settings = Vtpm(enabled=True, state_root=self.state_root, helper=folder / "helper")
         monkeypatch.setattr(trio.to_thread, "run_sync", self._inline)
         monkeypatch.setattr(Follower, "check", lambda _, vm: self.helper.check(vm))
-        self.keeper = self.make()
+        self.vtpm_service = self.make()
 
     @staticmethod
     async def _inline(function: Callable[..., Any], *args: Any) -> Any:
         await trio.lowlevel.checkpoint()
         return function(*args)
 
-    def make(self, issuer: Any = None) -> Keeper:
-        self.keeper = Keeper(self.settings, self.registry, self.metrics, uid=ME, issuer=issuer)
-        return self.keeper
+    def make(self, issuer: Any = None) -> VtpmService:
+        self.vtpm_service = VtpmService(
+            self.settings, self.registry, self.metrics, uid=ME, issuer=issuer
+        )
+        return self.vtpm_service
 
     def entry(self, vm: uuid.UUID = VM) -> Entry:
         found = self.registry.get(vm)
@@ -268,21 +270,21 @@ class Kept:
 
     async def hear(self, *words: Sighting | Gone) -> None:
         """The follower's words, as it would take them."""
-        follower = self.keeper.follower
+        follower = self.vtpm_service.follower
         for word in words:
             if isinstance(word, Sighting):
                 follower._sightings[word.vm] = word
             else:
                 follower._sightings.pop(word.vm, None)
             follower._counts_until = trio.current_time() + LEASE_S
-            await self.keeper.take(word)
+            await self.vtpm_service.take(word)
 
     def claims(self, vm: uuid.UUID = VM) -> dict[str, Any] | None:
         """What a tenant of both VMs is told."""
         tenant = Tenant(name="acme", pcr_allow=1, vms=frozenset((VM, OTHER_VM)))
         question = QuoteRequest(nonce=Nonce(b"n" * 16), mask=PcrMask(1), vm=vm)
         try:
-            found: dict[str, Any] = json.loads(self.keeper.claims(tenant, question))
+            found: dict[str, Any] = json.loads(self.vtpm_service.claims(tenant, question))
         except NotFoundError:
             return None
         return found
@@ -300,8 +302,8 @@ def eks(number: int = 0) -> tuple[Ek, ...]:
 
 
 async def test_a_vm_s_life(autojump_clock: trio.testing.MockClock, kept: Kept) -> None:
-    assert await kept.keeper.certify(certificate_request(ecc_key())) is None
-    assert kept.keeper.listed()[0]["state"] == "registered"
+    assert await kept.vtpm_service.certify(certificate_request(ecc_key())) is None
+    assert kept.vtpm_service.listed()[0]["state"] == "registered"
     assert kept.claims() is None
     await kept.hear(sighting(runs=False))
     assert kept.claims() is None
@@ -344,7 +346,7 @@ async def test_claims_are_of_the_life_of_the_vm_that_they_are_about(
 ) -> None:
     """Between the sight of a new life and the registry's next word nothing is claimed."""
     await kept.hear(sighting(eks=eks()))
-    follower = kept.keeper.follower
+    follower = kept.vtpm_service.follower
     follower._sightings[VM] = sighting(run="b/2/2", origin="elsewhere")
     assert kept.claims() is None
     await kept.hear(sighting(run="b/2/2", origin="elsewhere"))
@@ -359,7 +361,7 @@ async def test_an_ek_that_nobody_has_is_corrected(
     autojump_clock: trio.testing.MockClock, kept: Kept
 ) -> None:
     """Any process of the swtpm user may speak in root's window: what the vTPM holds counts."""
-    await kept.keeper.certify(certificate_request(ecc_key()))
+    await kept.vtpm_service.certify(certificate_request(ecc_key()))
     await kept.hear(sighting(), sighting(eks=eks(1)))
     assert (kept.entry().eks, kept.entry().issuer) == (eks(1), "unknown")
     assert sample(kept.metrics, "vtpm_confirmations_total", {"outcome": "corrected"}) == 1
@@ -369,7 +371,7 @@ async def test_encrypted_state_stays_registered(
     autojump_clock: trio.testing.MockClock, kept: Kept
 ) -> None:
     kept.helper.window = Window(open=True, holds=Holds(reading="encrypted"))
-    await kept.keeper.certify(certificate_request(ecc_key()))
+    await kept.vtpm_service.certify(certificate_request(ecc_key()))
     await kept.hear(sighting(reading="encrypted"))
     assert (kept.entry().state, kept.entry().eks) == ("registered", eks())
     claims = kept.claims()
@@ -400,9 +402,9 @@ async def test_what_is_not_registered(
             raise AssertionError("it was asked")
 
     kept.helper.window = window
-    keeper = kept.make(Signing())
+    vtpm_service = kept.make(Signing())
     with pytest.raises(VtpmError, match=message):
-        await keeper.certify(certificate_request(ecc_key()))
+        await vtpm_service.certify(certificate_request(ecc_key()))
     assert kept.registry.all() == ()
 
 
@@ -411,7 +413,7 @@ async def test_a_running_vm_gets_no_other_ek_even_in_a_window(
 ) -> None:
     await kept.hear(sighting(eks=eks(1)))
     with pytest.raises(VtpmError, match="runs"):
-        await kept.keeper.certify(certificate_request(ecc_key()))
+        await kept.vtpm_service.certify(certificate_request(ecc_key()))
     assert kept.entry().eks == eks(1)
 
 
@@ -442,10 +444,10 @@ async def test_after_a_start_nothing_runs_until_it_is_said(
 async def test_a_vm_that_is_undefined_is_forgotten(
     autojump_clock: trio.testing.MockClock, kept: Kept
 ) -> None:
-    await kept.keeper.certify(certificate_request(ecc_key()))
+    await kept.vtpm_service.certify(certificate_request(ecc_key()))
     kept.registry._now = lambda: 1e11  # much later
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(kept.keeper._prune)
+        nursery.start_soon(kept.vtpm_service._prune)
         (kept.state_root / str(VM)).mkdir()
         await trio.sleep(PRUNE_S * 2)
         assert kept.registry.get(VM) is not None
@@ -468,7 +470,7 @@ async def test_trouble_with_the_disk_ends_nothing(
     monkeypatch.setattr(kept.registry, "prune", full)
     monkeypatch.setattr(kept.registry, "saw", full)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(kept.keeper._prune)
+        nursery.start_soon(kept.vtpm_service._prune)
         await trio.sleep(PRUNE_S * 3)
         await kept.hear(sighting(eks=eks()))
         assert kept.claims() is None
@@ -487,12 +489,12 @@ async def test_an_issuer_certifies_what_is_registered(
             return bytes(self.length)
 
     signing = Signing()
-    keeper = kept.make(signing)
-    assert await keeper.certify(certificate_request(ecc_key())) == bytes(2048)
+    vtpm_service = kept.make(signing)
+    assert await vtpm_service.certify(certificate_request(ecc_key())) == bytes(2048)
     assert len(kept.issued) == 1
     signing.length = 2049
     with pytest.raises(HostError, match="longer than 2048"):
-        await keeper.certify(certificate_request(ecc_key()))
+        await vtpm_service.certify(certificate_request(ecc_key()))
 
 
 def test_hooks_do_not_fill_the_log(
@@ -500,12 +502,12 @@ def test_hooks_do_not_fill_the_log(
 ) -> None:
     now = [60.0]
     monkeypatch.setattr(door_module, "FewLines", partial(FewLines, now=lambda: now[0]))
-    door = HookDoor(None, uid=ME, observe=lambda *_: None)  # type: ignore[arg-type]
+    server = HookServer(None, uid=ME, observe=lambda *_: None)  # type: ignore[arg-type]
     for _ in range(500):
-        door._warn("%s refused: %s", "certify", "no")
+        server._warn("%s refused: %s", "certify", "no")
     assert len(caplog.records) == 20
     now[0] = 120.0
-    door._warn("%s refused: %s", "certify", "no")
+    server._warn("%s refused: %s", "certify", "no")
     assert caplog.messages[20:] == ["hooks: certify refused: no (480 more were not written)"]
 
 
@@ -582,13 +584,13 @@ async def test_vms_shows_the_registry(
         entry_values_of(OTHER_VM, name="in", running=True, migrated=True),
         entry_values_of(uuid.UUID(int=3), name="[bold]off", eks=eks(1)),
     ]
-    door = server.Door(
-        AdminDoor(Metrics(), lambda: None, dict, vms=lambda: listed), observe=observe
+    http_server = server.HttpServer(
+        AdminApi(Metrics(), lambda: None, dict, vms=lambda: listed), observe=observe
     )
     path = tmp_path / "admin"
     async with trio.open_nursery() as nursery:
         (listener,) = open_listeners("a test", [f"unix:{path}"], None)
-        nursery.start_soon(listener.serve, door.serve)
+        nursery.start_soon(listener.serve, http_server.serve)
         words = ["vms", f"unix:{path}", *(["--json"] if with_json else [])]
         code = await trio.to_thread.run_sync(cli.run, words)
         nursery.cancel_scope.cancel()
@@ -608,14 +610,14 @@ def observe(_status: int, _reason: str) -> None:
 async def test_vms_of_a_daemon_that_keeps_none(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    door = AdminDoor(Metrics(), lambda: None, dict)
+    server = AdminApi(Metrics(), lambda: None, dict)
     request = messages.Request(
         method="GET",
         path="/vms",
         query="",
         peer=messages.Peer(name="", is_gone=lambda: False, limit=lambda _: None),
     )
-    body = json.loads(b"".join((await door(request)).body))
+    body = json.loads(b"".join((await server(request)).body))
     assert body["results"] == {"enabled": False, "vms": []}
 
 

@@ -15,10 +15,10 @@ from provider_proxy.common.dates import Calendar, Dated
 from provider_proxy.host import pki
 from provider_proxy.tenant.bridge.admin import Admin
 from provider_proxy.tenant.bridge.agents import HostAgent
-from provider_proxy.tenant.bridge.door import Asked
 from provider_proxy.tenant.bridge.keys import BridgeKeys, make_keys, parse_keys
 from provider_proxy.tenant.bridge.metrics import BridgeMetrics
 from provider_proxy.tenant.watch.config import parse_watch_config
+from provider_proxy.tenant.watch.http_server import Asked
 from provider_proxy.tenant.watch.preflight import read_dates
 
 NOW = datetime.now(UTC)

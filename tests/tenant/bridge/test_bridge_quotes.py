@@ -31,7 +31,7 @@ from provider_proxy.evidence.wire import parse_quote
 from provider_proxy.tenant.bridge import keys as bridge_keys
 from provider_proxy.tenant.bridge import quoting
 from provider_proxy.tenant.bridge.keys import BridgeKeys, load_keys, make_keys
-from provider_proxy.tenant.bridge.ports import PortBook
+from provider_proxy.tenant.bridge.ports import PortTable
 from provider_proxy.trust.pins import PinStore
 
 
@@ -247,26 +247,26 @@ def test_pcr_16_is_the_key_s_text() -> None:
 
 
 def test_ports_stay_whoever_comes_and_goes(tmp_path: Path) -> None:
-    first = PortBook(tmp_path, 100, 110).ports_of(["b", "a"])
+    first = PortTable(tmp_path, 100, 110).ports_of(["b", "a"])
     assert first == {"b": 100, "a": 101}
-    again = PortBook(tmp_path, 100, 110).ports_of(["c", "a"])  # b is gone, c is new
+    again = PortTable(tmp_path, 100, 110).ports_of(["c", "a"])  # b is gone, c is new
     assert again == {"c": 102, "a": 101}
-    assert PortBook(tmp_path, 200, 210).ports_of(["b", "d"]) == {"b": 100, "d": 200}
+    assert PortTable(tmp_path, 200, 210).ports_of(["b", "d"]) == {"b": 100, "d": 200}
 
 
 def test_ports_run_out_with_words(tmp_path: Path) -> None:
-    book = PortBook(tmp_path, 100, 101)
-    book.ports_of(["a", "b"])
+    directory = PortTable(tmp_path, 100, 101)
+    directory.ports_of(["a", "b"])
     with pytest.raises(HostError, match="no port is left for c"):
-        book.ports_of(["a", "c"])
+        directory.ports_of(["a", "c"])
 
 
 def test_a_port_that_could_not_be_written_is_not_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else it would be another host's after a restart."""
-    book = PortBook(tmp_path, 100, 103)
-    book.ports_of(["a"])
+    directory = PortTable(tmp_path, 100, 103)
+    directory.ports_of(["a"])
 
     def full(path: Path, data: bytes) -> None:
         raise HostError("no space left")
@@ -274,11 +274,11 @@ def test_a_port_that_could_not_be_written_is_not_given(
     with monkeypatch.context() as patch:
         patch.setattr("provider_proxy.tenant.bridge.ports.write_private", full)
         with pytest.raises(HostError, match="no space"):
-            book.ports_of(["a", "b"])
+            directory.ports_of(["a", "b"])
     with pytest.raises(HostError, match="no port is left"):
-        PortBook(tmp_path, 100, 101).ports_of(["a", "c", "d"])
-    given = book.ports_of(["a", "b"])
-    assert PortBook(tmp_path, 100, 103).ports_of(["c", "a", "b"]) == {**given, "c": 102}
+        PortTable(tmp_path, 100, 101).ports_of(["a", "c", "d"])
+    given = directory.ports_of(["a", "b"])
+    assert PortTable(tmp_path, 100, 103).ports_of(["c", "a", "b"]) == {**given, "c": 102}
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_a_port_that_could_not_be_written_is_not_given(
 def test_damaged_ports_are_not_begun_anew(tmp_path: Path, text: str) -> None:
     (tmp_path / "ports.json").write_text(text)
     with pytest.raises(HostError, match="is damaged"):
-        PortBook(tmp_path, 100, 110)
+        PortTable(tmp_path, 100, 110)
 
 
 def test_base64_of_a_quote_is_of_one_bank(keys: BridgeKeys) -> None:

@@ -18,10 +18,10 @@ from helpers import LIMIT_S, wait_until
 from needs_postgres import needs_postgres
 from selenium import webdriver
 
-from provider_proxy.tenant.bridge.door import Door, listen
 from provider_proxy.tenant.fleet import overview, schema, views
 from provider_proxy.tenant.fleet.admin import FleetAdmin, Standing
 from provider_proxy.tenant.fleet.database import Database, read_address
+from provider_proxy.tenant.watch.http_server import TenantHttpServer, listen
 from provider_proxy.testing.postgres import Postgres, postgres
 
 pytestmark = [needs_postgres, needs_chromium, pytest.mark.real]
@@ -95,7 +95,7 @@ class Site:
         self._token = trio.lowlevel.current_trio_token()
         self._started.set()
         with self._scope:
-            await Door(admin.answer, None).serve(listener)
+            await TenantHttpServer(admin.answer, None).serve(listener)
         database.close()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import trio
-from books import FakeBook, register
+from binding_directories import FakeBook, register
 from fake_registrar import FakeRegistrar
 from helpers import make_answer
 from soft_ek import Authority, SoftHost, ek_certificate, rsa_ek
@@ -50,7 +50,7 @@ def config(directory: Path, **table: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def book(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeBook:
+def directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeBook:
     """A registrar that is reached through any client of the watcher's."""
     made = FakeBook()
     (tmp_path / "cas").mkdir()
@@ -79,28 +79,28 @@ async def judged(rig: Rig, directory: Path) -> State:
 
 
 async def test_a_registered_host_is_trusted_and_pinned(
-    tmp_path: Path, nursery: trio.Nursery, book: FakeBook
+    tmp_path: Path, nursery: trio.Nursery, directory: FakeBook
 ) -> None:
     rig = Rig(tmp_path)
     rig.proxy.serve_in(nursery)
     assert await judged(rig, tmp_path) is State.INVALID_QUOTE  # not registered
     assert rig.reports[-1]["error"] == "NotRegisteredError"
     assert not rig.proxy.asked
-    register(book, AGENT, host_of(rig.proxy.tpm))
+    register(directory, AGENT, host_of(rig.proxy.tpm))
     assert await judged(rig, tmp_path) is State.TRUSTED
     assert rig.reports[-1]["uuid"] == AGENT
     assert (tmp_path / "pins" / "h.json").exists()
     # A stranger replaces the record by that of a genuine TPM of his own.
-    book.ask("DELETE", f"/v2.6/agents/{AGENT}")
+    directory.ask("DELETE", f"/v2.6/agents/{AGENT}")
     stranger = SoftTpm()
-    register(book, AGENT, host_of(stranger, 1))
+    register(directory, AGENT, host_of(stranger, 1))
     rig.proxy.tpm = stranger
     assert await judged(rig, tmp_path) is State.INVALID_QUOTE
     assert rig.reports[-1]["error"] == "PinChangedError"
 
 
 async def test_an_import_into_a_fleet_pins_what_the_registrar_recorded(
-    tmp_path: Path, nursery: trio.Nursery, book: FakeBook
+    tmp_path: Path, nursery: trio.Nursery, directory: FakeBook
 ) -> None:
     """Checked as a watcher does, against the pin that is there; or nothing is imported."""
     rig = Rig(tmp_path)
@@ -108,36 +108,36 @@ async def test_an_import_into_a_fleet_pins_what_the_registrar_recorded(
     read = parse_watch_config(config(tmp_path))
     with pytest.raises(HostError, match="nothing is imported: no pin from the registrar for h: "):
         await pin_from_registrars(read)
-    register(book, AGENT, host_of(rig.proxy.tpm))
+    register(directory, AGENT, host_of(rig.proxy.tpm))
     assert await pin_from_registrars(read) == 1
     (host,) = read_fleet(read).hosts
     assert parse_trust("h", host.pin).host.ak.name == rig.proxy.tpm.ak.name
     assert await pin_from_registrars(read) == 1  # and again
-    book.ask("DELETE", f"/v2.6/agents/{AGENT}")
-    register(book, AGENT, host_of(SoftTpm(), 1))
+    directory.ask("DELETE", f"/v2.6/agents/{AGENT}")
+    register(directory, AGENT, host_of(SoftTpm(), 1))
     with pytest.raises(HostError, match="h: "):
         await pin_from_registrars(read)
     assert read_fleet(read).hosts == (host,)
 
 
 async def test_an_ek_that_nobody_vouches_for_is_refused(
-    tmp_path: Path, nursery: trio.Nursery, book: FakeBook
+    tmp_path: Path, nursery: trio.Nursery, directory: FakeBook
 ) -> None:
     rig = Rig(tmp_path)
     rig.proxy.serve_in(nursery)
-    register(book, AGENT, host_of(rig.proxy.tpm, vouched=False))
+    register(directory, AGENT, host_of(rig.proxy.tpm, vouched=False))
     assert await judged(rig, tmp_path) is State.INVALID_QUOTE
     assert rig.reports[-1]["error"] == "UntrustedEkError"
 
 
 async def test_the_chip_s_own_chain_comes_from_the_host_and_the_report_names_the_anchor(
-    tmp_path: Path, nursery: trio.Nursery, book: FakeBook, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, nursery: trio.Nursery, directory: FakeBook, caplog: pytest.LogCaptureFixture
 ) -> None:
     rig = Rig(tmp_path)
     rig.proxy.serve_in(nursery)
     chip_ca, ek = Authority("chip's own", VENDOR), rsa_ek()
     host = SoftHost(tpm=rig.proxy.tpm, ek=ek, ek_cert=ek_certificate(chip_ca, ek))
-    register(book, AGENT, host)
+    register(directory, AGENT, host)
     assert await judged(rig, tmp_path) is State.INVALID_QUOTE  # the proxy shows no identity
     assert rig.reports[-1]["error"] == "UntrustedEkError"
     assert [report["ek_anchor"] for report in rig.reports] == [None]
@@ -162,7 +162,7 @@ async def test_the_chip_s_own_chain_comes_from_the_host_and_the_report_names_the
 
 
 async def test_a_registrar_that_is_away_fails_the_host(
-    tmp_path: Path, nursery: trio.Nursery, book: FakeBook
+    tmp_path: Path, nursery: trio.Nursery, directory: FakeBook
 ) -> None:
     rig = Rig(tmp_path)
     rig.proxy.serve_in(nursery)
@@ -170,19 +170,21 @@ async def test_a_registrar_that_is_away_fails_the_host(
     async def broken() -> None:
         raise httpx.ConnectError("no route")
 
-    book.fake.before = broken
+    directory.fake.before = broken
     assert await judged(rig, tmp_path) is State.FAILED
     assert rig.reports[-1]["error"] == "ReplyError"
 
 
-async def test_hosts_without_a_registrar_have_their_pins(tmp_path: Path, book: FakeBook) -> None:
+async def test_hosts_without_a_registrar_have_their_pins(
+    tmp_path: Path, directory: FakeBook
+) -> None:
     registrars = Registrars(parse_watch_config(config(tmp_path)))
     tpm = SoftTpm()
     registrars.pins.pin("other", tpm.ak_public)
     aks = KnownAks(registrars)
     trust = await aks.trusted("other", HostRules(provider_ip="192.0.2.2"))
     assert trust.host.ak.name == tpm.ak.name
-    assert not book.fake.calls
+    assert not directory.fake.calls
     await registrars.aclose()
 
 

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 QUESTION_LIMIT_S = 5.0
 SEND_LIMIT_S = 5.0  # a daemon that does not read is let go, and asks again
-CHECK_LIMIT_S = 17.0  # below what the hook's door waits for
+CHECK_LIMIT_S = 17.0  # below what the hook's server waits for
 MAX_CONNECTIONS = 32
 BACKLOG = 32
 

@@ -1,4 +1,4 @@
-"""The two books of bindings that the contract tests run over: a fake one, and one over a registrar."""
+"""The two directories of bindings for the contract tests: a fake one, and one over a registrar."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ class RealBook:
             return exc.code, json.loads(content) if content else {}
 
 
-def register(book: Book, agent_id: str, host: SoftHost, *, activate: bool = True) -> None:
+def register(directory: Book, agent_id: str, host: SoftHost, *, activate: bool = True) -> None:
     """Take a host through registration, the credential opened in software."""
-    status, answer = book.ask("POST", f"/v2.6/agents/{agent_id}", host.body())
+    status, answer = directory.ask("POST", f"/v2.6/agents/{agent_id}", host.body())
     assert status == 200, answer
     results = answer["results"]
     assert isinstance(results, dict)
     if activate:
         tag = host.answer(base64.b64decode(results["blob"]), agent_id)
-        status, answer = book.ask(
+        status, answer = directory.ask(
             "PUT", f"/v2.6/agents/{agent_id}", json.dumps({"auth_tag": tag}).encode()
         )
         assert status == 200, answer

@@ -15,7 +15,7 @@ from provider_proxy.evidence.model import HashAlg, QuoteRequest, Tenant
 from provider_proxy.host.api import tenant as server
 from provider_proxy.host.batching.batch import Answer
 from provider_proxy.host.http.messages import Peer
-from provider_proxy.host.http.server import Door
+from provider_proxy.host.http.server import HttpServer
 from provider_proxy.testing.soft_tpm import SoftTpm
 
 NONCE = "nonce-0123456789"
@@ -59,15 +59,15 @@ class FakeSubmit:
         return make_answer(self.tpm, request)
 
 
-def make_door(
+def make_server(
     submit: server.Submit,
     *,
     identify: Callable[[Peer], Tenant] = lambda peer: TENANT,
     banks: tuple[HashAlg, ...] = (HashAlg.SHA256, HashAlg.SHA1),
     registrations: Callable[[Tenant], server.Registrations] = lambda tenant: (),
     vtpm_ca: bytes | None = b"certificate",
-) -> Door:
-    handler = server.TenantDoor(
+) -> HttpServer:
+    handler = server.TenantApi(
         submit,
         identify,
         identity=IDENTITY,
@@ -78,4 +78,4 @@ def make_door(
         max_timeout_ms=60_000,
         vtpm_ca=None if vtpm_ca is None else server.vtpm_ca_results(vtpm_ca),
     )
-    return Door(handler, observe=lambda status, reason: None)
+    return HttpServer(handler, observe=lambda status, reason: None)

@@ -91,7 +91,7 @@ def listen(ip: str, port: int) -> socket.socket:
     return sock
 
 
-class Door:
+class TenantHttpServer:
     """Serves one listener.
 
     Args:

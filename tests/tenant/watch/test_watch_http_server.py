@@ -15,9 +15,9 @@ from helpers import make_certs
 
 from provider_proxy.common.streams import SocketStream
 from provider_proxy.errors import HostError
-from provider_proxy.tenant.bridge import door
-from provider_proxy.tenant.bridge.door import Answer, Asked, Door, listen
 from provider_proxy.tenant.bridge.keys import BridgeKeys, make_keys, parse_keys
+from provider_proxy.tenant.watch import http_server
+from provider_proxy.tenant.watch.http_server import Answer, Asked, TenantHttpServer, listen
 
 GET = b"GET /x?a=b HTTP/1.1\r\nHost: h\r\n\r\n"
 
@@ -28,7 +28,7 @@ def keys() -> BridgeKeys:
 
 
 class Served:
-    """A door on loopback; `asked` is what came."""
+    """A server on loopback; `asked` is what came."""
 
     def __init__(self) -> None:
         self.asked: list[Asked] = []
@@ -47,7 +47,7 @@ class Served:
         async def answer(asked: Asked) -> Answer:
             return await self.answer(asked)
 
-        nursery.start_soon(Door(answer, context).serve, listener)
+        nursery.start_soon(TenantHttpServer(answer, context).serve, listener)
 
     async def connect(self) -> trio.SocketStream:
         return await trio.open_tcp_stream("127.0.0.1", self.port)
@@ -160,7 +160,7 @@ async def test_a_verifier_that_goes_away_in_the_middle(
 async def test_those_who_send_nothing_give_way(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "MAX_OPEN", 3)
+    monkeypatch.setattr(http_server, "MAX_OPEN", 3)
     idle = [await served.connect() for _ in range(3)]
     await idle[0].send_all(b"GET ")
     await trio.testing.wait_all_tasks_blocked(0.05)
@@ -175,7 +175,7 @@ async def test_those_who_send_nothing_give_way(
 async def test_those_who_wait_for_an_answer_do_not(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "MAX_OPEN", 2)
+    monkeypatch.setattr(http_server, "MAX_OPEN", 2)
     go = trio.Event()
 
     async def slow(asked: Asked) -> Answer:
