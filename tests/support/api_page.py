@@ -25,11 +25,10 @@ HEAD = """\
 
 <!-- Made from provider_proxy/openapi.json by `make docs`: change that. -->
 
-{description} The proxy serves this description at `/openapi.json`. What each error means for a
-client, `Retry-After`, and the limits of a connection: [http-api.md](http-api.md). What is inside the
-evidence: [evidence-format.md](evidence-format.md).
+{description} The proxy serves this description at `/openapi.json`. [http-api.md](http-api.md) has an example, the
+rules for retries, and what each error means; [evidence-format.md](evidence-format.md) has the contents of the evidence.
 
-Who asks: {security}
+{security}
 """
 
 
@@ -43,11 +42,10 @@ class Page:
     def lines(self) -> Iterator[str]:
         """All of them."""
         info, security = self._doc["info"], self._parts["securitySchemes"]["certificate"]
-        described = security["description"]
         head = HEAD.format(
-            description=info["description"], security=described[0].lower() + described[1:]
+            description=info["description"], security=security["description"]
         )
-        yield "\n\n".join(textwrap.fill(part, WIDTH) for part in head.split("\n\n")) + "\n"
+        yield "\n\n".join(map(_filled, head.split("\n\n"))) + "\n"
         for path, item in self._doc["paths"].items():
             yield from self._operation(path, item["get"])
         yield "## Objects\n"
@@ -73,7 +71,7 @@ class Page:
         good = responses.pop("200")
         results = self._results(good)
         yield f"200: {good['description']} Results: {results}.\n"
-        yield f"Errors: {', '.join(responses)}; [what each means](http-api.md#errors).\n"
+        yield f"Errors: {', '.join(responses)}.\n"
 
     def _object(self, name: str, schema: Node) -> Iterator[str]:
         yield f"### {name}\n"
@@ -161,6 +159,11 @@ def _number(node: Node) -> str:
     if "maximum" in node:
         return f"{word}, {node['minimum']} to {node['maximum']}"
     return f"{word}, {node['minimum']} or more" if "minimum" in node else word
+
+
+def _filled(text: str) -> str:
+    """A paragraph as lines. A line does not break at a hyphen: it may be that of a link's target."""
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
 def _row(*cells: str) -> str:
