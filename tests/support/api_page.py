@@ -25,8 +25,9 @@ HEAD = """\
 
 <!-- Made from provider_proxy/openapi.json by `make docs`: change that. -->
 
-{description} The proxy serves this description at `/openapi.json`. [http-api.md](http-api.md) has an example, the
-rules for retries, and what each error means; [evidence-format.md](evidence-format.md) has the contents of the evidence.
+{description} The proxy serves this description at `/openapi.json`. [http-api.md](http-api.md) has an
+example, the rules for retries, and what each error means; [evidence-format.md](evidence-format.md) has
+the contents of the evidence.
 
 {security}
 """
@@ -42,9 +43,7 @@ class Page:
     def lines(self) -> Iterator[str]:
         """All of them."""
         info, security = self._doc["info"], self._parts["securitySchemes"]["certificate"]
-        head = HEAD.format(
-            description=info["description"], security=security["description"]
-        )
+        head = HEAD.format(description=info["description"], security=security["description"])
         yield "\n\n".join(map(_filled, head.split("\n\n"))) + "\n"
         for path, item in self._doc["paths"].items():
             yield from self._operation(path, item["get"])

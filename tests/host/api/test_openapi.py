@@ -319,7 +319,7 @@ def test_description_and_parser_judge_alike(pair: tuple[str, str]) -> None:
 
 async def test_unknown_and_repeated_parameters_are_refused_as_described() -> None:
     description = DOC["info"]["description"]
-    assert "unknown, given twice or ill-formed" in description
+    assert "unknown, repeated or malformed" in description
     values = {**MINIMAL, "bank": "sha256", "ima_ml_entry": "0", "vm": VM, "timeout_ms": "1"}
     values |= {"logs": "none"}
     assert set(values) == set(PARAMETERS)
