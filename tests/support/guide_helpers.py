@@ -1,5 +1,5 @@
 """A machine for the guides' commands: folders in place of /etc and /var, a swtpm in place of the chip,
-and a `systemctl` that knows one service.
+a `systemctl` that knows one service, and a `systemd-run`.
 
 The commands of a page run as they stand, one block after the other, in one shell. What is replaced is
 listed in `Machine.adapted`.
@@ -70,6 +70,8 @@ def stop():
         while pathlib.Path(f"/proc/{{pid}}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
             time.sleep(0.05)
 words = [w for w in sys.argv[1:] if w != "--now"]
+if words == ["reboot"]:
+    words = ["restart", "provider-proxy"]
 if words[1].removesuffix(".service") != "provider-proxy":
     sys.exit()
 if words[0] in ("stop", "restart", "disable"):
@@ -80,6 +82,13 @@ if words[0] in ("start", "restart", "enable"):
 if words[0] == "reload":
     pid = int(pid_file.read_text())
     until_ready(lambda: os.kill(pid, signal.SIGHUP), lambda: True)
+"""
+# A command with the unit's credentials, and as this user.
+SYSTEMD_RUN = """\
+#!/bin/sh
+while [ "$1" != provider-proxy ]; do shift; done
+for secret in {etc}/secrets/*; do cp "$secret" "$CREDENTIALS_DIRECTORY/secret_${{secret##*/}}"; done
+exec "$@"
 """
 
 
@@ -104,6 +113,7 @@ class Machine:
             path.mkdir(parents=True)
         self.add_command("provider-proxy", COMMAND.format(python=sys.executable, etc=str(self.etc)))
         self.add_command("systemctl", SYSTEMCTL.format(python=sys.executable, root=str(root)))
+        self.add_command("systemd-run", SYSTEMD_RUN.format(etc=self.etc))
         self.environment = {
             **os.environ,
             "PATH": f"{self._bin}{os.pathsep}{os.environ['PATH']}",
