@@ -89,7 +89,7 @@ def test_a_host_from_the_quick_start_to_the_operators_guide(
     agent_record = register_an_agent(host, registrar)
     host.add_command("keylime_tenant", f'#!/bin/sh\necho "$*" >> {host.root}/asked\n')
     through_agent, *replacing_it = guide_blocks(MIGRATING)
-    registrars = "/etc/provider-proxy/conf.d/acme.toml"  # way A has none: it ends before the quick start's step 5
+    registrars = "/etc/provider-proxy/conf.d/acme.toml"  # way A has none
     done = host.run(f"mv {registrars} .", through_agent, f"mv acme.toml {registrars}")
     assert done.returncode == 0, done.stdout + host.journal()
     assert re.search(r'quoter.kind = "keylime-agent"', done.stdout)
