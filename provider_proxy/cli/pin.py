@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_registrar_arguments(add)
     add.add_argument(
-        "--anew", action="store_true", help="replace another AK or EK; you know why it changed"
+        "--replace",
+        action="store_true",
+        help="pin this AK and EK in place of others; you know why they changed",
     )
     inventory = actions.add_parser(
         "import-eks", help="say which EK each host has: an inventory of digests"
@@ -47,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lines of HOST and the SHA-256 of its EK's public key, hex; - is stdin",
     )
     inventory.add_argument(
-        "--anew", action="store_true", help="replace other digests; you know why they changed"
+        "--replace",
+        action="store_true",
+        help="replace digests that differ; you know why they changed",
     )
     show = actions.add_parser("list", help="show the pinned hosts")
     remove = actions.add_parser("remove", help="forget a host")
@@ -104,7 +108,7 @@ def _add(args: argparse.Namespace) -> int:
         record, verdict = read_record(args, by_hand=by_hand)
         ak_public, ek_public = record.ak_public, record.ek_public
     pinned = store.pin(
-        args.label, ak_public, ek_public=ek_public, ek_by_hand=ek_by_hand, anew=args.anew
+        args.label, ak_public, ek_public=ek_public, ek_by_hand=ek_by_hand, replace=args.replace
     )
     values = {"host": args.label, "ak_name": pinned.host.ak.name.hex(), "ek_name": _ek_name(pinned)}
     if verdict is not None:
@@ -128,7 +132,7 @@ def _import_eks(args: argparse.Namespace) -> int:
     if not new:
         raise UsageError(f"{args.file} names no host")
     args.pins.mkdir(mode=0o700, parents=True, exist_ok=True)
-    count = PinStore(args.pins).expected.add(new, anew=args.anew)
+    count = PinStore(args.pins).expected.add(new, replace=args.replace)
     if args.json:
         print(json.dumps({"imported": len(new), "hosts": count}))
     else:

@@ -94,24 +94,24 @@ class ExpectedEks:
         """
         return self._load().get(label)
 
-    def add(self, new: Mapping[str, bytes], *, anew: bool = False) -> int:
+    def add(self, new: Mapping[str, bytes], *, replace: bool = False) -> int:
         """Add hosts, all or none.
 
         Args:
-            anew: a host may have another digest than before; you know why.
+            replace: a host may have another digest than before; you know why.
 
         Returns:
             How many hosts the inventory names now.
 
         Raises:
-            PinChangedError: a host has another digest already, and `anew` was not said.
+            PinChangedError: a host has another digest already, and `replace` was not given.
             HostError: the file cannot be read or written.
         """
         known = dict(self._load())
         for label, digest in new.items():
-            if known.setdefault(label, digest) != digest and not anew:
+            if known.setdefault(label, digest) != digest and not replace:
                 raise PinChangedError(
-                    f"the inventory names another EK for {label}; nothing was changed. Say --anew if "
+                    f"the inventory names another EK for {label}; nothing was changed. Give --replace if "
                     "the change is meant"
                 )
         known |= new

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from provider_proxy.common.files import files_in, is_there, read_trusted, write_private
@@ -83,12 +84,12 @@ class PinnedHost(MemoryHistory):
             name = parse_ak(ak_public).name
             raise PinChangedError(
                 f"{self.host.label} is pinned to the AK {self.host.ak.name.hex()}, not "
-                f"{name.hex()}; pin anew if the change is meant"
+                f"{name.hex()}; if the change is meant, pin it again with `pin add --replace`"
             )
         if self._pin.ek_public is not None and ek_public != self._pin.ek_public:
             raise PinChangedError(
-                f"{self.host.label} is pinned to another EK: it is another TPM; pin anew if the "
-                "change is meant"
+                f"{self.host.label} is pinned to another EK, so this is another TPM; if the change is "
+                "meant, pin it again with `pin add --replace`"
             )
 
     def is_current(self) -> bool:
@@ -136,7 +137,7 @@ class PinnedHost(MemoryHistory):
         with _locked(self._path.parent):
             pin = self._on_disk()
             if pin.newest is None or state > pin.newest:
-                write_private(self._path, _encode(replace(pin, newest=state)))
+                write_private(self._path, _encode(dataclasses.replace(pin, newest=state)))
         super().accept(state)
 
 
@@ -175,7 +176,7 @@ class PinStore:
         *,
         ek_public: bytes | None = None,
         ek_by_hand: bool = False,
-        anew: bool = False,
+        replace: bool = False,
     ) -> PinnedHost:
         """Trust an AK, and an EK where it is given, for a host from now on.
 
@@ -185,10 +186,10 @@ class PinStore:
             ak_public: TPM2B_PUBLIC; its attributes are checked.
             ek_public: TPM2B_PUBLIC of the EK that is in the same TPM.
             ek_by_hand: a person vouches for this EK: its certificate need not be looked at.
-            anew: a person said that the change is meant; the clock's history begins afresh.
+            replace: a person says that the change is meant; the clock's history starts over.
 
         Raises:
-            PinChangedError: another AK or EK is pinned, and `anew` was not said.
+            PinChangedError: another AK or EK is pinned, and `replace` was not given.
             UntrustedAkError, EvidenceFormatError: not an AK, or not a key.
             UsageError: a label that is no name.
         """
@@ -202,14 +203,14 @@ class PinStore:
         except OSError as exc:
             raise HostError(f"cannot make {self._directory}: {exc.strerror}") from exc
         with _locked(self._directory):
-            if is_there(path) and not anew:
+            if is_there(path) and not replace:
                 pinned = self.load(label)
                 pinned.demand(ak_public, ek_public or pinned.ek_public or b"")
                 if ek_public is None or (
                     pinned.ek_public and (pinned.ek_by_hand or not ek_by_hand)
                 ):
                     return pinned
-                new = replace(new, newest=pinned.newest())
+                new = dataclasses.replace(new, newest=pinned.newest())
             write_private(path, _encode(new))
         return self.load(label)
 

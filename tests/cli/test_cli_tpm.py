@@ -345,7 +345,7 @@ def test_a_changed_ak_is_refused_until_anew(tenant: Tenant) -> None:
     words = ("PinChangedError", tenant.tpm.ak.name.hex(), other.ak.name.hex())
     expect(tenant.add(ak="other"), REFUSED, *words)
     assert tenant.pins.load("h").host.ak.name == tenant.tpm.ak.name
-    expect(tenant.add("--anew", ak="other"), GOOD, other.ak.name.hex())
+    expect(tenant.add("--replace", ak="other"), GOOD, other.ak.name.hex())
     assert tenant.pins.load("h").host.ak.name == other.ak.name
 
 
@@ -386,7 +386,7 @@ def test_a_damaged_pin_is_named(tenant: Tenant) -> None:
     (tenant.folder / "pins" / "h.json").write_text("{")
     expect(tenant.pin("list"), ENVIRONMENT, "h.json", "damaged")
     expect(tenant.add(), ENVIRONMENT, "damaged")
-    expect(tenant.add("--anew"), GOOD)
+    expect(tenant.add("--replace"), GOOD)
     expect(tenant.pin("remove", "h"), GOOD)
 
 
@@ -508,7 +508,7 @@ async def test_a_request_that_noted_no_baseline_is_held_against_all(site: Site) 
 
 
 async def test_another_ak_than_the_pinned_one_is_refused(site: Site) -> None:
-    site.tenant.pins.pin("h", SoftTpm().ak_public, anew=True)
+    site.tenant.pins.pin("h", SoftTpm().ak_public, replace=True)
     await site.fetch()
     expect(await site.verify(), REFUSED, "SignatureError")
     assert site.newest is None  # what was refused is not remembered

@@ -3,7 +3,8 @@
     python tests/support/interfaces.py > tests/repository/interfaces.txt
 
 One line each, sorted by kind. A line that goes or changes breaks somebody's configuration, script,
-dashboard or client: write it into CHANGELOG.md, and then the file anew.
+dashboard or client: write it into CHANGELOG.md, and then run the
+command above again.
 """
 
 from __future__ import annotations

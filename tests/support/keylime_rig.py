@@ -231,7 +231,7 @@ class Running:
 
     def pin(self, name: str, ak_public: bytes) -> None:
         """Trust a host's AK."""
-        PinStore(self.folder / "pins").pin(name, ak_public, anew=True)
+        PinStore(self.folder / "pins").pin(name, ak_public, replace=True)
 
     def write(self) -> None:
         """The file, as `hosts` are now."""

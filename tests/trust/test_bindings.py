@@ -462,7 +462,7 @@ def test_a_record_that_does_not_fit_any_more_is_asked_for_again_but_not_all_the_
         await judge.get("host")
         fake.handle("DELETE", "/v2.6/agents/host")
         register(FakeBook(fake), "host", anew)
-        tenant.pins.pin("host", anew.ak_public, ek_public=anew.ek_public, anew=True)
+        tenant.pins.pin("host", anew.ak_public, ek_public=anew.ek_public, replace=True)
         tenant.now_s += bindings.LOOK_S
         with pytest.raises(PinChangedError):
             await judge.get("host")
@@ -717,7 +717,7 @@ def test_a_stranger_who_replaced_the_record_meets_the_pin(
                 with pytest.raises(PinChangedError):
                     await judge.check("host", other.ek_cert, other.ak_public)
         tenant.pins.pin(
-            "host", stranger.ak_public, ek_public=stranger.ek_public, anew=True
+            "host", stranger.ak_public, ek_public=stranger.ek_public, replace=True
         )  # a person's word
         fake.handle("DELETE", "/v2.6/agents/host")
         register(FakeBook(fake), "host", stranger)
@@ -735,7 +735,7 @@ def test_a_pin_that_changes_while_the_record_is_cached(
     async def body() -> None:
         judge = with_fake(fake, tenant)
         first = await judge.get("host")
-        tenant.pins.pin("host", other.ak_public, ek_public=other.ek_public, anew=True)
+        tenant.pins.pin("host", other.ak_public, ek_public=other.ek_public, replace=True)
         await judge.get("host")  # within LOOK_S
         tenant.now_s += bindings.LOOK_S
         for _ in range(2):
@@ -924,7 +924,7 @@ def test_a_pin_from_the_registrar(real: RealBook, tmp_path: Path) -> None:
     done = pin("h1", *tls, "--agent-id", "soft.example", "--insecure-no-ek")
     assert done.returncode == 1
     assert "PinChangedError" in done.stderr
-    done = pin("h1", *tls, "--agent-id", "soft.example", "--insecure-no-ek", "--anew")
+    done = pin("h1", *tls, "--agent-id", "soft.example", "--insecure-no-ek", "--replace")
     assert done.returncode == 0
     assert not PinStore(tmp_path / "pins").load("h1").ek_by_hand
 

@@ -172,7 +172,7 @@ async def test_the_inventory_vouches_for_a_chip_without_any_certificate(tmp_path
     world.pins.expected.add({AGENT: spki_digest(EK.public_key())})
     bound = await world.bindings().get(AGENT)
     assert bound.pinned.ek_by_hand
-    world.pins.expected.add({AGENT: bytes(32)}, anew=True)
+    world.pins.expected.add({AGENT: bytes(32)}, replace=True)
     with pytest.raises(UntrustedEkError, match="another EK"):
         await world.bindings().get(AGENT)
 
@@ -248,6 +248,6 @@ def test_pin_add_by_digest_and_by_inventory(served: World, tmp_path: Path) -> No
     assert parse_public(pinned.ek_public).public_key == EK.public_key()
     (tmp_path / "list.csv").write_text(f"other {digest}\n")
     assert run_here(*imported, cwd=tmp_path).returncode == 1
-    assert run_here(*imported, "--anew", cwd=tmp_path).returncode == 0
+    assert run_here(*imported, "--replace", cwd=tmp_path).returncode == 0
     (tmp_path / "list.csv").write_text("# nobody\n")
     assert run_here(*imported, cwd=tmp_path).returncode == 2

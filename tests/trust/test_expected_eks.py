@@ -69,7 +69,7 @@ def test_it_is_kept_and_changed_on_purpose_only(tmp_path: Path) -> None:
     with pytest.raises(PinChangedError, match="another EK for a; nothing was changed"):
         known.add({"c": B, "a": B})
     assert known.of("c") is None
-    assert known.add({"a": B}, anew=True) == 2
+    assert known.add({"a": B}, replace=True) == 2
     assert other.of("a") == B
     assert stat.S_IMODE((tmp_path / FILE).stat().st_mode) == 0o600
 

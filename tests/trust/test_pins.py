@@ -113,7 +113,7 @@ def test_a_change_is_refused_until_a_person_pins_anew(
     assert tpm.ak.name.hex() in str(caught.value)
     assert other.ak.name.hex() in str(caught.value)
     assert file.read_bytes() == before
-    pinned = store.pin(LABEL, other.ak_public, anew=True)
+    pinned = store.pin(LABEL, other.ak_public, replace=True)
     assert pinned.host.ak.name == other.ak.name
     assert pinned.newest() is None  # another chip, another clock
     assert store.load(LABEL).host.ak.name == other.ak.name
@@ -166,8 +166,8 @@ def test_an_ek_is_pinned_with_the_ak(store: PinStore, file: Path, tpm: SoftTpm) 
         with pytest.raises(PinChangedError):
             store.pin(LABEL, ak_public, ek_public=ek_public)
         assert file.read_bytes() == before
-    assert store.pin(LABEL, tpm.ak_public, ek_public=OTHER_EK, anew=True).ek_public == OTHER_EK
-    assert store.pin(LABEL, tpm.ak_public, anew=True).ek_public is None
+    assert store.pin(LABEL, tpm.ak_public, ek_public=OTHER_EK, replace=True).ek_public == OTHER_EK
+    assert store.pin(LABEL, tpm.ak_public, replace=True).ek_public is None
 
 
 def test_an_ek_is_added_and_the_clock_goes_on(store: PinStore, tpm: SoftTpm) -> None:
@@ -198,13 +198,13 @@ def test_a_pin_is_current_until_its_keys_change(store: PinStore, file: Path, tpm
     pinned.accept(state(5))
     store.load(LABEL).accept(state(6))
     assert pinned.is_current()
-    store.pin(LABEL, tpm.ak_public, ek_public=OTHER_EK, anew=True)
+    store.pin(LABEL, tpm.ak_public, ek_public=OTHER_EK, replace=True)
     for _ in range(2):
         assert not pinned.is_current()
     with pytest.raises(PinChangedError, match="another EK"):
         pinned.accept(state(7))
     assert store.load(LABEL).newest() is None
-    store.pin(LABEL, tpm.ak_public, ek_public=EK, anew=True)
+    store.pin(LABEL, tpm.ak_public, ek_public=EK, replace=True)
     assert pinned.is_current()
     file.write_bytes(b"{")
     with pytest.raises(HostError, match="damaged"):
@@ -321,7 +321,9 @@ def test_a_pin_that_is_no_json(store: PinStore, file: Path, tpm: SoftTpm, data: 
     with pytest.raises(HostError, match="damaged"):
         pinned.accept(state(5))
     assert file.read_bytes() == data
-    assert store.pin(LABEL, tpm.ak_public, anew=True).newest() is None  # a person's word repairs it
+    assert (
+        store.pin(LABEL, tpm.ak_public, replace=True).newest() is None
+    )  # a person's word repairs it
 
 
 # --- whole or not at all ----------------------------------------------------------------------------
@@ -483,7 +485,7 @@ def test_a_pin_made_anew_is_not_undone_by_who_still_has_the_old_one(
     """A person's word stands against a process that verified a last answer of the old AK."""
     old = store.pin(LABEL, tpm.ak_public)
     other = SoftTpm()
-    store.pin(LABEL, other.ak_public, anew=True)
+    store.pin(LABEL, other.ak_public, replace=True)
     with contextlib.suppress(ProviderProxyError):
         old.accept(state(5))
     assert store.load(LABEL).host.ak.name == other.ak.name
@@ -625,7 +627,7 @@ class Host:
 
     async def pin(self) -> None:
         async with open_quoter(self.tpm.tcti, self._folder / "s") as quoter:
-            self.store.pin(LABEL, quoter.identity.ak_public, anew=True)
+            self.store.pin(LABEL, quoter.identity.ak_public, replace=True)
 
     async def attest(self, count: int = 1) -> VerifiedQuote:
         """A daemon starts, a tenant asks, with what it remembers in files alone."""

@@ -581,7 +581,7 @@ async def test_the_registrar_says_whose_ak_it_is(
     with pytest.raises(HostError, match="registrar_cert"):
         await quote(replace(settings, registrar_cert=tmp_path / "none"))
     pin = PinStore(tmp_path / agent_binding.PINS)
-    pin.pin(settings.agent_id or "", SoftTpm().ak_public, anew=True)
+    pin.pin(settings.agent_id or "", SoftTpm().ak_public, replace=True)
     with pytest.raises(AkChangedError):
         await quote(settings)
 
