@@ -370,7 +370,7 @@ def test_a_connection_in_place_of_a_listener_is_refused(tmp_path: Path) -> None:
         ("file", "is not a socket: the .socket unit must have ListenStream= alone"),
         (
             "datagram",
-            "does not listen as this daemon does: the .socket unit must have ListenStream=",
+            "cannot use: the .socket unit must have ListenStream=",
         ),
         ("pipe", "is not a socket"),
     ],

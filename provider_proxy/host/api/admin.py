@@ -1,8 +1,8 @@
 """The operator's server: health, metrics, and status as JSON and as a page, registrations.
 
-Everything here only reads. The listener has no password, so it is for loopback and unix sockets
-alone (`config` sees to that), and a web page that an operator happens to have open must not read
-it by way of a name that it points at 127.0.0.1: a request under a foreign name is refused.
+Everything here only reads. The listener has no password, so `config` allows loopback and unix sockets
+only. A web page in the operator's browser must not read it through a DNS name that points at
+127.0.0.1: a request whose Host names anything else is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class AdminApi:
         not_ready: why the daemon cannot serve now; None while it can.
         status: what `GET /status` tells.
         registrations: what `GET /registrations` tells.
-        vms: the VMs in the registry of vTPMs; None where there is none.
+        vms: the VMs in the registry of vTPMs; None without a registry.
     """
 
     def __init__(

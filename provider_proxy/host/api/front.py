@@ -1,8 +1,8 @@
-"""The listener of a front: a proxy of the provider's that ends the tenants' TLS and passes each one's
-certificate on, in RFC 9440's `Client-Cert`.
+"""The listener for a front: a proxy of the provider's that terminates the tenants' TLS and passes each
+tenant's certificate on, in RFC 9440's `Client-Cert`.
 
-The front is trusted to have seen the tenant's proof of possession, and with nothing else: chain,
-dates, CRL and tenant are judged here, for each request, because a front sends many tenants over one
+The front is trusted only to have checked that the client has the certificate's private key. Chain,
+dates, CRL and tenant are checked here, for each request, because a front sends many tenants over one
 connection. Who the front is follows from its uid or its own certificate.
 """
 
@@ -34,7 +34,7 @@ from provider_proxy.host.status.recent import STRANGERS
 MAX_HELPERS = 8  # of a request; OpenSSL and RFC 5280's usual chains have three at most
 MAX_CERTIFICATE_BYTES = 8 * 1024  # a head of 16 kB holds no more
 MAX_REMEMBERED = 16_384  # certificates whose chain was found good; 10,000 tenants and some more
-REMEMBERED_S = 60.0  # a CA that has run out meanwhile is seen so late
+REMEMBERED_S = 60.0  # a CA that has expired meanwhile is noticed this late at most
 
 
 def parse_client_cert(values: Sequence[str]) -> bytes:
@@ -59,7 +59,7 @@ def parse_client_chain(values: Sequence[str]) -> tuple[bytes, ...]:
     """The certificates in the `Client-Cert-Chain` headers of a request: RFC 9440, section 2.3.
 
     Args:
-        values: of all headers of that name, none is fine; untrusted.
+        values: of all headers of that name, may be empty; untrusted.
 
     Returns:
         DER, not looked into yet: helpers on the way to a CA, trusted for nothing.
@@ -93,7 +93,7 @@ class ClientChain:
     """Checks that certificates lead to `listen.client_ca`, as the TLS of the other listeners does.
 
     Args:
-        authorities: of that file; those that issued themselves are where a chain may end.
+        authorities: of that file; a chain may end at the self-signed ones.
         now: for the dates of the whole chain.
         monotonic: seconds; for how long a good chain is remembered.
     """
@@ -121,7 +121,7 @@ class ClientChain:
         Does not check: the CRL, and who it is; see `TenantDirectory.find`.
 
         Raises:
-            ClientCertError: it is no certificate.
+            ClientCertError: it is not a certificate.
             UnknownTenantError: it does not lead to the CA.
         """
         now = self._monotonic()
@@ -139,7 +139,7 @@ class ClientChain:
         certificate = _load("Client-Cert", der)
         between = [*self._between, *(_load("Client-Cert-Chain", helper) for helper in helpers)]
         if self._store is None:
-            raise UnknownTenantError("listen.client_ca holds no CA that issued itself")
+            raise UnknownTenantError("listen.client_ca holds no self-signed CA")
         verifier = (
             verification.PolicyBuilder()
             .store(self._store)
@@ -150,7 +150,9 @@ class ClientChain:
         try:
             verified = verifier.verify(certificate, between)
         except (verification.VerificationError, ValueError, UnsupportedAlgorithm) as exc:
-            raise UnknownTenantError("your certificate does not lead to listen.client_ca") from exc
+            raise UnknownTenantError(
+                "your certificate was not issued by a CA in listen.client_ca"
+            ) from exc
         return tuple(part.public_bytes(Encoding.DER) for part in verified.chain)
 
 
@@ -182,11 +184,11 @@ def _client_policy() -> verification.ExtensionPolicy:
     def for_clients(_: object, __: object, usage: x509.ExtendedKeyUsage | None) -> None:
         good = (ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE)
         if usage is not None and not any(oid in usage for oid in good):
-            raise ValueError("not for clients")
+            raise ValueError("not for TLS clients")
 
     def signs(_: object, __: object, usage: x509.KeyUsage | None) -> None:
         if usage is not None and not (usage.digital_signature or usage.key_agreement):
-            raise ValueError("may not prove that its key is there")
+            raise ValueError("its key usage does not allow digital signatures")
 
     either = verification.Criticality.AGNOSTIC
     return (
@@ -197,7 +199,7 @@ def _client_policy() -> verification.ExtensionPolicy:
 
 
 class FrontJudge:
-    """Says for whom a front asks. Never changed: a reload makes a new one.
+    """Finds the tenant for whom a front asks. Immutable: a reload makes a new one.
 
     Args:
         directory: the tenants.
@@ -217,14 +219,14 @@ class FrontJudge:
         return not self._peers.isdisjoint(self._directory.identities(peer))
 
     def admit(self, request: Request) -> Request:
-        """The request as if its tenant had come itself.
+        """The request as if its tenant had connected directly.
 
         Raises:
-            UnknownTenantError: the peer is no front, or the certificate is not good.
+            UnknownTenantError: the peer is not a front, or the certificate is not valid.
             ClientCertError: the front did not pass on one certificate.
         """
         if not self.is_front(request.peer):
-            raise UnknownTenantError("this listener is for the provider's front alone")
+            raise UnknownTenantError("only the provider's front may use this listener")
         der = parse_client_cert(request.client_certs)
         chain = self._chain.check(der, parse_client_chain(request.client_chains))
         peer = dataclasses.replace(request.peer, certificate=der, chain=chain, uid=None)
@@ -232,7 +234,7 @@ class FrontJudge:
 
 
 def load_front_judge(listen: Listen, directory: TenantDirectory) -> FrontJudge | None:
-    """The judge of a configuration; None where it has no front.
+    """The judge that the configuration describes; None without a front.
 
     Raises:
         HostError: `listen.client_ca` cannot be read.
@@ -281,7 +283,7 @@ class FrontApi:
         return await self._handler(admitted)
 
     def _certificate(self, request: Request) -> bytes | None:
-        """Whose request it was: what the front passed on, or what a peer that is no front showed."""
+        """The client's certificate: the front passed it on, or a peer that is not a front showed it."""
         if not self.judge.is_front(request.peer):
             return request.peer.certificate
         with contextlib.suppress(ClientCertError):
@@ -296,7 +298,7 @@ def make_front_api(
     count: Count,
     turned_away: TurnAway,
 ) -> FrontApi | None:
-    """The front's server; None where there is none.
+    """The front's API; None where no front is configured.
 
     Raises:
         HostError: see `load_front_judge`.

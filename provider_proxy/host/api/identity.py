@@ -1,7 +1,7 @@
-"""Who may come in: from a peer's certificate, or its unix credentials, to a tenant and its rules.
+"""Who is admitted: from a peer's certificate, or its unix credentials, to a tenant and its rules.
 
 Asked on every request, not at the handshake alone: a resumed TLS session passes OpenSSL after its
-certificate has expired or was revoked, and a kept-alive connection must lose its right when its tenant
+certificate has expired or was revoked, and a kept-alive connection must be refused once its tenant
 is removed. A certificate is parsed once; what is looked up each time is its dates, the CRL, the tenant.
 
 A directory is never changed: a reload makes a new one.
@@ -29,13 +29,13 @@ from provider_proxy.host.config.material import listen_crls
 from provider_proxy.host.config.tables import Listen, TenantRules
 from provider_proxy.host.http.messages import Peer
 
-MAX_CERTS_REMEMBERED = 16_384  # more tenants than that ask in turns: each is read again
-ALL_REFUSED = "no tenant of this provider"
+MAX_CERTS_REMEMBERED = 16_384  # with more tenants than that, certificates are parsed again
+ALL_REFUSED = "not a tenant of this provider"
 CRL_EXPIRED = (
-    "the provider's revocation list has run out, and nobody is let in before it is renewed"
+    "the provider's revocation list has expired; all clients are refused until it is renewed"
 )
 
-CRL_MISSING = "the provider has no revocation list of a CA above your certificate"
+CRL_MISSING = "the provider has no revocation list of a CA in your certificate's chain"
 _URI_RE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*", re.ASCII)
 
 log = logging.getLogger(__name__)
@@ -45,12 +45,12 @@ Now = Callable[[], datetime]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Client:
-    """What counts of a client's certificate and of those above it, which TLS has verified.
+    """The facts used from a client's certificate and its CAs' certificates, which TLS has verified.
 
     Attributes:
         identities: "spiffe://…", "dns:…", "email:…", "cn:…", "sha256:…", in the order in which they
             are looked up; the CN counts only where there is no alternative name of any kind.
-        not_before, not_after: within them all certificates of the chain are valid.
+        not_before, not_after: between them all certificates of the chain are valid.
         issued: each certificate by its issuer's key and its number, the client's own first.
     """
 
@@ -91,7 +91,7 @@ def parse_chain(chain: tuple[bytes, ...]) -> Client:
 
 
 def _names(leaf: x509.Certificate) -> list[str]:
-    """Raises: ValueError for a name that another reader could take for another one."""
+    """Raises: ValueError for a name that another parser could read differently."""
     try:
         found = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -129,11 +129,11 @@ class TenantDirectory:
     """The tenants, by their identities.
 
     Args:
-        defaults: rules of who has no table of its own.
+        defaults: rules for a tenant without a table of its own.
         tenants: name to rules.
         certificates: True where clients have one (`listen.client_ca` is set).
-        crls: who was revoked, of each CA.
-        crl_strict: a list that has run out, or that a CA does not have, lets nobody in.
+        crls: the revocation list of each CA.
+        crl_strict: refuse all clients while a CA's list has expired or is missing.
     """
 
     def __init__(
@@ -162,14 +162,14 @@ class TenantDirectory:
         """The tenant at the other end of a connection, as of now.
 
         Raises:
-            UnknownTenantError: none, or its certificate has expired or was revoked.
+            UnknownTenantError: not a tenant, or its certificate has expired or was revoked.
         """
         if peer.uid is None and not self._certificates:
             return self._by_default(peer.name)
         return self._lookup(self.identities(peer))
 
     def identities(self, peer: Peer) -> tuple[str, ...]:
-        """All that a peer may call itself as of now, by its uid or its certificate.
+        """All identities that a peer has as of now, by its uid or its certificate.
 
         Raises:
             UnknownTenantError: it has neither, or its certificate has expired or was revoked.
@@ -177,7 +177,7 @@ class TenantDirectory:
         if peer.uid is not None:
             return (f"uid:{peer.uid}",)
         if peer.certificate is None:
-            raise UnknownTenantError("a client certificate is needed here")
+            raise UnknownTenantError("this listener requires a client certificate")
         client = parse_chain(peer.chain or (peer.certificate,))
         if not client.not_before <= self._now() <= client.not_after:
             raise UnknownTenantError("your certificate, or a CA above it, is not valid now")
@@ -189,10 +189,12 @@ class TenantDirectory:
         """Look at every certificate of the chain.
 
         Raises:
-            UnknownTenantError: one is revoked, or nobody knows and that is not enough.
+            UnknownTenantError: one is revoked, or that is unknown and `crl_strict` is set.
         """
         if not is_whole:
-            raise UnknownTenantError("connect again with a whole TLS handshake")
+            raise UnknownTenantError(
+                "connect again with a full TLS handshake, without session resumption"
+            )
         for depth, issued in enumerate(client.issued):
             if any(crl.holds(issued) for crl in self._crls):
                 whose = "a CA above your certificate" if depth else "your certificate"
@@ -212,11 +214,11 @@ class TenantDirectory:
                 return tenant
         if not self._defaults.accept_unlisted:
             raise UnknownTenantError(ALL_REFUSED)
-        # Identities hold a ':', which no tenant's name does: nobody takes another's name.
+        # Identities contain a ':' and tenants' names do not, so no identity can be taken for a name.
         return self._by_default(identities[0])
 
     def _by_default(self, name: str) -> Tenant:
-        """A tenant with no table of its own; remembered, for it asks again."""
+        """A tenant without a table of its own; cached, because it will ask again."""
         tenant = self._unlisted.get(name)
         if tenant is None:
             if len(self._unlisted) >= MAX_CERTS_REMEMBERED:
@@ -242,7 +244,7 @@ def load_tenant_directory(
     """The directory of a configuration, its CRL read.
 
     Raises:
-        HostError: the CRL is missing or not the CA's, or has run out and `listen.crl_strict` is set.
+        HostError: the CRL is missing or not the CA's, or has expired and `listen.crl_strict` is set.
     """
     return TenantDirectory(
         defaults,

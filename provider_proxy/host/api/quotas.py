@@ -1,7 +1,7 @@
 """Each tenant's own limits: a token bucket, requests in flight, bytes of logs.
 
-Over one of them is 429 with a computed, jittered Retry-After: the tenant's fault, and nobody else's
-wait. What a tenant may hold of the shared queue follows from its requests in flight.
+A request over one of them gets 429 with a computed, jittered Retry-After, and delays no other tenant. A
+tenant's share of the queue is bounded by its requests in flight.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from provider_proxy.errors import TenantLimitError
 from provider_proxy.evidence.model import Tenant
 
 LOG_BYTES_PER_S = 2 * 1024 * 1024  # an IMA list of 15,000 lines a second, whatever the rate
-LOG_BURST_BYTES = 32 * 1024 * 1024  # so that a long list can be fetched in one go
-MAX_REMEMBERED = 10_000  # below it nobody is forgotten; above it those who would be full again
-MAX_LOOKED_AT = 2  # quotas that a newcomer looks at and cannot forget: no search through them all
+LOG_BURST_BYTES = 32 * 1024 * 1024  # so that a long list can be fetched at once
+MAX_REMEMBERED = 10_000  # above it, quotas that have refilled are forgotten
+MAX_LOOKED_AT = 2  # quotas in use that a new tenant's request passes over: bounds the search
 
 
 @dataclass(slots=True)
 class Quota:
-    """What a tenant has left.
+    """What remains of a tenant's limits.
 
     Attributes:
-        tenant: whose it is, with the limits that it last came with.
+        tenant: with its limits at its last request.
         tokens: requests that may begin now.
         log_bytes: that may still be sent; negative where the last answer took more.
     """
@@ -80,7 +80,7 @@ class Quotas:
         quota.log_bytes = min(LOG_BURST_BYTES, quota.log_bytes + passed * LOG_BYTES_PER_S)
         if quota.inflight >= tenant.max_inflight:
             raise TenantLimitError(
-                f"you have {quota.inflight} requests in flight", retry_after_s=_spread(1.0)
+                f"you already have {quota.inflight} requests in flight", retry_after_s=_spread(1.0)
             )
         if quota.tokens < 1:
             wait_s = (1 - quota.tokens) / tenant.rate
@@ -90,7 +90,8 @@ class Quotas:
         if wants_logs and quota.log_bytes <= 0:
             wait_s = -quota.log_bytes / LOG_BYTES_PER_S
             raise TenantLimitError(
-                "too many bytes of logs; ask with ima_ml_entry", retry_after_s=_spread(wait_s)
+                "too many bytes of logs; ask for new entries only, with ima_ml_entry",
+                retry_after_s=_spread(wait_s),
             )
         quota.tokens -= 1
         quota.inflight += 1
@@ -102,10 +103,10 @@ class Quotas:
         quota.log_bytes -= log_bytes
 
     def _forget(self, now: float) -> None:
-        """Bound the memory: forget those used longest ago, as far as they are as good as new.
+        """Bound the memory: forget those used longest ago, if they have refilled.
 
-        Each is forgotten once, so a newcomer pays for one of them on average. One that stands in
-        the way, because it is in flight or refills slowly, goes to the end.
+        Each is forgotten once, so a new tenant pays for one of them on average. One that cannot be
+        forgotten, because it is in flight or refills slowly, goes to the end.
         """
         if len(self._quotas) < MAX_REMEMBERED:
             return
@@ -120,5 +121,5 @@ class Quotas:
 
 
 def _spread(seconds: float) -> float:
-    """With jitter, so that not all come back at once."""
-    return max(1.0, seconds) * random.uniform(1.0, 1.5)  # noqa: S311  # jitter is no secret
+    """With jitter, so that not all clients return at once."""
+    return max(1.0, seconds) * random.uniform(1.0, 1.5)  # noqa: S311  # jitter need not be secret

@@ -1,6 +1,6 @@
-"""The tenants' server: routes, and what each answers.
+"""The tenant API: routes, and what each answers.
 
-Hands a checked request to `Submit` and gives its answer, or the error's status, to `http1`. Never
+Hands a checked request to `Submit` and gives its answer, or the error's status, to `http.server`. Never
 decides when a quote is taken, and knows a tenant only by what `identify` says of the connection.
 """
 
@@ -50,13 +50,13 @@ class Submit(Protocol):
 R = TypeVar("R")
 
 Count = Callable[[str, str], None]
-"""Told what became of a tenant's request: the tenant's name, and "ok" or an error's class."""
+"""Told how a tenant's request ended: the tenant's name, and "ok" or an error's class."""
 
 Registrations = Sequence[Mapping[str, object]]
-"""What is told of some registrations."""
+"""The values of some registrations."""
 
 Identify = Callable[[Peer], Tenant]
-"""Says who a connection's tenant is. Raises `RequestError` for one that may not come in."""
+"""Finds a connection's tenant. Raises `RequestError` for a client that is not admitted."""
 
 TurnAway = Callable[[str, str, bytes | None], object]
 
@@ -65,11 +65,11 @@ class TenantApi:
     """The handler of the tenants' listeners.
 
     Args:
-        identify: who a connection's tenant is; the attribute may be replaced, for those who come after.
+        identify: finds a connection's tenant; the attribute may be replaced, for later requests.
         identity: results of `GET /verifier/identity`.
         version: of this program.
-        count: told what became of each request of a known tenant.
-        turned_away: told of who is no tenant: why, the address, the certificate.
+        count: told how each request of a known tenant ended.
+        turned_away: told of a client that is not a tenant: why, the address, the certificate.
         registrations: those of a tenant, for its `GET /verifier/identity`.
         vtpm_ca: results of `GET /verifier/vtpm-ca`; None where the host has no such CA.
     """
@@ -124,7 +124,7 @@ class TenantApi:
         """Answer a request.
 
         Raises:
-            RequestError, ServiceError: `http1` makes the response of them.
+            RequestError, ServiceError: `http.server` makes a response of them.
         """
         if request.method == "OPTIONS":
             return WHAT_IS_ALLOWED
@@ -144,11 +144,11 @@ class TenantApi:
 
     async def _quote(self, request: Request, tenant: Tenant) -> Response:
         if request.method != "GET":
-            raise MethodError("only GET is answered here: a quote takes the TPM's time")
+            raise MethodError("use GET: a quote takes TPM time, so no other method is answered")
         asked = parse_quote_query(request.query)
         if asked.bank not in self._banks:
             offered = ", ".join(bank.label for bank in self._banks)
-            raise ParameterError("bank", f"is not offered here; offered: {offered}")
+            raise ParameterError("bank", f"is not offered by this host; offered: {offered}")
         timeout_ms = asked.timeout_ms or self._default_timeout_ms
         if timeout_ms > self._max_timeout_ms:
             raise ParameterError("timeout_ms", f"must be at most {self._max_timeout_ms}")
@@ -162,7 +162,7 @@ class TenantApi:
             )
             body = answer.body()
         except trio.Cancelled:
-            if trio.current_time() >= deadline:  # `http1` tells the tenant
+            if trio.current_time() >= deadline:  # `http.server` tells the tenant
                 self._count(tenant.name, DeadlineError.__name__)
             raise
         finally:
@@ -180,7 +180,7 @@ class TenantApi:
     async def _get_vtpm_ca(self, request: Request, _tenant: Tenant) -> Response:
         no_query(request)
         if self._vtpm_ca is None:
-            raise NotFoundError("this host certifies no vTPMs itself")
+            raise NotFoundError("this host has no vTPM CA of its own")
         return Response(body=(self._vtpm_ca,))
 
     async def _get_version(self, request: Request, _tenant: Tenant) -> Response:
@@ -196,13 +196,13 @@ def route(routes: Mapping[str, R], request: Request) -> R:
     """The handler of a request's path.
 
     Raises:
-        NotFoundError, MethodError: there is none, or not with this method.
+        NotFoundError, MethodError: the path or the method is unknown.
     """
     found = routes.get(request.path)
     if found is None:
         raise NotFoundError("no such path")
     if request.method not in ("GET", "HEAD"):
-        raise MethodError("only GET and HEAD are answered here")
+        raise MethodError("use GET or HEAD: this path answers no other method")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Binds sockets of the addresses that a configuration names, or looks whether that would succeed."""
+"""Binds sockets of the addresses that a configuration names, or checks whether that would succeed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 from provider_proxy.common.addresses import split_address
 from provider_proxy.errors import HostError
 
-BACKLOG = 1024  # a burst of tenants that all begin at once; the kernel caps it at somaxconn
+BACKLOG = 1024  # a burst of tenants that all start at once; the kernel caps it at somaxconn
 UNIX_SOCKET_MODE = 0o660
 
 
 def check_free(key: str, addresses: Sequence[str]) -> None:
-    """Look whether `open_listeners` would succeed, and open nothing for longer than that takes.
+    """Check whether `open_listeners` would succeed; what is opened for that is closed again.
 
     Raises:
-        HostError: an address is in use or not of this host, or the place of a unix socket is not ours.
+        HostError: an address is in use or not of this host, or a unix socket cannot be made at its path.
     """
     for address in addresses:
         if not address.startswith("unix:"):
@@ -40,7 +40,7 @@ def check_free(key: str, addresses: Sequence[str]) -> None:
 
 
 def bind_tcp(key: str, address: str, *, listen: bool = True) -> list[socket.socket]:
-    """Sockets of "host:port", one an address of the host. Raises: HostError."""
+    """Sockets of "host:port", one for each address of the host. Raises: HostError."""
     host, port = split_address(address)
     sockets = []
     try:
@@ -81,34 +81,34 @@ def _words(exc: OSError | UnicodeError) -> str:
     """Why, and what to do."""
     words = getattr(exc, "strerror", None) or str(exc)
     hints = {
-        errno.EADDRINUSE: "see who has it (ss -ltnp), or take another port",
-        errno.EADDRNOTAVAIL: "this host has no such address (ip address)",
-        errno.EACCES: "ports below 1024 are for root: let provider-proxy.socket listen",
+        errno.EADDRINUSE: "find the process that uses it (ss -ltnp), or set another port",
+        errno.EADDRNOTAVAIL: "this host does not have this address (see `ip address`)",
+        errno.EACCES: "only root may open ports below 1024: let provider-proxy.socket listen",
     }
     hint = hints.get(getattr(exc, "errno", None) or 0)
     return words if hint is None else f"{words}: {hint}"
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove a socket that nobody listens on; leave one that is in use, and anything else."""
+    """Remove a socket without a listener; leave one that is in use, and anything else."""
     if _is_socket(path):
         _demand_stale(path)
         path.unlink()
 
 
 def _is_socket(path: Path) -> bool:
-    """False where nothing is there. Raises: OSError where something else is."""
+    """False where the path is free. Raises: OSError where it is something else."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         return False
     if not stat.S_ISSOCK(mode):
-        raise OSError(errno.EEXIST, "something that is no socket is there: remove it")
+        raise OSError(errno.EEXIST, "the path exists and is not a socket: remove it")
     return True
 
 
 def _demand_stale(path: Path) -> None:
-    """Raises: OSError where somebody listens on a socket."""
+    """Raises: OSError where a process listens on a socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path))

@@ -1,4 +1,4 @@
-"""Room for TLS handshakes: no more at a time than that, over all and of one address."""
+"""Bounds the TLS handshakes in progress, in total and for each address."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Shaking(Protocol):
     """A connection whose handshake is in progress."""
 
     def crowd_out(self) -> None:
-        """End at once, for another needs the room."""
+        """End at once, to make room for another."""
 
 
 class HandshakeLimits:
@@ -32,7 +32,7 @@ class HandshakeLimits:
     @contextlib.contextmanager
     def shaking(self, connection: Shaking, address: str) -> Iterator[None]:
         """Around a TLS handshake: where too many are in progress, the oldest is cut off. A good client
-        is through in milliseconds; one that stalls is the oldest soon."""
+        needs milliseconds; one that stalls soon becomes the oldest."""
         if len(self._shaking) >= self._max_handshakes:
             self._crowd_out(next(iter(self._shaking)))
         elif address and self._shaking_of[address] >= self._max_handshakes_per_address:
@@ -46,7 +46,7 @@ class HandshakeLimits:
 
     def _crowd_out(self, connection: Shaking) -> None:
         connection.crowd_out()
-        self._is_done_shaking(connection)  # now, for many may come before its task runs
+        self._is_done_shaking(connection)  # now: many may come before its task runs
 
     def _is_done_shaking(self, connection: Shaking) -> None:
         address = self._shaking.pop(connection, None)

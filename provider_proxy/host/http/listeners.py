@@ -1,4 +1,4 @@
-"""Opens what the daemon listens on: TCP and unix sockets, or those that systemd hands over, and TLS."""
+"""Opens the daemon's listeners: TCP and unix sockets, or those that systemd hands over, and TLS."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ NOT_OURS = frozenset(
     {errno.ECONNABORTED, errno.EPERM, errno.EPROTO, errno.ENETDOWN, errno.ENOPROTOOPT}
     | {errno.EHOSTDOWN, errno.ENONET, errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENETUNREACH}
 )
-"""What is wrong with the one connection that accept(2) was about to give."""
+"""Errors of the one connection that accept(2) was about to return."""
 SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
-RETRY_S = 0.1  # a shortage does not end any sooner, and asking all the time costs a core
+RETRY_S = 0.1  # a shortage does not end sooner, and a busy loop costs a core
 REPORT_S = 60.0
 
 log = logging.getLogger(__name__)
@@ -39,14 +39,14 @@ class Listener(trio.abc.Listener[SocketStream]):
 
     Args:
         sock: closed with the listener.
-        context: TLS for what is accepted; None for plaintext. It may be replaced, which holds for the
+        context: TLS for what is accepted; None for plaintext. It may be replaced, which affects the
             connections that come after.
     """
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext | None = None) -> None:
         sock.setblocking(False)
         self._is_ip = sock.family != socket.AF_UNIX
-        if self._is_ip:  # what is accepted has it from here, without a call of its own
+        if self._is_ip:  # accepted sockets inherit it, without a call of their own
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = sock
         self.context = context
@@ -75,9 +75,9 @@ class Listener(trio.abc.Listener[SocketStream]):
             return SocketStream(sock, self.context, peer=peer[:2] if self._is_ip else None)
 
     async def serve(self, handler: Callable[[SocketStream], Awaitable[None]]) -> NoReturn:
-        """Give each connection to a task of its own, until cancelled; closes the listener.
+        """Serve each connection in a task of its own, until cancelled; closes the listener.
 
-        Where the system is short of descriptors or memory, connections wait in the kernel's queue and
+        While the system is short of descriptors or memory, connections wait in the kernel's queue and
         are tried again; nothing needs a restart.
 
         Args:
@@ -105,7 +105,7 @@ class Listener(trio.abc.Listener[SocketStream]):
             "cannot accept a connection: %s; trying again every %g s%s",
             exc.strerror,
             RETRY_S,
-            f" ({self._unreported} tries failed unreported)" if self._unreported else "",
+            f" ({self._unreported} earlier failures were not logged)" if self._unreported else "",
         )
         self._report_after = now + REPORT_S
         self._unreported = 0
@@ -160,26 +160,26 @@ def adopt_listeners(
     for sock in sockets:
         if sock.type != socket.SOCK_STREAM or sock.family not in FAMILIES:
             raise ConfigError(
-                f"the inherited socket is of {sock.family.name} and {sock.type.name}, and does not "
-                "listen as this daemon does: the .socket unit must have ListenStream= alone"
+                f"the socket from systemd is {sock.family.name} {sock.type.name}, which the daemon "
+                "cannot use: the .socket unit must have ListenStream= alone"
             )
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise ConfigError(
-                "the inherited socket does not listen (is it Accept=no?): the .socket unit must have "
-                "Accept=no, or else each connection starts a daemon"
+                "the socket from systemd does not listen: set Accept=no in the .socket unit; with "
+                "Accept=yes each connection would start a daemon"
             )
         is_unix = sock.family == socket.AF_UNIX
         if context is None and not is_unix and not is_loopback(sock.getsockname()[0]):
             raise ConfigError(
-                "listen.insecure_plaintext is for loopback and unix sockets only, and the "
-                f"inherited socket listens on {sock.getsockname()[0]}"
+                "listen.insecure_plaintext is for loopback and unix sockets only, and the socket "
+                f"from systemd listens on {sock.getsockname()[0]}"
             )
         listeners.append(Listener(sock, None if is_unix else context))
     return listeners
 
 
 def close_all(listeners: Sequence[Listener]) -> None:
-    """Close listeners; those that are closed already stay so."""
+    """Close listeners; closing one twice is allowed."""
     for listener in listeners:
         listener.close()
 

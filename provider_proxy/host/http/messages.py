@@ -1,6 +1,6 @@
-"""Requests and responses of our servers, as values; `http1` carries them.
+"""Requests and responses of our servers, as values; `http.server` reads and sends them.
 
-A response is in Keylime's envelope where it is JSON. Nothing here reads a socket or waits.
+A JSON response is in Keylime's envelope. Nothing here reads a socket or waits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from provider_proxy.errors import ProviderProxyError, RequestError, ServiceError
 from provider_proxy.evidence.wire import encode_envelope
 
 MAX_TARGET_CHARS = 2048
-JOIN_BYTES = 64 * 1024  # one write for what is small; an IMA list is not copied once more
+JOIN_BYTES = 64 * 1024  # small parts go in one write; an IMA list is not copied again
 CLIENT_CERT = b"client-cert"  # RFC 9440
 CLIENT_CERT_CHAIN = b"client-cert-chain"
 JSON = b"application/json"
@@ -43,12 +43,12 @@ REASONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """Who is at the other end, as far as the socket tells.
+    """The other end of a connection, as far as the socket tells.
 
     Attributes:
         name: address and port, or the unix socket's connection number; never a secret.
         is_gone: True once the client has hung up.
-        certificate: the client's, DER, verified by TLS; None where it has none.
+        certificate: the client's, DER, verified by TLS; None if it showed none.
         chain: from it to the CA that is trusted, DER, as TLS verified them; empty where that is not
             known, which a resumed session does not tell.
         uid: of the process at the other end of a unix socket; None for TCP.
@@ -70,8 +70,8 @@ class Request:
 
     Attributes:
         host: the Host header: what the client calls this server. Untrusted.
-        client_certs, client_chains: the values of all `Client-Cert` and `Client-Cert-Chain` headers, on
-            a front's listener; none elsewhere.
+        client_certs, client_chains: the values of all `Client-Cert` and `Client-Cert-Chain` headers on
+            a front's listener; empty elsewhere.
     """
 
     method: str
@@ -102,7 +102,7 @@ class Response:
 
 ALLOW = (b"Allow", b"GET, HEAD, OPTIONS")
 WHAT_IS_ALLOWED = Response(headers=(ALLOW,))
-"""The answer to OPTIONS, which balancers ask to see whether somebody is there."""
+"""The answer to OPTIONS, which load balancers send as a health check."""
 
 BUSY_STATUSES = (429, 503, 504)
 
@@ -112,11 +112,11 @@ Observer = Callable[[int, str], None]
 
 
 def error_response(error: ProviderProxyError, busy_status: int = 503) -> Response:
-    """An error of ours as a response in Keylime's envelope.
+    """One of our errors as a response in Keylime's envelope.
 
     Args:
-        busy_status: for everything that may be asked again as it stands. Keylime's verifier tries
-            again after 408 and 500 alone and gives an agent up after 429, 503 and 504.
+        busy_status: for every request that may be repeated unchanged. Keylime's verifier tries
+            again after 408 and 500 only, and gives an agent up after 429, 503 and 504.
     """
     status, headers, closes = 500, [], False
     results: dict[str, object] = {}
@@ -141,25 +141,25 @@ def error_response(error: ProviderProxyError, busy_status: int = 503) -> Respons
 
 
 def refuse(status: int, text: str, reason: str) -> Response:
-    """A response to something that is no proper HTTP request; the connection closes."""
+    """A response to something that is not a valid HTTP request; the connection closes."""
     return Response(
         status=status, body=(encode_envelope(status, text, {}),), reason=reason, closes=True
     )
 
 
 def refuse_body() -> Response:
-    """The refusal of a request that brings a body."""
-    return refuse(400, "body: a GET has none here", "body")
+    """The refusal of a request with a body."""
+    return refuse(400, "a request must not have a body", "body")
 
 
 def refuse_protocol(error: h11.RemoteProtocolError) -> Response:
-    """The refusal of what h11 takes for no request."""
+    """The refusal of what h11 does not accept as a request."""
     status = error.error_status_hint or 400
-    return refuse(status, f"not a proper HTTP request: {error}", "protocol")
+    return refuse(status, f"not a valid HTTP request: {error}", "protocol")
 
 
 def joined(parts: Iterable[bytes]) -> list[bytes]:
-    """Small parts in one write; large ones, an IMA list, uncopied."""
+    """Small parts joined for one write; large ones (an IMA list) are not copied."""
     chunks: list[bytes] = []
     small: list[bytes] = []
     for part in parts:
@@ -174,25 +174,25 @@ def joined(parts: Iterable[bytes]) -> list[bytes]:
 
 
 def is_chunked(head: h11.Request) -> bool:
-    """Beside a Content-Length, chunks are how requests are smuggled; a GET has no use for them."""
+    """Chunks beside a Content-Length serve to smuggle requests; a GET does not need them."""
     return b"transfer-encoding" in [name.lower() for name, _ in head.headers.raw_items()]
 
 
 def to_request(head: h11.Request, peer: Peer, *, front: bool = False) -> Request | Response:
-    """A request of ours out of h11's, or the refusal of one that is too long, or of another HTTP.
+    """Our form of h11's request; or the refusal of one that is too long or of another HTTP version.
 
     Args:
         front: the peer is a front, whose `Client-Cert` headers count.
     """
     if not head.http_version.startswith(b"1."):
-        return refuse(505, "HTTP/1.1 is spoken here, and no other version", "version")
+        return refuse(505, "this server supports HTTP/1.1 only", "version")
     if len(head.target) > MAX_TARGET_CHARS:
         return refuse(414, f"the target is longer than {MAX_TARGET_CHARS} characters", "target")
     target = head.target.decode("ascii", "replace")
     if target[:8].lower().startswith(("http://", "https://")):  # absolute form: RFC 9112, 3.2.2
         target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
     path, _, query = target.partition("?")
-    # h11 has seen to it that there is one, or none in HTTP/1.0.
+    # h11 has checked that there is exactly one.
     host = next((value for name, value in head.headers if name == b"host"), b"")
     return Request(
         method=head.method.decode("ascii"),

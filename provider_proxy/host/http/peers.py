@@ -1,4 +1,4 @@
-"""Who is at the other end of a connection: what the socket tells, and what TLS has verified."""
+"""The other end of a connection: what the socket tells, and what TLS has verified."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from provider_proxy.host.http.proxy_protocol import Client
 
 MAX_CHAINS = 4096  # of a few kB each
 CROWDED_OUT = "crowded_out"  # too many handshakes were in progress, and this was the oldest
-SILENT = "silent"  # the client never sent a byte, as a balancer's probe of the port
+SILENT = "silent"  # the client never sent a byte, like a load balancer's probe of the port
 
 _UCRED = struct.Struct("=iII")  # pid, uid, gid: unix(7)
 _unix_numbers = itertools.count(1)
 
 
 class Chains:
-    """Remembers what led to a client's certificate, for the sessions that the client resumes: they tell
-    the certificate alone. Tickets are good under one TLS context only, so that whoever resumes has had
-    a whole handshake under it, which has put its chain here."""
+    """Remembers the CAs above a client's certificate, for resumed TLS sessions: they give the client's
+    certificate only. A ticket is valid under one TLS context only, so a client that resumes has made a
+    full handshake under it before, which put its chain here."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, tuple[bytes, ...]] = {}
 
     def of(self, stream: SocketStream, certificate: bytes) -> tuple[bytes, ...]:
-        """What led to the certificate that a stream's handshake has verified."""
+        """The chain of the certificate that a stream's handshake has verified."""
         chain = stream.verified_chain()
         if not chain:
             return self._known.get(certificate, ())
@@ -46,7 +46,7 @@ def handshake_failure(cause: BaseException | None) -> str:
     """Why a handshake failed, from a bounded set of words.
 
     Args:
-        cause: what OpenSSL or the system said; None where the client left.
+        cause: the error of OpenSSL or the system; None where the client left.
     """
     gone = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
     if not isinstance(cause, ssl.SSLError) or isinstance(cause, gone):
@@ -69,7 +69,7 @@ def peer_of(
     Args:
         chains: of the listener.
         limit: see `Peer`.
-        client: whose connection a TCP proxy passes on; None where it is the peer's own.
+        client: the client whose connection a TCP proxy passes on; None where it is the peer's own.
 
     Raises:
         trio.BrokenResourceError: it is gone already.
@@ -81,7 +81,7 @@ def peer_of(
         try:
             credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         except OSError as exc:
-            raise trio.BrokenResourceError from exc  # gone before we looked
+            raise trio.BrokenResourceError from exc  # it has gone already
         uid = _UCRED.unpack(credentials)[1]
     certificate = stream.certificate()
     poll = select.poll()

@@ -1,9 +1,9 @@
-"""The plainest of requests, recognised by one expression; and the bytes of a response.
+"""The simplest requests, recognised by one regular expression; and the bytes of a response.
 
-h11 is the judge of what an HTTP request is. What is taken here is a small part of what it takes, and read
-the same way: a GET of a path in HTTP/1.1, whole, with CRLF alone, one Host, and no header that frames a
-body or asks for another protocol. A differential test holds the two against each other. Each quantifier
-is possessive, so the time is linear in the length of what comes.
+h11 decides what a valid HTTP request is. This module accepts a small part of what h11 accepts, and reads
+it the same way: a complete GET of a path in HTTP/1.1, with CRLF line ends, one Host, and no header that
+frames a body or asks for another protocol. A differential test compares the two. Each quantifier is
+possessive, so the time is linear in the length of the input.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _CLIENT_CERT = re.compile(rb"\r\n(?i:%b)(?i:(-chain)?+):([\t -~]*+)(?=\r\n)" % C
 
 
 def plain_get(data: bytes) -> tuple[str, str, int, bool] | None:
-    """Take a plain GET that begins here and is whole.
+    """Parse a plain GET that begins here and is complete.
 
     Args:
         data: untrusted bytes.
 
     Returns:
-        Its target, its Host, its length in bytes, and False where it is the connection's last request;
-        None where h11 must judge.
+        Its target, its Host, its length in bytes, and False if it is the connection's last request;
+        None where h11 must decide.
     """
     match = _PLAIN_GET.match(data)
     if match is None:
@@ -45,7 +45,7 @@ def plain_get(data: bytes) -> tuple[str, str, int, bool] | None:
 
 
 def client_certs(head: bytes) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The values of the `Client-Cert` headers of a head that `plain_get` has taken, and those of its
+    """The values of the `Client-Cert` headers of a head that `plain_get` has accepted, and those of its
     `Client-Cert-Chain` headers."""
     values: tuple[list[str], list[str]] = ([], [])
     for chain, value in _CLIENT_CERT.findall(head):

@@ -1,8 +1,8 @@
-"""The PROXY protocol, versions 1 and 2: a TCP proxy says whose connection it passes on.
+"""The PROXY protocol, versions 1 and 2: a TCP proxy names the client whose connection it passes on.
 
-Read before TLS, from the addresses that `listen.proxy_protocol_from` names and from no others. Such a
-proxy must send it: what begins otherwise is refused, so that nobody passes for the proxy itself.
-Specification: proxy-protocol.txt of HAProxy. Extensions (TLVs) are read and not looked at.
+Read before TLS, from the addresses in `listen.proxy_protocol_from` only. Such a
+proxy must send the header: a connection without it is refused, so that no client passes for the proxy.
+Specification: proxy-protocol.txt of HAProxy. Extensions (TLVs) are read and ignored.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _PORTS = struct.Struct(">HH")
 
 
 class ProxyHeaderError(ValueError):
-    """What a proxy sent is no header of the PROXY protocol."""
+    """A proxy did not send a valid PROXY protocol header."""
 
 
 Read = Callable[[int], Awaitable[bytes]]
-"""Gives exactly so many bytes of the connection. Raises where it ends before."""
+"""Gives exactly so many bytes of the connection. Raises where it ends earlier."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Client:
-    """Whose connection it is.
+    """The client of a connection.
 
     Attributes:
         address: an IP address in its usual form.
@@ -48,10 +48,10 @@ async def read_header(read: Read) -> Client | None:
     """Read the header of either version.
 
     Returns:
-        The client; None where the proxy speaks for itself (a health check) or names no IP address.
+        The client; None for the proxy's own connection (a health check) or without an IP address.
 
     Raises:
-        ProxyHeaderError: what came is no such header.
+        ProxyHeaderError: the header is missing or not valid.
     """
     begin = await read(len(V2_SIGNATURE))
     if begin == V2_SIGNATURE:
@@ -84,7 +84,7 @@ async def _read_v2(read: Read) -> Client | None:
         return None
     size = 4 if family == 0x11 else 16
     if len(data) < 2 * size + _PORTS.size:
-        raise ProxyHeaderError("a PROXY header of version 2 that is cut off")
+        raise ProxyHeaderError("the PROXY header of version 2 is truncated")
     port, _ = _PORTS.unpack_from(data, 2 * size)
     return Client(address=str(ipaddress.ip_address(data[:size])), port=port)
 
@@ -93,7 +93,7 @@ def _client(address: str, port: int, version: int) -> Client:
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError as exc:
-        raise ProxyHeaderError("a PROXY header with an address that is none") from exc
+        raise ProxyHeaderError("the PROXY header's address is not a valid IP address") from exc
     if parsed.version != version or port > 0xFFFF:
-        raise ProxyHeaderError("a PROXY header whose address is not of its family")
+        raise ProxyHeaderError("the PROXY header's address does not match its address family")
     return Client(address=str(parsed), port=port)

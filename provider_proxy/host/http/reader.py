@@ -1,7 +1,7 @@
-"""Reads one connection's requests: the plain GET by an expression, everything else by h11.
+"""Reads one connection's requests: a plain GET with a regular expression, everything else with h11.
 
-h11 judges each request anew, from its first byte. What a client sends ahead of its turn is kept for the
-next one. Sets no deadline of its own: the connection's owner does.
+h11 reads each request with a new parser, from its first byte. What a client sends early is kept for the
+next request. Sets no deadline: the connection's owner does.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class RequestReader:
     """One client's requests.
 
     Args:
-        max_head_bytes: of a request that has not come to its end.
+        max_head_bytes: of an incomplete request.
         front: the client is a front, whose `Client-Cert` headers count.
 
     Attributes:
-        keeps: the last request leaves the connection fit for another one.
-        head_only: the answer to the last request goes without its body.
+        keeps: the connection can be used for another request after the last one.
+        head_only: the answer to the last request is sent without its body.
     """
 
     def __init__(self, stream: SocketStream, max_head_bytes: int, *, front: bool = False) -> None:
@@ -47,17 +47,17 @@ class RequestReader:
         self.head_only = False
 
     async def next(self, peer: Peer, started: Callable[[], None]) -> Request | Response | None:
-        """The next request; the refusal of what is none; None where the client has ended.
+        """The next request; a refusal of invalid input; None at the end of the connection.
 
         Args:
-            started: called when a part of a request is there, and not all of it.
+            started: called when a part of a request has come, and not all of it.
 
         Raises:
             trio.BrokenResourceError: the connection failed.
         """
         self.keeps, self.head_only = True, False
         if self._ahead:
-            await trio.lowlevel.checkpoint()  # who sends many at once must not keep others waiting
+            await trio.lowlevel.checkpoint()  # a client with many requests must not block others
         data = self._ahead or await self._stream.receive_some()
         while data.startswith(EMPTY_LINE):
             data = _without_empty_lines(data) or await self._stream.receive_some()
@@ -87,7 +87,7 @@ class RequestReader:
     async def _judged(
         self, data: bytes, peer: Peer, started: Callable[[], None]
     ) -> Request | Response | None:
-        """The same for what is not the plainest of requests, or not here in one piece."""
+        """The same with h11: for a request that is not a plain GET, or did not come in one piece."""
         conn = h11.Connection(h11.SERVER, max_incomplete_event_size=self._max_head_bytes)
         head: h11.Request | None = None
         is_new = bool(data)

@@ -1,8 +1,8 @@
 """HTTP/1.1 over trio: one connection at a time, one request at a time, limits on everything.
 
-Knows requests and responses, not what they are about: a `Handler` answers. A response's status,
-headers and body leave in one write. Whatever a client does wrong gets a 4xx in Keylime's envelope;
-the connection is kept or closed as RFC 9112 says.
+Knows requests and responses, not their meaning: a `Handler` answers. A response's status, headers
+and body leave in one write. A client's error gets a 4xx in Keylime's envelope; the connection is kept
+or closed as RFC 9112 says.
 
 Invariants: a connection holds at most one request; no more than one read goes past a limit; each
 wait on the client has a deadline. `HttpServer.finish` never cuts off a request that is being answered.
@@ -39,12 +39,12 @@ from provider_proxy.host.http.reader import RequestReader
 
 log = logging.getLogger(__name__)
 
-MAX_HEAD_BYTES = 16 * 1024  # ours have 300 bytes; proxies in between add cookies and traces
+MAX_HEAD_BYTES = 16 * 1024  # ours have 300 bytes; proxies on the way add cookies and trace headers
 HEAD_LIMIT_S = 10.0  # from the first byte of a request to its last
 IDLE_LIMIT_S = 75.0  # Keylime's verifier asks every 2 s; browsers and proxies keep about a minute
-LEAST_ANSWER_S = 10.0  # what a handler that sets no limit of its own has at the least
+LEAST_ANSWER_S = 10.0  # the time of a handler that sets no limit of its own
 SEND_LIMIT_S = 30.0  # a client that does not read its 3 kB; an IMA list takes longer, see below
-SEND_BYTES_PER_S = 64 * 1024  # what a slow reader must take on top of that
+SEND_BYTES_PER_S = 64 * 1024  # the rate at which a slow reader must read after that
 HANDSHAKE_LIMIT_S = 10.0
 MAX_HANDSHAKES = 512  # in progress; a good one takes milliseconds
 MAX_HANDSHAKES_PER_ADDRESS = 64  # many tenants may come through one address, one after the other
@@ -64,15 +64,15 @@ class HttpServer(HandshakeLimits):
     Args:
         handler: answers requests; a `ProviderProxyError` of it becomes its response.
         observe: counts responses.
-        observe_handshake, turned_away: told of each TLS handshake; the latter of address and words, too.
-        max_connections: one more closes the one that has been idle, or slow, the longest; where
-            all others are being answered it is closed itself.
+        observe_handshake, turned_away: told of each TLS handshake; the latter also of address and error.
+        max_connections: one more closes the connection that has been idle, or slow, the longest; if
+            all others are being answered, the new one is closed.
         max_per_address: one more from the same IP address is closed.
         max_handshakes: one more TLS handshake at a time closes the one that takes the longest; so does
             one more than `max_handshakes_per_address`, among those of its address.
         busy_status: see `error_response`.
         front: the clients are fronts; their requests' `Client-Cert` headers are handed on.
-        passed_on: True for the address of a TCP proxy, which must say whose connection it is.
+        passed_on: True for the address of a TCP proxy, which must name its client.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class HttpServer(HandshakeLimits):
         self.front = front
         self.waiting: OrderedDict[_Connection, None] = OrderedDict()  # for a client, longest first
         self._passed_on = passed_on
-        self._asked = 0  # proxies that have not said yet whose connection it is
+        self._asked = 0  # proxies whose header has not come yet
         self.busy_status = busy_status
         self.observe = observe
         self.observe_handshake = observe_handshake
@@ -125,7 +125,7 @@ class HttpServer(HandshakeLimits):
             await connection.run()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return  # the client went away
-        except Exception:  # a bug that one connection meets must not end the service of all
+        except Exception:  # a bug that shows on one connection must not end the service for all
             log.exception("a connection ended with an unexpected error")
             self.observe(500, "bug")
         finally:
@@ -141,7 +141,7 @@ class HttpServer(HandshakeLimits):
             self._ended.set()
 
     def _has_room(self, address: str) -> bool:
-        """Make room for a connection where there is none; False where it must go away itself."""
+        """Make room for a new connection if needed; False where it must be closed itself."""
         if address and self._per_address[address] >= self._max_per_address:
             self.observe(0, "too many connections of an address")
             return False
@@ -156,12 +156,12 @@ class HttpServer(HandshakeLimits):
         return True
 
     def limit_connections(self, most: int) -> int:
-        """Take no more connections than that; how many it takes now."""
+        """Lower the limit of connections to `most`; the limit as of now."""
         self._max_connections = min(self._max_connections, most)
         return self._max_connections
 
     async def _client_address(self, connection: _Connection) -> str | None:
-        """Whose connection a TCP proxy passes on; None where it does not say so in time."""
+        """The client's address from a TCP proxy's header; None where the header is missing or late."""
         if self._asked >= self._max_connections:
             self.observe(0, "too many connections")
             return None
@@ -181,7 +181,7 @@ class HttpServer(HandshakeLimits):
         return len(self._open)
 
     async def finish(self) -> None:
-        """Close connections that wait for a request; return when the others had their answer."""
+        """Close idle connections; return when the others have their answers."""
         self.closing = True
         for connection in self._open:
             connection.close_if_idle()
@@ -190,7 +190,7 @@ class HttpServer(HandshakeLimits):
             await self._ended.wait()
 
     def date(self) -> bytes:
-        """The Date header's value, made once a second."""
+        """The Date header's value, made again each second."""
         now = int(time.time())
         if self._date[0] != now:
             self._date = (now, formatdate(now, usegmt=True).encode("ascii"))
@@ -215,7 +215,7 @@ class _Connection:
         self._server = server
         self._stream = stream
         self._reader = RequestReader(stream, MAX_HEAD_BYTES, front=server.front)
-        self._client: proxy_protocol.Client | None = None  # whose connection a proxy passes on
+        self._client: proxy_protocol.Client | None = None  # from a TCP proxy's header
         self._stage = _Stage.IDLE
         self._scope = trio.CancelScope()
         self._cut_off = False
@@ -225,7 +225,7 @@ class _Connection:
         self._outgoing: list[bytes] = []
 
     def address(self) -> str | None:
-        """The client's IP address; empty for a unix socket, None where it is gone already."""
+        """The client's IP address; empty for a unix socket, None where the connection is gone."""
         if self._client is not None:
             return self._client.address
         try:
@@ -235,10 +235,10 @@ class _Connection:
         return "" if peer is None else peer[0]
 
     async def ask_proxy(self) -> str | None:
-        """Read what a TCP proxy says before all else; the client's address, or the proxy's own.
+        """Read a TCP proxy's header; the client's address, or the proxy's own.
 
         Raises:
-            ProxyHeaderError, trio.BrokenResourceError: it says nothing that can be read.
+            ProxyHeaderError, trio.BrokenResourceError: the header cannot be read.
         """
         self._client = await proxy_protocol.read_header(self._stream.receive_before_tls)
         return self.address()
@@ -258,7 +258,7 @@ class _Connection:
             self._scope.cancel()
 
     def _read_on(self) -> None:
-        """A request has begun: its head must come to an end."""
+        """A request has begun: the deadline for its head starts."""
         self._enter(_Stage.READING, HEAD_LIMIT_S)
 
     def _enter(self, stage: _Stage, seconds: float) -> None:
@@ -287,7 +287,7 @@ class _Connection:
                 await self._converse(peer)
 
     def _goes_on(self) -> bool:
-        """True where a deadline was not the connection's end: it goes on under a new scope."""
+        """True where the connection continues after a deadline, under a new scope."""
         if self._stage is _Stage.IDLE:  # the last request's deadline; this wait has a longer one
             is_due = trio.current_time() >= self.since + IDLE_LIMIT_S and self._early is None
             return not (is_due or self._cut_off or self._server.closing)
@@ -297,7 +297,7 @@ class _Connection:
 
     async def _shake_hands(self) -> None:
         """TLS's handshake, counted."""
-        reason, words = "timeout", ""  # who else cancels, to make room or to end, has waited too
+        reason, words = "timeout", ""  # also where it was cancelled to make room, or at the end
         try:
             with self._server.shaking(self, self.address() or ""):
                 await self._stream.do_handshake()
@@ -315,7 +315,7 @@ class _Connection:
             self._server.turned_away(reason, self.address() or "", words)
 
     def _limit(self, seconds: float) -> None:
-        """The handler says how long it may take."""
+        """The handler sets how long it may take."""
         self._scope.deadline = trio.current_time() + seconds
 
     async def _converse(self, peer: Peer) -> None:
@@ -324,7 +324,7 @@ class _Connection:
             if incoming is None:
                 return
             if isinstance(incoming, Request):
-                # Its deadline is still the last one; a handler that waits sets its own.
+                # The deadline is still the one of reading; a handler that waits sets its own.
                 self._stage = _Stage.ANSWERING
                 self._server.waiting.pop(self, None)
                 try:
@@ -336,18 +336,18 @@ class _Connection:
             self._compose(response)
             await self._send()
             if not self._reader.keeps or self._server.closing:
-                # Behind a refusal more may come unread. After an answer, TLS's own close_notify is
-                # enough: to wait for the client would hold up one that reads to the end.
+                # After a refusal, unread bytes may follow. After an answer, TLS's close_notify is
+                # enough: waiting for the client would delay one that reads to the end.
                 if not self._stream.is_tls or not isinstance(incoming, Request):
                     await self._linger()
                 return
 
     async def _next_request(self, peer: Peer) -> Request | Response | None:
-        """The next request; a refusal of what is none; None where the client has ended."""
+        """The next request; a refusal of invalid input; None at the end of the connection."""
         incoming, self._early = self._early, None
         if incoming is None:
             if self._stage is not _Stage.IDLE:
-                # Its deadline stays the last request's until a new one is needed: each costs.
+                # The last request's deadline stays until a new one is needed: setting one costs time.
                 self._stage = _Stage.IDLE
                 self.since = trio.current_time()
                 if not self._cut_off:
@@ -371,7 +371,7 @@ class _Connection:
         self._outgoing = joined((head, *(() if reader.head_only else response.body)))
 
     async def _send(self) -> None:
-        """Send what `_compose` made; what the client takes at once needs no deadline."""
+        """Send what `_compose` made; a write that succeeds at once needs no deadline."""
         if self._stage is not _Stage.LATE:
             self._stage = _Stage.SENDING
             first = self._outgoing[0]
@@ -389,7 +389,7 @@ class _Connection:
         self._outgoing = []
 
     async def _linger(self) -> None:
-        """Let the client read our last words: closing on unread bytes would reset the connection."""
+        """Let the client read our last answer: closing with unread bytes resets the connection."""
         self._enter(_Stage.SENDING, LINGER_S)
         await self._stream.end_sending()
         for _ in range(LINGER_READS):

@@ -382,7 +382,7 @@ async def test_a_daemon_with_a_front(tmp_path: Path) -> None:
             stranger = f"Client-Cert: {header(TENANT)}"
             assert await reply_of(wire, stranger) == 403
         away = await turned_away(started.admin_addresses[0])
-        assert away[0]["reason"] == "your certificate does not lead to listen.client_ca"
+        assert away[0]["reason"] == "your certificate was not issued by a CA in listen.client_ca"
         assert away[0]["fingerprint"] == hashlib.sha256(TENANT).hexdigest()
         assert away[-1] == {**away[-1], "reason": "the front sent no Client-Cert header"}
         assert away[-1]["fingerprint"] is None
@@ -416,7 +416,7 @@ async def test_a_process_that_is_no_front(tmp_path: Path) -> None:
         async with connect(started.front_addresses[0]) as wire:
             assert await reply_of(wire, f"Client-Cert: {header(TENANT)}") == 403
         (away,) = await turned_away(started.admin_addresses[0])
-        assert away["reason"] == "this listener is for the provider's front alone"
+        assert away["reason"] == "only the provider's front may use this listener"
         assert (
             away["fingerprint"] is None
         )  # what one that is no front says of others counts for nothing

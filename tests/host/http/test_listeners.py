@@ -257,7 +257,7 @@ def test_what_does_not_listen_is_refused() -> None:
         adopt_listeners([theirs], None)
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagram,
-        pytest.raises(ConfigError, match="does not listen"),
+        pytest.raises(ConfigError, match="SOCK_DGRAM, which the daemon cannot use"),
     ):
         adopt_listeners([datagram], None)
 

@@ -83,7 +83,7 @@ async def test_the_daemon_says_whom_it_refused(
     late, stranger, known = status.json()["results"]["turned_away"]
     assert known["fingerprint"] == own.fingerprint(hashes.SHA256()).hex()
     assert known["subject"] == own.subject.rfc4514_string()
-    assert known["reason"] == "no tenant of this provider"
+    assert known["reason"] == "not a tenant of this provider"
     assert known["address"].startswith("127.0.0.1")
     assert stranger["reason"] == "it showed no client certificate"
     assert late["reason"] == "its certificate was refused: certificate has expired"
