@@ -506,10 +506,11 @@ def test_stages_name_functions_that_exist(row: list[str]) -> None:
 
 
 GLOSSARY_TERMS = (
-    "tenant, provider, host, proxy, server, registrar, record, registration, round, activation, "
-    "TPM, chip, gate, duty, PCR, bank, mask, AK, EK, authValue, quote, qualifying data, "
-    "nonce, request, challenge, waiter, batch key, isolation class, line, window, ripe, seal, "
-    "batch, drain, salt, leaf, padding, tree, root, path, proof, reply, evidence, label, claims, "
+    "tenant, provider, host, proxy, listener, registrar, record, registration, round, activation, "
+    "TPM, chip, gate, duty, rest, turn, PCR, IMA, event log, bank, mask, AK, EK, authValue, quote, "
+    "qualifying data, nonce, request, challenge, waiter, batch key, isolation class, line, window, "
+    "ripe, seal, batch, drain, salt, leaf, padding, Merkle tree, root, path, proof, reply, "
+    "evidence, label, claims, "
     "link, vTPM, registry, hook, claimed, confirmed, generation, "
     "self-check, check, policy, binding, pin, history, watcher, round, verdict, replay, report"
 )
@@ -518,6 +519,7 @@ GLOSSARY_TERMS = (
 def test_glossary_has_its_terms_once() -> None:
     terms = [row[0] for row in rows("docs/glossary.md", "Term", "Meaning")]
     assert len(terms) == len(set(terms))
+    assert terms == sorted(terms, key=str.lower)
     assert set(GLOSSARY_TERMS.split(", ")) <= set(terms)
 
 
