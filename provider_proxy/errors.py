@@ -12,25 +12,25 @@
     │   ├── UnknownTenantError     403, the connection closes
     │   ├── NotFoundError          404
     │   ├── MethodError            405
-    │   ├── WrongHostError         421, the admin server was asked under a foreign name
+    │   ├── WrongHostError         421, the request names another host than the admin server
     │   └── TenantLimitError       429, the tenant's own limit, with Retry-After
     ├── ServiceError               the provider cannot answer now                           (HTTP 5xx)
     │   ├── OverloadedError        503, with Retry-After
     │   ├── DrainingError          503, the connection closes
-    │   ├── ClientGoneError        nobody is there to be answered
+    │   ├── ClientGoneError        the client closed its connection
     │   ├── QuoteError             503, the TPM did not give a quote
     │   ├── SelfCheckError         502, the quote failed our own verification
     │   └── DeadlineError          504
     ├── ReplyError                 the tenant's side got no answer: network, HTTP status    (exit 3)
-    │   └── NotSupportedError      the other side is of a release that has no such question
+    │   └── NotSupportedError      the other side's release does not support the request
     ├── RegistrarError             a registrar gave no usable answer                        (exit 3)
     └── VerificationError          evidence refused; a class for each numbered check        (exit 1)
-        └── PolicyError            check 7: the state is proven, and not what the policy wants
+        └── PolicyError            check 7: the state is proven, and the policy does not allow it
             ├── KeylimeRefusedError  check 7: the tenant's Keylime verifier refused the quote
             └── LinkError          check 7: the link of a VM's vTPM to the host; a class a cause
 
-`str(error)` is the public message: it may be shown to the other side. What only we may see hangs
-below it as `__cause__`. Errors of other libraries are translated where they are called, `from exc`.
+`str(error)` is the public message: it may be shown to the other side. Details that must stay private
+are in its `__cause__`. Errors of other libraries are translated where they are called, `from exc`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ConfigError(UsageError):
 
 
 class HostError(ProviderProxyError):
-    """Something that the program needs from its host is not there."""
+    """Something that the program needs on its host is missing."""
 
 
 class TpmError(HostError):
@@ -90,11 +90,11 @@ class TpmError(HostError):
 
 
 class VtpmError(HostError):
-    """A hook's message is not as it must be, or the registry of vTPMs does not take what it says."""
+    """A hook's message is malformed, or the registry of vTPMs does not accept it."""
 
 
 class AkChangedError(HostError):
-    """The TPM holds another AK than before, or none: nothing may be served under the old name."""
+    """The TPM holds another AK than before, or no AK: nothing may be served under the old name."""
 
 
 class ReplyError(ProviderProxyError):
@@ -114,11 +114,11 @@ class ReplyError(ProviderProxyError):
 
 
 class NotSupportedError(ReplyError):
-    """The other side is of a release that does not have what is asked for; asking again is in vain."""
+    """The other side's release does not support the request; asking again does not help."""
 
 
 class RegistrarError(ProviderProxyError):
-    """A registrar gave no usable answer: unreachable, an HTTP error, or no proper reply.
+    """A registrar gave no usable answer: unreachable, an HTTP error, or a malformed reply.
 
     Attributes:
         status: the HTTP status, where there was one.
@@ -146,7 +146,7 @@ class ParameterError(RequestError):
 
 
 class UnknownTenantError(RequestError):
-    """The client is no tenant, or its certificate is no longer good."""
+    """The client is not a tenant, or its certificate is not valid any more."""
 
     status = 403
     closes = True
@@ -171,7 +171,7 @@ class MethodError(RequestError):
 
 
 class WrongHostError(RequestError):
-    """The client calls this listener by a name that is not its own: a web page that rebinds DNS."""
+    """The request names another host than this listener: a web page that rebinds DNS does so."""
 
     status = 421
     closes = True
@@ -208,23 +208,23 @@ class OverloadedError(ServiceError):
 
 
 class DrainingError(ServiceError):
-    """The daemon is going down and takes nothing new."""
+    """The daemon is stopping and accepts no new requests."""
 
     closes = True
 
 
 class ClientGoneError(ServiceError):
-    """The client hung up before its batch was sealed."""
+    """The client closed its connection before its batch was sealed."""
 
     closes = True
 
 
 class QuoteError(ServiceError):
-    """The TPM, or whatever quotes for us, gave no usable quote."""
+    """The TPM, or the program that quotes in its place, gave no usable quote."""
 
 
 class SelfCheckError(ServiceError):
-    """A quote or proof of our own failed the tenants' checks: nothing of it is sent."""
+    """The proxy's own quote or proof failed the tenants' checks: it is not sent."""
 
     status = 502
 
@@ -242,7 +242,7 @@ class VerificationError(ProviderProxyError):
 
 
 class EvidenceFormatError(VerificationError):
-    """Check 0: not evidence of a format that we read, or over a size limit."""
+    """Check 0: not evidence of a known format, or over a size limit."""
 
 
 class StaleEvidenceError(VerificationError):
@@ -250,7 +250,7 @@ class StaleEvidenceError(VerificationError):
 
 
 class NonceSpentError(VerificationError):
-    """Check 0: this nonce is not open: it has verified before, or it was never ours."""
+    """Check 0: this nonce is not open: it has verified before, or was never sent."""
 
 
 class UntrustedAkError(VerificationError):
@@ -262,7 +262,7 @@ class NotRegisteredError(VerificationError):
 
 
 class BindingError(VerificationError):
-    """What the host shows, or the registrar's record itself, does not fit: EK and AK do not belong."""
+    """The registrar's record does not match what the host shows, or cannot be read."""
 
 
 class UntrustedEkError(VerificationError):
@@ -270,7 +270,7 @@ class UntrustedEkError(VerificationError):
 
 
 class PinChangedError(VerificationError):
-    """A host's key is not the one that was pinned; only a person can say that this is right."""
+    """A host's key is not the pinned one; a person must decide whether the change is right."""
 
 
 class NotAQuoteError(VerificationError):
@@ -286,7 +286,7 @@ class SignatureError(VerificationError):
 
 
 class ClaimsError(VerificationError):
-    """Check 3: claims unasked, missing, malformed, or about another VM."""
+    """Check 3: claims that were not asked for, are missing or malformed, or are about another VM."""
 
     check = 3
 
@@ -310,7 +310,7 @@ class PcrDigestError(VerificationError):
 
 
 class PcrSelectionError(VerificationError):
-    """Check 5: the signed selection is not the one the values claim to be."""
+    """Check 5: the PCR values claim another selection than the signed one."""
 
     check = 5
 
@@ -328,17 +328,17 @@ class ClockError(VerificationError):
 
 
 class PolicyError(VerificationError):
-    """Check 7: the host's state is proven, and it is not what the policy wants."""
+    """Check 7: the host's state is proven, and the policy does not allow it."""
 
     check = 7
 
 
 class LinkError(PolicyError):
-    """Check 7: the link between a VM's vTPM and the host is not what the tenant wants."""
+    """Check 7: the link between a VM's vTPM and the host is not what the tenant demands."""
 
 
 class LinkClaimsError(LinkError):
-    """Check 7: there are no claims, or they are not those of a link."""
+    """Check 7: there are no claims, or they are not a link's."""
 
 
 class WrongVmError(LinkError):
@@ -346,7 +346,7 @@ class WrongVmError(LinkError):
 
 
 class EkNotLinkedError(LinkError):
-    """Check 7: the EK that the tenant's registrar activated is not this VM's on this host."""
+    """Check 7: the host does not claim the EK that the tenant's registrar activated for this VM."""
 
 
 class VmNotRunningError(LinkError):
@@ -354,11 +354,11 @@ class VmNotRunningError(LinkError):
 
 
 class NotConfirmedError(LinkError):
-    """Check 7: nobody has read the EK back from the VM's own vTPM."""
+    """Check 7: the EK was not read back from the VM's own vTPM."""
 
 
 class LinkIssuerError(LinkError):
-    """Check 7: the EK's certificate does not come from where the tenant wants it from."""
+    """Check 7: the EK's certificate is not from the issuer that the tenant demands."""
 
 
 class VtpmQuoteError(LinkError):
@@ -374,7 +374,7 @@ class UntrustedCaError(LinkError):
 
 
 class EkCertificateError(LinkError):
-    """Check 7: a vTPM's certificate is not that host's CA's, or not of the profile."""
+    """Check 7: the host's CA did not issue a vTPM's certificate, or it does not follow the profile."""
 
 
 class LogError(PolicyError):

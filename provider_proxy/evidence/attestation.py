@@ -1,6 +1,6 @@
 """From untrusted bytes to what a TPM signed: TPMS_ATTEST, TPMT_SIGNATURE, PCR digest.
 
-No TSS library: a tenant verifies with `cryptography` alone. Nothing here knows of nonces or trees.
+No TSS library: a tenant verifies with `cryptography` alone. This module knows no nonces or trees.
 Source: TPM 2.0 Library Part 2, sections 10.12.12 (TPMS_ATTEST) and 11.3.4 (TPMT_SIGNATURE).
 """
 
@@ -76,13 +76,13 @@ def parse_attest(data: bytes) -> Attest:
     extra_data = read.sized(MAX_TPM2B_BYTES)
     clock_ms, resets, restarts, safe = read.uint(8), read.uint(4), read.uint(4), read.uint(1)
     if safe > 1:
-        raise EvidenceFormatError("TPMS_CLOCK_INFO has no yes or no in safe")
+        raise EvidenceFormatError("TPMS_CLOCK_INFO.safe is neither 0 nor 1")
     firmware_version = read.uint(8)
     if read.uint(4) != 1:
         raise PcrSelectionError("the quote does not select exactly one PCR bank")
     bank = _known_bank(read.uint(2))
     if read.uint(1) != PCR_SELECT_BYTES:
-        raise PcrSelectionError("the quote's selection is not of 24 PCRs")
+        raise PcrSelectionError("the quote's PCR selection is not a bitmap of 24 PCRs")
     mask = int.from_bytes(read.take(PCR_SELECT_BYTES), "little")
     pcr_digest = read.sized(MAX_TPM2B_BYTES)
     read.end()
@@ -180,7 +180,7 @@ def check_pcrs(attest: Attest, pcrs: PcrValues, signature_hash: HashAlg) -> None
         PcrDigestError: the values are not the signed ones.
     """
     if pcrs.bank != attest.bank or pcrs.mask != attest.mask:
-        raise PcrSelectionError("the values claim a selection that was not signed")
+        raise PcrSelectionError("the PCR values claim a selection that was not signed")
     # TPM2_Quote digests with the hash of the signing scheme, whatever the bank (Part 3, 18.4).
     digest = signature_hash.digest(pcrs.concatenated())
     if not hmac.compare_digest(digest, attest.pcr_digest):

@@ -185,14 +185,14 @@ def deep_verify(
     Args:
         challenge: from `ask_host`; or one whose nonce is `deep_nonce(nonce, vtpm_quote)`.
         nonce: the tenant's own, over which the vTPM was to quote.
-        vtpm_policy, host_policy: judge the PCRs of each; there is no default, for none is safe.
+        vtpm_policy, host_policy: judge the PCRs of each; there is no default, because none would be safe.
         link: which VM and EK must be linked.
 
     Raises:
         VtpmQuoteError: the vTPM's quote was refused.
         DeepNonceError: the host was not asked over this vTPM's quote and this nonce.
         VerificationError: the host's evidence or the link was refused; see `Verifier.verify`.
-        UsageError: the host was asked about another VM than `link` is about, or about none.
+        UsageError: the host was asked about another VM than `link` is about, or about no VM.
     """
     vtpm = verify_vtpm_quote(vtpm_quote, nonce, vak, vtpm_policy)
     if not hmac.compare_digest(challenge.request.nonce, deep_nonce(nonce, vtpm_quote)):

@@ -1,6 +1,6 @@
 """A little DER, both ways, for the two X.509 extensions of the TCG that `cryptography` has no types for.
 
-Definite lengths in their one shortest writing, low tag numbers, no indefinite forms: what is read is
+Definite lengths in their shortest form, low tag numbers, no indefinite forms: what is read is
 exactly what would be written. Untrusted bytes go in; anything else is an `EvidenceFormatError`.
 Source: X.690, sections 8.1 and 10.1.
 """
@@ -47,14 +47,14 @@ def encode_oid(dotted: str) -> bytes:
 
 
 def parse(data: bytes, tag: int, what: str) -> bytes:
-    """The contents of the one element that the bytes are.
+    """The contents of the only element in the bytes.
 
     Raises:
-        EvidenceFormatError: another tag, or bytes behind it.
+        EvidenceFormatError: another tag, or extra bytes after it.
     """
     content, rest = _take(data, tag, what)
     if rest:
-        raise EvidenceFormatError(f"{what} has bytes behind its end")
+        raise EvidenceFormatError(f"{what} has extra bytes after its end")
     return content
 
 
@@ -70,7 +70,7 @@ def parse_sequence(data: bytes, tags: tuple[int, ...], what: str) -> tuple[bytes
         content, rest = _take(rest, tag, what)
         found.append(content)
     if rest:
-        raise EvidenceFormatError(f"{what} has more elements than it may")
+        raise EvidenceFormatError(f"{what} has too many elements")
     return tuple(found)
 
 
@@ -81,7 +81,7 @@ def _take(data: bytes, tag: int, what: str) -> tuple[bytes, bytes]:
     if size >= _LONG:
         count = size & ~_LONG
         if not 1 <= count <= _MOST_LENGTH_OCTETS or len(data) < 2 + count:
-            raise EvidenceFormatError(f"{what} has a length that is no DER")
+            raise EvidenceFormatError(f"{what} has a length that is not valid DER")
         size, start = int.from_bytes(data[2 : 2 + count], "big"), 2 + count
         if size < _LONG or size.bit_length() <= 8 * (count - 1):
             raise EvidenceFormatError(f"{what} has a length in more octets than needed")

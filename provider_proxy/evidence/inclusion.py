@@ -46,7 +46,7 @@ def leaf_input(
         label || salt || u8(len nonce) || nonce || u32(mask) || u16(bank) || SHA-256(claims).
     """
     if len(salt) != SALT_BYTES or len(nonce) > MAX_NONCE_CHARS:
-        raise ValueError("salt or nonce has not its length")  # callers hold checked values
+        raise ValueError("the salt or the nonce has a wrong length")  # callers hold checked values
     return b"".join(
         (
             LEAF_LABEL,
@@ -71,9 +71,9 @@ def node_hash(left: bytes, right: bytes) -> bytes:
 
 
 def root_from_proof(leaf: LeafHash, proof: InclusionProof) -> RootHash:
-    """The one root that this leaf, at this index of a tree of this size, has under this path.
+    """The root that this leaf leads to, with its index, the tree's size and the path.
 
-    Does not check: that the root is anybody's; compare the qualifying data for that.
+    Does not check: that a TPM has signed the root; compare the qualifying data for that.
 
     Raises:
         InclusionError: the path is longer or shorter than index and size demand.

@@ -1,4 +1,4 @@
-"""The values that travel between the modules: frozen, checked once when made, no behaviour of their own.
+"""The values that travel between the modules: frozen, checked once when made, without behaviour.
 
 Nothing here reads untrusted bytes: `wire` and `attestation` do that and build these values.
 Every class checks its own invariants in `__post_init__`, so that a value that exists is a valid one.
@@ -80,7 +80,7 @@ class HashAlg(enum.IntEnum):
 
     @classmethod
     def from_label(cls, label: str) -> HashAlg:
-        """Raises: KeyError where the label is none of ours."""
+        """Raises: KeyError where the label is unknown."""
         return _BY_LABEL[label]
 
 
@@ -148,13 +148,13 @@ def mask_of(pcrs: Iterable[int]) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuoteRequest:
-    """What one tenant asks: the part of it that goes into the leaf, and how to serve it.
+    """What one tenant asks: the part that goes into the leaf, and how to serve it.
 
     Attributes:
-        vm: whose link to the host is asked for; None where none is.
+        vm: whose link to the host is asked for; None for no VM.
         ima_ml_entry: first entry of the IMA list that is wanted, from 0.
         timeout_ms: how long the tenant is ready to wait.
-        logs: False where the answer shall bring no log, whatever the mask.
+        logs: False where the answer must not bring a log, whatever the mask.
     """
 
     nonce: Nonce
@@ -183,7 +183,7 @@ class QuoteRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tenant:
-    """Who asks, as the server found out.
+    """The tenant that asks, as the server identified it.
 
     Attributes:
         name: tells tenants apart; requests of one name take turns with those of others.
@@ -228,7 +228,7 @@ class InclusionProof:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PcrValues:
-    """PCR values of one bank, as somebody *says* they are: nothing is signed here.
+    """PCR values of one bank, as they are *claimed*: nothing here is signed.
 
     Attributes:
         values: (PCR number, digest), ascending.
@@ -242,7 +242,7 @@ class PcrValues:
         if numbers != sorted(set(numbers)) or any(not 0 <= n < PCR_COUNT for n in numbers):
             raise EvidenceFormatError("PCR numbers are not ascending within 0 to 23")
         if any(len(digest) != self.bank.digest_bytes for _, digest in self.values):
-            raise EvidenceFormatError("a PCR value has not the length of its bank's digest")
+            raise EvidenceFormatError("a PCR value does not have the length of its bank's digest")
 
     @property
     def mask(self) -> int:
@@ -331,7 +331,7 @@ class AttestationKey:
     """A public AK that signatures are checked with. Made by `attestation.parse_ak`.
 
     Attributes:
-        name: the TPM's name of the key; empty where only a PEM was had (unsafe).
+        name: the TPM's name of the key; empty where only a PEM was given (unsafe).
         signature_hash: the one digest algorithm that its signatures may use.
         sign_alg: "ecdsa" or "rsassa".
     """

@@ -2,7 +2,7 @@
 
 A CA may write its name as a UTF8String in its own certificate and as a PrintableString in those that it
 signs, with other capitals or spaces, and the parts of a multi-valued RDN in any order. Two such names
-are the same name. Equality of names finds an issuer; that it signed is for the signature to say.
+are the same name. Equality of names finds an issuer; only the signature shows that it signed.
 Source: RFC 5280, section 7.1; RFC 4518, sections 2.2 to 2.6.
 """
 
@@ -14,7 +14,7 @@ import unicodedata
 from cryptography import x509
 
 ComparableName = tuple[frozenset[tuple[str, str | bytes]], ...]
-"""A name as a value: RDN by RDN, in order; the parts of an RDN have none."""
+"""A name as a value: RDN by RDN, in order; the parts of an RDN have no order."""
 
 SPACES_RE = re.compile(r"\s+")
 # RFC 4518, 2.2: soft hyphens, joiners, variation selectors and the like are mapped to nothing.

@@ -1,7 +1,7 @@
-"""What a tenant wants a host to be, judged on what the TPM signed for this very request.
+"""What a tenant demands of a host, judged on what the TPM signed for this very request.
 
-A policy sees a `VerifiedQuote` and raises `PolicyError`, or says nothing. It fails closed: an empty
-one refuses, and the one that accepts anything is called `UnsafeAcceptAny`.
+A policy reads a `VerifiedQuote` and raises `PolicyError`, or accepts it. It fails closed: an empty
+policy refuses, and the one that accepts anything is called `UnsafeAcceptAny`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class UnsafeAcceptAny:
 
 
 class AllOf:
-    """Every one of its policies must accept; none at all refuses."""
+    """Every one of its policies must accept; an empty one refuses."""
 
     def __init__(self, policies: Iterable[Policy]) -> None:
         self._policies = tuple(policies)
@@ -51,9 +51,9 @@ class AllOf:
         return mask
 
     def check(self, quote: VerifiedQuote) -> None:
-        """Raises: PolicyError from the first that refuses, or where there is none."""
+        """Raises: PolicyError from the first that refuses, or where there is no policy."""
         if not self._policies:
-            raise PolicyError("the policy is empty, and an empty policy refuses")
+            raise PolicyError("the policy is empty, and an empty policy refuses every host")
         for policy in self._policies:
             policy.check(quote)
 
@@ -66,7 +66,7 @@ class PcrPolicy:
         bank: the bank that the digests are of.
 
     Raises:
-        UsageError: no PCR, no value for one, a PCR beyond 23, a digest of the wrong length.
+        UsageError: no PCR, no value for a PCR, a PCR beyond 23, a digest of the wrong length.
     """
 
     def __init__(
@@ -75,12 +75,14 @@ class PcrPolicy:
         self._bank = bank
         self._allowed = {pcr: tuple(digests) for pcr, digests in allowed.items()}
         if not self._allowed:
-            raise UsageError("a PCR policy names at least one PCR")
+            raise UsageError("a PCR policy must name at least one PCR")
         for pcr, digests in self._allowed.items():
             if not 0 <= pcr < PCR_COUNT:
                 raise UsageError(f"PCR {pcr} is not in 0 to 23")
             if not digests or any(len(digest) != bank.digest_bytes for digest in digests):
-                raise UsageError(f"PCR {pcr} has no value, or one that is no {bank.label} digest")
+                raise UsageError(
+                    f"PCR {pcr} has no value, or one that is not a {bank.label} digest"
+                )
 
     @property
     def needed_mask(self) -> int:
@@ -102,11 +104,14 @@ def _of_bank(pcr: int, digests: list[bytes], bank: HashAlg) -> list[bytes]:
     for digest in digests:
         if all(len(digest) != alg.digest_bytes for alg in HashAlg):
             raise UsageError(
-                f"the policy's PCR {pcr} has a value of {len(digest)} bytes, which is no bank's digest"
+                f"the policy's PCR {pcr} has a value of {len(digest)} bytes: "
+                "no bank's digest has this length"
             )
     found = [digest for digest in digests if len(digest) == bank.digest_bytes]
     if digests and not found:
-        raise UsageError(f"the policy's PCR {pcr} has no {bank.label} digest, only other banks'")
+        raise UsageError(
+            f"the policy's PCR {pcr} has digests of other banks only, and needs one of {bank.label}"
+        )
     return found
 
 
@@ -128,7 +133,7 @@ def parse_tpm_policy(values: Mapping[str, object], *, bank: HashAlg = HashAlg.SH
         if key == "mask":
             continue
         if not key.isdecimal() or not key.isascii() or len(key) > 2:
-            raise UsageError(f"the policy's key {key!r} is no PCR number")
+            raise UsageError(f"the policy's key {key!r} is not a PCR number")
         listed = entry if isinstance(entry, list) else [entry]
         digests = [d for d in listed if isinstance(d, str) and set(d) <= set(string.hexdigits)]
         if len(digests) != len(listed):

@@ -1,7 +1,7 @@
 """The parameters of `GET /verifier/quote`, read and written: strict, in one place for both sides.
 
 A missing, repeated, unknown or ill-formed parameter is a `ParameterError` with its name; nothing is
-guessed, because the tenant hashes what it *meant* into its leaf and would find no proof.
+guessed, because the tenant hashes what it *meant* into its leaf, and the proof would not match.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def encode_quote_query(request: QuoteRequest) -> str:
 
 
 def _printable(name: str) -> str:
-    """A name from outside, fit to be shown: short, no control characters."""
+    """A name from outside, made safe to show: short, without control characters."""
     return "".join(c if c.isprintable() else "?" for c in name[:40]) or "(empty name)"
 
 
@@ -96,7 +96,7 @@ def _parse_vm(text: str) -> uuid.UUID:
 
 def _parse_logs(text: str) -> bool:
     if text != NO_LOGS:
-        raise ParameterError("logs", f"must be {NO_LOGS} where it is given")
+        raise ParameterError("logs", f"must be {NO_LOGS} if it is given")
     return False
 
 

@@ -1,8 +1,8 @@
 """A tenant's own record of one question, as a file: what `fetch` writes and `verify` reads.
 
 Offline, nonce, mask and time come from here and never from what the proxy sent. The file says how
-long the answer took and what its SHA-256 was, so that an evidence file that somebody exchanged later
-does not borrow the freshness of the first.
+long the answer took and what its SHA-256 was, so that an evidence file that was exchanged later
+is not taken for as fresh as the first.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class RequestRecord:
             now_s: seconds since the epoch; counts where no answer was recorded.
 
         Raises:
-            UsageError: another answer than this evidence was recorded.
+            UsageError: the file records another answer than this evidence.
         """
         if self.answered_after_s is None:
             return now_s - self.made_at_s

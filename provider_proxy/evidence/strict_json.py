@@ -1,10 +1,10 @@
-"""JSON that others wrote, read one way only: no key twice, no NaN, a bounded number of parts and depth.
+"""JSON that others wrote, read strictly: no repeated key, no NaN, a bounded number of parts and depth.
 
 Two readers of one text with a repeated key see two documents, so such a text is refused.
 `parse_json_object` reads what came over a network; `parse_own_json` reads the files of the person who
 runs the program, with larger limits.
 
-Does not check: the size in bytes; whoever reads the bytes knows the limit.
+Does not check: the size in bytes; the caller, which reads the bytes, knows the limit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 class _RefusedError(ValueError):
-    """Valid for Python's parser, not for us; never leaves this module."""
+    """Python's parser accepts it, this module does not; never leaves this module."""
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -59,7 +59,7 @@ def _has_more_parts(text: str, most: int) -> bool:
 
 
 def _is_deep(text: str, value: object) -> bool:
-    """Whether objects and lists stand in each other deeper than `MAX_DEPTH`."""
+    """Whether objects and lists are nested deeper than `MAX_DEPTH`."""
     if text.count("{") + text.count("[") <= MAX_DEPTH:
         return False
     level = [value]
@@ -89,7 +89,7 @@ def _read(data: bytes | str, most: int) -> dict[str, object]:
             text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
         )
     except RecursionError as exc:
-        raise _RefusedError("is nested too deep") from exc
+        raise _RefusedError("is nested too deeply") from exc
     except _RefusedError:
         raise
     except ValueError as exc:  # a JSONDecodeError says where; an integer may have too many digits
@@ -97,7 +97,7 @@ def _read(data: bytes | str, most: int) -> dict[str, object]:
     if not isinstance(value, dict):
         raise _RefusedError("is not a JSON object")
     if _is_deep(text, value):
-        raise _RefusedError("is nested too deep")
+        raise _RefusedError("is nested too deeply")
     return value
 
 
@@ -108,7 +108,7 @@ def parse_json_object(data: bytes, what: str) -> dict[str, object]:
         what: it is, for messages: "the registrar's answer".
 
     Raises:
-        EvidenceFormatError: anything else, in any encoding but UTF-8; too many parts, or nested too deep.
+        EvidenceFormatError: anything else, another encoding than UTF-8, too many parts, too deep.
     """
     try:
         return _read(data, MAX_PARTS)
@@ -148,7 +148,9 @@ class Fields:
     def text(self, key: str, limit: int) -> str:
         value = self._values.get(key)
         if not isinstance(value, str) or len(value) > limit:
-            raise EvidenceFormatError(f"{self._what}.{key} is not text of at most {limit}")
+            raise EvidenceFormatError(
+                f"{self._what}.{key} is not text of at most {limit} characters"
+            )
         return value
 
     def integer(self, key: str, limit: int) -> int:
@@ -181,13 +183,15 @@ class Fields:
         value = self._list(key, most)
         for item in value:
             if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item <= limit:
-                raise EvidenceFormatError(f"{self._what}.{key} holds no number in 0..{limit}")
+                raise EvidenceFormatError(
+                    f"{self._what}.{key} holds something that is not a number in 0..{limit}"
+                )
         return tuple(value)
 
     def _list(self, key: str, most: int) -> list[Any]:
         value = self._values.get(key)
         if not isinstance(value, list) or len(value) > most:
-            raise EvidenceFormatError(f"{self._what}.{key} is not a list of at most {most}")
+            raise EvidenceFormatError(f"{self._what}.{key} is not a list of at most {most} entries")
         return value
 
     def hex(self, key: str, limit: int) -> bytes:
@@ -215,7 +219,7 @@ def _from_hex(value: object, limit: int, what: str) -> bytes:
 
 
 def from_base64(text: str, what: str) -> bytes:
-    """Standard base64 with padding, in its one canonical writing.
+    """Standard base64 with padding, in its one canonical form.
 
     Raises:
         EvidenceFormatError: anything else.

@@ -1,7 +1,7 @@
 """From an untrusted TPM2B_PUBLIC to an attestation key whose attributes were checked.
 
-A registrar stores whatever key it was sent; only these attributes, inside the name that credential
-activation bound, say that the private part never left a TPM and signs nothing but TPM structures.
+A registrar stores any key that it is sent. Only these attributes, inside the name that credential
+activation bound, show that the private part never left a TPM and signs nothing but TPM structures.
 Source: TPM 2.0 Library Part 2, sections 8.3 (TPMA_OBJECT) and 12.2 (TPMT_PUBLIC).
 """
 
@@ -130,17 +130,17 @@ def _read_rsa(read: Reader) -> rsa.RSAPublicKey:
     exponent = read.uint(4) or DEFAULT_RSA_EXPONENT
     modulus = read.sized(MAX_KEY_PART_BYTES)
     if bits % 8 or len(modulus) * 8 != bits:
-        raise EvidenceFormatError("the RSA modulus has not keyBits")
+        raise EvidenceFormatError("the RSA modulus does not have keyBits bits")
     try:
         return rsa.RSAPublicNumbers(exponent, int.from_bytes(modulus, "big")).public_key()
     except (ValueError, UnsupportedAlgorithm) as exc:
-        raise EvidenceFormatError("not a usable RSA key") from exc
+        raise EvidenceFormatError("the RSA key is not usable") from exc
 
 
 def _read_ecc(read: Reader) -> ec.EllipticCurvePublicKey:
     curve = CURVES.get(read.uint(2))
     if curve is None:
-        raise EvidenceFormatError("an unknown elliptic curve")
+        raise EvidenceFormatError("the key's elliptic curve is unknown")
     if read.uint(2) != TPM_ALG_NULL:  # kdf
         read.take(2)
     x = int.from_bytes(read.sized(MAX_KEY_PART_BYTES), "big")
@@ -148,17 +148,17 @@ def _read_ecc(read: Reader) -> ec.EllipticCurvePublicKey:
     try:
         key = ec.EllipticCurvePublicNumbers(x, y, curve).public_key()
     except (ValueError, UnsupportedAlgorithm) as exc:
-        raise EvidenceFormatError("not a point of its curve") from exc
+        raise EvidenceFormatError("the key is not a point of its curve") from exc
     numbers = key.public_numbers()
     if (numbers.x, numbers.y) != (x, y):  # the library reduces them: two names for one key
-        raise EvidenceFormatError("a coordinate is not reduced")
+        raise EvidenceFormatError("a coordinate of the key is not reduced")
     return key
 
 
 def parse_ak(data: bytes) -> AttestationKey:
     """Read a TPM2B_PUBLIC and accept it only as an attestation key.
 
-    Does not check: that a real TPM has it; that is what credential activation and pins are for.
+    Does not check: that a real TPM has it; credential activation and pins do.
 
     Raises:
         EvidenceFormatError: see `parse_public`.
@@ -167,7 +167,7 @@ def parse_ak(data: bytes) -> AttestationKey:
     public = parse_public(data)
     if hmac.compare_digest(public.auth_policy, BRIDGE_POLICY):
         raise UntrustedAkError(
-            "the key is that of a provider-proxy bridge, which answers for hosts and is none: give "
+            "the key is that of a provider-proxy bridge, which answers for hosts and is not a host: give "
             "the host's own AK, or the id under which the host itself is registered"
         )
     missing = [name for name, bit in AK_MUST_HAVE.items() if not public.attributes & bit]
@@ -177,9 +177,11 @@ def parse_ak(data: bytes) -> AttestationKey:
         raise UntrustedAkError("the key is not an attestation key: it may decrypt")
     is_ecc = isinstance(public.public_key, ec.EllipticCurvePublicKey)
     if public.has_symmetric or public.scheme != (TPM_ALG_ECDSA if is_ecc else TPM_ALG_RSASSA):
-        raise UntrustedAkError("the AK's scheme is neither ECDSA nor RSASSA of its own kind")
+        raise UntrustedAkError(
+            "the AK's scheme is neither ECDSA with an EC key nor RSASSA with an RSA key"
+        )
     if public.scheme_hash not in SIGNING_HASHES:
-        raise UntrustedAkError("the AK's scheme has no hash of SHA-256, SHA-384 or SHA-512")
+        raise UntrustedAkError("the hash of the AK's scheme is not SHA-256, SHA-384 or SHA-512")
     if public.name[:2] == HashAlg.SHA1.to_bytes(2, "big"):
         raise UntrustedAkError("the AK's name is a SHA-1 digest")
     if public.public_key.key_size < (256 if is_ecc else MIN_RSA_BITS):
@@ -193,7 +195,7 @@ def parse_ak(data: bytes) -> AttestationKey:
 
 
 def insecure_ak_from_pem(pem: bytes) -> AttestationKey:
-    """Take a bare public key for an AK. Unsafe: a software key of anybody's passes.
+    """Take a bare public key for an AK. Unsafe: any software key passes.
 
     A PEM carries no attributes, so nothing says that a TPM made what this key signed.
 
@@ -211,7 +213,9 @@ def insecure_ak_from_pem(pem: bytes) -> AttestationKey:
     elif isinstance(key, rsa.RSAPublicKey) and key.key_size >= MIN_RSA_BITS:
         sign_alg = "rsassa"
     else:
-        raise UntrustedAkError("the PEM's key is of no kind that an AK has")
+        raise UntrustedAkError(
+            "the PEM's key is neither RSA of 2048 bits or more nor EC on P-256, P-384 or P-521"
+        )
     return AttestationKey(
         public_key=key, name=AkName(b""), sign_alg=sign_alg, signature_hash=HashAlg.SHA256
     )

@@ -38,7 +38,9 @@ class Reader:
         """A TPM2B: u16 size, then that many bytes; at most `limit`."""
         size = self.uint(2)
         if size > limit:
-            raise EvidenceFormatError(f"{self._what} has a part of {size} bytes, over {limit}")
+            raise EvidenceFormatError(
+                f"{self._what} has a part of {size} bytes; at most {limit} are allowed"
+            )
         return self.take(size)
 
     def end(self) -> None:

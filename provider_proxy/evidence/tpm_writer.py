@@ -1,7 +1,7 @@
 """Writes a TPM's structures, byte for byte as a TPM does: public areas, a quote's attest, signatures.
 
-What the readers here read. A TPM of software (`testing.soft_tpm`) and the tenant's bridge make theirs
-with it; whether anybody trusts the key behind them is another matter. Source: TPM 2.0 Library Part 2.
+The readers of this folder read what it writes. A TPM of software (`testing.soft_tpm`) and the tenant's
+bridge use it. Does not check whether a key is trusted. Source: TPM 2.0 Library Part 2.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ error class of its own. It has no clock, no file and no socket: the caller hands
 passed and what it remembers of the host (`HostHistory`). What it returns holds signed facts only.
 
 Invariants: whatever bytes come in, nothing but `VerificationError` comes out (or `UsageError` for a
-policy that reads PCRs nobody asked for); a nonce verifies once; nonce, mask and bank come from the
+policy that reads PCRs that were not requested); a nonce verifies once; nonce, mask and bank come from the
 tenant's own `Challenge`, never from the reply.
 """
 
@@ -47,7 +47,7 @@ from provider_proxy.evidence.policy import Policy
 
 DEFAULT_MAX_AGE_S = 60.0  # a slow chip under load answers within seconds; a held quote is older
 NONCE_BYTES = 24  # 192 random bits; at least 128 are needed
-MAX_OPEN_NONCES = 100_000  # bounds a forgetful caller's memory: 10 MB
+MAX_OPEN_NONCES = 100_000  # bounds the memory of a caller that never spends them: 10 MB
 
 
 class HostHistory(Protocol):
@@ -163,7 +163,7 @@ class Verifier:
     """Runs the checks; one may serve any number of hosts.
 
     Args:
-        policy: judges the host's state; there is no default, for none is safe.
+        policy: judges the host's state; there is no default, because none would be safe.
         max_age_s: how old a nonce may be when its answer is there.
     """
 
@@ -194,7 +194,7 @@ class Verifier:
         request = challenge.request
         if self._policy.needed_mask & ~request.mask:
             raise UsageError("the policy reads PCRs that were not requested")
-        # 0 form, and the tenant's own bookkeeping
+        # 0 form, and the tenant's own records
         self._check_fresh(challenge, history, now_s)
         if isinstance(evidence, bytes):
             evidence = wire.parse_evidence(evidence)
@@ -230,11 +230,14 @@ class Verifier:
 
     def _check_fresh(self, challenge: Challenge, history: HostHistory, now_s: float) -> None:
         if not history.is_open(challenge.request.nonce):
-            raise NonceSpentError("this nonce is not open: it has verified already")
+            raise NonceSpentError(
+                "this nonce is not open: it has verified already, or was never sent"
+            )
         age = now_s - challenge.made_at_s
         if not 0 <= age <= self._max_age_s:
             raise StaleEvidenceError(
-                f"the answer is {age:.1f} s from its nonce, allowed are 0 to {self._max_age_s:g} s"
+                f"the answer came {age:.1f} s after its nonce was made; "
+                f"0 to {self._max_age_s:g} s are allowed"
             )
 
 
@@ -263,7 +266,7 @@ def check_request_in_quote(
 
     Raises:
         ClaimsError, InclusionError, QualifyingDataError: as the error tree says.
-        EvidenceFormatError: the tree's size is none that format 1 has.
+        EvidenceFormatError: format 1 does not have trees of this size.
     """
     if proof.tree_size < 2 or proof.tree_size & (proof.tree_size - 1):
         raise EvidenceFormatError("tree_size is not a power of two of at least 2")
@@ -306,7 +309,7 @@ def _check_selection(
 ) -> None:
     """Check 5: bank and bitmap as signed, values as signed, the request covered."""
     if evidence.bank != attest.bank or evidence.mask != attest.mask:
-        raise PcrSelectionError("bank or mask of the reply is not what was signed")
+        raise PcrSelectionError("the reply's bank or mask is not the signed one")
     attestation.check_pcrs(attest, evidence.quote.pcrs, ak.signature_hash)
     check_covered(attest, request)
 

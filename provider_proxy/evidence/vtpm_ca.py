@@ -2,10 +2,10 @@
 
 The CA's certificate carries a TPM2_Certify of its key by the host's AK. A tenant that trusts that AK can
 thus trust the CA without asking anybody; one that puts the certificate into Keylime's `tpm_cert_store`
-unchecked trusts whoever sent it. What a certificate says is true for ever
-and about birth only: on that host a process of the swtpm user asked for it. That the EK is in the VM's
-vTPM, and where the VM runs now, is what the link says.
-Knows no clock: CA and vTPM certificates hold without end, as the TCG writes it (99991231235959Z).
+unchecked trusts the sender. A certificate only says how the vTPM was made: on that host a process of
+the swtpm user asked for it. Only the link says that the EK is in the VM's vTPM, and where the VM runs
+now.
+No clock is read: CA and vTPM certificates never expire, as the TCG writes it (99991231235959Z).
 Sources: TCG EK Credential Profile 2.5, section 3; TPM 2.0 Library Part 2, 10.12.3 (TPMS_CERTIFY_INFO).
 """
 
@@ -160,7 +160,7 @@ def _check_certified(cert: x509.Certificate, ak: AttestationKey) -> tpm_keys.Tpm
     if not hmac.compare_digest(name, public.name):
         raise UntrustedCaError("the AK has certified another key")
     if not hmac.compare_digest(qualifying, CA_QUALIFYING):
-        raise UntrustedCaError("the AK has certified the key for something else")
+        raise UntrustedCaError("the AK has certified the key for another purpose")
     try:
         attestation.check_signature(attest, attestation.parse_signature(signature), ak)
     except SignatureError as exc:
@@ -189,7 +189,7 @@ def parse_certify(data: bytes) -> tuple[bytes, bytes]:
         raise EvidenceFormatError("TPMS_ATTEST is too long")
     read = Reader(data, "TPMS_ATTEST")
     if (read.uint(4), read.uint(2)) != (attestation.TPM_GENERATED, TPM_ST_ATTEST_CERTIFY):
-        raise EvidenceFormatError("the signed bytes are no TPM2_Certify (magic or type)")
+        raise EvidenceFormatError("the signed bytes are not a TPM2_Certify (magic or type)")
     read.sized(MAX_TPM2B_BYTES)  # qualifiedSigner
     qualifying = read.sized(MAX_TPM2B_BYTES)
     read.take(8 + 4 + 4 + 1 + 8)  # clockInfo, firmwareVersion
@@ -211,7 +211,7 @@ def check_vtpm_certificate(
         vm: the VM that was ordered.
 
     Raises:
-        EkCertificateError: another CA's, about another key or VM, or not of the TCG's profile.
+        EkCertificateError: of another CA, about another key or VM, or not as the TCG's profile says.
     """
     with _Refusing(EkCertificateError, "the certificate") as read:
         cert = read.certificate(data, MAX_CERTIFICATE_BYTES)
@@ -226,7 +226,7 @@ def check_vtpm_certificate(
             raise EkCertificateError("the certificate is about another VM")
         read.endless(cert)
         if {extension.oid for extension in cert.extensions} != EXTENSIONS[kind]:
-            raise EkCertificateError("the certificate has not the profile's extensions")
+            raise EkCertificateError("the certificate does not have the profile's extensions")
         read.extension(cert, x509.BasicConstraints(ca=False, path_length=None), critical=True)
         read.extension(cert, key_usage(key=key), critical=True)
         read.extension(cert, x509.ExtendedKeyUsage([OID_EKU[kind]]), critical=False)
@@ -250,7 +250,7 @@ def _check_alternative_name(cert: x509.Certificate, kind: Kind) -> None:
 
 
 class _Refusing:
-    """Everything that reading hostile X.509 may raise becomes one class of refusal."""
+    """Turns everything that reading hostile X.509 may raise into one class of refusal."""
 
     def __init__(self, error: type[LinkError], what: str) -> None:
         self._error = error
@@ -272,7 +272,7 @@ class _Refusing:
             | x509.UnsupportedGeneralNameType
             | x509.InvalidVersion,
         ):
-            raise self._error(f"{self._what} is not of the profile: {exc}") from exc
+            raise self._error(f"{self._what} does not follow the profile: {exc}") from exc
 
     def certificate(self, data: bytes, limit: int) -> x509.Certificate:
         if len(data) > limit:
@@ -290,11 +290,13 @@ class _Refusing:
     def endless(self, cert: x509.Certificate) -> None:
         end = cert.not_valid_after_utc
         if (end.year, end.month, end.day, end.hour) != (LAST_YEAR, 12, 31, 23):
-            raise self._error(f"{self._what} does not hold without end")
+            raise self._error(
+                f"{self._what} has an expiry date; the profile demands none (99991231235959Z)"
+            )
 
     def extension(
         self, cert: x509.Certificate, wanted: x509.ExtensionType, *, critical: bool
     ) -> None:
         found = cert.extensions.get_extension_for_oid(wanted.oid)
         if found.value != wanted or found.critical != critical:
-            raise self._error(f"{self._what} has not the profile's {wanted.oid._name}")
+            raise self._error(f"{self._what} does not have the profile's {wanted.oid._name}")

@@ -4,8 +4,8 @@ The host's claims came through the leaf, so the host's AK has signed them for th
 still only what the host's software says: give this policy together with one for the host's PCRs. Each
 cause of a refusal has an error class of its own. Reads no files and knows no clock.
 
-Invariants: whatever is missing, mistyped or out of bounds refuses; a key that is not known is ignored,
-as everywhere in the results, for what would change the meaning of a known one needs another format.
+Invariants: anything missing, mistyped or out of bounds is refused; an unknown key is ignored, as
+everywhere in the results, because a change of a known key's meaning needs another format.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class LinkClaims:
     Attributes:
         running: the VM runs on this host now.
         state: what is known of the EKs, one of `STATES`: "confirmed" where they were read from the
-            running VM's own vTPM, "registered" where they came while root had it made.
+            running VM's own vTPM, "registered" where they came while root created it.
         issuer: who certified the EKs when they were made: "delegate", "tpm" or "unknown".
         migrated: the VM came from another host.
         generation: rises each time that a vTPM was made, or came in, under this UUID.
@@ -141,13 +141,13 @@ def _flag(values: Mapping[str, object], key: str) -> bool:
 
 
 def _parse_state(values: Mapping[str, object], fields: Fields) -> str:
-    """A host of before says `confirmed` alone; where both are said they must be one."""
+    """An older host sends `confirmed` only; where both are sent they must agree."""
     confirmed = _flag(values, "confirmed")
     if "state" not in fields:
         return "confirmed" if confirmed else "claimed"
     state = fields.text("state", MAX_STATE_CHARS)
     if state not in STATES:
-        raise LinkClaimsError(f"claims.state is none that this verifier knows: {', '.join(STATES)}")
+        raise LinkClaimsError(f"claims.state is not one of {', '.join(STATES)}")
     if confirmed != (state == "confirmed"):
         raise LinkClaimsError("claims.state and claims.confirmed contradict each other")
     return state
@@ -155,7 +155,7 @@ def _parse_state(values: Mapping[str, object], fields: Fields) -> str:
 
 def _parse_eks(value: object) -> tuple[LinkedEk, ...]:
     if not isinstance(value, list) or len(value) > MAX_EKS:
-        raise LinkClaimsError(f"claims.eks is not a list of at most {MAX_EKS}")
+        raise LinkClaimsError(f"claims.eks is not a list of at most {MAX_EKS} EKs")
     eks = []
     for item in value:
         if not isinstance(item, dict):
@@ -191,9 +191,9 @@ class VtpmLink:
         self, *, vm: uuid.UUID, ek: bytes, least: str = "claimed", issuer: str | None = None
     ) -> None:
         if len(ek) != HASH_BYTES:
-            raise UsageError("an EK is given by the SHA-256 of its SPKI: 32 bytes")
+            raise UsageError("an EK must be given as the SHA-256 of its SPKI: 32 bytes")
         if least not in STATES:
-            raise UsageError(f"the least state of an EK is one of {', '.join(STATES)}")
+            raise UsageError(f"the least state of an EK must be one of {', '.join(STATES)}")
         self.vm = vm
         self.ek = ek
         self._least = least
@@ -206,16 +206,16 @@ class VtpmLink:
     def judge(self, claims: LinkClaims) -> None:
         """The same for claims that were read already. Raises: LinkError."""
         if claims.vm != self.vm:
-            raise WrongVmError(f"the claims are about the VM {claims.vm}, ordered is {self.vm}")
+            raise WrongVmError(f"the claims are about the VM {claims.vm}, not about {self.vm}")
         if not any(hmac.compare_digest(ek.spki_sha256, self.ek) for ek in claims.eks):
             raise EkNotLinkedError(
-                f"the EK {self.ek.hex()} is none that the host claims for this VM"
+                f"the EK {self.ek.hex()} is not one that the host claims for this VM"
             )
         if not claims.running:
             raise VmNotRunningError("the VM does not run on this host")
         if STATES.index(claims.state) < STATES.index(self._least):
             raise NotConfirmedError(
-                f"the EK is {claims.state} on the host, and must be {self._least} at the least"
+                f"the EK is {claims.state} on the host, and must be at least {self._least}"
             )
         if self._issuer is not None and claims.issuer != self._issuer:
             raise LinkIssuerError(
@@ -232,4 +232,4 @@ def ek_digest(ek_public: bytes) -> bytes:
     try:
         return spki_digest(parse_public(ek_public).public_key)
     except EvidenceFormatError as exc:
-        raise EkNotLinkedError(f"the EK is no TPM2B_PUBLIC: {exc}") from exc
+        raise EkNotLinkedError(f"the EK is not a TPM2B_PUBLIC: {exc}") from exc

@@ -1,8 +1,8 @@
 """JSON and Keylime's quote string to and from the model: strict, bounded, versioned.
 
 `parse_*` takes untrusted bytes and raises a typed error for anything that it does not read exactly;
-`encode_*` writes what `parse_*` reads. A reader ignores result keys that it does not know; whatever
-would change the meaning of a known one needs another `format`.
+`encode_*` writes what `parse_*` reads. A reader ignores result keys that it does not know; a
+change of a known key's meaning needs another `format`.
 Keylime's quote string and PCR blob: docs/evidence-format.md, section "The quote string".
 """
 
@@ -113,7 +113,7 @@ def parse_pcr_blob(data: bytes) -> PcrValues:
         start += slot * (2 + _BLOB_BUFFER) + 2
         values.append((pcr, data[start : start + width]))
     pcrs = PcrValues(bank=bank, values=tuple(values))
-    if encode_pcr_blob(pcrs) != data:  # counts, sizes, padding: one writing only
+    if encode_pcr_blob(pcrs) != data:  # counts, sizes, padding: one form only
         raise EvidenceFormatError("the PCR blob is not in its one canonical form")
     return pcrs
 
@@ -214,11 +214,11 @@ def escape_text(text: str) -> bytes:
 
 
 LogsPart = tuple[bytes, ...]
-"""Logs as a part of an answer, in pieces: megabytes that nobody copies once more."""
+"""Logs as a part of an answer, in pieces, so that megabytes are not copied again."""
 
 
 def encode_logs(logs: HostLogs, *, ima: tuple[int, LogsPart] | None = None) -> LogsPart | None:
-    """Logs as a part of an answer; None where there are none, nor a reason for it.
+    """Logs as a part of an answer; None where there are no logs and no reason for that.
 
     Args:
         ima: the IMA list's first entry and its text from there on, each piece through `escape_text`; in
@@ -290,7 +290,7 @@ class EvidenceEncoder:
         """One answer's body, in parts to be sent one after the other.
 
         Args:
-            logs: of `encode_logs`; the same pieces for all who get the same.
+            logs: of `encode_logs`; the same pieces for all answers with the same logs.
         """
         path = b"".join(proof.path).hex(",", -HASH_BYTES).replace(",", '","')
         tail = (

@@ -305,7 +305,7 @@ def test_explaining(tmp_path: Path) -> None:
             {"digests": {}, "ima": {"log_hash_alg": "sha256"}},
             "log_hash_alg",
         ),
-        ({"digests": {}}, {"digests": {"/a": ["x"]}}, "no digest"),
+        ({"digests": {}}, {"digests": {"/a": ["x"]}}, "not a digest"),
         ({"digests": {}}, {"payload": "x"}, "signed"),
     ],
 )

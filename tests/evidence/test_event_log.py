@@ -116,12 +116,12 @@ def test_a_locality_alone_extends_nothing() -> None:
         (LOG + bytes(40), "more digests|no digests|ends early"),
         (header({}), "too many hash algorithms, or none"),
         (header(dict.fromkeys(range(100, 109), 32)), "too many hash algorithms"),
-        (header({0x0B: 20}), "wrongly"),
-        (header({0x0B: 32}) + new(0, ACTION, b"x", {0x04: 20}), "out of place"),
+        (header({0x0B: 20}), "incorrectly"),
+        (header({0x0B: 32}) + new(0, ACTION, b"x", {0x04: 20}), "an undeclared algorithm"),
         (header({0x0B: 32}) + new(0, ACTION, b"x", {0x04: 20, 0x0B: 32}), "more digests"),
-        (LOG + new(24, ACTION, b"x"), "a PCR that there is not"),
-        (LOG + locality(3), "out of place"),
-        (header() + locality(1) + BODY, "out of place"),
+        (LOG + new(24, ACTION, b"x"), "a PCR that does not exist"),
+        (LOG + locality(3), "misplaced startup locality"),
+        (header() + locality(1) + BODY, "misplaced startup locality"),
         (bytes(MAX_LOG_BYTES + 1), "too large"),
     ],
 )
@@ -193,7 +193,7 @@ def test_an_event_s_pcr_is_one_that_there_is(pcr: int, good: bool) -> None:
     if good:
         assert parse_event_log(header() + new(pcr, ACTION, b"x"))[0].pcr == pcr
         return
-    with pytest.raises(LogError, match="a PCR that there is not"):
+    with pytest.raises(LogError, match="a PCR that does not exist"):
         parse_event_log(header() + new(pcr, ACTION, b"x"))
 
 
@@ -209,7 +209,7 @@ def test_an_event_s_pcr_is_one_that_there_is(pcr: int, good: bool) -> None:
     ],
 )
 def test_a_boot_policy_has_lists_of_hex(data: bytes) -> None:
-    with pytest.raises(UsageError, match="PCR 4 is not a list of hex"):
+    with pytest.raises(UsageError, match="PCR 4 is not a list of hex digests"):
         parse_boot_policy(data, bank=HashAlg.SHA256)
 
 
@@ -233,7 +233,7 @@ def test_a_log_without_its_header_is_of_sha_1(first: tuple[int, bytes]) -> None:
 def test_a_locality_comes_before_what_is_measured_into_pcr_0() -> None:
     first = header() + new(1, ACTION, b"x") + locality(3)
     assert replay(parse_event_log(first), HashAlg.SHA256)[0] == bytes(31) + b"\3"
-    with pytest.raises(LogError, match="out of place"):
+    with pytest.raises(LogError, match="misplaced startup locality"):
         replay(parse_event_log(header() + new(0, ACTION, b"x") + locality(3)), HashAlg.SHA256)
 
 

@@ -88,7 +88,7 @@ def test_the_pcrs_to_ask_for(policy: LogPolicy, mask: int) -> None:
 def test_a_boot_policy_is_of_the_log_s_pcrs() -> None:
     boot = parse_boot_policy(json.dumps({"4": [GOOD], "7": [GOOD]}).encode(), bank=SHA256)
     LogPolicy(uefi_mask=0x90, boot=boot)
-    with pytest.raises(UsageError, match="not among"):
+    with pytest.raises(UsageError, match="a PCR that the event log is not checked for"):
         LogPolicy(uefi_mask=0x10, boot=boot)
 
 
@@ -99,14 +99,14 @@ MISSING: dict[str, tuple[HostLogs, str]] = {
     "an empty list": (replace(LOGS, ima=""), "does not lead to the signed PCR 10"),
     "absent": (
         replace(LOGS, ima=None, ima_missing="absent"),
-        "no IMA list: absent, says the host",
+        "no IMA list; the host's reason: absent",
     ),
     "too long": (
         replace(LOGS, uefi=None, uefi_missing="too long\n"),
-        r"no firmware event log: too long\?, says the host",
+        r"no firmware event log; the host's reason: too long\?",
     ),
-    "a part": (replace(LOGS, ima=text(HOST[:2])), "a part of the list only"),
-    "from another entry": (replace(LOGS, ima_entry=1), "does not begin where"),
+    "a part": (replace(LOGS, ima=text(HOST[:2])), "only a part of the list"),
+    "from another entry": (replace(LOGS, ima_entry=1), "does not begin at the entry"),
 }
 
 

@@ -38,7 +38,7 @@ REFUSED = [
     (b'{"a": "\xff"}', "is not JSON in UTF-8: byte 7"),
     ('{"a": 1}'.encode("utf-16"), "is not JSON in UTF-8"),
     (b'{"a": 1} {"a": 1}', "is not JSON in UTF-8: Extra data"),
-    (b'{"a":' * 5000 + b"1" + b"}" * 5000, "is nested too deep"),
+    (b'{"a":' * 5000 + b"1" + b"}" * 5000, "is nested too deeply"),
     (b'{"a": ' + b"1" * 5000 + b"}", "is not JSON in UTF-8"),
 ]
 

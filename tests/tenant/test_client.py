@@ -490,7 +490,7 @@ def test_a_nonce_that_was_refused_or_unanswered_is_closed(run: Run[object], prox
 
 def test_a_late_answer_is_refused(run: Run[object], proxy: Proxy) -> None:
     times = iter([100.0, 161.0])
-    with pytest.raises(Exception, match=r"61\.0 s from its nonce"):
+    with pytest.raises(Exception, match=r"61\.0 s after its nonce was made"):
         run(lambda: proxy.attest(Verifier(GOOD_POLICY, max_age_s=60), now=lambda: next(times)))
 
 

@@ -1,7 +1,7 @@
 """Which digests the firmware may have extended into the boot PCRs: a boot policy and its file.
 
-A policy names PCRs and the digests that are good in each, in any order and number. What an event's data
-says is not judged: only its digest is proven.
+A policy names PCRs and the digests that are good in each, in any order and number. An event's data is
+not judged: only its digest is proven.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class BootPolicy:
     def problems(
         self, events: Iterable[BootEvent], bank: HashAlg
     ) -> Iterator[tuple[int | None, str]]:
-        """What is not allowed: the event's place in the log, and why.
+        """Each problem: the event's place in the log, and what is not allowed.
 
         A PCR without any event comes last, and without a place: firmware that measures nothing leads to
         zeros, and says nothing of what ran.
@@ -80,11 +80,13 @@ def parse_boot_policy(data: bytes, *, bank: HashAlg) -> BootPolicy:
     allowed = {}
     for name, digests in values.items():
         if not isinstance(digests, list) or not all(isinstance(text, str) for text in digests):
-            raise UsageError(f"the boot policy's PCR {name} is not a list of hex")
+            raise UsageError(f"the boot policy's PCR {name} is not a list of hex digests")
         try:
             allowed[names[name]] = frozenset(bytes.fromhex(text) for text in digests)
         except ValueError as exc:
-            raise UsageError(f"the boot policy's PCR {name} is not a list of hex") from exc
+            raise UsageError(f"the boot policy's PCR {name} is not a list of hex digests") from exc
         if any(len(digest) != bank.digest_bytes for digest in allowed[names[name]]):
-            raise UsageError(f"the boot policy's PCR {name} has what is no {bank.label} digest")
+            raise UsageError(
+                f"the boot policy's PCR {name} has an entry that is not a {bank.label} digest"
+            )
     return BootPolicy(allowed=allowed)

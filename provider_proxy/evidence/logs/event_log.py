@@ -2,10 +2,10 @@
 
 The log is unsigned; only its replay gives it meaning, and only its digests are proven by that, not the
 event data beside them. Both forms are read: SHA-1 alone (TCG_PCR_EVENT), and crypto-agile
-(TCG_PCR_EVENT2 behind a "Spec ID Event03" header). Every length in it is hostile and bounded by what
-is left of the log. Whatever bytes come in, only `LogError` comes out.
-Source: TCG PC Client Platform Firmware Profile 1.06, section 10. No library is kept on the package
-index for it, which an ADR weighs.
+(TCG_PCR_EVENT2 behind a "Spec ID Event03" header). No length in it is trusted: each is bounded by
+what is left of the log. Whatever bytes come in, only `LogError` comes out.
+Source: TCG PC Client Platform Firmware Profile 1.06, section 10. An ADR says why no
+library is used.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _take(data: bytes, at: int, size: int) -> bytes:
 
 def _event(pcr: int, kind: int, digests: Mapping[HashAlg, bytes], data: bytes) -> BootEvent:
     if pcr >= PCR_COUNT and kind != EV_NO_ACTION:
-        raise LogError("the firmware's event log names a PCR that there is not")
+        raise LogError("the firmware's event log names a PCR that does not exist")
     return BootEvent(pcr=pcr, kind=kind, digests=MappingProxyType(dict(digests)), data=data)
 
 
@@ -97,7 +97,7 @@ def _spec_widths(spec: bytes) -> dict[int, int]:
         alg, width = _unpack(_ALGORITHM, spec, _SPEC.size + _ALGORITHM.size * place)
         known = _known(alg)
         if alg in widths or (known is not None and known.digest_bytes != width):
-            raise LogError("the firmware's event log describes its hash algorithms wrongly")
+            raise LogError("the firmware's event log describes its hash algorithms incorrectly")
         widths[alg] = width
     return widths
 
@@ -125,7 +125,9 @@ def _next_agile(data: bytes, at: int, widths: Mapping[int, int]) -> tuple[BootEv
     for _ in range(count):
         (alg,) = _unpack(_U16, data, at)
         if alg not in widths or alg in seen:
-            raise LogError("an event of the firmware's log has a digest out of place")
+            raise LogError(
+                "an event of the firmware's log repeats a digest or has one of an undeclared algorithm"
+            )
         seen.add(alg)
         digest = _take(data, at + 2, widths[alg])
         at += 2 + widths[alg]
@@ -141,7 +143,7 @@ def replay(events: Iterable[BootEvent], bank: HashAlg) -> dict[int, bytes]:
     """The PCR values of a bank that a log leads to; PCRs without an event are left out.
 
     Raises:
-        LogError: an event has no digest of this bank, or the startup locality is out of place.
+        LogError: an event has no digest of this bank, or the startup locality is wrong or misplaced.
     """
     values: dict[int, bytes] = {}
     for event in events:
@@ -159,7 +161,7 @@ def replay(events: Iterable[BootEvent], bank: HashAlg) -> dict[int, bytes]:
 def _initial_pcr0(data: bytes, bank: HashAlg, begun: bool) -> bytes:
     locality = data[len(STARTUP_LOCALITY) :]
     if begun or len(locality) != 1 or locality[0] not in LOCALITIES:
-        raise LogError("the firmware's event log has a startup locality out of place")
+        raise LogError("the firmware's event log has a wrong or misplaced startup locality")
     return bytes(bank.digest_bytes - 1) + locality
 
 

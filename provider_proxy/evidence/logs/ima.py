@@ -1,8 +1,8 @@
 """The kernel's IMA list, replayed to the PCR 10 that the TPM signed.
 
-The list is unsigned text. Its only authority is the replay: line by line the PCR's value is computed,
-and the prefix that leads to the signed value is proven; what follows it was measured after the quote
-and proves nothing yet. Lines of other PCRs are counted and passed over.
+The list is unsigned text; only the replay proves it. The PCR's value is computed line by line, and the
+prefix that leads to the signed value is proven. What follows was measured after the quote and proves
+nothing yet. Lines of other PCRs are counted and passed over.
 
 Invariants: no line counts as seen before a signed value confirmed it; a line that the policy does not
 allow is not forgotten until the list begins from the start; a PCR 10 that was never extended proves
@@ -58,11 +58,11 @@ class ImaReplay:
 
     Args:
         judge: says what each line extends, and whether it is allowed; hosts may share one.
-        state: where an earlier replay with the same policy had got to.
+        state: how far an earlier replay with the same policy had come.
 
     Attributes:
         next_entry: what to ask for next, as `ima_ml_entry`.
-        violations: entries so far whose digest means nothing.
+        violations: entries so far that IMA recorded as violations: their digest means nothing.
         others: lines so far of other PCRs.
         outcome: of the last `offer` that was run to its end.
         confirmed: the state that the last signed value confirmed; None before the first.
@@ -107,13 +107,13 @@ class ImaReplay:
 
         Raises:
             LogError: the list does not lead to the signed value, or holds what is not allowed. The
-                list is asked for from its beginning next time, or what is wrong remembered.
+                list is then asked for from its beginning, or the problem is remembered.
         """
         if text is None:
             raise LogError("the answer has PCR 10 and no IMA list")
         if entry != self.next_entry:
             if entry != 0:
-                raise LogError("the IMA list does not begin where it was asked to")
+                raise LogError("the IMA list does not begin at the entry that was asked for")
             self.restart()  # the host has rebooted: its list is shorter than what we had
         lines = text.split("\n")
         if lines.pop():
@@ -133,7 +133,7 @@ class ImaReplay:
         self._settle(self._value == quoted, bool(lines))
 
     def _chunk(self, lines: Sequence[str], at: int, quoted: bytes) -> int:
-        """Take some lines, up to the one that leads to the signed value; where the next ones begin."""
+        """Take some lines, up to the one that leads to the signed value; return where the next begin."""
         walk, hasher, value = self._walk, self._bank.hasher, self._value
         begin, chars = at, 0
         while at < len(lines) and chars <= CHUNK_CHARS:
@@ -164,7 +164,7 @@ class ImaReplay:
         return at
 
     def _settle(self, matched: bool, has_lines: bool) -> None:
-        """Confirm what was taken, or say what to ask for next."""
+        """Confirm the lines that were taken, or set what to ask for next."""
         if matched:
             self.outcome = Outcome.MATCHED
             self._confirm()
@@ -196,7 +196,7 @@ class ImaReplay:
             raise LogError(self._problem)
 
     def _reason(self, has_lines: bool) -> str:
-        """Why a list from its beginning is not taken."""
+        """Why a list that was read from its beginning is refused."""
         if has_lines:
             return (
                 f"the IMA list does not lead to the signed PCR 10 within {MAX_PARTS} answers: a list of "
@@ -205,7 +205,7 @@ class ImaReplay:
         reason = "the IMA list does not lead to the signed PCR 10"
         if self._first is not None and f" {BOOT_AGGREGATE}" not in self._first:
             reason += (
-                "; it does not begin with boot_aggregate, so what was measured first is not there, "
-                "and it cannot be judged before the host boots again"
+                "; its first entry is not boot_aggregate: the beginning of the list is missing, "
+                "and the host cannot be judged until it reboots"
             )
         return reason

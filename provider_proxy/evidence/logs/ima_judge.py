@@ -1,9 +1,9 @@
 """What one line of an IMA list extends, and whether it is allowed: for one host after another.
 
 Hosts of one kind measure the same files, so verdicts are remembered by the line's whole text; where a
-verdict rests on the keys that a host has measured, by these as well. `LineWalk` reads a list line by
+verdict depends on the keys that a host has measured, by these as well. `LineWalk` reads a list line by
 line, and joins the lines of a name that has line feeds in it.
-Knows nothing of signed PCRs: `ima` says which lines are proven.
+This module knows no signed PCRs: `ima` says which lines are proven.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from provider_proxy.evidence.logs.runtime_policy import RuntimePolicy
 from provider_proxy.evidence.model import HashAlg
 
 IMA_PCR = 10
-MAX_JOINED_LINES = 32  # a name with so many line feeds is nobody's
+MAX_JOINED_LINES = 32  # no real name has so many line feeds
 MAX_REMEMBERED_CHARS = 8 * 1024 * 1024  # some 45,000 lines, twice: 50 MB
 _IMA_PREFIX = f"{IMA_PCR} "
 
 
 class Violations(enum.StrEnum):
-    """What becomes of a file that was open for writing while it was measured."""
+    """What to do with a file that was open for writing while it was measured."""
 
     REFUSE = "refuse"
     COUNT = "count"  # as Keylime's verifier does by default
 
 
 class JudgedLine(NamedTuple):
-    """What one entry does; a tuple, because one is made of every line of every list.
+    """What one entry does. A tuple, because every line of every list makes one.
 
     Attributes:
         extended: what PCR 10 was extended with; None for an entry of another PCR.
-        problem: why it is not allowed; None where it is, or where nobody judges.
+        problem: why it is not allowed; None where it is, or where there is no policy.
         violation: its digest and its name mean nothing.
-        needs: the keys that the verdict rests on; None where it rests on none.
-        keys: the host's keys behind it.
+        needs: the keys that the verdict depends on; None where it depends on no key.
+        keys: the host's keys after it.
     """
 
     extended: bytes | None
@@ -145,7 +145,7 @@ class LineWalk:
 
     Attributes:
         keys: the host's keys so far.
-        is_open: the last entry's name may go on in the next line, for nothing vouches for its text.
+        is_open: the last entry's name may go on in the next line, because no hash proves its text.
     """
 
     def __init__(self, judge: LineJudge) -> None:
@@ -158,7 +158,7 @@ class LineWalk:
         """Judge the entry at a place.
 
         Returns:
-            What it does, None for the rest of a name that nothing vouches for; and how many lines it
+            What it does, None for the rest of a name that no hash proves; and how many lines it
             takes.
 
         Raises:
@@ -185,7 +185,7 @@ class LineWalk:
         return self._open_chars <= MAX_NAME_BYTES and not looks_like_entry(line)
 
     def _joined(self, lines: Sequence[str], at: int) -> tuple[JudgedLine, int] | None:
-        """A name with line feeds makes several lines of one entry: the template hash says which."""
+        """A name with line feeds splits an entry into several lines: the template hash shows which."""
         chars = len(lines[at])
         for end in range(at + 1, min(at + MAX_JOINED_LINES, len(lines))):
             chars += len(lines[end]) + 1

@@ -3,7 +3,7 @@
 A signature is the kernel's `security.ima` attribute: a header, the id of a key, and RSA or ECDSA over the
 file's digest. An id is four bytes of a hash, so that it finds a key and proves nothing: the signature
 must verify under one of the keys that have it.
-Knows no policy: which keys are trusted, and which buffers teach one, is for `runtime_policy` to say.
+This module knows no policy: `runtime_policy` says which keys are trusted and which buffers add one.
 Source: the kernel's security/integrity/digsig_asymmetric.c and integrity.h; Keylime's file_signatures.
 """
 
@@ -72,16 +72,16 @@ def file_key(key: object, key_id: int | None = None) -> FileKey:
         key_id: as a certificate or a policy says; the usual one where it is missing or 0.
 
     Raises:
-        LogError: neither RSA nor EC, or of a size that nobody uses.
+        LogError: neither RSA nor EC, or too large.
     """
     if isinstance(key, rsa.RSAPublicKey):
         if key.key_size > MAX_RSA_BITS:
-            raise LogError("an RSA key of more than 8,192 bits signs no files here")
+            raise LogError("an RSA key of more than 8,192 bits is not accepted for file signatures")
         hashed = key.public_bytes(Encoding.DER, PublicFormat.PKCS1)
     elif isinstance(key, ec.EllipticCurvePublicKey):
         hashed = key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
     else:
-        raise LogError("a key that is neither RSA nor EC signs no files here")
+        raise LogError("a key that is neither RSA nor EC is not accepted for file signatures")
     if not key_id:
         key_id = int.from_bytes(hashlib.sha1(hashed, usedforsecurity=False).digest()[-4:], "big")
     spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
@@ -92,12 +92,12 @@ def key_of_spki(spki: bytes, key_id: int | None = None) -> FileKey:
     """Read a public key, DER.
 
     Raises:
-        LogError: no key, or none that signs files.
+        LogError: not a key, or not of a kind that is accepted for file signatures.
     """
     try:
         return file_key(load_der_public_key(spki), key_id)
     except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
-        raise LogError("this is no public key in DER") from exc
+        raise LogError("not a public key in DER") from exc
 
 
 def key_in_buffer(buffer: bytes) -> FileKey | None:
@@ -111,7 +111,7 @@ def key_in_buffer(buffer: bytes) -> FileKey | None:
     """
     if len(buffer) > MAX_KEY_BYTES:
         return None
-    # Both forms begin in one way each; to try every reader on every buffer costs more.
+    # Each form has one beginning; trying every reader on every buffer costs more.
     if buffer.startswith(b"\x30"):
         readers = (x509.load_der_x509_certificate, load_der_public_key)
     elif b"-----BEGIN" in buffer:
@@ -126,7 +126,7 @@ def key_in_buffer(buffer: bytes) -> FileKey | None:
 
 
 def _read(read: Callable[[bytes], object], buffer: bytes) -> tuple[object, int | None] | None:
-    """A key, and the id that its certificate gives it; None where the reader reads none."""
+    """A key, and the id that its certificate gives it; None where the reader finds no key."""
     try:
         found = read(buffer)
         if isinstance(found, x509.Certificate):

@@ -1,9 +1,9 @@
 """One line of the kernel's IMA list: read from its text, rebuilt to the bytes that the kernel hashed.
 
-The text is the host's word. What is rebuilt counts only where a replay leads to a signed PCR; the
-template hash in the line tells, before that, whether the rebuilding went right. The kernel writes names
-as they are: a byte that is no UTF-8 comes here as `\\xNN`, and a name with a line feed in it as several
-lines, which `ima` joins.
+The text is only what the host claims. What is rebuilt counts where a replay leads to a signed PCR;
+the template hash in the line shows, before that, whether the line was rebuilt correctly. The kernel
+writes names as they are: a byte that is not UTF-8 comes here as `\\xNN`, and a name with a line feed
+in it as several lines, which `ima` joins.
 Whatever text comes in, only `LogError` comes out.
 Source: the kernel's security/integrity/ima (ima_template.c, ima_template_lib.c, ima_fs.c).
 """
@@ -143,7 +143,7 @@ def pcr_of(line: str) -> int | None:
 
 
 def parse_entry(line: str) -> ImaEntry:
-    """Read one line, without its line feed, and hold its template hash against its text.
+    """Read one line, without its line feed, and check its template hash against its text.
 
     Raises:
         LogError: not a line that we can rebuild.
@@ -157,10 +157,10 @@ def parse_entry(line: str) -> ImaEntry:
     template, digest_text, rest = words
     fields = _TEMPLATES.get(template)
     if fields is None:
-        raise LogError(f"the IMA list has a template that is not read: {shown(template)}")
+        raise LogError(f"the IMA list has a template that is not supported: {shown(template)}")
     hashed = _TEMPLATE_HASHES.get(len(head[2]))
     if hashed is None:
-        raise LogError("a template hash of the IMA list has the length of no hash")
+        raise LogError("a template hash of the IMA list has a length that no hash has")
     template_hash = bytes.fromhex(head[2])
     algorithm, digest, digest_data = _digest(template, digest_text)
     # Names have no spaces in them where a field follows: the kernel writes an underscore instead.
@@ -172,7 +172,7 @@ def parse_entry(line: str) -> ImaEntry:
         if violation or hashed(data).digest() == template_hash:
             break
     else:
-        raise LogError(f"the IMA list's line of {shown(text)} is not what was hashed")
+        raise LogError(f"the IMA list's entry for {shown(text)} does not match its template hash")
     extra = more[0] if more else b""
     if template == BUFFER and not violation:
         _check_buffer(algorithm, digest, extra)
@@ -207,7 +207,9 @@ def _split(template: str, fields: str, rest: str) -> tuple[str, list[str]]:
     name, *given = rest.split(" ")
     given += [""] * (len(fields) - 2 - len(given))
     if len(given) != len(fields) - 2:
-        raise LogError(f"a line of the IMA list has not the fields of {template}")
+        raise LogError(
+            f"a line of the IMA list does not have the fields of the template {template}"
+        )
     return name, given
 
 
@@ -217,7 +219,7 @@ def _field(kind: str, text: str) -> bytes:
         return text.encode("utf-8", "surrogatepass") + b"\0"
     if kind.isdecimal():
         if not (text.isascii() and text.isdecimal() and len(text) <= 10):
-            raise LogError("a number of the IMA list is none")
+            raise LogError("a number of the IMA list is not valid")
         number = int(text)
         if number >> 8 * int(kind):
             raise LogError("a number of the IMA list is too large")
@@ -228,8 +230,8 @@ def _field(kind: str, text: str) -> bytes:
         data = bytes.fromhex(text)
     except ValueError:
         data = b""
-    if data.hex() != text:  # white space and capitals are other writings of the same
-        raise LogError("the IMA list has something that is no hex")
+    if data.hex() != text:  # white space and capitals would be other forms of the same value
+        raise LogError("a field of the IMA list is not hex")
     return data
 
 
@@ -237,12 +239,12 @@ def _names(text: str) -> Iterator[bytes]:
     """The names that a text may stand for, the likeliest first.
 
     What was not UTF-8 in a name comes as \\xNN; a backslash may also be just that. A name has one
-    writing, or it could be written so that a policy's patterns miss it.
+    form only, or a host could write it so that a policy's patterns miss it.
     """
     try:
         literal = text.encode("utf-8")
     except UnicodeEncodeError:
-        raise LogError("a name of the IMA list is no text") from None
+        raise LogError("a name of the IMA list is not valid text") from None
     escapes = [] if b"\\x" not in literal else [m.span() for m in _ESCAPED_RE.finditer(literal)]
     if len(literal) - 3 * len(escapes) > MAX_NAME_BYTES:
         raise LogError("a name of the IMA list is too long")
@@ -284,8 +286,8 @@ def _template_data(template: str, digest: bytes, name: bytes, more: list[bytes])
 
 
 def _check_buffer(algorithm: str, digest: bytes, buffer: bytes) -> None:
-    """A template's name is not hashed, and a file's signature stands where a buffer does: what tells a
-    buffer is that the digest is over it (`process_buffer_measurement`).
+    """A template's name is not hashed, and a file's signature and a buffer use the same field: only a
+    buffer has the digest that the line gives (`process_buffer_measurement`).
 
     Raises:
         LogError: it is not.
@@ -293,11 +295,13 @@ def _check_buffer(algorithm: str, digest: bytes, buffer: bytes) -> None:
     try:
         bank = HashAlg.from_label(algorithm)
     except KeyError:
-        raise LogError(f"a buffer of the IMA list has the hash {shown(algorithm)}") from None
+        raise LogError(
+            f"a buffer of the IMA list has an unknown hash algorithm: {shown(algorithm)}"
+        ) from None
     if bank.digest(buffer) != digest:
-        raise LogError("a digest of the IMA list is not the digest of its buffer")
+        raise LogError("a buffer of the IMA list does not have the digest that its line gives")
 
 
 def shown(text: str) -> str:
-    """Text from outside, fit to be shown."""
+    """Text from outside, made safe to show."""
     return "".join(c if c.isprintable() else "?" for c in text[:200])

@@ -1,9 +1,9 @@
 """The one judge of a host's logs: library, offline `verify`, `watch`, `keylime-check` and `ek-check`.
 
 A `LogPolicy` says what a tenant demands; a `LogJudge` holds one host's answers against it, each after the
-`Verifier` accepted its quote. What a policy speaks of must be there: a list or log that is missing, a PCR
-that was never extended, a list of which a part was sent is refused, and never taken for an empty one.
-Where the tenant's Keylime judges too, it does so after this, and on the lines that were proven here.
+`Verifier` accepted its quote. What a policy names must be there: a missing
+list or log, a PCR that was never extended, or a part of a list is refused, never taken for an empty one.
+The tenant's Keylime, where it judges too, does so after this, on the lines that were proven here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LogPolicy:
     Attributes:
         ima: the IMA list must lead to PCR 10; a runtime policy demands that, too.
         runtime: which files may have been measured.
-        violations: what becomes of files that were written to while they were measured.
+        violations: what to do with files that were written to while they were measured.
         uefi_mask: PCRs that the firmware's event log must lead to, each extended at least once.
         boot: which digests may have been extended into them.
 
@@ -47,7 +47,7 @@ class LogPolicy:
 
     def __post_init__(self) -> None:
         if self.boot is not None and self.boot.mask & ~self.uefi_mask:
-            raise UsageError("the boot policy names a PCR that is not among those of the event log")
+            raise UsageError("the boot policy names a PCR that the event log is not checked for")
 
     @property
     def wants_ima(self) -> bool:
@@ -65,7 +65,7 @@ class LogJudge:
     Args:
         bank: of the quotes.
         lines: shared by hosts of one policy and bank; None for one of its own.
-        state: how far an earlier judge with the same policy had got in this host's list.
+        state: how far an earlier judge with the same policy had come in this host's list.
     """
 
     def __init__(
@@ -139,12 +139,12 @@ class LogJudge:
 
 
 def _missing(what: str, why: str) -> str:
-    """The host's word for it, which excuses nothing."""
-    return f"the answer has {what}: {shown(why)}, says the host"
+    """The message, with the reason that the host gives; a reason excuses nothing."""
+    return f"the answer has {what}; the host's reason: {shown(why)}"
 
 
 class AnswerLogs:
-    """The logs of one answer as a `Policy` for the `Verifier`: for evidence that nothing will follow.
+    """The logs of one answer as a `Policy` for the `Verifier`: for evidence without later answers.
 
     Args:
         logs: of the answer that is verified; untrusted.
@@ -169,8 +169,8 @@ class AnswerLogs:
         *_, done = (False, *judge.judge(quote, self._logs))
         if not done:
             raise LogError(
-                "the IMA list of this answer does not lead to the signed PCR 10: the answer holds a part "
-                "of the list only, and the whole list must be given; or the list was changed"
+                "the IMA list does not lead to the signed PCR 10: the answer holds only a part "
+                "of the list (give the whole list), or the list was changed"
             )
         self.violations, self.other_lines = judge.violations, judge.other_lines
 
@@ -198,8 +198,8 @@ def check_boot_log(
     empty = policy.empty_mask if policy is not None else 0
     if unmeasured := pcrs_of(mask & ~extended_mask(events) & ~empty):
         raise LogError(
-            f"PCR {unmeasured[0]} was never extended: the firmware measured nothing into it, which says "
-            "nothing of what ran"
+            f"PCR {unmeasured[0]} was never extended: the firmware measured nothing into it, so nothing "
+            "is known of what ran"
         )
     if policy is not None:
         policy.check(events, quote.bank)

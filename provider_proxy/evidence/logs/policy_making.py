@@ -1,6 +1,6 @@
-"""Makes policies of what golden hosts have proven, merges them, and says in words what they demand.
+"""Makes policies from what golden hosts have proven, merges them, and says in words what they demand.
 
-What goes in was replayed to signed PCRs before, or is a policy that somebody wrote; what comes out is
+What goes in was replayed to signed PCRs before, or is a policy that a person wrote; what comes out is
 JSON values that the readers of policies take. A merged policy accepts what one of its parts accepts, for
 the days in which some hosts have an update and others do not.
 """
@@ -27,7 +27,7 @@ GENERATOR = 3  # LegacyAllowList: what Keylime's own tool writes, and what its v
 LOG_HASHES = {20: "sha1", 32: "sha256", 48: "sha384", 64: "sha512"}
 MOVING_PCRS = (
     1 << IMA_PCR | 1 << 16 | 1 << 23
-)  # they change while a host runs, or anybody resets them
+)  # they change while a host runs, or any user can reset them
 SHOWN_NAMES = 5
 
 
@@ -54,7 +54,7 @@ def make_runtime_policy(entries: Iterable[ImaEntry], excludes: Sequence[str] = (
         excludes: patterns of names that are not judged; their entries are not listed.
 
     Raises:
-        UsageError: the entries have template hashes of several kinds, or an exclude is no pattern.
+        UsageError: the entries have template hashes of several kinds, or an exclude is invalid.
     """
     policy = _empty_runtime_policy(list(excludes))
     pattern = pattern_of(list(excludes))
@@ -69,7 +69,7 @@ def make_runtime_policy(entries: Iterable[ImaEntry], excludes: Sequence[str] = (
             listed.append(entry.digest.hex())
     if len(widths) > 1:
         raise UsageError(
-            "the IMA lists have template hashes of several kinds: make a policy of each"
+            "the IMA lists have template hashes of several kinds: make one policy for each kind"
         )
     if widths:
         policy["ima"]["log_hash_alg"] = LOG_HASHES[widths.pop()]
@@ -121,11 +121,11 @@ def merge(policies: Sequence[Policy]) -> tuple[Policy, list[str]]:
         It, and what it lost: PCRs that not all of them name.
 
     Raises:
-        UsageError: they are of several kinds, or do not go together.
+        UsageError: they are of several kinds, or contradict each other.
     """
     kinds = {is_runtime(policy) for policy in policies}
     if len(kinds) != 1:
-        raise UsageError("runtime policies merge with runtime policies alone")
+        raise UsageError("a runtime policy can only be merged with runtime policies")
     return (_merge_runtime(policies), []) if kinds.pop() else _merge_pcrs(policies)
 
 
@@ -146,14 +146,19 @@ def _merge_pcrs(policies: Sequence[Policy]) -> tuple[Policy, list[str]]:
             raise UsageError(f"PCR {pcr} must not be extended in one policy, and must in another")
         merged[pcr] = _union(v if isinstance(v, list) else [v] for v in values)
     lost = sorted(set.union(*named) - both, key=int)
-    return merged, [f"PCR {pcr} is not in all of them: nobody judges it any more" for pcr in lost]
+    return merged, [
+        f"PCR {pcr} is not in all of the policies: the merged policy does not check it"
+        for pcr in lost
+    ]
 
 
 def _merge_runtime(policies: Sequence[Policy]) -> Policy:
     merged = _empty_runtime_policy(_union(p.get("excludes") or [] for p in policies))
     hashes = {(p.get("ima") or {}).get("log_hash_alg") or "sha1" for p in policies}
     if len(hashes) > 1:
-        raise UsageError("the policies have several log_hash_alg: their lists are of several kinds")
+        raise UsageError(
+            "the policies have different values of log_hash_alg: they are for different kinds of lists"
+        )
     merged["release"] = max(p.get("release") or 0 for p in policies)
     merged["ima"]["log_hash_alg"] = hashes.pop()
     merged["ima"]["ignored_keyrings"] = _union(
@@ -198,7 +203,7 @@ def explain_runtime(policy: RuntimePolicy) -> Iterator[str]:
         count = len(policy.digests["boot_aggregate"])
         yield f"boot_aggregate: the boot PCRs may be one of {count} known states."
     else:
-        yield "boot_aggregate is not listed: every host is refused, for it is its list's first line."
+        yield "boot_aggregate is not listed: every host is refused, because each list begins with it."
     if policy.excludes is not None:
         yield (
             f"Not judged: names that match {policy.excludes.pattern!r} from their beginning. A host may "
@@ -206,15 +211,15 @@ def explain_runtime(policy: RuntimePolicy) -> Iterator[str]:
         )
     if policy.keys:
         ids = ", ".join(sorted(f"{key.id:08x}" for key in policy.keys))
-        yield f"Files that are not listed are good where one of the keys {ids} has signed them."
+        yield f"Files that are not listed are allowed where one of the keys {ids} has signed them."
     if policy.keyrings:
         yield (
             f"Keys: {_names(policy.keyrings)} may be loaded, with the digests listed; files that such a "
-            "key has signed are good from there on."
+            "key has signed are allowed from then on."
         )
     if policy.ignored_keyrings:
         names = ", ".join(sorted(map(shown, policy.ignored_keyrings)))
-        yield f"Keys in the keyrings {names} are not judged, and what they sign is not good for it."
+        yield f"Keys in the keyrings {names} are not judged, and their signatures do not allow files."
     if policy.buffers:
         yield f"Other buffers: {_names(policy.buffers)} may be measured, with the digests listed."
     yield "Anything else is refused. Violations are refused, or counted where ima_violations says so."

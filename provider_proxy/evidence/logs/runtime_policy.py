@@ -1,10 +1,10 @@
 """Which files IMA may have measured: Keylime's runtime policy, judged line by line as Keylime judges.
 
 Judges one entry of the list at a time; `ima` says which entries are proven, and `runtime_policy_file`
-reads the policy. A host that measures a key into a listed keyring teaches it: files that this key signed
-are good from that line on. The policy is the tenant's own file, its patterns included; names, digests,
+reads the policy. A key that a host measures into a listed keyring counts: files that this key signed
+are allowed from that line on. The policy is the tenant's own file, its patterns included; names, digests,
 signatures and keys in the list come from the host.
-What differs from Keylime 7.14.3 on purpose stands in docs/policies.md.
+docs/policies.md lists the intended differences from Keylime 7.14.3.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Verdict:
 
     Attributes:
         problem: why it is not allowed; None where it is.
-        keys: what the host's keys are behind it.
+        keys: the host's keys after it.
     """
 
     problem: str | None
@@ -52,7 +52,7 @@ class RuntimePolicy:
         digests: paths to the digests that are good.
         excludes: names that are not judged; matched from the beginning, as Keylime does.
         keyrings: the same as `digests` for keys that were loaded, by the keyring's name.
-        buffers: the same for what else was measured from memory.
+        buffers: the same for other buffers that were measured.
         ignored_keyrings: keyrings whose keys are not judged, and not learned; "*" for all.
         keys: that may have signed files.
     """
@@ -65,7 +65,7 @@ class RuntimePolicy:
     keys: KeySet = NO_KEYS
 
     def judge(self, entry: ImaEntry, keys: KeySet) -> Verdict:
-        """What is wrong with an entry, and what it teaches.
+        """What is wrong with an entry, and the keys that the host has after it.
 
         Does not check: whether it is a violation, whose name and digest mean nothing.
 
@@ -77,11 +77,11 @@ class RuntimePolicy:
         return Verdict(problem=self._file_problem(entry, keys), keys=keys)
 
     def depends_on_keys(self, entry: ImaEntry) -> bool:
-        """Whether the verdict may be another with other keys."""
+        """Whether the verdict may change with other keys."""
         return bool(entry.extra)
 
     def unsigned_problem(self, name: str, digest: str) -> str | None:
-        """Why a file that nobody signed is not allowed; None where it is.
+        """Why a file without a signature is not allowed; None where it is.
 
         Args:
             digest: in hex.
@@ -99,7 +99,7 @@ class RuntimePolicy:
         if is_signed(entry.extra, entry.digest, entry.algorithm, keys):
             return None
         problem = self.unsigned_problem(entry.path, entry.digest.hex())
-        return f"{problem}, and no key that is trusted has signed it"
+        return f"{problem}, and no trusted key has signed it"
 
     def _judge_buffer(self, entry: ImaEntry, keys: KeySet) -> Verdict:
         try:

@@ -1,7 +1,7 @@
 """Reads Keylime's runtime policies: JSON, alone or in a signed envelope (DSSE).
 
-What a policy demands is taken as a whole or refused as a whole: to leave a part out would judge other
-than Keylime does. Each refusal says what to do instead.
+A policy is accepted as a whole or refused as a whole: without a part of it, the verdict would differ
+from Keylime's. Each refusal says what to do instead.
 Sources: Keylime 7.14.3, `ima/ima.py` (RUNTIME_POLICY_SCHEMA), `ima/file_signatures.py`, `dsse/`; DSSE.
 """
 
@@ -52,10 +52,10 @@ def parse_runtime_policy(data: bytes, *, key: bytes | None = None) -> RuntimePol
     values = parse_own_json(data, "the runtime policy")
     if "payload" in values:
         if key is None:
-            raise UsageError("the runtime policy is signed: name the key that has signed it")
+            raise UsageError("the runtime policy is signed: give the key that has signed it")
         values = parse_own_json(_signed_payload(values, key), "the signed runtime policy")
     elif key is not None:
-        raise UsageError("the runtime policy is not signed, and a key for it is named")
+        raise UsageError("a key is given for the runtime policy, and the policy is not signed")
     return _policy_of(values)
 
 
@@ -96,12 +96,12 @@ def _texts(values: object, what: str) -> list[str]:
     if values is None:
         return []
     if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
-        raise UsageError(f"the runtime policy's {what} is not a list of text")
+        raise UsageError(f"the runtime policy's {what} is not a list of strings")
     return values
 
 
 def pattern_of(excludes: list[str]) -> re.Pattern[str] | None:
-    """One pattern of all, joined as Keylime joins them; None for none. Raises: UsageError."""
+    """One pattern of all, joined as Keylime joins them; None without patterns. Raises: UsageError."""
     if not excludes:
         return None
     for text in excludes:
@@ -112,7 +112,7 @@ def pattern_of(excludes: list[str]) -> re.Pattern[str] | None:
     try:
         return re.compile("(" + ")|(".join(excludes) + ")")
     except (re.error, RecursionError, OverflowError) as exc:
-        raise UsageError(f"the runtime policy's excludes do not go together: {exc}") from exc
+        raise UsageError(f"the runtime policy's excludes cannot be joined: {exc}") from exc
 
 
 def _digest_lists(values: object, what: str) -> DigestLists:
@@ -123,12 +123,14 @@ def _digest_lists(values: object, what: str) -> DigestLists:
         raise UsageError(f"the runtime policy's {what} is not an object")
     for name, digests in values.items():
         if not isinstance(digests, list) or not all(isinstance(d, str) for d in digests):
-            raise UsageError(f"the runtime policy's {what} of {shown(name)} is not a list of hex")
+            raise UsageError(
+                f"the runtime policy's {what} of {shown(name)} is not a list of hex digests"
+            )
         for digest in digests:
             if _DIGEST_RE.fullmatch(digest) is None:
                 raise UsageError(
                     f"the runtime policy's {what} of {shown(name)} has {shown(digest)!r}, which is "
-                    "no digest in lower-case hex"
+                    "not a digest in lower-case hex"
                 )
         found[name] = frozenset(digests)
     return found
@@ -140,11 +142,11 @@ def _keys(text: object) -> KeySet:
         return NO_KEYS
     what = "the runtime policy's verification-keys"
     if not isinstance(text, str):
-        raise UsageError(f"{what} is not a text that holds JSON")
+        raise UsageError(f"{what} is not a string that holds JSON")
     values = parse_own_json(text, what)
     ids, keys = values.get("keyids"), values.get("pubkeys")
     if not isinstance(ids, list) or not isinstance(keys, list):
-        raise UsageError(f"{what} has no keyids and pubkeys")
+        raise UsageError(f"{what} does not have keyids and pubkeys")
     if not all(type(number) is int and 0 <= number < 1 << 32 for number in ids):
         raise UsageError(f"{what} has a key id that is not a number of 32 bits")
     if len(keys) > MAX_KEYS:
@@ -163,7 +165,7 @@ def _signed_payload(envelope: Mapping[str, object], pem: bytes) -> bytes:
     """The payload of an envelope that a key has signed (DSSE, ECDSA with SHA-256).
 
     Raises:
-        UsageError: it has not, or this is no such envelope.
+        UsageError: the key has not signed it, or this is not such an envelope.
     """
     key = _signer(pem)
     kind, signatures = envelope.get("payloadType"), envelope.get("signatures")
@@ -181,7 +183,7 @@ def _signed_payload(envelope: Mapping[str, object], pem: bytes) -> bytes:
         except InvalidSignature:
             continue
         return payload
-    raise UsageError("the runtime policy is not signed by the key that is named for it")
+    raise UsageError("the runtime policy is not signed by the key that was given for it")
 
 
 def _signer(pem: bytes) -> ec.EllipticCurvePublicKey:
@@ -191,7 +193,7 @@ def _signer(pem: bytes) -> ec.EllipticCurvePublicKey:
         else:
             key = load_pem_public_key(pem)
     except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
-        raise UsageError("the runtime policy's key is no PEM of a public key") from exc
+        raise UsageError("the runtime policy's key is not a public key in PEM") from exc
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise UsageError("the runtime policy's key is not on an elliptic curve")
     return key
@@ -205,4 +207,4 @@ def _base64(text: object) -> bytes:
                 return base64.b64decode(text, alphabet, validate=True)
             except (binascii.Error, ValueError):
                 continue
-    raise UsageError("the runtime policy's envelope has something that is no base64")
+    raise UsageError("the runtime policy's envelope has a field that is not base64")
