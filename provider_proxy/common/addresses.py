@@ -1,11 +1,11 @@
 """One reader of addresses, URLs and agent ids, for files, options and every client.
 
-What is read is given back in one writing: schemes and names in lower case, IPv6 in brackets where a port
-or a path follows, and nowhere else. What two programs could take for two hosts is refused: names that
-are not ASCII, "0x7f.1", a user before an "@". Nothing is looked up here.
+The results have one spelling: schemes and names in lower case, IPv6 in brackets only where a port or a
+path follows. What two programs could read as two hosts is refused: names that are not ASCII, "0x7f.1",
+a user before an "@". Nothing is looked up here.
 
-Every function raises `UsageError` that says which value is wrong, by which rule; whoever reads a file
-or an option puts its key, and what the value must be, before it: `MUST_…`.
+Every function raises `UsageError`, which names the value and the rule that it breaks. The reader of a
+file or an option puts the key, and what the value must be (`MUST_…`), before it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MUST_CONTACT = '"address:port" with an IP address'
 MUST_AGENT_ID = "1 to 80 letters, digits, '.', '_', '~' and '-', a letter or a digit first"
 
 AGENT_ID_RE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._~-]{0,79}", re.ASCII)  # 80: Keylime's columns
-# Names with "_" are none for hosts by RFC 952, but in use inside of companies and by containers.
+# RFC 952 allows no "_" in a host's name, but companies and containers use such names.
 _LABEL_RE = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
 _NUMBER_RE = re.compile(
     r"[0-9]+|0x[0-9a-f]*", re.ASCII
@@ -45,11 +45,11 @@ _LOCAL = {"localhost": ("127.0.0.1", "::1")}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Url:
-    """An http or https URL, in one writing.
+    """An http or https URL, in one spelling.
 
     Attributes:
         host: without brackets.
-        port: None where the URL names none.
+        port: None where the URL has no port.
         rest: path and query; empty, or begins with "/" or "?".
     """
 
@@ -124,20 +124,20 @@ def parse_url(text: str, *, query: bool = False) -> Url:
         query: whether it may have one, as a webhook's does; a base URL has none, nor a final slash.
 
     Raises:
-        UsageError: it is none, names a user or a fragment, or its host or port is wrong.
+        UsageError: it is not a URL, names a user or a fragment, or its host or port is wrong.
     """
     if len(text) > MAX_URL_CHARS:
         raise UsageError(f"{_shown_url(text)} has more than {MAX_URL_CHARS} characters")
     found = _URL_RE.fullmatch(text)
     if found is None or found[1].lower() not in ("http", "https"):
-        raise UsageError(f"{_shown_url(text)} is not a URL of http or https")
+        raise UsageError(f"{_shown_url(text)} is not an http or https URL")
     where, path, asked = found[2], found[3], found[4] or ""
     if "@" in where:
         raise UsageError("a URL must not hold a user or a password: leave out what is before the @")
     if asked and not query:
         raise UsageError(f"{_shown_url(text)} has a query: leave out what follows the ?")
     if not _REST_RE.fullmatch(path + asked):
-        raise UsageError(f"{_shown_url(text)} holds a character that a URL writes as %XX")
+        raise UsageError(f"{_shown_url(text)} holds a character that must be written as %XX")
     try:
         host, port = _split(where)
         name = parse_host(host) if host else ""
@@ -145,7 +145,7 @@ def parse_url(text: str, *, query: bool = False) -> Url:
     except UsageError as exc:
         raise UsageError(f"{_shown_url(text)}: {exc}") from exc
     if not name or "%" in name:
-        raise UsageError(f"{_shown_url(text)} names no host")
+        raise UsageError(f"{_shown_url(text)} has no host")
     rest = path + asked if query else path.rstrip("/")
     return Url(scheme=found[1].lower(), host=name, port=number, rest=rest)
 
@@ -166,7 +166,7 @@ def parse_host(text: str) -> str:
     """Read an IP address, with or without brackets, or the name of a host.
 
     Returns:
-        Without brackets, in lower case; an address in its shortest writing.
+        Without brackets, in lower case; an address in its shortest form.
 
     Raises:
         UsageError: it is neither.
@@ -196,7 +196,7 @@ def _parse_name(text: str) -> str:
         raise UsageError(f"{shown(text)} is not an IP address, and no name ends in a number")
     for label in labels:
         if label.startswith(_PUNYCODE) and not _is_punycode(label.removeprefix(_PUNYCODE)):
-            raise UsageError(f"{shown(text)}: {shown(label)} is not an encoded name")
+            raise UsageError(f"{shown(text)}: {shown(label)} is not a valid xn-- name")
     return name
 
 
@@ -232,7 +232,7 @@ def _split(text: str) -> tuple[str, str | None]:
         raise UsageError(f"{shown(text)} has a bracket too few or too many")
     host, colon, port = text.rpartition(":")
     if ":" in host:
-        raise UsageError(f"{shown(text)}: an IPv6 address before a port stands in brackets")
+        raise UsageError(f"{shown(text)}: an IPv6 address with a port must be in brackets")
     return (host, port) if colon else (text, None)
 
 
@@ -251,20 +251,20 @@ def parse_address(text: str) -> str:
     if text.startswith("unix:"):
         path = text.removeprefix("unix:")
         if not path.startswith("/") or "\0" in path:
-            raise UsageError(f"{shown(text)}: the path of a unix socket is absolute")
+            raise UsageError(f"{shown(text)}: the path of a unix socket must be absolute")
         if len(os.fsencode(path)) > MAX_UNIX_BYTES:
             raise UsageError(
-                f"{shown(text)}: the path of a unix socket has {MAX_UNIX_BYTES} bytes at most, "
-                f"and this one {len(os.fsencode(path))}"
+                f"{shown(text)}: the path of a unix socket may have {MAX_UNIX_BYTES} bytes, "
+                f"and this one has {len(os.fsencode(path))}"
             )
         return text
     if "://" in text:
         raise UsageError(f"{shown(text)} is a URL: leave out what is before the host")
     host, port = _split(text)
     if port is None:
-        raise UsageError(f"{shown(text)} names no port")
+        raise UsageError(f"{shown(text)} has no port")
     if not host:
-        raise UsageError(f"{shown(text)} names no host")
+        raise UsageError(f"{shown(text)} has no host")
     try:
         return f"{_bracketed(parse_host(host))}:{parse_port(port, least=0)}"
     except UsageError as exc:
@@ -272,7 +272,7 @@ def parse_address(text: str) -> str:
 
 
 def is_conflict(one: str, other: str) -> bool:
-    """True where nobody can listen on both of two addresses that `parse_address` gave."""
+    """True where one machine cannot listen on both of two addresses that `parse_address` gave."""
     if one.startswith("unix:") or other.startswith("unix:"):
         return one == other
     (host, port), (other_host, other_port) = split_address(one), split_address(other)
@@ -296,7 +296,7 @@ def parse_contact(text: str) -> str:
     """Read an IP address and a port, as "192.0.2.7:8890" or "[2001:db8::7]:8890"; for `split_address`.
 
     Raises:
-        UsageError: it is neither; a name is none, since records hold addresses.
+        UsageError: it has no IP address or no port; a name is refused, since records hold addresses.
     """
     host, port = _split(text)
     try:

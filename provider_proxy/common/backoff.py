@@ -14,7 +14,7 @@ _chance = random.Random()  # noqa: S311  # spreads waits, keeps no secret
 def backoff_s(
     tries: int, *, first_s: float, longest_s: float, rng: random.Random = _chance
 ) -> float:
-    """Half of `first_s` doubled with each try, and up to as much again by chance.
+    """`first_s`, doubled with each try, times a random share between a half and the whole.
 
     Args:
         tries: how many have failed, from 1.

@@ -1,8 +1,8 @@
-"""One reader of revocation lists: who was revoked, by which CA, and until when the list speaks.
+"""One reader of revocation lists: which certificates a CA has revoked, and until when the list is valid.
 
-A list that is missing, cannot be read, or is not of a CA that is trusted, is an error: it never passes
-for an empty one. One that has run out is read: whoever is on it stays revoked, and what came after is not
-known. What follows from that is the caller's to decide.
+A list that is missing, cannot be read, or is not of a trusted CA is an error; it is never read as an
+empty list. An expired list is read: what is on it stays revoked, and later revocations are unknown. The
+caller decides what follows from that.
 Source: RFC 5280, section 5. Does not read: delta lists, and lists of one kind of certificates alone.
 """
 
@@ -39,10 +39,10 @@ class Crl:
     """One CA's list.
 
     Attributes:
-        issuer: whose list it is: by the key that signed it, for a name can be written in several ways,
-            and by several CAs.
-        this_update: since when it speaks.
-        next_update: until when; `FOR_EVER` where it does not say.
+        issuer: the CA, by the key that signed the list: a name can be spelled in several ways, and
+            several CAs can use it.
+        this_update: the start of its validity.
+        next_update: the end of its validity; `FOR_EVER` where the list has none.
     """
 
     issuer: IssuerKey
@@ -57,13 +57,13 @@ class Crl:
 
 
 def key_of(ca: x509.Certificate) -> IssuerKey:
-    """What a CA signs with."""
+    """The key that a CA signs with."""
     spki = ca.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(spki).digest()
 
 
 def load_crls(name: str, path: Path, authorities: Sequence[x509.Certificate]) -> tuple[Crl, ...]:
-    """All lists of a file, as `read_crls` reads them, by who signed them. Raises: HostError."""
+    """All lists of a file, as `read_crls` reads them, by the key that signed them. Raises: HostError."""
     return tuple(
         Crl(
             issuer=key_of(signer),
@@ -85,7 +85,7 @@ def read_crls(
         authorities: CAs, one of which must have signed each list.
 
     Raises:
-        HostError: it cannot be read, or a list in it is of another CA or of a kind that is not read.
+        HostError: it cannot be read, or a list in it is of another CA or of a kind that is not supported.
     """
     try:
         data = read_file(path, MAX_CRL_BYTES)
@@ -93,7 +93,7 @@ def read_crls(
         raise HostError(f"{name}: {exc}") from exc
     blocks = _PEM_RE.findall(data)
     if blocks and data.count(b"-----BEGIN ") > len(blocks):
-        raise HostError(f"{name}: {path} holds more than whole CRLs: take the rest out")
+        raise HostError(f"{name}: {path} holds text that belongs to no CRL: remove it")
     if not blocks and (not data.strip() or b"-----BEGIN" in data):
         what = "is empty" if not data.strip() else "holds no X509 CRL"
         raise HostError(f"{name}: {path} {what}")
@@ -105,7 +105,7 @@ def read_crls(
         )
         return tuple((each, _signer(name, path, each, authorities)) for each in lists)
     except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
-        raise HostError(f"{name}: {path} is no CRL: {exc}") from exc
+        raise HostError(f"{name}: {path} is not a CRL: {exc}") from exc
 
 
 def _signer(
@@ -114,7 +114,7 @@ def _signer(
     crl: x509.CertificateRevocationList,
     authorities: Sequence[x509.Certificate],
 ) -> x509.Certificate:
-    """Whose list it is, after a look at its kind."""
+    """The CA that signed it, after a check of its kind."""
     signer = next((ca for ca in authorities if _is_signed_by(crl, ca)), None)
     if signer is None:
         raise HostError(
@@ -123,7 +123,9 @@ def _signer(
         )
     for extension in crl.extensions:
         if extension.critical and extension.oid not in _UNDERSTOOD:
-            raise HostError(f"{name}: {path} is a CRL of a kind that is not read: {extension.oid}")
+            raise HostError(
+                f"{name}: {path} is a CRL of a kind that is not supported: {extension.oid}"
+            )
     return signer
 
 

@@ -1,7 +1,7 @@
 """Every date that a program depends on: certificates, CAs, revocation lists. One place knows them all.
 
-Each is a `Dated`: read with the file that it is of, so that it is the date of what is in use, not of what
-lies on the disk by now. A `Calendar` warns in the log, once a day each, from `WARN_DAYS` before.
+Each is a `Dated`, read together with its file: so it is the date of what is in use, not of a newer file
+on disk. A `Calendar` warns in the log, once a day for each, from `WARN_DAYS` before the end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol
 
 log = logging.getLogger(__name__)
 
-WARN_DAYS = 14  # certificates that last 90 days are made anew after 60; a CRL lasts 30 or less
+WARN_DAYS = 14  # certificates of 90 days are renewed after 60; a CRL lasts 30 or less
 LOOK_EVERY_S = 3600.0
 WARN_EVERY = timedelta(days=1)
 GOOD, SOON, EXPIRED, NOT_YET = "good", "soon", "expired", "not yet valid"
@@ -30,13 +30,13 @@ def utc_now() -> datetime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dated:
-    """When something of a file begins and ends to be valid.
+    """When something in a file begins to be valid, and when that ends.
 
     Attributes:
         name: of the setting or the option, "listen.tls_cert".
         path: of the file.
-        vital: nobody can be served without it.
-        means: what its end means, for people; empty where that is plain.
+        vital: the program can serve nobody without it.
+        means: what happens when it expires, for people; empty where that is plain.
     """
 
     name: str
@@ -63,13 +63,13 @@ class Dated:
             return f"{self.name}: {self.path} expired on {_day(self.not_after)}{meaning}"
         if state == NOT_YET:
             return (
-                f"{self.name}: {self.path} is valid from {_day(self.not_before)} on: is the clock of "
-                "this machine right?"
+                f"{self.name}: {self.path} is not valid before {_day(self.not_before)}: is the clock "
+                "of this machine right?"
             )
         return None
 
     def warning(self, now: datetime) -> str | None:
-        """What to look at: a problem, or an end that is near; None where all is well."""
+        """What needs a person: a problem, or an end that is near; None where all is well."""
         if self.state(now) != SOON:
             return self.problem(now)
         days = (self.not_after - now).days
@@ -83,7 +83,7 @@ def _day(when: datetime) -> str:
 
 
 class Labelled(Protocol):
-    """A gauge of prometheus-client with one label, which who reads dates alone may not have."""
+    """A gauge of prometheus-client with one label, which a program that only reads dates may lack."""
 
     def clear(self) -> None: ...
 
@@ -97,7 +97,7 @@ class Settable(Protocol):
 
 
 def show_dates(gauge: Labelled, dates: Iterable[Dated]) -> None:
-    """Set a gauge to when each ends, in seconds since the epoch; those of before are forgotten."""
+    """Set a gauge to the end of each, in seconds since the epoch; earlier values are removed."""
     gauge.clear()
     for dated in dates:
         gauge.labels(dated.name).set(dated.not_after.timestamp())
@@ -107,7 +107,7 @@ class Calendar:
     """The dates of a running program.
 
     Args:
-        dates: as they were read with their files.
+        dates: read together with their files.
         show: gets each name and its end, in seconds since the epoch, whenever they change; for metrics.
     """
 
@@ -130,7 +130,7 @@ class Calendar:
         self._show(self.dates)
 
     def not_ready(self) -> str | None:
-        """Why nobody can be served; None while somebody can."""
+        """Why nobody can be served; None where that is not so."""
         now = self._now()
         problems = (dated.problem(now) for dated in self.dates if dated.vital)
         return next((problem for problem in problems if problem is not None), None)
@@ -162,7 +162,7 @@ class Calendar:
             log.log(logging.WARNING if dated.state(now) == SOON else logging.ERROR, "%s", warning)
 
     async def run(self) -> None:
-        """Warn, for ever. Needs trio, which whoever reads dates alone may not have."""
+        """Warn, for ever. Needs trio, which a program that only reads dates may lack."""
         import trio
 
         while True:

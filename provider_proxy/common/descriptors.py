@@ -1,4 +1,4 @@
-"""The limit of open files: all of it is used, and what connections may take is held against it."""
+"""The limit of open files: it is raised to the hard limit, and bounds the number of connections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OPEN = Path("/proc/self/fd")
 
 
 def raise_limit() -> int:
-    """Let the process have as many files open as it may; how many that is."""
+    """Raise the limit of open files as far as allowed; returns the new limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

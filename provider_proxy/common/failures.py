@@ -1,8 +1,8 @@
-"""Why a connection failed, in words that say what to look at: one mapping for every client.
+"""Why a connection failed, in words that say what to check: one mapping for every client.
 
-The reason lies deep: httpx, httpcore, anyio and trio each wrap once, and some of them keep no text. So
-the whole chain of causes is looked through, and the most telling of them is put into words. Foreign
-text in it is short and printable.
+httpx, httpcore, anyio and trio each wrap the error of the layer below, and some of them keep no text. So
+the whole chain of causes is searched, and its most specific error is put into words. Text from outside
+is cut to one short printable line.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import socket
 import ssl
 from collections.abc import Iterator
 
-MAX_CAUSES = 32  # a ring of causes ends, too
+MAX_CAUSES = 32  # a circle of causes ends, too
 SHOWN_CHARS = 200
-NOT_TLS = "it does not speak TLS: is it http:// there?"
-ONLY_TLS = "it speaks TLS, and was asked without: write https://"
-NO_CERTIFICATE = "it wants a client certificate, and got none"
+NOT_TLS = "it does not speak TLS: must the URL begin with http://?"
+ONLY_TLS = "it speaks TLS, and the request came without: use https://"
+NO_CERTIFICATE = "it requires a client certificate, and none was sent"
 CLOSED = (
-    "it closed the connection without an answer: is it https:// there? Does it want a client "
-    "certificate, and is yours in date and of a CA that it trusts?"
+    "it closed the connection without an answer: must the URL begin with https://? Does it require "
+    "a client certificate, and is yours valid and from a CA that it trusts?"
 )
 
 # X509_V_ERR_…, x509_vfy.h of OpenSSL
@@ -31,16 +31,16 @@ _CRL_EXPIRED, _REVOKED = 12, 23
 _OF_REASON = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": NO_CERTIFICATE,
     "SSLV3_ALERT_BAD_CERTIFICATE": "it refuses your certificate",
-    "TLSV1_ALERT_UNKNOWN_CA": "it refuses your certificate: it does not trust the CA that made it",
+    "TLSV1_ALERT_UNKNOWN_CA": "it refuses your certificate: it does not trust the CA that signed it",
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "it refuses your certificate: it has expired",
     "SSLV3_ALERT_CERTIFICATE_REVOKED": "it refuses your certificate: it was revoked",
     "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "it refuses your certificate",
     "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "it refuses your certificate: it is not for clients",
     "TLSV1_ALERT_ACCESS_DENIED": "it refuses your certificate: access denied",
-    "SSLV3_ALERT_HANDSHAKE_FAILURE": "it refuses the handshake: does it want a client certificate?",
-    "TLSV1_ALERT_PROTOCOL_VERSION": "it speaks no version of TLS that we do",
-    "UNSUPPORTED_PROTOCOL": "it speaks no version of TLS that we do",
-    "TLSV1_UNRECOGNIZED_NAME": "it does not answer to the name that it was asked by",
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": "it refuses the handshake: does it require a client certificate?",
+    "TLSV1_ALERT_PROTOCOL_VERSION": "it shares no version of TLS with this program",
+    "UNSUPPORTED_PROTOCOL": "it shares no version of TLS with this program",
+    "TLSV1_UNRECOGNIZED_NAME": "it does not serve the name in the URL",
     "WRONG_VERSION_NUMBER": NOT_TLS,
     "HTTP_REQUEST": NOT_TLS,
     "HTTPS_PROXY_REQUEST": NOT_TLS,
@@ -72,12 +72,12 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def is_certificate_refused(error: BaseException) -> bool:
-    """True where we did not accept the certificate of the other side."""
+    """True where this program refused the certificate of the other side."""
     return any(isinstance(each, ssl.SSLCertVerificationError) for each in causes(error))
 
 
 def why(error: BaseException) -> str:
-    """Why nobody answered: the rest of a sentence that begins with who was asked."""
+    """Why there was no answer: the rest of a sentence that begins with the server's name."""
     chain = list(causes(error))
     for words in (_of_tls, _of_system, _of_http):
         for each in chain:
@@ -92,11 +92,11 @@ def why(error: BaseException) -> str:
 
 def _of_tls(error: BaseException) -> str | None:
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not good: {_of_verification(error)}"
+        return f"its certificate is not valid: {_of_verification(error)}"
     if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         return CLOSED
     if isinstance(error, ssl.SSLWantReadError | ssl.SSLWantWriteError):
-        return None  # asyncio's own way to wait: why it waited no longer is another's word
+        return None  # how asyncio waits; another error says why the wait ended
     if isinstance(error, ssl.SSLError):
         reason = error.reason or ""
         return _OF_REASON.get(reason) or f"TLS failed: {reason.replace('_', ' ').lower() or error}"
@@ -106,13 +106,13 @@ def _of_tls(error: BaseException) -> str | None:
 def _of_verification(error: ssl.SSLCertVerificationError) -> str:
     code, words = error.verify_code, printable(error.verify_message).rstrip(".")
     if code in _NAME_MISMATCH:
-        return f"{words}: ask it by a name of its certificate, or give that name (--tls-name, tls_name)"
+        return f"{words}: use a name in its certificate, or set that name (--tls-name, tls_name)"
     if code == _EXPIRED:
         return "it has expired"
     if code == _NOT_YET:
         return "it is not valid yet: is the clock of this machine right?"
     if code in _UNTRUSTED:
-        return f"{words}: is the file of the CA the right one?"
+        return f"{words}: is the CA file the right one?"
     return words
 
 

@@ -1,4 +1,4 @@
-"""A bound on lines of the log that strangers can cause: so many a minute, and how many were left out."""
+"""A bound on log lines that strangers can cause: so many a minute; the rest are counted, not written."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def is_there(path: Path) -> bool:
 
 
 def files_in(folder: Path, suffix: str) -> list[Path]:
-    """What lies in a folder and ends so, sorted; none where there is no such folder.
+    """The files of a folder with this ending, sorted; none where there is no such folder.
 
     Not glob(), which takes a folder that it may not read for an empty one.
 
@@ -74,7 +74,7 @@ def read_private(path: Path, limit: int) -> bytes:
         is_credential = path.parent == credentials_directory()
         if status.st_uid not in (0, os.geteuid()) and os.geteuid() != 0:
             raise HostError(
-                f"{path} belongs to user {status.st_uid}: it must be this user's, or root's"
+                f"{path} is owned by uid {status.st_uid}; only root and this user are trusted"
             )
         others = 0o007 if is_credential else 0o037 if status.st_uid == 0 else 0o077
         if status.st_mode & others:
@@ -90,13 +90,13 @@ def _read(path: Path, limit: int, check: Callable[[os.stat_result], None]) -> by
             check(os.fstat(file.fileno()))
             data = file.read(limit + 1)
     except IsADirectoryError as exc:
-        raise HostError(f"cannot read {path}: it is a folder") from exc
+        raise HostError(f"cannot read {path}: it is a directory") from exc
     except OSError as exc:
         hint = ""
         if isinstance(exc, FileNotFoundError) and path.parent == credentials_directory():
             hint = (
-                f": credential:{path.name} is there only for the unit, while it runs: see "
-                "LoadCredential= in it, or write a path"
+                f": credential:{path.name} exists only inside the unit and while it runs: check "
+                "LoadCredential= in the unit, or write a path"
             )
         raise HostError(f"cannot read {path}: {exc.strerror}{hint}") from exc
     if len(data) > limit:
@@ -105,14 +105,14 @@ def _read(path: Path, limit: int, check: Callable[[os.stat_result], None]) -> by
 
 
 def read_trusted(path: Path, limit: int) -> bytes:
-    """Read a file whose word counts: a configuration, a policy.
+    """Read a file that is trusted: a configuration, a policy.
 
     Raises:
-        HostError: it cannot be read, is no plain file, or everybody can write it.
+        HostError: it cannot be read, is not a plain file, or is world-writable.
         UsageError: it is larger than `limit` bytes.
     """
     try:
-        # Not blocking: a FIFO that nobody writes to must not hold us up.
+        # Not blocking: a FIFO without a writer must not hold this up.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(fd, "rb") as file:
             status = os.fstat(fd)
@@ -129,13 +129,14 @@ def read_trusted(path: Path, limit: int) -> bytes:
 
 
 def demand_ours(path: Path) -> None:
-    """Return where nobody but root and this process' user can change what stands at `path`.
+    """Raise unless only root and this process' user can change what is at `path`.
 
-    The file or directory itself, and every directory on the way to it, with links followed and not: the
-    owner is one of the two, and nobody else may write (in a sticky directory he cannot replace anything).
+    This looks at the file or directory and at every directory on the way to it, with links followed and
+    not. Each must be owned by one of the two and writable by no other user, unless its directory is
+    sticky.
 
     Raises:
-        HostError: somebody else can, or it is neither file nor directory, or cannot be looked at.
+        HostError: another user can, or it is neither a file nor a directory, or cannot be examined.
     """
     try:
         real = path.resolve(strict=True)
@@ -145,8 +146,8 @@ def demand_ours(path: Path) -> None:
             is_sticky = part != real and status.st_mode & stat.S_ISVTX
             if status.st_uid not in (0, os.geteuid()) or (others_write and not is_sticky):
                 raise HostError(
-                    f"{path}: others can change it: {part} must belong to root or to the user of this "
-                    "program, and not be writable by group or others"
+                    f"{path}: other users can change it: {part} must be owned by root or by the user of "
+                    "this program, and not be writable by group or others"
                 )
         if not (real.is_file() or real.is_dir()):
             raise HostError(f"{path} is neither a file nor a directory")
@@ -161,7 +162,7 @@ def make_private_folder(path: Path) -> None:
 
     Raises:
         OSError: it cannot be made.
-        HostError: nobody can tell what is there.
+        HostError: what is there cannot be examined.
     """
     missing = []
     while not is_there(path):
@@ -193,13 +194,13 @@ def _write(path: Path, data: bytes, mode: int, prepare: Callable[[Path], None]) 
     try:
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
     except ValueError as exc:
-        raise HostError(f"cannot write {path}: it names no file") from exc
+        raise HostError(f"cannot write {path}: it is not the name of a file") from exc
     try:
         prepare(path.parent)
         part.unlink(missing_ok=True)
         fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "wb") as file:
-            os.fchmod(file.fileno(), mode)  # the umask has no say
+            os.fchmod(file.fileno(), mode)  # whatever the umask is
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -216,10 +217,12 @@ def _write(path: Path, data: bytes, mode: int, prepare: Callable[[Path], None]) 
 
 
 def _give_away(fd: int, above: Path) -> None:
-    """Where root made it: to the owner of what is above. Raises: OSError."""
+    """What root made goes to the owner of the folder above. Raises: OSError."""
     status = os.fstat(fd)
     is_ours = stat.S_ISDIR(status.st_mode) or (status.st_nlink == 1 and status.st_size == 0)
-    if os.geteuid() == 0 and status.st_uid == 0 and is_ours:  # not somebody's link to another file
+    if (
+        os.geteuid() == 0 and status.st_uid == 0 and is_ours
+    ):  # not another user's link to another file
         owner = above.stat()
         os.fchown(fd, owner.st_uid, owner.st_gid)
 
@@ -227,11 +230,11 @@ def _give_away(fd: int, above: Path) -> None:
 class FileLock:
     """A lock among this host's processes; the kernel lets it go when its holder ends.
 
-    What root makes here belongs to whoever the directory above belongs to, so that a command that root
-    runs does not shut the daemon out.
+    What root makes here goes to the owner of the directory above, so that a command of root does not shut
+    the daemon out.
 
     Args:
-        path: of a file that is made where it is missing, and stays; in a folder that is made, too.
+        path: of a file that is made where it is missing, and stays; its folder is made, too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -279,7 +282,7 @@ class FileLock:
 def credentials_directory() -> Path:
     """Where systemd puts the unit's credentials: $CREDENTIALS_DIRECTORY.
 
-    Outside the unit, as for a command on the daemon's configuration, it is where the unit has them.
+    Outside the unit, as for a command that reads the daemon's configuration, it is the unit's directory.
     """
     path = Path(os.environ.get("CREDENTIALS_DIRECTORY", ""))
     return path if path.is_absolute() else UNIT_CREDENTIALS

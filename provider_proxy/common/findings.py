@@ -1,4 +1,4 @@
-"""What is wrong before a program starts, as `check-config` shows it: all of it, not the first alone."""
+"""What is wrong before a program starts, as `check-config` shows it: everything, not only the first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Finding:
     """One thing that is wrong, or will be.
 
     Attributes:
-        level: `ERROR` where a start would fail or nobody be served, `WARNING` for all else.
+        level: `ERROR` where the start would fail or nobody would be served, `WARNING` for all else.
         text: begins with the key of the setting.
     """
 
@@ -39,7 +39,7 @@ def warned(call: Callable[[], object]) -> Iterator[Finding]:
 
 
 def of_dates(read: Callable[[], Iterable[Dated]]) -> Iterator[Finding]:
-    """What has expired or soon will. Files that cannot be read are left to whoever loads them."""
+    """What has expired or soon will. Files that cannot be read are left to the code that loads them."""
     try:
         dates = tuple(read())
     except ProviderProxyError:

@@ -1,8 +1,8 @@
-"""What our HTTP clients need against whoever answers, who may be hostile, or broken: bounded bodies,
-no cookies, and what a request may raise.
+"""Protects HTTP clients from a server that is hostile or broken: bounded bodies, no cookies, and one list
+of what a request may raise.
 
-Works under trio and asyncio. Sizes are those of what arrives: a compressed body is refused, because a
-few bytes of it can be gigabytes.
+Works under trio and asyncio. Sizes are of what arrives: a compressed body is refused, because a few
+bytes of it can expand to gigabytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LEAST_PIECE_BYTES = 256  # on average, of a body in many pieces
 
 NO_ANSWER = (httpx.HTTPError, httpx.InvalidURL, UnicodeError, OSError)
 """What a request raises where the other side is at fault. httpx parses a Location that it does not
-follow (InvalidURL, idna's UnicodeError), and stumbles over cookies that are no ASCII on sending them.
+follow (InvalidURL, idna's UnicodeError), and fails on cookies that are not ASCII when it sends them.
 A server of TLS 1.3 refuses a client's certificate after the handshake: then the `ssl.SSLError`, an
 OSError, comes out of a read, where httpcore under asyncio does not translate it."""
 
@@ -47,13 +47,12 @@ def http_client(
     tls_name: str | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> httpx.AsyncClient:
-    """A client that asks nobody but whom it is told to: no cookies, no proxies and netrc of the
-    environment, no redirects, no compressed answers, no answers before the answer without end.
+    """A client that connects only to the host in its URL: no cookies, no proxies or netrc from the
+    environment, no redirects, no compressed answers, a bounded number of interim answers.
 
     Args:
-        context: see `tls.client_context`; None where the URL is http://: should TLS be spoken, nobody
-            is trusted.
-        read_limit_s: for each wait, in seconds; the whole of an exchange is the caller's to bound.
+        context: see `tls.client_context`; None where the URL is http://; no CA is trusted then.
+        read_limit_s: for each wait, in seconds; the caller bounds the whole exchange.
         tls_name: what the other side's certificate must be for, where it is not the URL's host.
         pool: connections at most, one of which is kept; None for httpx's own numbers.
         transport: what carries requests; tests put theirs there.
@@ -114,7 +113,7 @@ async def read_body(response: httpx.Response, limit: int, who: str) -> bytes:
         httpx.HTTPError: it does not come whole.
     """
     if response.headers.get("content-encoding", "identity") != "identity":
-        raise ReplyError(f"{who} sends a compressed answer, which nobody asked for")
+        raise ReplyError(f"{who} sent a compressed answer, although it was asked not to")
     body = bytearray()
     pieces = 0
     # Cancelled, not left: so httpx's generators end where they are and the connection is closed, where
@@ -127,7 +126,7 @@ async def read_body(response: httpx.Response, limit: int, who: str) -> bytes:
             else:
                 body += chunk
     if in_crumbs(pieces, len(body)):
-        raise ReplyError(f"{who} sends an answer in too many pieces")
+        raise ReplyError(f"{who} sent an answer in too many pieces")
     if enough.cancel_called:
-        raise ReplyError(f"{who} sends an answer larger than {limit} bytes")
+        raise ReplyError(f"{who} sent an answer larger than {limit} bytes")
     return bytes(body)

@@ -1,8 +1,8 @@
 """Bounds what comes over a connection before an answer's body, for httpx.
 
-httpcore passes over interim answers (1xx) for as long as they come, and parses each: a server that sends
+httpcore skips interim answers (1xx) for as long as they come, and parses each: a server that sends
 nothing else keeps an event loop busy until a deadline ends it. Neither library has a limit for that. So
-each read that waits for a head is counted; what is read of a body is the reader's to bound.
+the bytes of each head are counted here; the reader of a body bounds the body.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import httpcore
 import httpx
 
 MAX_HEAD_BYTES = 32 * 1024  # interim answers included; Keylime's heads have 300 bytes
-READ_BYTES = 4096  # at a time meanwhile: others get their turn in between
+READ_BYTES = 4096  # at a time, so that other tasks run in between
 
 _left: ContextVar[list[int] | None] = ContextVar("_left", default=None)
 

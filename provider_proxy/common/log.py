@@ -27,7 +27,7 @@ JSON = "json"
 FORMATS = (TEXT, JSON)
 LEVELS = ("debug", "info", "warning", "error")
 RESERVED = ("time", "level", "logger", "msg", "exception")
-# Syslog's numbers, sd-daemon(3): what journald files a line under.
+# Syslog's numbers, sd-daemon(3): the priority that journald gives a line.
 PRIORITIES = {
     logging.DEBUG: 7,
     logging.INFO: 6,
@@ -45,7 +45,7 @@ _BARE = re.compile(r"[A-Za-z0-9._:/@%+,-]+", re.ASCII)
 
 
 def escaped(text: str) -> str:
-    """Text that stays on its line and tells a terminal nothing: `\\n` for a line feed."""
+    """Text that stays on its line and holds no control characters: `\\n` for a line feed."""
 
     def escape(match: re.Match[str]) -> str:
         return match[0].encode("unicode_escape").decode("ascii")
@@ -126,7 +126,7 @@ class StderrHandler(logging.StreamHandler[TextIO]):
         self.writer: LineWriter | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line, or have it written; none where stderr is closed, and is None."""
+        """Write a line, at once or in the background; nothing where stderr is closed (None)."""
         if sys.stderr is None:
             return
         if self.writer is None:
@@ -165,7 +165,7 @@ def in_background() -> Iterator[None]:
     """Within it, no log line waits for the log's reader: see `dropped_lines`.
 
     Lines are written by a thread, see `log_writer`. At the end what is left is written, for a second at
-    the most. It changes nothing where whoever started the program has set up logging.
+    the most. It changes nothing where the program's caller has set up logging.
     """
     handlers = [h for h in logging.getLogger().handlers if isinstance(h, StderrHandler)]
     if not handlers or sys.stderr is None:
@@ -205,7 +205,7 @@ def is_journal(stream: TextIO | None) -> bool:
 
 
 def set_up(level: str, form: str = TEXT) -> None:
-    """Log to stderr; a second call replaces the first. Whoever has set up logging already keeps it.
+    """Log to stderr; a second call replaces the first. Logging that the caller has set up stays.
 
     Args:
         level: one of `LEVELS`.

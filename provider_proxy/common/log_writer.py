@@ -1,7 +1,7 @@
-"""Writes a program's log from a thread of its own: whoever logs never waits for the log's reader.
+"""Writes a program's log from a thread of its own, so that no task waits for the log's reader.
 
-A pipe that nobody reads, a disk that is full, a journal that hangs stop the thread and nothing else. What
-does not fit the buffer meanwhile is dropped, counted, and said once there is room again.
+A pipe without a reader, a full disk or a journal that hangs stops that thread and nothing else. Lines
+that do not fit into the buffer are dropped and counted; the log says so once there is room again.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class LineWriter:
                     self._unsaid += data.count(b"\n")
                     if self._closing:
                         return
-                time.sleep(POLL_MS / 1000)  # a full disk, a reader that has gone: no use in haste
+                time.sleep(
+                    POLL_MS / 1000
+                )  # a full disk, a reader that has gone: do not retry at once
 
     def _next(self) -> bytes:
         parts = []
@@ -106,7 +108,7 @@ def write_to(number: int, data: bytes) -> None:
     """Write all of it to a file descriptor, and wait as long as it takes.
 
     Raises:
-        OSError: nobody reads it any more, or there is no room for it.
+        OSError: it has no reader any more, or there is no room for it.
     """
     with memoryview(data) as view:
         sent = 0
@@ -116,6 +118,6 @@ def write_to(number: int, data: bytes) -> None:
             except OSError as exc:
                 if exc.errno != errno.EAGAIN:
                     raise
-                poll = select.poll()  # somebody else has made it non-blocking
+                poll = select.poll()  # another process has made it non-blocking
                 poll.register(number, select.POLLOUT)
                 poll.poll(POLL_MS)

@@ -1,8 +1,8 @@
-"""The cyclic garbage collector: rare, and never away for long.
+"""The cyclic garbage collector: it runs seldom, but at regular times.
 
 Reference counts free what a request, a connection, a batch or a round leaves behind; tests hold that.
-What still makes a cycle, an exception in a worker thread for one, is rare and small, but may hold on to
-much: so the collector comes by the clock as well as by the count of objects.
+Reference cycles, for example of an exception in a worker thread, are rare and small but may keep much
+memory alive: so the collector runs by the clock as well as by the count of objects.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def settle() -> None:
 
 
 def let_go(error: BaseException) -> None:
-    """Take from an error that is kept what it refers to beside its own text: tracebacks and causes.
+    """Remove from an error that is kept all that it refers to beside its own text: tracebacks and causes.
 
     A traceback holds frames, and these hold their variables: the whole of an answer that was refused,
     say, for as long as its error is shown.

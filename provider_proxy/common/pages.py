@@ -1,8 +1,8 @@
-"""What a page of an admin listener is sent with, and whom such a listener answers.
+"""The headers that an admin listener's page is sent with, and the hosts that such a listener answers for.
 
-A page is one file, its script and style in it. Its policy lets exactly these run, lets it talk to where
-it came from, and nothing else. An admin listener has no password: a web page that an operator happens to
-have open must not read it by a name that it points at 127.0.0.1 (ADR 0009).
+A page is one file, its script and style in it. Its policy lets exactly these run, and lets it talk only
+to the server that it came from. An admin listener has no password: a web page that an operator happens to
+have open must not read it through a name that resolves to 127.0.0.1 (ADR 0009).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NO_SNIFF = (b"X-Content-Type-Options", b"nosniff")
 
 
 def check_host(host: str) -> None:
-    """Refuse a name that is not this machine's own.
+    """Refuse a Host header that does not name this machine's loopback.
 
     Args:
         host: the Host header, untrusted; empty where an old client sent none, which no browser does.
@@ -30,7 +30,7 @@ def check_host(host: str) -> None:
     """
     name = _PORT.sub("", host)
     if host and not is_loopback(name.removeprefix("[").removesuffix("]")):
-        raise WrongHostError("ask for this listener as localhost or by its address on loopback")
+        raise WrongHostError("use localhost or a loopback address to reach this listener")
 
 
 def page_headers(page: bytes) -> tuple[tuple[bytes, bytes], ...]:

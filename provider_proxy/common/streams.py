@@ -62,14 +62,14 @@ class SocketStream(trio.abc.Stream):
 
     @property
     def socket(self) -> socket.socket:
-        """For its names and options. Whoever reads or writes it breaks the stream."""
+        """For its names and options. Reading or writing it breaks the stream."""
         return self._socket
 
     def peer(self) -> tuple[str, int] | None:
-        """The peer's IP address and port; None where it is no peer over IP.
+        """The peer's IP address and port; None where the peer is not on an IP network.
 
         Raises:
-            trio.BrokenResourceError: it is gone, and nobody has told its address before.
+            trio.BrokenResourceError: it is gone, and its address was not known before.
         """
         if self._peer is None and self._socket.family in (socket.AF_INET, socket.AF_INET6):
             try:
@@ -135,7 +135,7 @@ class SocketStream(trio.abc.Stream):
             self._sending = self._receiving = False
 
     async def receive_before_tls(self, count: int) -> bytes:
-        """Exactly so many bytes, before a handshake and not deciphered: a proxy's word on the client.
+        """Exactly so many bytes, before a handshake and not decrypted: a proxy's header about the client.
 
         Raises:
             trio.BrokenResourceError: the connection failed, or ended before.
@@ -321,7 +321,7 @@ class SocketStream(trio.abc.Stream):
             self._sending = False
 
     async def discard_some(self) -> bool:
-        """Throw away what the client sends, undeciphered; False where it has ended.
+        """Discard what the client sends, without decrypting it; False where it has ended.
 
         Raises:
             trio.BrokenResourceError: the connection failed.
@@ -331,7 +331,7 @@ class SocketStream(trio.abc.Stream):
             self._check_open()
             await trio.lowlevel.wait_readable(self._socket)
             try:
-                # Past OpenSSL, which may have failed, or said goodbye.
+                # Past OpenSSL, which may have failed, or sent close_notify.
                 return bool(socket.socket.recv(self._socket, RECEIVE_BYTES))
             except BlockingIOError:
                 continue

@@ -19,10 +19,10 @@ NOTIFY_LIMIT_S = (
 
 
 def notify(state: str, *, limit_s: float = NOTIFY_LIMIT_S) -> None:
-    """Tell the service manager ("READY=1", "STOPPING=1"); nothing where there is none.
+    """Tell the service manager ("READY=1", "STOPPING=1"); does nothing without one.
 
     Args:
-        limit_s: how long a manager that does not read may keep us; the message is then lost.
+        limit_s: how long to wait for a manager that does not read; then the message is lost.
     """
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path or path[0] not in "/@":
@@ -38,7 +38,7 @@ def notify(state: str, *, limit_s: float = NOTIFY_LIMIT_S) -> None:
 
 
 def notify_status(line: str) -> None:
-    """Set the line that `systemctl status` shows; line feeds in it are blanks. Waits for nobody."""
+    """Set the line that `systemctl status` shows; line feeds in it are blanks. Does not wait."""
     notify("STATUS=" + line.replace("\n", " "), limit_s=0)
 
 
@@ -81,7 +81,7 @@ def take_named_sockets() -> list[tuple[str, socket.socket]]:
             sockets.append((name, socket.socket(fileno=fd)))
         except OSError as exc:
             raise ConfigError(
-                f"the inherited descriptor {fd} is not a socket: the .socket unit must have "
-                "ListenStream= alone"
+                f"the inherited descriptor {fd} is not a socket: the .socket unit may have "
+                "only ListenStream="
             ) from exc
     return sockets

@@ -1,8 +1,8 @@
-"""One loader of certificates and keys, for whoever listens and whoever asks.
+"""One loader of certificates and keys, for servers and clients.
 
-A file is looked at before OpenSSL gets it, so that a message names the file, what is wrong with it and
-what to do: OpenSSL's own words are "PEM lib". Keys follow PostgreSQL's rule (see `files.check_private`),
-and nobody is ever prompted for a password. Dates are read here and judged in `dates`: a certificate that
+A file is checked before OpenSSL gets it, so that a message names the file, what is wrong with it and
+what to do: OpenSSL's own message is "PEM lib". Keys follow PostgreSQL's rule (see `files.check_private`),
+and there is never a prompt for a password. Dates are read here and judged in `dates`: a certificate that
 has run out is loaded, unless `demand_current` is asked.
 
 Reads files: not for an event loop's thread where they may be on a network.
@@ -101,7 +101,7 @@ def load_certificates(name: str, path: Path) -> tuple[x509.Certificate, ...]:
     """All certificates of a PEM file, one at least.
 
     Raises:
-        HostError: there is none, or one cannot be read; the message says what the file holds.
+        HostError: it holds none, or one cannot be read; the message says what the file holds.
     """
     return tuple(_certificate(name, path, block) for block in _certificate_blocks(name, path))
 
@@ -123,7 +123,7 @@ def server_context(files: TlsFiles) -> ssl.SSLContext:
 
 
 def client_context(files: TlsFiles) -> ssl.SSLContext:
-    """TLS of a client, which checks the name of whom it asks.
+    """TLS of a client, which checks the server's name.
 
     Raises:
         HostError: a file is wrong; the message says which and why.
@@ -145,7 +145,7 @@ def pinned_context(server_cert: bytes, files: TlsFiles) -> ssl.SSLContext:
         files: own certificate and key.
 
     Raises:
-        HostError: a file is wrong, or `server_cert` is no certificate.
+        HostError: a file is wrong, or `server_cert` is not a certificate.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -155,13 +155,13 @@ def pinned_context(server_cert: bytes, files: TlsFiles) -> ssl.SSLContext:
         pem = x509.load_pem_x509_certificate(server_cert).public_bytes(Encoding.PEM)
         context.load_verify_locations(cadata=pem.decode("ascii"))
     except (ValueError, ssl.SSLError) as exc:
-        raise HostError(f"the certificate to expect is none: {exc}") from exc
+        raise HostError(f"the expected server certificate cannot be read: {exc}") from exc
     _show(context, files, server=False)
     return context
 
 
 def dates_of(files: TlsFiles) -> Iterator[Dated]:
-    """When each file's certificates end: of the own one, and of the CAs the last to go.
+    """When each file's certificates end: the own one, and of the CAs the last to expire.
 
     Raises:
         HostError: a file cannot be read.
@@ -181,7 +181,7 @@ def dates_of(files: TlsFiles) -> Iterator[Dated]:
 
 
 def demand_current(files: TlsFiles, now: datetime | None = None) -> None:
-    """For a command that asks once: say now what the other side would refuse, or we of it.
+    """For a command that asks once: report now what either side would refuse.
 
     Raises:
         HostError: the own certificate, or every CA, has expired or is not valid yet.
@@ -251,7 +251,7 @@ def show_pem(context: ssl.SSLContext, pem: bytes) -> None:
     """Load an own certificate and key that are in memory, in one text.
 
     Raises:
-        HostError: OpenSSL does not take them.
+        HostError: OpenSSL does not accept them.
     """
     fd = os.memfd_create("pem", os.MFD_CLOEXEC)  # OpenSSL's interface takes paths alone
     try:
@@ -259,7 +259,7 @@ def show_pem(context: ssl.SSLContext, pem: bytes) -> None:
             file.write(pem + b"\n")
         context.load_cert_chain(f"/proc/self/fd/{fd}", password=_no_password)
     except (OSError, ValueError) as exc:  # ssl.SSLError is an OSError
-        raise HostError(f"OpenSSL does not take the certificate and key: {_words(exc)}") from exc
+        raise HostError(f"OpenSSL does not accept the certificate and key: {_words(exc)}") from exc
     finally:
         os.close(fd)
 
@@ -295,8 +295,8 @@ def _check_pair(files: TlsFiles, chain: Sequence[x509.Certificate], key: bytes) 
         raise HostError(f"{key_name}: {files.key} is not the key of the certificate {files.cert}")
     if 0 not in fits:
         raise HostError(
-            f"{cert_name}: {files.cert} must begin with the certificate of {files.key}; those that "
-            "vouch for it come after"
+            f"{cert_name}: {files.cert} must begin with the certificate of {files.key}; its CAs "
+            "come after it"
         )
     return private
 
@@ -306,7 +306,7 @@ def _key_block(name: str, path: Path) -> bytes:
     keys = [text for label, text in blocks if label in _KEY_LABELS]
     if len(keys) > 1:
         raise HostError(
-            f"{name}: {path} holds {len(keys)} private keys; leave the one that is used"
+            f"{name}: {path} holds {len(keys)} private keys; keep only the one that is used"
         )
     if keys:
         return keys[0]
@@ -316,7 +316,7 @@ def _key_block(name: str, path: Path) -> bytes:
 
 
 def _not_created(exc: OSError, ca_name: str) -> HostError:
-    """Why no client's context could be made."""
+    """Why a client's context could not be made."""
     if isinstance(exc, ssl.SSLError):
         return HostError(f"{ca_name}: cannot be used: {_words(exc)}")
     keylog = os.environ.get(KEYLOG, "")
@@ -354,7 +354,7 @@ def _blocks(
 
 
 def _instead(blocks: Sequence[tuple[bytes, bytes]], wanted: str) -> str:
-    """What a file holds in the place of what it should."""
+    """What a file holds instead of what it should."""
     label = blocks[0][0]
     has = "a private key" if label.endswith(b"PRIVATE KEY") else _OTHERS.get(label)
     if has is None or has == wanted:
@@ -366,7 +366,7 @@ def _instead(blocks: Sequence[tuple[bytes, bytes]], wanted: str) -> str:
 def _encrypted(name: str, path: Path | None) -> HostError:
     return HostError(
         f"{name}: {path} is encrypted, and this program never asks for a password: decrypt it "
-        f"(openssl pkey -in {path} -out …), and let its owner alone read it"
+        f"(openssl pkey -in {path} -out …), and make it readable by its owner only"
     )
 
 
@@ -375,7 +375,7 @@ def _public(key: PublicKeyTypes) -> bytes:
 
 
 def _check_purpose(name: str, path: Path, leaf: x509.Certificate, server: bool) -> None:
-    """Refuse what the other side would: a client's certificate in a server's place."""
+    """Refuse what the other side would refuse: for example a client's certificate for a server."""
     wanted = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
     try:
         usage = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value

@@ -1,9 +1,9 @@
 """Lets several programs use one swtpm at once, as a bare TPM device would: for tests and benchmarks.
 
 swtpm serves one connection. The broker holds it, and passes on whole commands of any number of clients,
-one at a time, first come first served. Unlike the kernel's resource manager it gives nobody
-a space of its own: sessions and transient objects are the TPM's and everybody's, so that one client
-can exhaust them for all. A plan (see `faulty`) may slow commands down or disturb them.
+one at a time, first come first served. Unlike the kernel's resource manager it gives no client
+a space of its own: all share the TPM's sessions and transient objects, so that one client can exhaust
+them for all. A plan (see `faulty`) may slow commands down or disturb them.
 
 Threads, not trio: its clients are other programs and blocking libraries.
 """

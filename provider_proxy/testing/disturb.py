@@ -29,7 +29,7 @@ class Action:
     """What happens to one command; the parts apply in this order.
 
     Attributes:
-        drop: the connection breaks, now and until it is opened anew.
+        drop: the connection breaks, now and until it is opened again.
         hold: the answer comes only after this event (a hang, if nobody sets it).
         delay_s: the answer comes so late, at the soonest.
         code: the chip answers this response code and does nothing.

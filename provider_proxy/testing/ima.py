@@ -1,4 +1,4 @@
-"""The host's IMA as a TPM sees it: somebody else who extends PCRs. For tests and benchmarks only."""
+"""The host's IMA as a TPM sees it: another program that extends PCRs. For tests and benchmarks only."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ SETTINGS = (
 
 
 def find_bin() -> Path | None:
-    """The folder of PostgreSQL's programs; None where there is none."""
+    """The folder of PostgreSQL's programs; None where PostgreSQL is not installed."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)
     if found:
         return found[0].parent

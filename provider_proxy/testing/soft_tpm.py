@@ -1,7 +1,7 @@
 """A TPM of software, for tests, vectors and benchmarks: real structures, real signatures, no chip.
 
-It writes TPMS_ATTEST, TPMT_SIGNATURE and TPM2B_PUBLIC byte for byte as a TPM does, so that whatever
-verifies here verifies there; the contract tests hold it against swtpm. Nobody may trust its key: it
+It writes TPMS_ATTEST, TPMT_SIGNATURE and TPM2B_PUBLIC byte for byte as a TPM does, so that what
+verifies here verifies there; the contract tests compare it with swtpm. Its key must not be trusted: it
 lies in this process's memory. The daemon has no option that leads here.
 """
 

@@ -204,7 +204,7 @@ def test_the_configuration_names_the_listener(site: Site, tmp_path: Path) -> Non
         ("unix:/nonexistent/admin", 3, "no daemon answers at unix:"),
         ("192.0.2.1:80", 2, "loopback and unix sockets only"),
         ("proxy.example:80", 2, "loopback and unix sockets only"),
-        ("8895", 2, '"8895" names no port'),
+        ("8895", 2, '"8895" has no port'),
         ("http://127.0.0.1:8895", 2, "is a URL"),
     ],
 )

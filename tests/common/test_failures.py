@@ -184,15 +184,15 @@ def test_a_wrong_ca(certs: Certs, tmp_path: Path) -> None:
     other = make_certs(tmp_path / "other")
     with listening(served_by(certs)) as port:
         for said in everybody(port, TlsFiles(ca=other.ca_file, names=NAMES)):
-            assert "its certificate is not good" in said
-            assert "is the file of the CA the right one?" in said
+            assert "its certificate is not valid" in said
+            assert "is the CA file the right one?" in said
 
 
 def test_a_wrong_name_and_the_way_out(certs: Certs, trusting: TlsFiles) -> None:
     with listening(served_by(certs)) as port:
         for said in everybody(port, trusting, name="elsewhere.example"):
-            assert "its certificate is not good: Hostname mismatch" in said
-            assert "or give that name (--tls-name, tls_name)" in said
+            assert "its certificate is not valid: Hostname mismatch" in said
+            assert "or set that name (--tls-name, tls_name)" in said
         for said in everybody(port, trusting, name="localhost"):  # reached under another name
             assert "its certificate" not in said
 
@@ -211,14 +211,14 @@ def test_a_certificate_of_another_ca_is_shown(certs: Certs, tmp_path: Path) -> N
     with listening(served_by(certs, demand=True)) as port:
         for said in everybody(port, files):
             assert "it refuses your certificate: it does not trust the CA" in said or (
-                "is yours in date and of a CA that it trusts?" in said
+                "is yours valid and from a CA that it trusts?" in said
             )
 
 
 def test_plain_http_where_tls_was_asked(trusting: TlsFiles) -> None:
     with listening(None, b"HTTP/1.1 400 Bad Request\r\n\r\n") as port:
         for said in everybody(port, trusting):
-            assert "it does not speak TLS: is it http:// there?" in said
+            assert "it does not speak TLS: must the URL begin with http://?" in said
 
 
 def test_tls_where_plain_http_was_asked(certs: Certs, trusting: TlsFiles) -> None:
@@ -259,7 +259,7 @@ def test_it_takes_too_long() -> None:
 def test_an_expired_certificate_is_named(tmp_path: Path) -> None:
     error = ssl.SSLCertVerificationError("x")
     error.verify_code, error.verify_message = 10, "certificate has expired"
-    assert why(error) == "its certificate is not good: it has expired"
+    assert why(error) == "its certificate is not valid: it has expired"
     error.verify_code = 9
     assert "is the clock of this machine right?" in why(error)
 

@@ -59,7 +59,7 @@ def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path: Path) -> None:
             "sha256:" + "AA:" * 31 + "AA",
             f'has colons or capitals in its hex: write "sha256:{"aa" * 32}"',
         ),
-        ("sha256:abc", "kind must be: the certificate's SHA-256, 64 hex digits"),
+        ("sha256:abc", "of that kind, which is the certificate's SHA-256, 64 hex digits"),
         ("acme", "does not begin with one of spiffe:, dns:"),
     ],
 )

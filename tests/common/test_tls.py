@@ -105,7 +105,7 @@ def device(of: Path) -> None:
 
 CASES: dict[str, tuple[Spoil, str]] = {
     "ca missing": (lambda m: missing(m.certs.ca_file), "--ca: cannot read .*No such file"),
-    "ca folder": (lambda m: folder(m.certs.ca_file), "--ca: cannot read .*it is a folder"),
+    "ca folder": (lambda m: folder(m.certs.ca_file), "--ca: cannot read .*it is a directory"),
     "ca empty": (lambda m: m.certs.ca_file.write_text("\n"), "--ca: .* is empty"),
     "ca text": (lambda m: m.certs.ca_file.write_text("CA"), "--ca: .* is not PEM"),
     "ca cut": (
@@ -147,7 +147,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
         "--cert: .* holds a private key, not a certificate: are the two files swapped",
     ),
     "key missing": (lambda m: missing(m.certs.client_key), "--key: cannot read "),
-    "key folder": (lambda m: folder(m.certs.client_key), "--key: .*it is a folder"),
+    "key folder": (lambda m: folder(m.certs.client_key), "--key: .*it is a directory"),
     "key empty": (lambda m: private(m.certs.client_key, b""), "--key: .* is empty"),
     "key DER": (
         lambda m: private(m.certs.client_key, m.key_as(Encoding.DER)),
@@ -233,7 +233,9 @@ def test_files_of_another_user(material: Material, monkeypatch: pytest.MonkeyPat
         os.chown(key, 65534, 65534)
     client_context(files_of(material.certs))  # root may use what it could read anyway
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
-    with pytest.raises(HostError, match=r"belongs to user \d+: it must be this user's, or root's"):
+    with pytest.raises(
+        HostError, match=r"is owned by uid \d+; only root and this user are trusted"
+    ):
         client_context(files_of(material.certs))
 
 
@@ -288,7 +290,7 @@ def test_a_server_s_certificate_is_for_servers(material: Material) -> None:
 
 
 def test_no_certificate_to_pin(material: Material) -> None:
-    with pytest.raises(HostError, match="the certificate to expect is none"):
+    with pytest.raises(HostError, match="the expected server certificate cannot be read"):
         pinned_context(b"-----BEGIN", files_of(material.certs))
 
 

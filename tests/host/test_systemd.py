@@ -367,7 +367,7 @@ def test_a_connection_in_place_of_a_listener_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("file", "is not a socket: the .socket unit must have ListenStream= alone"),
+        ("file", "is not a socket: the .socket unit may have only ListenStream="),
         (
             "datagram",
             "cannot use: the .socket unit must have ListenStream=",

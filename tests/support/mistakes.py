@@ -297,7 +297,7 @@ def _of_tenant(name: str, make: Callable[[Scene], object]) -> Mistake:
 GROUPS: dict[str, tuple[Mistake, ...]] = {
     "Files of the daemon": (
         Mistake(name="the key is missing", make=lambda s: _files(s, "server.key").unlink()),
-        Mistake(name="the key is a folder", make=lambda s: _folder(s, "server.key")),
+        Mistake(name="the key is a directory", make=lambda s: _folder(s, "server.key")),
         Mistake(name="the key is empty", make=_write("server.key", "")),
         Mistake(name="the key is DER", make=_der),
         Mistake(
@@ -394,14 +394,14 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
         ),
         Mistake(name="`*:8890`", make=_setting("address", '"*:8890"')),
         Mistake(name="a URL as an address", make=_setting("address", '"https://127.0.0.1:8890"')),
-        Mistake(name="a port that is none", make=_setting("address", '"127.0.0.1:99999"')),
+        Mistake(name="an invalid port", make=_setting("address", '"127.0.0.1:99999"')),
         Mistake(name="an IPv6 address without brackets", make=_setting("address", '"::1:8890"')),
         Mistake(
             name="a unix socket's path that is too long",
             make=_setting("address", '"unix:/run/' + 110 * "x" + '"'),
         ),
         Mistake(
-            name="a registrar over the network in the clear",
+            name="a registrar without TLS over the network",
             make=_more('[registrars.acme]\nurl = "http://registrar.example:8890"\n'),
         ),
         Mistake(name="`tcti` is a path", make=_setting("tcti", '"/dev/tpmrm0"')),
@@ -411,11 +411,11 @@ GROUPS: dict[str, tuple[Mistake, ...]] = {
             make=_setting("tcti", '"device:/dev/tpmrm7"'),
         ),
         _of_tenant(
-            "a port that is none, in a URL",
+            "an invalid port in a URL",
             _url("https://localhost:99999", "provider_port", "99999"),
         ),
         _of_tenant(
-            "a host's name that is none, in a URL",
+            "an invalid host name in a URL",
             _url("https://xn--a:1", "provider_ip", '"xn--a"'),
         ),
         _of_tenant(

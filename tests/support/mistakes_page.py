@@ -199,7 +199,7 @@ def look(mistake: Mistake, base: Container[str]) -> tuple[list[str], list[str], 
             if lines == [STARTS]:
                 lines += [*ready(scene), *said(scene.folder.parent / "serve")]
         for held in scene.held:
-            held.shutdown(socket.SHUT_RDWR)  # whoever accepts there wakes up
+            held.shutdown(socket.SHUT_RDWR)  # the thread that accepts there wakes up
             held.close()
         if mistake.of_tenant:
             lines = [line for line in lines if "turned away" in line]

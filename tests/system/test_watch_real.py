@@ -319,7 +319,7 @@ async def test_tls_with_client_certificates(tmp_path: Path) -> None:
         text = path.read_text()
         for setting, state, why in (
             (tls + own, State.TRUSTED, ""),
-            (tls, State.FAILED, "no connection|closed|wants a client certificate"),
+            (tls, State.FAILED, "no connection|closed|requires a client certificate"),
             (tls.replace("localhost", "other.example") + own, State.FAILED, "certificate"),
             (own, State.FAILED, "certificate"),
         ):

@@ -535,7 +535,7 @@ def test_a_file_that_others_can_change_decides_nothing(tmp_path: Path, mode: int
     demand_ours(path)
     demand_ours(tmp_path)
     path.chmod(mode)
-    with pytest.raises(HostError, match="others can change it"):
+    with pytest.raises(HostError, match="other users can change it"):
         demand_ours(path)
 
 
@@ -547,11 +547,11 @@ def test_a_place_that_others_can_change_decides_nothing(tmp_path: Path) -> None:
     link.symlink_to(mine)
     mine.chmod(0o1777)  # as /tmp: nobody else can replace what is in it
     demand_ours(path)
-    with pytest.raises(HostError, match="others can change it"):
+    with pytest.raises(HostError, match="other users can change it"):
         demand_ours(mine)  # but add to it
     mine.chmod(0o777)
     for way in (path, link / "file"):
-        with pytest.raises(HostError, match="others can change it"):
+        with pytest.raises(HostError, match="other users can change it"):
             demand_ours(way)
 
 
@@ -560,7 +560,7 @@ def test_another_s_file_decides_nothing(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.touch(0o600)
     os.chown(path, 65534, 65534)
-    with pytest.raises(HostError, match="others can change it"):
+    with pytest.raises(HostError, match="other users can change it"):
         demand_ours(path)
 
 
@@ -693,7 +693,7 @@ async def test_files_that_others_can_change_refuse(hosts: Hosts, name: str) -> N
     path.chmod(path.stat().st_mode | 0o020)
     code, said = await hosts.run()
     assert (code, hosts.asked) == (ENVIRONMENT, [])
-    assert f"{name}: others can change it" in said
+    assert f"{name}: other users can change it" in said
 
 
 @pytest.mark.real

@@ -1,12 +1,12 @@
-"""Files of settings: which there are, how they merge, and which line says what.
+"""Files of settings: which files there are, how they merge, and which line sets what.
 
 The main file comes first, then the folders of a `Layout` beside it, by the names of their files. A folder
 may change what came before: tables merge key by key, a later file wins, an array replaces the
 earlier one. Or it adds tables of one kind, and replaces nothing. Values are not looked at here.
 
-Files that everybody can write, and drop-ins of strangers, are refused: whoever writes them decides. A
-folder or a file that cannot be read is an error, for it is not an empty one. What an editor left behind
-is not read. The lines of keys are looked for where somebody asks: for 20,000 hosts that takes a while.
+World-writable files and drop-ins of other users are refused, because their writer would decide the
+settings. A folder or file that cannot be read is an error, not an empty one. Files that an editor left
+behind are not read. The lines of keys are found only on demand: for 20,000 hosts that takes a while.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Layout:
 
     max_bytes: int
     changes: str | None = None
-    max_changes: int = 100  # more than anybody keeps apart; each is read at every reload
+    max_changes: int = 100  # more than a person can manage; each is read at every reload
     adds: Mapping[str, str] = field(default_factory=dict)
     max_adds: int = 20_000
 
@@ -149,7 +149,7 @@ class Document:
         table, _, name = key.rpartition(".")
         inner = self.data.get(table, {}) if table else self.data
         if not isinstance(inner, Mapping):
-            return self  # whoever checks values refuses the file's as it is
+            return self  # the check of values refuses the file's value itself
         changed = {**inner, name: value}
         data = {**self.data, table: changed} if table else changed
         return dataclasses.replace(self, data=data, changed={**self.changed, key: origin})
@@ -195,8 +195,8 @@ def read_document(path: Path, layout: Layout) -> Document:
     """Read a file of settings and what lies beside it.
 
     Raises:
-        HostError: a file is missing, cannot be read, or could be written by anybody.
-        ConfigError: no TOML, too large or too many; the message names the file.
+        HostError: a file is missing, cannot be read, or is world-writable.
+        ConfigError: not TOML, too large or too many; the message names the file.
     """
     main, owner = _read(path, layout, None, None)
     sources = [main]
@@ -231,8 +231,8 @@ def _check_writers(path: Path, status: os.stat_result, owner: int | None) -> Non
         raise HostError(f"{path}: everybody can write it: chmod o-w {path}")
     if owner is not None and status.st_uid not in {0, os.geteuid(), owner}:
         raise HostError(
-            f"{path} belongs to user {status.st_uid}: it must be root's, or of the owner of the "
-            "file beside it: see chown"
+            f"{path} is owned by uid {status.st_uid}: it must be owned by root or by the owner of "
+            "the file beside it (chown)"
         )
 
 
@@ -322,7 +322,7 @@ def _merge(
             here = (one.tables if is_table else one.values).get(key)
             there = (merged.tables if was_table else merged.values).get(key)
             raise ConfigError(
-                f"{here}: {key} is {'no table' if is_table else 'a table'} in {there}"
+                f"{here}: {key} is {'not a table' if is_table else 'a table'} in {there}"
             )
         if is_table:
             _merge(merged, one, old.setdefault(name, {}), value, key + ".")
@@ -337,10 +337,10 @@ def _add(merged: _Merged, one: _Merged, source: _Source, what: str) -> None:
     more = source.data.get(what)
     known = merged.data.setdefault(what, {})
     if set(source.data) != {what} or not isinstance(more, dict) or not isinstance(known, dict):
-        raise ConfigError(f"{source.path}: holds [{what}.NAME] tables and nothing else")
+        raise ConfigError(f"{source.path}: may hold only [{what}.NAME] tables")
     for name in sorted(set(known) & set(more)):
         key = f"{what}.{name}"
         here = one.tables.get(key) or one.values.get(key) or source.path
-        raise ConfigError(f"{here}: {key} is there already", key=key)
+        raise ConfigError(f"{here}: {key} is defined in another file already", key=key)
     known.update(more)
     merged.values.update(one.values)

@@ -34,7 +34,7 @@ def hidden(default: Any) -> Any:
 
 
 def table_of(kind: type[C]) -> C:
-    """A field that is a table itself; as it is where nothing is said."""
+    """A field that is a table itself; it has its defaults where the file has no such table."""
     made: C = dataclasses.field(default_factory=kind)
     return made
 
@@ -63,7 +63,7 @@ def read_table(
         key = prefix + name
         if name not in fields:
             known = ", ".join(sorted(fields))
-            raise ConfigError(f"{key} is not a key; known are {known}", key=key)
+            raise ConfigError(f"{key} is not a key; the known keys are {known}", key=key)
         if "read" in fields[name].metadata:
             read = fields[name].metadata["read"](key, value)
             values[name] = _from(folder, read) if folder else read
@@ -81,7 +81,7 @@ def read_over(
     *,
     folder: Path | None = None,
 ) -> C:
-    """Read a table of which other settings say what it does not say itself.
+    """Read a table whose missing keys come from other settings.
 
     Raises:
         ConfigError: as `read_table`.
@@ -98,7 +98,7 @@ def check_related(
     together: Sequence[tuple[str, str]] = (),
     needs: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """What two keys of a table say only with each other.
+    """Check the keys of a table that need each other.
 
     Args:
         key: of the table, "hosts.a".
@@ -112,7 +112,7 @@ def check_related(
     said = {name for name in defaults if getattr(table, name) != defaults[name]}
     for one, other in together:
         if (one in said) != (other in said):
-            raise ConfigError(f"{key}.{one} and {other} belong together: set both, or none")
+            raise ConfigError(f"{key}.{one} and {other} belong together: set both or neither")
     for one, other in needs:
         if one in said and other not in said:
             raise ConfigError(f"{key}.{one} needs {other}")

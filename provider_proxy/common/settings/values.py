@@ -37,7 +37,7 @@ RULES = {
     "email": "name@example.org, 254 characters at most",
     "cn": "the common name, 64 characters at most",
     "sha256": "the certificate's SHA-256, 64 hex digits",
-    "uid": "a user's number",
+    "uid": "a numeric user id",
 }
 MUST_IDENTITIES = "identities: spiffe://…, dns:…, email:…, cn:…, sha256:<hex> or uid:<n>"
 
@@ -263,7 +263,7 @@ def read_identities(key: str, value: object) -> tuple[str, ...]:
 
 
 def _why_no_identity(text: str) -> str:
-    """Which rule an identity breaks, and the text that would be taken, where that is plain."""
+    """The rule that an identity breaks, and the text that would be accepted, where that is clear."""
     kind, colon, rest = text.partition(":")
     if not colon or kind.lower() not in RULES:
         return f"does not begin with one of {', '.join(f'{name}:' for name in RULES)}"
@@ -272,7 +272,7 @@ def _why_no_identity(text: str) -> str:
     if IDENTITY_RE.fullmatch(folded):
         rule = "has colons or capitals in its hex" if kind.lower() == "sha256" else "has capitals"
         return f"{rule}: write {addresses.shown(folded)}"
-    return f"is not as an identity of that kind must be: {RULES[kind.lower()]}"
+    return f"is not a valid identity of that kind, which is {RULES[kind.lower()]}"
 
 
 def read_uuids(key: str, value: object) -> frozenset[uuid.UUID]:

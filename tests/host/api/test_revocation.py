@@ -173,11 +173,14 @@ def test_a_ca_without_a_list_is_named_or_refused(
     [
         ((OTHER.revokes(),), "has a CRL of 'CN=other' that none of the trusted CAs signed"),
         ((ROOT.revokes(), OTHER.revokes()), "CN=other"),
-        ((ROOT.revokes(), ROOT.pem()), "holds more than whole CRLs"),
-        ((ROOT.revokes(), b"-----BEGIN X509 CRL-----\nMII"), "holds more than whole CRLs"),
-        ((ROOT.revokes(), b"-----BEGIN X509 CRL-----\nMII\n-----END X509 CRL-----"), "is no CRL"),
-        ((ROOT.revokes(delta=True),), "of a kind that is not read"),
-        ((ROOT.revokes(extension=NEVER),), "of a kind that is not read"),
+        ((ROOT.revokes(), ROOT.pem()), "holds text that belongs to no CRL"),
+        ((ROOT.revokes(), b"-----BEGIN X509 CRL-----\nMII"), "holds text that belongs to no CRL"),
+        (
+            (ROOT.revokes(), b"-----BEGIN X509 CRL-----\nMII\n-----END X509 CRL-----"),
+            "is not a CRL",
+        ),
+        ((ROOT.revokes(delta=True),), "of a kind that is not supported"),
+        ((ROOT.revokes(extension=NEVER),), "of a kind that is not supported"),
         ((b"",), "is empty"),
     ],
 )

@@ -440,7 +440,7 @@ def test_bad_values_are_refused_by_name(key: str, text: str, must: str) -> None:
     ],
 )
 def test_unknown_keys_are_refused_by_name(text: str, key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^{key} is not a key; known are "):
+    with pytest.raises(ConfigError, match=rf"^{key} is not a key; the known keys are "):
         parse_config(tomllib.loads(text))
 
 
@@ -611,7 +611,7 @@ PLAIN_ONE = '[registrars.one]\nurl = "http://registrar.example:8890"\n'
         ("registrars = 1", "registrars must be tables, [registrars.NAME]"),
         ("[registrars]\none = 1", "registrars.one must be a table"),
         ('[registrars."a/b"]\nurl = "https://r"', "registrars.a/b must be a name of letters"),
-        (ONE + "verify = false", "registrars.one.verify is not a key; known are "),
+        (ONE + "verify = false", "registrars.one.verify is not a key; the known keys are "),
         ("[registrars.one]", "registrars.one.url must be set"),
         (PLAIN_ONE, "registrars.one.url must begin with https:// (or set registrars.one.insecure"),
         (

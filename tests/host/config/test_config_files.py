@@ -176,8 +176,8 @@ def test_a_value_of_very_many_lines_costs_only_its_line(path: Path) -> None:
     ("text", "line", "message"),
     [
         ("[batch]\n\nwindow_ms = -1\n", 5, "batch.window_ms must be >= 0"),
-        ("[batch]\nwindow = 1\n", 4, "batch.window is not a key; known are "),
-        ("\n[batches]\nx = 1\n", 4, "batches is not a key; known are "),
+        ("[batch]\nwindow = 1\n", 4, "batch.window is not a key; the known keys are "),
+        ("\n[batches]\nx = 1\n", 4, "batches is not a key; the known keys are "),
         (
             "[limits]\ndefault_timeout_ms = 60001\n",
             4,
@@ -233,7 +233,7 @@ def test_a_refusal_names_the_file_that_won(path: Path) -> None:
     [
         ("[batch]\nwindow_ms = 1\n", "\nbatch = 1\n", "2: batch is a table in {path}:4"),
         ("", "[[batch]]\nwindow_ms = 1\n", None),
-        ("", "[tpm.tcti]\n", "1: tpm.tcti is no table in {path}:1"),
+        ("", "[tpm.tcti]\n", "1: tpm.tcti is not a table in {path}:1"),
     ],
 )
 def test_a_table_and_a_value_do_not_merge(
@@ -287,11 +287,11 @@ def test_tenants_are_read_beside_the_file(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (ALICE, ":1: tenants.alice is there already"),
-        ("\ntenants.alice.rate = 1", ": tenants.alice is there already"),
-        ("[limits]\nmax_queue = 1", ": holds [tenants.NAME] tables and nothing else"),
-        ("", ": holds [tenants.NAME] tables and nothing else"),
-        ("tenants = 1", ": holds [tenants.NAME] tables and nothing else"),
+        (ALICE, ":1: tenants.alice is defined in another file already"),
+        ("\ntenants.alice.rate = 1", ": tenants.alice is defined in another file already"),
+        ("[limits]\nmax_queue = 1", ": may hold only [tenants.NAME] tables"),
+        ("", ": may hold only [tenants.NAME] tables"),
+        ("tenants = 1", ": may hold only [tenants.NAME] tables"),
         ("[tenants", ":1: "),
     ],
 )
@@ -339,7 +339,9 @@ def test_a_strangers_drop_in_is_refused(path: Path) -> None:
     extra = drop_in(path, "a.toml", "")
     for place in (extra, extra.parent):
         os.chown(place, 12345, -1)
-        with pytest.raises(HostError, match=f"^{place} belongs to user 12345: it must be root"):
+        with pytest.raises(
+            HostError, match=f"^{place} is owned by uid 12345: it must be owned by root"
+        ):
             load_config(path)
         os.chown(path, 12345, -1)  # who writes the main file decides anyway
         load_config(path)

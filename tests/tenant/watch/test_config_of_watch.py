@@ -156,8 +156,8 @@ def test_drop_ins_add_hosts(tmp_path: Path) -> None:
     assert sorted(config.hosts) == ["a", "b"]
     assert config.hosts["a"].tpm_policy == tmp_path / "p.json"  # beside the file that names it
     for text, why in (
-        ('[hosts.a]\nprovider_ip = "192.0.2.3"\n', "hosts.a is there already"),
-        ("state_dir = 'x'\n", "nothing else"),
+        ('[hosts.a]\nprovider_ip = "192.0.2.3"\n', "hosts.a is defined in another file already"),
+        ("state_dir = 'x'\n", "may hold only"),
         ("[hosts", "c.toml"),
     ):
         (extra / "c.toml").write_text(text)
@@ -325,7 +325,7 @@ def test_a_refusal_names_the_file_and_the_line(main: Path) -> None:
     with pytest.raises(ConfigError, match=f"^{bad}:1: begins with a byte order mark"):
         load_watch_config(main)
     bad.write_text(f"[hosts.a]\n{PLAIN_HOST}")
-    with pytest.raises(ConfigError, match=f"^{bad}:1: hosts.a is there already"):
+    with pytest.raises(ConfigError, match=f"^{bad}:1: hosts.a is defined in another file already"):
         load_watch_config(main)
 
 
@@ -384,7 +384,9 @@ def test_a_stranger_s_hosts_are_refused(main: Path) -> None:
     extra = drop_in(main, "b.toml", f"[hosts.b]\n{PLAIN_HOST}")
     for path in (extra, extra.parent):
         os.chown(path, 12345, -1)
-        with pytest.raises(HostError, match=f"^{path} belongs to user 12345: it must be root"):
+        with pytest.raises(
+            HostError, match=f"^{path} is owned by uid 12345: it must be owned by root"
+        ):
             load_watch_config(main)
         os.chown(path, 0, -1)
 

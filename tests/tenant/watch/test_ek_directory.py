@@ -102,7 +102,7 @@ def test_what_a_killed_one_has_left_goes_at_the_start(folder: Path) -> None:
 def test_a_folder_that_others_can_change_is_refused(folder: Path) -> None:
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    with pytest.raises(HostError, match="others can change it"):
+    with pytest.raises(HostError, match="other users can change it"):
         EkDirectory(folder).open()
 
 

@@ -137,7 +137,7 @@ def test_tls_files_that_cannot_be_used(tmp_path: Path) -> None:
         ({"client_cert": cert, "client_key": open_key}, "must not be readable by others"),
         ({"client_cert": cert, "client_key": certs.key}, "is not the key of"),
         ({"client_cert": cert, "client_key": locked}, "is encrypted"),
-        ({"client_cert": cert, "client_key": tmp_path}, "it is a folder"),
+        ({"client_cert": cert, "client_key": tmp_path}, "it is a directory"),
     )
     for changes, message in cases:
         table = RegistrarTable(url="https://r", **changes)
