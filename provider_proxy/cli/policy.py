@@ -381,7 +381,7 @@ def _explain(args: argparse.Namespace) -> int:
     if args.tpm_policy is not None:
         values = parse_own_json(read_file(args.tpm_policy, MAX_POLICY_BYTES), str(args.tpm_policy))
         parse_tpm_policy(values, bank=bank)
-        _say(policy_making.explain_tpm(values))
+        _say(policy_making.explain_tpm(values, bank))
         said = True
     if not said:
         raise UsageError("which policy? --runtime-policy, --boot-policy or --tpm-policy FILE")

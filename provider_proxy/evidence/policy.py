@@ -153,5 +153,7 @@ def parse_tpm_policy(values: Mapping[str, object], *, bank: HashAlg = HashAlg.SH
         except ValueError:
             number = None
         if number != policy.needed_mask:
-            raise UsageError("the policy's mask is not the mask of the PCRs that it names")
+            raise UsageError(
+                "the policy's mask is not the mask of the PCRs that it names: take the mask out"
+            )
     return policy

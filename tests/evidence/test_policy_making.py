@@ -118,8 +118,12 @@ def test_a_runtime_policy_in_words() -> None:
 
 
 def test_other_policies_in_words() -> None:
-    tpm = list(policy_making.explain_tpm({"10": ["aa", "bb"], "mask": "0x404", "2": "cc"}))
-    assert tpm == ["PCR 2 must be cc.", "PCR 10 must be one of 2 values."]
+    values = {"10": [GOOD, BAD, "11" * 20], "mask": "0x404", "2": GOOD, "3": ["22" * 48, BAD]}
+    assert list(policy_making.explain_tpm(values, HashAlg.SHA256)) == [
+        f"PCR 2 must be {GOOD}.",
+        f"PCR 3 must be {BAD}.",
+        "PCR 10 must be one of 2 values.",
+    ]
     boot = list(policy_making.explain_boot({4: frozenset((b"a", b"b")), 1: frozenset()}))
     assert boot[1] == "PCR 1: never extended."
     assert "nothing but 2 known digests" in boot[2]

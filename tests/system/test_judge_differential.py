@@ -38,7 +38,7 @@ from ima_helpers import (
 from keylime_helpers import PYTHON
 from places import ROOT, SYSTEM
 
-from provider_proxy.errors import LogError
+from provider_proxy.errors import LogError, UsageError
 from provider_proxy.evidence.logs.event_log import (
     EV_NO_ACTION,
     STARTUP_LOCALITY,
@@ -356,6 +356,28 @@ def test_line_by_line_the_verdict_is_keylimes(capsys: pytest.CaptureFixture[str]
     assert not wrong, f"{len(wrong)} lines differ for no reason: {wrong[:5]}"
     assert counts["both allow"] > 1000
     assert counts["both refuse"] > 1000
+
+
+def test_keylime_converts_an_allowlist_as_the_refusal_says(tmp_path: Path) -> None:
+    old = {"meta": {"version": 6}, "hashes": {"/bin/sh": [GOOD]}, "keyrings": {".ima": [BAD]}}
+    (tmp_path / "FILE").write_text(json.dumps(old))
+    with pytest.raises(UsageError, match="older Keylime") as refused:
+        parse_runtime_policy(json.dumps(old).encode())
+    program, *words = str(refused.value).split("`")[1].split()
+    assert f"`{program} {' '.join(words)}`" in (ROOT / "docs/policies.md").read_text()
+    done = subprocess.run(
+        [PYTHON.parent / program, *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(STUB), "PATH": "/usr/bin:/bin"},
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = parse_runtime_policy((tmp_path / "POLICY").read_bytes())
+    assert made.digests == {"/bin/sh": {GOOD}}
+    assert made.keyrings == {".ima": {BAD}}
 
 
 def test_the_table_of_differences_is_this_one() -> None:

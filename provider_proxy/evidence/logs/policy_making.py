@@ -238,12 +238,13 @@ def explain_boot(allowed: Mapping[int, frozenset[bytes]]) -> Iterator[str]:
             yield f"PCR {pcr}: never extended."
 
 
-def explain_tpm(values: Mapping[str, Any]) -> Iterator[str]:
-    """What a `tpm_policy` demands of the PCRs."""
+def explain_tpm(values: Mapping[str, Any], bank: HashAlg) -> Iterator[str]:
+    """What a `tpm_policy` demands of a bank's PCRs: values of other banks match nothing."""
     for pcr, digests in sorted(
         ((int(key), v) for key, v in values.items() if key != "mask"), key=lambda item: item[0]
     ):
-        listed = digests if isinstance(digests, list) else [digests]
+        every = digests if isinstance(digests, list) else [digests]
+        listed = [digest for digest in every if len(digest) == 2 * bank.digest_bytes]
         known = f"one of {len(listed)} values" if len(listed) > 1 else f"{listed[0]}"
         yield f"PCR {pcr} must be {known}."
 

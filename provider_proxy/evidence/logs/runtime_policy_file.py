@@ -34,7 +34,7 @@ _IMA_PARTS = ("ignored_keyrings", "log_hash_alg", "dm_policy")
 _DIGEST_RE = re.compile(r"[0-9a-f]{40,128}", re.ASCII)
 _OLD_FORMS = {
     "hashes": "an allowlist of an older Keylime: make a runtime policy of it with "
-    "`keylime-policy create runtime --allowlist FILE`",
+    "`keylime_convert_runtime_policy --allowlist FILE --output_file POLICY`",
     "rules": "a policy of device-mapper rules: dm_policy is not judged here, nor by Keylime 7.14",
 }
 
