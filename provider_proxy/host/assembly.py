@@ -1,8 +1,8 @@
-"""Makes the daemon's parts out of its configuration, as one value; `daemon` runs them.
+"""Makes the daemon's parts from its configuration, as one value; `daemon` runs them.
 
-    configuration → metrics → quoter → vTPM vtpm_service → batcher → registrations → servers → listeners
+    configuration → metrics → quoter → vTPM service → batcher → registrations → servers → listeners
 
-Nothing here starts a task of the daemon's or waits for a tenant.
+Nothing here starts one of the daemon's tasks or waits for a tenant.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from provider_proxy.host.vtpm.open_service import open_vtpm_service
 from provider_proxy.host.vtpm.requests import Issuer
 from provider_proxy.host.vtpm.service import VtpmService
 
-ADMIN_CONNECTIONS = 16  # Prometheus, a status page or two, `top`; one more closes the idlest
+ADMIN_CONNECTIONS = 16  # Prometheus, a status page or two, `top`; one more closes the longest idle
 
 HostQuoter = EsysQuoter | AgentQuoter
 OpenQuoter = Callable[[Config, Metrics], AbstractAsyncContextManager[HostQuoter]]
@@ -88,7 +88,7 @@ async def open_ca(config: Config, quoter: EsysQuoter) -> HostCa:
     """The CA that certifies vTPMs where `vtpm.issuer` is "tpm".
 
     Raises:
-        HostError, ServiceError: its key, or its certificate, is not to be had.
+        HostError, ServiceError: its key or its certificate is not available.
     """
     signer = await open_ca_signer(quoter, config.tpm, config.state_dir, config.vtpm.ca_handle)
     return await open_host_ca(
@@ -102,9 +102,9 @@ class Parts:
 
     Attributes:
         vtpm_service: the registry of vTPMs; None where `vtpm.enabled` is false.
-        draining: set once the daemon is going down.
+        draining: set once the daemon is shutting down.
         tenant_api, tenants: the tenants' requests, and the server that reads them.
-        front_api, front: the same for a front's listeners; no server where there are none.
+        front_api, front: the same for a front's listeners; None where there are none.
         admin: the server of the admin listener.
         open_tenants, open_admin, open_hooks: the listeners, in the order of the configuration.
     """
@@ -135,14 +135,14 @@ async def open_parts(
     """Open the TPM, the registry and the listeners, for as long as the context lasts.
 
     Args:
-        open_quoter: opens the TPM; benchmarks put one with a delay there.
+        open_quoter: opens the TPM; benchmarks pass one with a delay.
         open_issuer: opens what certifies vTPMs where `vtpm.issuer` is "tpm".
 
     Raises:
         HostError: TPM, key, port or file is missing.
         ConfigError: an inherited socket does not fit the configuration.
     """
-    # Files first: what is wrong with them is said before the chip makes a key.
+    # Files first: their faults are reported before the chip makes a key.
     context = listeners.tls_context(config.listen)
     directory = load_tenant_directory(config.listen, config.tenant_defaults, config.tenants)
     adopted = adopt(config.listen, context)
@@ -224,10 +224,10 @@ async def open_parts(
 async def _make_issuer(
     config: Config, quoter: HostQuoter, open_issuer: OpenIssuer
 ) -> Issuer | None:
-    """What certifies vTPMs; None where swtpm's own tool does.
+    """The issuer of vTPMs' certificates; None where swtpm's own tool issues them.
 
     Raises:
-        HostError, ServiceError: it cannot be had.
+        HostError, ServiceError: it cannot be opened.
     """
     if not config.vtpm.enabled or config.vtpm.issuer == "delegate":
         return None
@@ -277,7 +277,7 @@ def _make_status_board(
     draining: trio.Event,
     calendar: Calendar,
 ) -> StatusBoard:
-    """What operators see; it feeds the gauges that others own, too."""
+    """The status that operators see; it also sets gauges of other parts."""
     program = program_version()
     metrics.duty.set_function(lambda: quoter.state.duty)
     metrics.max_duty.set_function(lambda: min(config.tpm.max_duty, quoter.state.max_duty))
@@ -301,7 +301,7 @@ def _make_status_board(
 
 
 def _make_registrations(config: Config, quoter: HostQuoter, metrics: Metrics) -> Registrations:
-    """The host's registrations, none of them begun; an agent's chip answers no challenge of ours."""
+    """The host's registrations, not started; a Keylime agent's chip cannot answer our challenges."""
     return Registrations(
         None if isinstance(quoter, AgentQuoter) else quoter,
         metrics,
@@ -335,7 +335,7 @@ def _make_tenant_api(
     registrations: Registrations,
     issuer: Issuer | None,
 ) -> TenantApi:
-    """The tenants' server."""
+    """The tenant API."""
     identity = quoter.identity
     return TenantApi(
         batcher.submit,

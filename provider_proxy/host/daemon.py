@@ -1,17 +1,18 @@
-"""The daemon: one nursery, in which everything that it is runs, and the way up and down.
+"""The daemon: one nursery in which all its tasks run, its start and its stop.
 
-    run ─┬─ batcher.run         fill and flush
-         ├─ vtpm_service.run          the registry of vTPMs and its hooks, with vtpm.enabled
-         ├─ servers               a listener each; a task a connection
-         ├─ registrations       a task a tenant's registrar; none keeps READY or a quote waiting
-         ├─ watchdog            ends the process where a TPM command hangs
-         ├─ calendar.run        warns of what expires
-         ├─ memory.collect      the garbage collector, by the clock
-         ├─ unit_status         a line for `systemctl status`
-         └─ signals             SIGTERM and SIGINT begin the drain, SIGHUP reloads
+    run ─┬─ batcher.run          fill and flush
+         ├─ vtpm_service.run     the registry of vTPMs and its hooks, with vtpm.enabled
+         ├─ servers              a listener each; a task for each connection
+         ├─ registrations        a task for each registrar; none delays READY or a quote
+         ├─ watchdog             ends the process when a TPM command hangs
+         ├─ calendar.run         warns of what expires
+         ├─ memory.collect       the garbage collector, at fixed times
+         ├─ unit_status          a line for `systemctl status`
+         └─ signals              SIGTERM and SIGINT start the drain, SIGHUP reloads
 
-Up: TPM and keys, then listeners, then READY. Down: STOPPING; new requests get 503 and a closed
-connection; what waits is sealed and answered, for `limits.drain_ms` at most; then the servers close.
+Start: TPM and keys, then listeners, then READY. Stop: STOPPING; new requests get 503 and a closed
+connection; waiting requests are sealed and answered, for `limits.drain_ms` at most; then the servers
+close.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from provider_proxy.host.status import unit_line, watchdog
 log = logging.getLogger(__name__)
 
 RESERVED_FILES = assembly.ADMIN_CONNECTIONS + 16  # TPM, audit log, host's logs, state, registrars
-CLOSE_LIMIT_S = 5.0  # for answers that are on their way when the drain is over
+CLOSE_LIMIT_S = 5.0  # for answers that are being sent when the drain is over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,7 @@ async def run(
     """Serve until SIGTERM or SIGINT, or until cancelled.
 
     Args:
-        open_quoter: opens the TPM; benchmarks put one with a delay there.
+        open_quoter: opens the TPM; benchmarks pass one with a delay.
         open_issuer: opens what certifies vTPMs where `vtpm.issuer` is "tpm".
         read_config: reads the configuration again, for SIGHUP; None where there is no file.
 
@@ -79,9 +80,7 @@ async def run(
         _announce(config, started)
         _hold_to_descriptors(config, parts.tenants, parts.front)
         if parts.vtpm_service is not None:
-            await (
-                parts.vtpm_service.start()
-            )  # the socket is there: nothing that happens now is missed
+            await parts.vtpm_service.start()  # the socket exists: no event from now on is missed
         memory.tune_gc()
         async with trio.open_nursery() as nursery:
             _start(nursery, config, parts)
@@ -117,7 +116,7 @@ async def run(
 
 
 def _start(nursery: trio.Nursery, config: Config, parts: assembly.Parts) -> None:
-    """Start what runs from before READY to the end."""
+    """Start the tasks that run from before READY to the end."""
     nursery.start_soon(parts.batcher.run)
     nursery.start_soon(memory.collect)
     nursery.start_soon(parts.calendar.run)
@@ -130,21 +129,21 @@ def _start(nursery: trio.Nursery, config: Config, parts: assembly.Parts) -> None
 
 
 def _hold_to_descriptors(config: Config, tenants: HttpServer, front: HttpServer) -> None:
-    """Take no more connections than can be open beside what else needs files.
+    """Limit connections to what the open files limit leaves after the daemon's other files.
 
     Raises:
-        HostError: there is room for none.
+        HostError: it leaves room for none.
     """
     room = descriptors.room(RESERVED_FILES)
     if room < 1:
         raise HostError(
-            f"the limit of open files leaves no room for connections: {RESERVED_FILES} are kept for the "
+            f"the limit of open files is too low for a connection: {RESERVED_FILES} are kept for the "
             "TPM, the logs and the admin listener; raise it (LimitNOFILE= in the unit, ulimit -n)"
         )
     front.limit_connections(room)
     if tenants.limit_connections(room) < config.limits.max_connections:
         log.warning(
-            "limits.max_connections is %d, and the limit of open files leaves room for %d; raise it "
+            "limits.max_connections is %d, but the limit of open files allows only %d; raise it "
             "(LimitNOFILE= in the unit, ulimit -n)",
             config.limits.max_connections,
             room,
@@ -155,13 +154,15 @@ def _announce(config: Config, started: Started) -> None:
     for address in started.addresses:
         log.info("listening on %s", address)
     for address in started.front_addresses:
-        log.info("a front may ask at %s", address)
+        log.info("listening for the front on %s", address)
     for address in started.admin_addresses:
-        log.info("admin listens on %s", address)
+        log.info("listening for the admin API on %s", address)
     if config.listen.insecure_plaintext:
-        log.warning("listen.insecure_plaintext: requests and answers travel in the clear")
+        log.warning("listen.insecure_plaintext: requests and answers are not encrypted")
     elif config.listen.client_ca is None:
-        log.warning("listen.client_ca is not set: whoever reaches the port may ask for quotes")
+        log.warning(
+            "listen.client_ca is not set: any client that reaches the port may ask for quotes"
+        )
 
 
 async def _reload_at_signal(
@@ -178,7 +179,7 @@ async def _drain_at_signal(
     parts: assembly.Parts,
     servers: trio.CancelScope,
 ) -> None:
-    """Wait for a signal; then answer what waits and close the servers."""
+    """Wait for a signal; then answer the waiting requests and close the servers."""
     async for number in signals:
         log.info("%s: draining", signal.Signals(number).name)
         break
@@ -187,7 +188,7 @@ async def _drain_at_signal(
     with trio.move_on_after(config.limits.drain_ms / 1000) as scope:
         await parts.batcher.drain()
     if scope.cancelled_caught:
-        log.warning("limits.drain_ms is over; whoever still waits is refused")
+        log.warning("limits.drain_ms is over; requests that still wait are refused")
         parts.batcher.abandon()
     with trio.move_on_after(CLOSE_LIMIT_S):
         async with trio.open_nursery() as nursery:

@@ -1,8 +1,8 @@
 """The listeners of a configuration, its own or those that systemd hands over, open for as long as a
 context lasts.
 
-A socket that systemd names "front" (`FileDescriptorName=front`) is a front's listener, every other one
-the tenants' own: what comes from a front speaks for all tenants, so no socket becomes one by chance.
+A socket that systemd names "front" (`FileDescriptorName=front`) is the front's listener; all others are
+the tenants'. A front may ask for any tenant, so a socket becomes the front's by this name only.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def adopt(listen: Listen, context: ssl.SSLContext | None) -> Mapping[str, Opened
     }
     if by_key[FRONT] and not listen.front:
         raise ConfigError(
-            'systemd hands over a socket named "front", and listen.front is not set: set it and '
-            "listen.front_peers, or take FileDescriptorName=front out of the .socket unit"
+            'systemd hands over a socket named "front", but listen.front is not set: set it and '
+            "listen.front_peers, or remove FileDescriptorName=front from the .socket unit"
         )
     return {
         key: listeners.adopt_listeners(sockets, context)
@@ -64,7 +64,7 @@ def listening(
 
 @contextmanager
 def opened(found: Opened, *, ours: bool = True) -> Iterator[Opened]:
-    """Close listeners in the end; the unix sockets that are ours are removed, systemd's stay."""
+    """Close listeners at the end; our own unix sockets are removed, systemd's stay."""
     names = listeners.describe(found)
     try:
         yield found
@@ -75,10 +75,10 @@ def opened(found: Opened, *, ours: bool = True) -> Iterator[Opened]:
 
 
 def open_hooks(config: Config) -> Opened:
-    """The listener of swtpm's hooks; none where VMs are not linked.
+    """The listener of swtpm's hooks; empty without `vtpm.enabled`.
 
     Raises:
-        HostError: it cannot be opened, or not shared with those who call it.
+        HostError: it cannot be opened, or its access cannot be set.
     """
     if not config.vtpm.enabled:
         return ()

@@ -1,6 +1,6 @@
-"""What the daemon counts: one object, made by the daemon and handed to whoever counts.
+"""The daemon's metrics: one object, made by the daemon and passed to the parts that count.
 
-prometheus-client is behind it. Each object has a registry of its own, so that two daemons in one
+Uses prometheus-client. Each object has a registry of its own, so that two daemons in one
 test process do not share numbers. One counter per reason, so that "refused" can be explained.
 """
 
@@ -35,13 +35,13 @@ class Metrics:
         )
         self.leaves = Histogram(
             prefix + "batch_leaves",
-            "Tenants' requests in a batch.",
+            "Requests of tenants in a batch.",
             buckets=LEAVES_BUCKETS,
             registry=self.registry,
         )
         self.quote_seconds = Histogram(
             prefix + "quote_seconds",
-            "Time of a quote on the chip, readings of PCRs included.",
+            "Time of a quote on the chip, PCR reads included.",
             buckets=SECONDS_BUCKETS,
             registry=self.registry,
         )
@@ -62,7 +62,7 @@ class Metrics:
         )
         self.abandoned = Counter(
             prefix + "abandoned",
-            "Requests dropped before the seal, because their client went away.",
+            "Requests dropped before the seal because their client went away.",
             registry=self.registry,
         )
         self.tpm_quotes = Counter(
@@ -70,7 +70,7 @@ class Metrics:
         )
         self.quote_commands = Counter(
             prefix + "quote_commands",
-            "TPM commands that quotes took, by command; over tpm_quotes: commands a quote.",
+            "TPM commands sent for quotes, by command. Divide by tpm_quotes for commands per quote.",
             ["command"],
             registry=self.registry,
         )
@@ -78,13 +78,13 @@ class Metrics:
             self.quote_commands.labels(command)
         self.tpm_errors = Counter(
             prefix + "tpm_errors",
-            "TPM commands that failed, by response code and by what was done about it.",
+            "TPM commands that failed, by response code and by the step taken then.",
             ["code", "step"],
             registry=self.registry,
         )
         self.tpm_retries = Counter(
             prefix + "tpm_retries",
-            "TPM commands that were tried again, by step of the ladder.",
+            "TPM commands that were tried again, by step: again, clean or slow.",
             ["step"],
             registry=self.registry,
         )
@@ -95,17 +95,17 @@ class Metrics:
         )
         self.duty = Gauge(
             prefix + "duty",
-            "Share of the last 10 s in which the chip worked for us, 0 to 1.",
+            "Share of the last 10 s in which the chip worked for the proxy, 0 to 1.",
             registry=self.registry,
         )
         self.max_duty = Gauge(
             prefix + "max_duty",
-            "The cap of the duty, by tpm.max_duty and tpm.ima_wait_ms.",
+            "Limit of the duty, from tpm.max_duty and tpm.ima_wait_ms.",
             registry=self.registry,
         )
         self.learnt_quote_seconds = Gauge(
             prefix + "learnt_quote_seconds",
-            "Learnt time of a quote: estimates, Retry-After and the hang limit come from it.",
+            "Learnt time of a quote; estimates, Retry-After and the hang limit use it.",
             registry=self.registry,
         )
         self.tls_handshakes = Counter(
@@ -115,11 +115,11 @@ class Metrics:
             registry=self.registry,
         )
         self.connections = Gauge(
-            prefix + "connections", "Tenants' connections that are open.", registry=self.registry
+            prefix + "connections", "Open connections of tenants.", registry=self.registry
         )
         self.log_dropped = Gauge(
             prefix + "log_lines_dropped",
-            "Lines of the log that were dropped since the start, because their reader was too slow.",
+            "Log lines dropped since the start because their reader was too slow.",
             registry=self.registry,
         )
         self.log_dropped.set_function(dropped_lines)
@@ -131,24 +131,24 @@ class Metrics:
         )
         self.registrations = Gauge(
             prefix + "registrations",
-            "1 for the state that each registration is in, 0 for the others.",
+            "1 for the current state of each registration, 0 for its other states.",
             ["registrar", "state"],
             registry=self.registry,
         )
         self.selfcheck_failures = Counter(
             prefix + "selfcheck_failures",
-            "Batches that failed the tenants' own checks here. Must stay 0.",
+            "Batches that failed the proxy's self-check (the tenants' own checks). Must stay 0.",
             registry=self.registry,
         )
 
         self.audit_lost = Counter(
             prefix + "audit_lost_batches",
-            "Batches whose records did not get into the audit log, or not wholly. Must stay 0.",
+            "Batches whose records are missing from the audit log, or incomplete. Must stay 0.",
             registry=self.registry,
         )
         self.not_after = Gauge(
             prefix + "not_after_seconds",
-            "When a certificate, a CA or a CRL ends to be valid, in seconds since the epoch.",
+            "When a certificate, a CA or a CRL expires, in seconds since the epoch.",
             ["what"],
             registry=self.registry,
         )
@@ -160,26 +160,26 @@ class Metrics:
         )
         self.vtpm_messages = Counter(
             prefix + "vtpm_messages",
-            "What the hooks sent, by operation and outcome.",
+            "Messages from the hooks, by operation and outcome.",
             ["op", "outcome"],
             registry=self.registry,
         )
         self.vtpm_confirmations = Counter(
             prefix + "vtpm_confirmations",
-            "vTPMs read back, by outcome.",
+            "Reads of vTPMs' states (read-back), by outcome.",
             ["outcome"],
             registry=self.registry,
         )
 
     def count_request(self, status: int, reason: str) -> None:
-        """Count a response; looking a labelled counter up costs more than counting."""
+        """Count a response. Counters are cached: looking up a labelled one costs more than counting."""
         counter = self._responses.get((status, reason))
         if counter is None:
             counter = self._responses[status, reason] = self.requests.labels(status, reason)
         counter.inc()
 
     def count_quote_command(self, command: str) -> None:
-        """Count a TPM command that a quote takes; any thread."""
+        """Count a TPM command sent for a quote; from any thread."""
         self.quote_commands.labels(command).inc()
 
     def count_handshake(self, reason: str) -> None:
@@ -192,7 +192,7 @@ class Metrics:
         self.tls_handshakes.labels(result, reason).inc()
 
     def tpm_error_counts(self) -> dict[str, int]:
-        """How often each TPM response code came, by its name."""
+        """How often each TPM response code occurred, by its name."""
         found: dict[str, int] = {}
         for family in self.tpm_errors.collect():
             for sample in family.samples:
@@ -207,20 +207,20 @@ class Metrics:
         return int(self.registry.get_sample_value(name) or 0)
 
     def audit_lost_count(self) -> int:
-        """How many batches are not in the audit log that was asked for."""
+        """How many batches are missing from the configured audit log."""
         return int(self.registry.get_sample_value("provider_proxy_audit_lost_batches_total") or 0)
 
     def set_registration(self, registrar: str, state: str, states: Iterable[str]) -> None:
-        """Say in which of all its states a registration is."""
+        """Set the current state of a registration among all its states."""
         for each in states:
             self.registrations.labels(registrar, each).set(each == state)
 
     def show_dates(self, dates: Iterable[Dated]) -> None:
-        """Say when each ends to be valid; those that were said before are forgotten."""
+        """Set when each expires; earlier entries are removed."""
         show_dates(self.not_after, dates)
 
     def forget_registration(self, registrar: str, states: Iterable[str]) -> None:
-        """Drop what was said of a registrar that is configured no more."""
+        """Remove a registrar that is no longer configured."""
         for each in states:
             self.registrations.remove(registrar, each)
 

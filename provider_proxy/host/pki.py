@@ -1,9 +1,9 @@
-"""A small CA of the provider's own: certificates of the server and of tenants, and who was revoked.
+"""A small CA for the provider: certificates of the server and of tenants, and their revocation.
 
-For a first set-up and for tests; a provider that has a CA goes on using that. Keys are P-256, not
-encrypted, for their owner alone. Files are written under temporary names and then linked to their own,
-which fails where something is there: nothing is ever overwritten, and of the files of one step all are
-made or none. Only the CRL is replaced, whole, by one process at a time. `now` is handed in.
+For a first set-up and for tests; a provider that has a CA keeps using it. Keys are P-256, not
+encrypted, readable by their owner only. Files are written under temporary names and then linked to their
+final names, which fails if a name exists: no file is ever overwritten, and a step makes all its files or
+none. Only the CRL is replaced, atomically, by one process at a time. `now` is a parameter.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from provider_proxy.errors import HostError, UsageError
 CA_CERT, CA_KEY, CRL = "ca.crt", "ca.key", "crl.pem"
 CA_DAYS = 3650
 CRL_DAYS = 30
-SKEW = timedelta(minutes=5)  # a clock that is behind by less takes what was just made
-KEY_SUFFIX = ".key"  # of files that nobody but their owner may read
+SKEW = timedelta(minutes=5)  # a clock that is slow by less than this accepts a new certificate
+KEY_SUFFIX = ".key"  # of files that only their owner may read
 
 Key = ec.EllipticCurvePrivateKey
 Crl = x509.CertificateRevocationList
@@ -55,24 +55,24 @@ class Holder:
 
 
 def pem(signed: x509.Certificate | Crl) -> bytes:
-    """As files hold it."""
+    """PEM, as the files hold it."""
     return signed.public_bytes(Encoding.PEM)
 
 
 def crl_number(crl: Crl) -> int:
-    """Its number, which rises with each. Raises: x509.ExtensionNotFound."""
+    """Its number, which rises with each CRL. Raises: x509.ExtensionNotFound."""
     return crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
 
 
 def is_revoked(crl: Crl, certificate: x509.Certificate) -> bool:
-    """True where the CRL holds its serial. Does not check: that both are of the same CA."""
+    """True where the CRL lists its serial number. Does not check: that both are of the same CA."""
     return crl.get_revoked_certificate_by_serial_number(certificate.serial_number) is not None
 
 
 def new_authority(now: datetime) -> Holder:
     """A CA for `CA_DAYS`; it signs certificates and CRLs, and no other CA."""
     key = ec.generate_private_key(ec.SECP256R1())
-    # Two CAs have two names, so that nobody takes one for the other while both are trusted.
+    # Each CA has a name of its own, so that two that are trusted at once are not confused.
     name = _common_name(f"provider-proxy CA {_key_id(key).digest.hex()[:8]}")
     builder = _builder(name, name, key, now, now + timedelta(days=CA_DAYS), is_ca=True)
     return Holder(certificate=builder.sign(key, SHA256()), key=key)
@@ -91,7 +91,7 @@ def issue(
 
     Args:
         common_name: for people; 64 characters at most.
-        names: who or where the holder is; all that counts.
+        names: the holder's identities or addresses; only these are compared.
         purpose: an extended key usage.
 
     Raises:
@@ -102,7 +102,9 @@ def issue(
     not_after = (now + timedelta(days=days)).replace(microsecond=0)
     end = ca.certificate.not_valid_after_utc
     if not_after > end:
-        raise UsageError(f"--days: the CA itself ends on {end:%Y-%m-%d}")
+        raise UsageError(
+            f"--days: the certificate must not outlive the CA, which expires on {end:%Y-%m-%d}"
+        )
     key = ec.generate_private_key(ec.SECP256R1())
     subject = _common_name(common_name)
     builder = (
@@ -117,7 +119,7 @@ def issue(
 def sign_crl(
     ca: Holder, number: int, revoked: Iterable[x509.RevokedCertificate], now: datetime
 ) -> Crl:
-    """A CRL that holds until `CRL_DAYS` from now."""
+    """A CRL that is valid for `CRL_DAYS` from now."""
     builder = (
         x509.CertificateRevocationListBuilder()
         .issuer_name(ca.certificate.subject)
@@ -180,9 +182,7 @@ def load_authority(directory: Path) -> Holder:
     names = ("", "the certificate of the CA", "the key of the CA")
     certificate, key = load_pair(TlsFiles(cert=directory / CA_CERT, key=path, names=names))
     if not isinstance(key, Key):
-        raise HostError(
-            f"the key of the CA: {path} is of another kind than the keys that pki makes (P-256)"
-        )
+        raise HostError(f"the key of the CA: {path} is not a P-256 key, as pki makes them")
     return Holder(certificate=certificate, key=key)
 
 
@@ -191,26 +191,26 @@ def load_crl(directory: Path, ca: x509.Certificate) -> Crl:
     path = directory / CRL
     lists = read_crls("the CRL", path, (ca,))
     if len(lists) > 1:
-        raise HostError(f"the CRL: {path} holds {len(lists)} CRLs where one is read")
+        raise HostError(f"the CRL: {path} holds {len(lists)} CRLs, must hold one")
     crl = lists[0][0]
     try:
         crl_number(crl)
     except (ValueError, x509.ExtensionNotFound) as exc:
-        raise HostError(f"the CRL: {path} has no number") from exc
+        raise HostError(f"the CRL: {path} has no CRL number") from exc
     if crl.issuer != ca.subject:
-        raise HostError(f"the CRL: {path} is not of the CA in {CA_CERT}")
+        raise HostError(f"the CRL: {path} was not issued by the CA in {CA_CERT}")
     return crl
 
 
 def update_crl(directory: Path, revoke: x509.Certificate | None, *, now: datetime) -> Crl:
-    """Sign the CRL anew, one certificate longer; a certificate that is on it already changes nothing.
+    """Sign the CRL again, with one more certificate; one that is already on it is not added again.
 
     Args:
         revoke: of this CA; None to keep the entries, for another `CRL_DAYS`.
 
     Raises:
-        HostError: no CA, or the CRL is missing, damaged or another's. It is not begun afresh: whoever
-            was revoked would be good again.
+        HostError: no CA, or the CRL is missing, damaged or another CA's. No new CRL is started then:
+            revoked certificates would be valid again.
     """
     ca = load_authority(directory)
     with _writing(directory), _locked(directory), contextlib.ExitStack() as parts:
@@ -228,11 +228,11 @@ def update_crl(directory: Path, revoke: x509.Certificate | None, *, now: datetim
 
 
 def create(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Make all of these files in a directory, or none; keys are for their owner alone.
+    """Make all of these files in a directory, or none; keys are readable by their owner only.
 
     Raises:
-        UsageError: one is there already.
-        HostError: the directory is open to others, or cannot be written.
+        UsageError: one exists already.
+        HostError: the directory is accessible to others, or cannot be written.
     """
     with _writing(directory), contextlib.ExitStack() as undo, contextlib.ExitStack() as parts:
         _make_directory(directory, undo)
@@ -244,7 +244,7 @@ def create(directory: Path, files: Mapping[str, bytes]) -> None:
             try:
                 os.link(part, path)
             except FileExistsError as exc:
-                raise UsageError(f"{path} is there already; nothing was made") from exc
+                raise UsageError(f"{path} exists already; nothing was made") from exc
             undo.callback(path.unlink)
         _sync(directory)
         undo.pop_all()
@@ -257,7 +257,7 @@ def _make_directory(directory: Path, undo: contextlib.ExitStack) -> None:
     except FileExistsError:
         mode = directory.stat().st_mode
         if not stat.S_ISDIR(mode) or mode & 0o077:
-            raise HostError(f"{directory} must be a directory for its owner alone, 0700") from None
+            raise HostError(f"{directory} must be a directory with mode 0700") from None
 
 
 def _remove_if_empty(directory: Path) -> None:
@@ -266,7 +266,7 @@ def _remove_if_empty(directory: Path) -> None:
 
 
 def _write_part(parts: contextlib.ExitStack, path: Path, data: bytes) -> Path:
-    """Write a temporary file beside `path`; it goes with `parts`."""
+    """Write a temporary file beside `path`; `parts` removes it."""
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     mode = 0o600 if path.suffix == KEY_SUFFIX else 0o644
     fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -296,7 +296,7 @@ def _writing(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that holds it."""
+    """One process at a time; the lock ends with the process that holds it."""
     fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

@@ -1,7 +1,7 @@
-"""What a start would say, before it: every file that a configuration names, and what else it needs.
+"""Checks before a start: every file that a configuration names, and what else the daemon needs.
 
-`check-config` shows all of it. `serve` asks for what would stop it late, before the chip makes a key:
-addresses that are in use, an audit log that cannot be written. Nothing is changed here.
+`check-config` shows all findings. `serve` makes those checks here that would otherwise fail only after
+the chip has made a key: addresses in use, an audit log that cannot be written. Nothing is changed here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROC = Path("/proc")
 
 
 def find(config: Config) -> Iterator[Finding]:
-    """All that is wrong with what a configuration names. Opens files and, for a moment, ports."""
+    """All faults of what a configuration names. Opens files and, for a moment, ports."""
     if config.listen.tls_cert is not None:
         tls = listen_files(config.listen)
         yield from _look(_named(tls), partial(server_context, tls))
@@ -52,7 +52,7 @@ def find(config: Config) -> Iterator[Finding]:
     else:
         problem = device.problem(config.tpm.tcti)
         if problem is not None:
-            # Often run where the host's TPM is not, or by another user than the daemon's.
+            # A warning: often run on a machine without the TPM, or not as the daemon's user.
             yield Finding(level=WARNING, text=f"tpm.tcti: {problem}")
     yield from _state(config.state_dir)
     yield from attempt(partial(check_audit, config))
@@ -72,20 +72,20 @@ def _named(files: TlsFiles) -> Named:
 
 
 def _look(files: Named, call: Callable[[], object]) -> Iterator[Finding]:
-    """A finding where a call fails; a warning where one of its files cannot be there now.
+    """A finding where a call fails; a warning where one of its files can exist only in the unit.
 
-    systemd makes a unit's credentials when it starts it: before that, and beside it, nobody has them.
+    systemd makes a unit's credentials when it starts the unit, and for that unit only.
     """
     for key, path in files:
         if path is not None and path.parent == credentials_directory() and not _has_credentials():
-            text = f"{key}: the credential {path.name} is there while the unit runs; it was not looked at"
+            text = f"{key}: the credential {path.name} exists only while the unit runs: not checked"
             yield Finding(level=WARNING, text=text)
             return
     yield from attempt(call)
 
 
 def _has_credentials() -> bool:
-    """False where the unit does not run, and where only others may look."""
+    """False where the unit does not run, or where this user may not look."""
     try:
         return is_there(credentials_directory())
     except HostError:
@@ -102,13 +102,13 @@ def addresses_of(config: Config) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def check_start(config: Config, *, inherited: Collection[str] = ()) -> None:
-    """What would stop a start late.
+    """Check what would otherwise stop a start late.
 
     Args:
         inherited: the keys whose sockets systemd has opened.
 
     Raises:
-        HostError: an address is in use or not of this host, or the state or the audit log cannot be
+        HostError: an address is in use or not of this host, or the state directory or audit log cannot be
             written.
     """
     for closed in _state(config.state_dir):
@@ -124,15 +124,17 @@ def check_start(config: Config, *, inherited: Collection[str] = ()) -> None:
 
 
 def check_conflicts(config: Config) -> None:
-    """Raises: HostError where two of our own listeners want one address."""
+    """Raises: HostError where two of our own listeners have the same address."""
     wanted = [(key, address) for key, addresses in addresses_of(config) for address in addresses]
     for (first, one), (second, other) in itertools.combinations(wanted, 2):
         if is_conflict(one, other):
-            raise HostError(f"{second}: {other} is taken by {first}: {one}; give it another port")
+            raise HostError(
+                f"{second}: {other} is already used by {first}: {one}; set another port"
+            )
 
 
 def check_audit(config: Config) -> None:
-    """Raises: HostError where the audit log that was asked for cannot be written."""
+    """Raises: HostError where the configured audit log cannot be written."""
     path = config.audit.path
     if not config.audit.enabled or path is None:
         return
@@ -141,33 +143,33 @@ def check_audit(config: Config) -> None:
     except FileNotFoundError:
         folder = path.parent
         if not folder.is_dir():
-            raise HostError(f"audit.path: there is no folder {folder}: make it") from None
+            raise HostError(f"audit.path: the directory {folder} does not exist: make it") from None
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise HostError(f"audit.path: {folder} is not writable for this user") from None
+            raise HostError(f"audit.path: this user cannot write to {folder}") from None
         return
     except OSError as exc:
-        raise HostError(f"audit.path: cannot look at {path}: {exc.strerror}") from exc
+        raise HostError(f"audit.path: cannot check {path}: {exc.strerror}") from exc
     if not stat.S_ISREG(there.st_mode):
-        raise HostError(f"audit.path: {path} is not a plain file")
+        raise HostError(f"audit.path: {path} is not a regular file")
     if not os.access(path, os.R_OK | os.W_OK):
-        raise HostError(f"audit.path: {path} is not writable for this user")
+        raise HostError(f"audit.path: this user cannot write to {path}")
 
 
 def _state(folder: Path) -> Iterator[Finding]:
     try:
         status = folder.stat()
     except FileNotFoundError:
-        return  # it is made
+        return  # the daemon makes it
     except OSError as exc:
-        yield Finding(level=ERROR, text=f"state_dir: cannot look at {folder}: {exc.strerror}")
+        yield Finding(level=ERROR, text=f"state_dir: cannot check {folder}: {exc.strerror}")
         return
     if not stat.S_ISDIR(status.st_mode):
-        yield Finding(level=ERROR, text=f"state_dir: {folder} is not a folder")
+        yield Finding(level=ERROR, text=f"state_dir: {folder} is not a directory")
     elif not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         yield Finding(
             level=ERROR,
-            text=f"state_dir: {folder} belongs to user {status.st_uid}, and is closed to this user: "
-            "run this as the daemon's user",
+            text=f"state_dir: {folder} is owned by uid {status.st_uid}, and this user has no access: "
+            "run this command as the daemon's user",
         )
 
 
@@ -179,7 +181,7 @@ def _address(key: str, address: str) -> Iterator[Finding]:
         if getattr(exc.__cause__, "errno", None) != errno.EADDRINUSE:
             yield Finding(level=ERROR, text=str(exc))
         elif holder is None or "provider-proxy" not in holder:
-            who = "a daemon that runs, or another program" if holder is None else holder
+            who = "a running daemon, or another program" if holder is None else holder
             yield Finding(
                 level=WARNING if holder is None else ERROR,
                 text=f"{key}: {address} is in use: {who}",
@@ -218,13 +220,13 @@ def _descriptors(config: Config) -> Iterator[Finding]:
         yield Finding(
             level=WARNING,
             text=f"limits.max_connections: {config.limits.max_connections} connections need {needed} "
-            f"open files, and this process may have {hard}: a larger LimitNOFILE= in the unit, or "
+            f"open files, but this process may open {hard}: raise LimitNOFILE= in the unit, or allow "
             "fewer connections",
         )
 
 
 def allow_connections(config: Config) -> Finding | None:
-    """Raise the soft limit of open files to what the connections need; a finding where it cannot be."""
+    """Raise the soft limit of open files to what the connections need; a finding where that fails."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = config.limits.max_connections + OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:

@@ -1,9 +1,9 @@
 """SIGHUP: reads the configuration, the tenants, the registrars, the certificates and the CRL again, and
 loses nothing.
 
-The new state is made as a whole before any of it is used; where a part of it is bad, the old one goes on.
-Connections stay: those that come after get the new TLS context, and every request asks the new directory.
-What cannot change while serving (addresses, TPM, batch, limits) is named in the log, and waits for a
+The new state is made completely before any of it is used; if a part of it is bad, the old one stays.
+Connections stay open: later ones get the new TLS context, and every request uses the new directory.
+Settings that cannot change while serving (addresses, TPM, batch, limits) are named in the log and need a
 restart.
 """
 
@@ -37,7 +37,7 @@ RELOADED_LISTEN = ("tls_cert", "tls_key", "client_ca", "client_crl", "crl_strict
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Fresh:
-    """All that a reload replaces, made before any of it is used."""
+    """Everything that a reload replaces, made before any of it is used."""
 
     config: Config
     directory: TenantDirectory
@@ -48,7 +48,7 @@ class _Fresh:
 
 
 class Reloader:
-    """Replaces what a reload can.
+    """Replaces what a reload can change.
 
     Args:
         config: as it was read at the start.
@@ -74,24 +74,24 @@ class Reloader:
         self._tls = [server for server in servers if server.context is not None]
 
     async def run(self, signals: AsyncIterator[int]) -> None:
-        """Reload at each signal, for ever."""
+        """Reload at each signal, until cancelled."""
         async for _ in signals:
             systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
                 await self.reload()
             except ProviderProxyError as exc:
-                log.error("reload refused, going on as before: %s", exc)
+                log.error("reload refused, keeping the old configuration: %s", exc)
             systemd.notify("READY=1")
 
     async def reload(self) -> None:
-        """Read everything anew and use it.
+        """Read everything again and use it.
 
         Raises:
-            ConfigError, HostError: something is wrong with it; nothing has changed.
+            ConfigError, HostError: a part of it is not valid; nothing has changed.
         """
         fresh = await trio.to_thread.run_sync(self._load)
         for key in _unchangeable(self._config, fresh.config):
-            log.warning("reload: %s has changed, which takes a restart", key)
+            log.warning("reload: %s has changed; restart the daemon to use the new value", key)
         self._server.identify = fresh.directory.find
         if self._front is not None and fresh.front is not None:
             self._front.judge = fresh.front
@@ -110,7 +110,9 @@ class Reloader:
     def _load(self) -> _Fresh:
         config = self._read_config()
         if config.listen.insecure_plaintext != self._config.listen.insecure_plaintext:
-            raise ConfigError("listen.insecure_plaintext cannot change while serving")
+            raise ConfigError(
+                "listen.insecure_plaintext cannot change at a reload; restart the daemon"
+            )
         directory = load_tenant_directory(config.listen, config.tenant_defaults, config.tenants)
         return _Fresh(
             config=config,
@@ -123,7 +125,7 @@ class Reloader:
 
 
 def _unchangeable(old: Config, new: Config) -> list[str]:
-    """Keys that differ and that a reload does not replace."""
+    """Keys that differ and that a reload cannot change."""
     found = []
     for field in dataclasses.fields(Config):
         before, after = getattr(old, field.name), getattr(new, field.name)

@@ -433,9 +433,13 @@ def test_nobody_outlives_the_ca(site: Site) -> None:
     ca = pki.new_authority(datetime.now(UTC) - timedelta(days=pki.CA_DAYS - 90, seconds=-30))
     (site.ca / "ca.crt").write_bytes(pki.pem(ca.certificate))
     (site.ca / "ca.key").write_bytes(ca.key_pem())
-    expect(site.run("tenant", "acme", "--days", "91"), EXIT_USAGE, "the CA itself ends on 20")
+    expect(
+        site.run("tenant", "acme", "--days", "91"),
+        EXIT_USAGE,
+        "outlive the CA, which expires on 20",
+    )
     site.good("tenant", "acme", "--days", "90")
-    with pytest.raises(UsageError, match="the CA itself ends on"):
+    with pytest.raises(UsageError, match="outlive the CA, which expires on"):
         issue(ca, "late", days=1, now=datetime.now(UTC) + timedelta(days=90))
 
 
@@ -657,25 +661,25 @@ def test_parents_are_made(tmp_path: Path) -> None:
 def test_a_directory_that_is_open_to_others_is_refused(bare: Site, open_to: int) -> None:
     bare.ca.mkdir()
     bare.ca.chmod(open_to)
-    expect(bare.run("init", *HOSTS), EXIT_ENVIRONMENT, "for its owner alone")
+    expect(bare.run("init", *HOSTS), EXIT_ENVIRONMENT, "with mode 0700")
     assert os.listdir(bare.ca) == []
     bare.ca.chmod(0o700)
     bare.good("init", *HOSTS)
     (bare.ca / "tenants").mkdir()
     (bare.ca / "tenants").chmod(open_to)
-    expect(bare.run("tenant", "acme"), EXIT_ENVIRONMENT, "ca/tenants", "for its owner alone")
+    expect(bare.run("tenant", "acme"), EXIT_ENVIRONMENT, "ca/tenants", "with mode 0700")
 
 
 def test_init_twice(site: Site) -> None:
     before = site.contents()
-    expect(site.run("init", *HOSTS), EXIT_USAGE, "ca/ca.crt is there already; nothing was made")
+    expect(site.run("init", *HOSTS), EXIT_USAGE, "ca/ca.crt exists already; nothing was made")
     assert site.contents() == before
 
 
 def test_tenant_twice(site: Site) -> None:
     site.tenant()
     before = site.contents()
-    expect(site.run("tenant", "acme"), EXIT_USAGE, "ca/tenants/acme.crt is there already")
+    expect(site.run("tenant", "acme"), EXIT_USAGE, "ca/tenants/acme.crt exists already")
     assert site.contents() == before
 
 
@@ -691,7 +695,7 @@ OBSTACLES: dict[str, Callable[[Path], object]] = {
 def test_init_overwrites_no_single_file(bare: Site, name: str, obstacle: str) -> None:
     bare.ca.mkdir(mode=0o700)
     OBSTACLES[obstacle](bare.ca / name)
-    expect(bare.run("init", *HOSTS), EXIT_USAGE, f"ca/{name} is there already")
+    expect(bare.run("init", *HOSTS), EXIT_USAGE, f"ca/{name} exists already")
     check_untouched(bare.ca, name, obstacle)
 
 
@@ -701,7 +705,7 @@ def test_tenant_overwrites_no_single_file(site: Site, name: str, obstacle: str) 
     tenants = site.ca / "tenants"
     tenants.mkdir(mode=0o700)
     OBSTACLES[obstacle](tenants / name)
-    expect(site.run("tenant", "acme"), EXIT_USAGE, f"ca/tenants/{name} is there already")
+    expect(site.run("tenant", "acme"), EXIT_USAGE, f"ca/tenants/{name} exists already")
     check_untouched(tenants, name, obstacle)
 
 
@@ -727,7 +731,7 @@ def test_a_file_that_comes_while_we_work_is_not_overwritten(
         real_fsync(fd)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    expect(bare.run("init", *HOSTS), EXIT_USAGE, f"ca/{name} is there already; nothing was made")
+    expect(bare.run("init", *HOSTS), EXIT_USAGE, f"ca/{name} exists already; nothing was made")
     check_untouched(bare.ca, name, "file")
 
 

@@ -48,8 +48,8 @@ def test_a_credential_is_there_only_while_the_unit_runs(
     good = replace(Place(tmp_path).config(), tpm=Tpm(tcti="embedded"))
     config = replace(good, listen=replace(good.listen, tls_key=folder / "secret_server.key"))
     assert texts(config) == [
-        "warning: listen.tls_key: the credential secret_server.key is there while the unit runs; it "
-        "was not looked at"
+        "warning: listen.tls_key: the credential secret_server.key exists only while the unit runs: "
+        "not checked"
     ]
     folder.mkdir()
     (found,) = texts(config)
@@ -104,27 +104,27 @@ def test_two_listeners_of_one_address(
     if not is_conflict:
         preflight.check_conflicts(config)
         return
-    with pytest.raises(HostError, match=r"^admin\.address: .* is taken by listen\.address"):
+    with pytest.raises(HostError, match=r"^admin\.address: .* is already used by listen\.address"):
         preflight.check_conflicts(config)
 
 
 def test_an_audit_log_that_cannot_be_written_stops_a_start(tmp_path: Path) -> None:
     missing = tmp_path / "none" / "audit.log"
     config = plain(tmp_path, audit=AuditTable(enabled=True, path=missing))
-    words = f"audit.path: there is no folder {missing.parent}: make it"
+    words = f"audit.path: the directory {missing.parent} does not exist: make it"
     assert texts(config) == [f"error: {words}"]
     with pytest.raises(HostError, match=words):
         preflight.check_start(config)
     missing.parent.mkdir()
     missing.mkdir()
-    with pytest.raises(HostError, match="is not a plain file"):
+    with pytest.raises(HostError, match="is not a regular file"):
         preflight.check_start(config)
     missing.rmdir()
     preflight.check_start(config)
     assert not missing.exists()  # nothing is made
     if os.geteuid() != 0:
         missing.parent.chmod(0o500)
-        with pytest.raises(HostError, match="is not writable for this user"):
+        with pytest.raises(HostError, match="this user cannot write to"):
             preflight.check_start(config)
     preflight.check_start(plain(tmp_path, audit=AuditTable(path=missing)))
 
@@ -140,7 +140,7 @@ def test_connections_need_descriptors(tmp_path: Path) -> None:
 
 def test_the_state_directory(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("")
-    assert texts(plain(tmp_path)) == [f"error: state_dir: {tmp_path}/state is not a folder"]
+    assert texts(plain(tmp_path)) == [f"error: state_dir: {tmp_path}/state is not a directory"]
 
 
 # --- the TPM's device -----------------------------------------------------------------------------------

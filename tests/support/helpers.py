@@ -558,7 +558,7 @@ class Serving:
 
     @property
     def admin(self) -> str:
-        return str(re.findall(r"\badmin listens on ([^\s\"]+)", self.log)[0])
+        return str(re.findall(r"\badmin API on ([^\s\"]+)", self.log)[0])
 
     @property
     def swtpm(self) -> int:

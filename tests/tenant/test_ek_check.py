@@ -599,7 +599,7 @@ class Hosts:
                 raise OverloadedError("busy", retry_after_s=0.1)
             found = self.claims[name]
             if found is None:
-                raise NotFoundError("no such VM runs here for you")
+                raise NotFoundError("no VM of yours with this UUID runs on this host")
             return found
 
         return claims

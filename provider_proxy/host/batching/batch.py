@@ -51,7 +51,7 @@ class SealedBy(enum.Enum):
     """Why a batch was sealed when it was."""
 
     WINDOW = "window"  # its window was over, and the chip was ready
-    CHIP = "chip"  # its window was over sooner: the chip was busy, or rested to keep its duty
+    CHIP = "chip"  # its window ended earlier: the chip was busy, or rested to keep its duty
     FULL = "full"  # it held `max_leaves`
     DRAIN = "drain"
 
@@ -64,7 +64,7 @@ BatchKey = tuple[HashAlg, int, int]
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """One request that waits. It gets an answer or an error, once, and `done` is set."""
+    """A waiting request. It gets one answer or one error, and `done` is set."""
 
     request: QuoteRequest
     tenant: Tenant
@@ -86,12 +86,12 @@ class Waiter:
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """A sealed batch. `quote` and `proofs` come as the work goes on; times are the batcher's.
+    """A sealed batch. `quote` and `proofs` are set as the work proceeds; times are the batcher's.
 
     Attributes:
-        sealed_by: what made it ripe, or kept it open for longer than its window.
-        quote_s: how long the quote took, or was tried; 0 where none was asked for.
-        error: what all its waiters were told; None while, or where, they get answers.
+        sealed_by: why it was sealed at that moment.
+        quote_s: how long the quote, or the attempts at it, took; 0 where none was asked for.
+        error: the error that all its waiters got; None without an error.
     """
 
     number: int
@@ -113,7 +113,7 @@ class Batch:
 
     @property
     def deadline(self) -> float:
-        """When the last of its waiters gives up."""
+        """When the last of its waiters times out."""
         return max(waiter.deadline for waiter in self.waiters)
 
     @property
@@ -130,9 +130,9 @@ class Batch:
 
 
 def build_batch_tree(batch: Batch) -> RootHash:
-    """Build a batch's tree (in the tree worker); proofs in the order of the waiters.
+    """Build a batch's tree (in the tree worker); the proofs are in the order of the waiters.
 
-    Leaves and padding are shuffled together, so that an index tells nothing of who came when.
+    Leaves and padding are shuffled together, so that an index does not tell the order of arrival.
     """
     salts = secrets.token_bytes(SALT_BYTES * len(batch.waiters))
     leaves: list[bytes] = []
@@ -148,7 +148,7 @@ def build_batch_tree(batch: Batch) -> RootHash:
             )
         )
     padded = leaves + merkle.padding(len(leaves))
-    # A shuffle: SystemRandom's would ask the kernel once a leaf, this asks once a batch.
+    # Our own shuffle: SystemRandom's asks the kernel once for each leaf, this once for each batch.
     keys = secrets.token_bytes(SORT_KEY_BYTES * len(padded))
     order = sorted(
         range(len(padded)),
@@ -173,10 +173,10 @@ def build_batch_tree(batch: Batch) -> RootHash:
 
 
 def check_batch(batch: Batch, quote: Quote, ak: AttestationKey) -> None:
-    """The tenants' checks 1 to 5, over everything that is about to leave (in the tree worker).
+    """The tenants' checks 1 to 5, over everything that is about to be sent (in the tree worker).
 
-    The quoter has checked the signature before: a fault of the bus can be tried again there. Here it is
-    checked once more because nothing may leave on the word of a quoter; it costs a batch 0.1 ms.
+    The quoter has checked the signature already, because it can repeat a quote after a fault of the bus.
+    It is checked again here so that no answer depends on the quoter; that costs 0.1 ms a batch.
 
     Raises:
         VerificationError: a tenant would refuse this.

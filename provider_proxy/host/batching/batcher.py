@@ -1,16 +1,17 @@
 """Answers each request with one shared quote and its own proof.
 
-`submit` puts a request into the waiting room and waits. Two tasks, with room for one batch between
+`submit` puts a request into the request queue and waits. Two tasks, with room for one batch between
 them, do the rest:
 
     fill   waits until a line is ripe and the chip is ready, seals a batch, builds its tree, quotes
     flush  runs the tenants' own checks over the batch and answers every waiter
 
-A line is ripe when its oldest request has waited for the window, when it holds `max_leaves`, or at
-drain. While the chip is busy, or rests, lines go on collecting: under load a quote is the window.
+A line is ripe (it may be sealed) when its oldest request has waited for the window, when it holds
+`max_leaves`, or at drain. While the chip is busy or rests, lines keep collecting: under load they
+collect for as long as a quote takes.
 
-Invariants: every waiter is answered, with a result or an error, whatever happens; nothing leaves
-that `verify` would refuse. Knows no sockets, no files and no TPM.
+Invariants: every waiter gets a result or an error, whatever happens; nothing is sent that `verify`
+would refuse. Uses no sockets, no files and no TPM.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from provider_proxy.host.batching.report import report
 from provider_proxy.host.metrics import Metrics
 from provider_proxy.host.tpm.state import ChipState
 
-STOPPED = "the proxy stopped while it worked on this"
+STOPPED = "the proxy stopped before it could answer this request"
 
 
 class Quoter(Protocol):
@@ -68,11 +69,11 @@ class Quoter(Protocol):
 
     @property
     def state(self) -> ChipState:
-        """How its chip does now."""
+        """The state of its chip."""
         ...
 
     async def ready(self) -> None:
-        """Return when a quote could begin at once."""
+        """Return when a quote could start at once."""
         ...
 
     async def quote(self, qualifying: bytes, bank: HashAlg, mask: int) -> Quote:
@@ -93,24 +94,26 @@ class LogSource(Protocol):
 
 
 ClaimsSource = Callable[[Tenant, QuoteRequest], bytes]
-"""Claims about the VM that a request names. Raises `NotFoundError` where the tenant has none."""
+"""Claims about the VM that a request names. Raises `NotFoundError` where there are no such claims."""
 
 
 Audit = Callable[[Batch], Awaitable[None]]
-"""Records a batch that was answered, or refused."""
+"""Records a batch that was answered or refused."""
 
 Observe = Callable[[Batch], None]
-"""Sees each batch once its waiters have their answers, or their error. Quick; raises nothing."""
+"""Called with each batch once its waiters have their answers or error. Quick; raises nothing."""
 
-CHIP_SLACK_S = 0.005  # a batch sealed so much after its window waited for the chip, not for a timer
+CHIP_SLACK_S = (
+    0.005  # a batch sealed this long after its window waited for the chip, not for a timer
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queue:
-    """What waits for a batch now.
+    """The requests that wait for a batch now.
 
     Attributes:
-        oldest_s: for how long the first of them has waited; 0 where nobody waits.
+        oldest_s: how long the first of them has waited; 0 where none waits.
     """
 
     waiting: int
@@ -119,15 +122,15 @@ class Queue:
 
 
 class Batcher:
-    """Answers tenants' requests out of shared quotes. `run` must be running in a nursery.
+    """Answers tenants' requests from shared quotes. `run` must be running in a nursery.
 
     Args:
-        claims: where claims about VMs come from; None where the host makes none.
-        logs: where the host's logs come from; None where it has none.
+        claims: the source of claims about VMs; None where the host makes none.
+        logs: the source of the host's logs; None where it has none.
         boottime: of the host, seconds since the epoch; None where unknown.
-        audit: records each batch after its waiters were answered; None where nobody wants records.
-        observe: sees each batch, for status; None where nobody wants to.
-        in_worker: runs the two long computations of a batch; a thread, but for tests of timing.
+        audit: records each batch after its waiters were answered; None for no records.
+        observe: called with each batch, for the status; None for no calls.
+        in_worker: runs the two long computations of a batch; a thread, except in tests of timing.
     """
 
     def __init__(
@@ -172,21 +175,23 @@ class Batcher:
         """Wait for this request's quote and proof.
 
         Args:
-            timeout_s: how long the tenant waits; the caller enforces it by cancelling, here it is
+            timeout_s: how long the tenant waits. The caller enforces it by cancelling; here it is
                 only compared with the estimate.
-            is_gone: True once the client hung up; asked when the batch is sealed.
+            is_gone: True once the client has hung up; called when the batch is sealed.
 
         Raises:
             RequestError: the tenant may not have this, or is over a limit of its own.
-            ServiceError: overloaded, draining, or no quote could be had.
+            ServiceError: the proxy is overloaded or draining, or the quote failed.
         """
         if self._drain.is_set():
-            raise DrainingError("the proxy is going down", retry_after_s=self._room.retry_after_s())
+            raise DrainingError(
+                "the proxy is shutting down", retry_after_s=self._room.retry_after_s()
+            )
         chip = self._quoter.state
         if chip.trouble is not None:
             raise QuoteError(chip.trouble, retry_after_s=self._room.retry_after_s())
         if request.vm is not None:
-            self._claims_of(tenant, request)  # refuses what it has no claims about
+            self._claims_of(tenant, request)  # refuses a VM without claims
         waiter, wakes = self._room.admit(
             request,
             tenant,
@@ -208,21 +213,21 @@ class Batcher:
             if not waiter.sealed:
                 self._room.leave(waiter)
         if waiter.error is not None:
-            # A copy: the error is shared by the batch, and would collect everybody's traceback.
+            # A copy: the batch shares the error, which would collect the traceback of every waiter.
             raise waiter.error.copy() from waiter.error.__cause__
         assert waiter.answer is not None  # done is set with one of the two
         return waiter.answer
 
     def _claims_of(self, tenant: Tenant, request: QuoteRequest) -> bytes:
         if self._claims is None:
-            raise NotFoundError("no such VM runs here for you")
+            raise NotFoundError("no VM of yours with this UUID runs on this host")
         return self._claims(tenant, request)
 
     @property
     def queue(self) -> Queue:
-        """Who waits for a batch now."""
+        """The requests that wait for a batch now."""
         room = self._room
-        oldest = room.ripe_at() - self._settings.window_s  # infinite where nobody waits
+        oldest = room.ripe_at() - self._settings.window_s  # infinite where no request waits
         return Queue(
             waiting=room.waiting,
             lines=room.lines,
@@ -230,7 +235,7 @@ class Batcher:
         )
 
     async def run(self) -> None:
-        """Batch until cancelled; then let go of everybody."""
+        """Batch until cancelled; then refuse every waiter."""
         send, receive = trio.open_memory_channel[Batch](1)
         try:
             async with trio.open_nursery() as nursery:
@@ -240,7 +245,7 @@ class Batcher:
             self.abandon()
 
     async def drain(self) -> None:
-        """Take nothing new, seal what waits, and return when every waiter has its answer."""
+        """Admit nothing new, seal what waits, and return when every waiter has its answer."""
         self._drain.set()
         self._wake.set()
         if not self._unanswered:
@@ -248,7 +253,7 @@ class Batcher:
         await self._all_answered.wait()
 
     def abandon(self) -> None:
-        """Let go of everybody: nothing will be quoted any more."""
+        """Refuse every waiter: there will be no more quotes."""
         self._drain.set()
         for batch in self._sealed:
             batch.refuse(DrainingError(STOPPED))
@@ -274,7 +279,7 @@ class Batcher:
                 await self._wake.wait()
 
     def _seal(self) -> Batch | None:
-        """Close the batch whose turn it is; None where its waiters have all gone."""
+        """Seal the next batch; None where all its waiters have gone."""
         now = trio.current_time()
         ripe = self._room.ripe(now, every=self._drain.is_set())
         if not ripe:
@@ -295,7 +300,7 @@ class Batcher:
         return SealedBy.DRAIN if self._drain.is_set() else SealedBy.WINDOW
 
     def _stays(self, waiter: Waiter) -> bool:
-        """Fix a waiter's claims; False where it hung up, or its VM has gone."""
+        """Fix a waiter's claims; False where its client hung up or its VM has gone."""
         if waiter.is_gone is not None and waiter.is_gone():
             self._metrics.abandoned.inc()
             waiter.refuse(ClientGoneError("the client went away"))
@@ -309,7 +314,7 @@ class Batcher:
         return True
 
     async def _quote(self, batch: Batch) -> None:
-        """Build the tree and quote its root; on failure every waiter has the error."""
+        """Build the tree and quote its root; on failure every waiter gets the error."""
         root = await self._in_worker(build_batch_tree, batch)
         qualifying = inclusion.qualifying_data(root, batch.size)
         begin = trio.current_time()
@@ -333,7 +338,7 @@ class Batcher:
         async with trio.open_nursery() as nursery:
             async for batch in receive:
                 if any(waiter.request.wants_ima for waiter in batch.waiters):
-                    # A long IMA list keeps nobody else waiting.
+                    # A long IMA list does not delay others.
                     nursery.start_soon(self._end, batch)
                 else:
                     await self._end(batch)

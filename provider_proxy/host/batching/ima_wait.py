@@ -1,8 +1,8 @@
-"""Predicts what the kernel's IMA waits for a chip that quotes, too.
+"""Predicts how long the kernel's IMA waits for a chip that also quotes.
 
-IMA measures a new or changed file before it runs: it extends a PCR, holds the program until the TPM
-has done so, and sends one extend at a time. A TPM cannot be interrupted. So an extend that comes during
-a quote waits for the rest of it: on average duty x quote / 2, at worst a whole quote, whatever the
+IMA measures a new or changed file before it runs: it extends a PCR, stops the program until the TPM
+has done so, and sends one extend at a time. A TPM cannot be interrupted, so an extend that comes during
+a quote waits until it ends: on average duty x quote / 2, at worst a whole quote, whatever the
 duty. Pure.
 """
 
@@ -15,15 +15,15 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-EXEC_S = 0.001  # a shell's fork and exec of a small program, without IMA
+EXEC_S = 0.001  # fork and exec of a small program by a shell, without IMA
 EXTENDS = 20_000  # 200 of them are beyond the 99th percentile
 SHELL_EXECS = 5_000
-WITHOUT_END_MS = 60_000.0  # a queue of extends that is so long grows without end
+WITHOUT_END_MS = 60_000.0  # a queue of extends this long grows without end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImaWait:
-    """What IMA waits.
+    """How long IMA waits.
 
     Attributes:
         mean_ms, p99_ms: from a program's start until its file is measured, where programs start at any
@@ -52,11 +52,11 @@ def predict_ima(
     """Simulate extends beside quotes.
 
     Args:
-        begins: when each quote begins, in seconds, ascending; repeated as often as needed.
+        begins: the start of each quote, in seconds, ascending; repeated as often as needed.
         quote_s: the chip's time for all commands of a quote.
         rest_s: the least rest between two quotes.
         extend_s: the chip's time for an extend.
-        extends_per_s: how many come a second, at random.
+        extends_per_s: average number a second; they come at random.
     """
     waits: list[float] = []
     came, free = 0.0, 0.0
@@ -81,7 +81,7 @@ def predict_ima(
 
 
 class _Chip:
-    """A chip that quotes by plan, and extends in between; whoever asks first is first."""
+    """A chip that quotes by plan and serves extends in between, in the order of arrival."""
 
     def __init__(self, begins: Sequence[float], quote_s: float, rest_s: float) -> None:
         self._quote_s = quote_s
@@ -92,7 +92,7 @@ class _Chip:
         self._rested = 0.0
 
     def extend(self, asked: float, seconds: float) -> float:
-        """Serve an extend that is asked for at this time, which never goes back; when it is done."""
+        """Serve an extend requested at this time (never decreasing); returns when it is done."""
         while self._next is not None and (begin := max(self._next, self._rested)) <= asked:
             self._free = max(self._free, begin) + self._quote_s
             self._rested = self._free + self._rest_s

@@ -1,15 +1,15 @@
 """Leaves to a tree with its root and proofs; the one module that uses merklelib.
 
-merklelib 1.0 builds the tree; `inclusion` verifies, and the batch's self-check holds the two against
-each other for every leaf that is sent. Its `Hasher` is replaced by one over raw digests,
-which halves the time a leaf costs, and its tree equals RFC 9162's for every size.
+merklelib 1.0 builds the tree and `inclusion` verifies; the batch's self-check compares the two for
+every leaf that is sent. merklelib's `Hasher` is replaced by one over raw digests, which halves the time
+for a leaf. The tree equals RFC 9162's for every size.
 
-merklelib 1.0 uses `collections.Iterable`, which Python 3.10 removed. The repair puts a namespace
-that has it where merklelib looks, in merklelib's own module; the standard library stays as it is.
+merklelib 1.0 uses `collections.Iterable`, which Python 3.10 removed. The workaround puts a namespace
+that has it into merklelib's own module; the standard library is not changed.
 
-Its sources name the encoding "future_fstrings", which is UTF-8 whose f-strings Python 2 can read. The
-package that brings the encoding runs code at every start of Python, so it is not installed: UTF-8
-stands under that name while merklelib is imported.
+Its sources declare the encoding "future_fstrings": UTF-8 whose f-strings Python 2 can read. The
+package with that encoding runs code at every start of Python, so it is not installed: UTF-8 is
+registered under that name while merklelib is imported.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def build_tree(leaf_inputs: Sequence[bytes], *, wanted: Sequence[int] | None = N
         ValueError: no leaf, or two equal ones.
     """
     if not leaf_inputs:
-        raise ValueError("a tree has at least one leaf")
+        raise ValueError("a tree needs at least one leaf")
     tree = merklelib.merkle.MerkleTree(list(leaf_inputs), _DigestHasher())
     leaves = tree.leaves
     if len(leaves) != len(leaf_inputs):  # merklelib's map collapses equal leaves
@@ -89,20 +89,22 @@ def build_tree(leaf_inputs: Sequence[bytes], *, wanted: Sequence[int] | None = N
 
 
 def _path(node: merklelib.merkle.MerkleNode) -> tuple[bytes, ...]:
-    """The siblings from a leaf up to the root; merklelib's `get_proof` takes
-    twice as long, for it looks the leaf up by its hash and wraps each sibling twice."""
+    """The siblings from a leaf up to the root. merklelib's `get_proof` takes
+    twice as long: it looks the leaf up by its hash and wraps each sibling twice."""
     path = []
     parent = node.parent
     while parent is not None:
         sibling = parent.right if parent.left is node else parent.left
-        if isinstance(sibling, merklelib.merkle.MerkleNode):  # a lone node has none on its level
+        if isinstance(
+            sibling, merklelib.merkle.MerkleNode
+        ):  # an odd node at a level's end has none
             path.append(sibling.hash)
         node, parent = parent, parent.parent
     return tuple(path)
 
 
 def _take_apart(nodes: Sequence[merklelib.merkle.MerkleNode]) -> None:
-    """Cut the way up from each node: parents know their children, so that a tree is a cycle."""
+    """Remove each node's link to its parent: parents link to children, so a tree is a cycle."""
     for node in nodes:
         while node is not None:
             parent, node.parent = node.parent, None
@@ -112,7 +114,7 @@ def _take_apart(nodes: Sequence[merklelib.merkle.MerkleNode]) -> None:
 def padding(count: int) -> list[bytes]:
     """Random leaf inputs that fill `count` leaves up to a power of two of at least two.
 
-    The size of a batch then tells a tenant no more than its power of two, and a lone tenant's tree
+    The size of a tree then shows a tenant only the next power of two, and a single tenant's tree
     looks like any other.
     """
     missing = (1 << max(1, (count - 1).bit_length())) - count

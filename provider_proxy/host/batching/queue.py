@@ -1,8 +1,8 @@
-"""Where requests wait for a batch: admission, one line a batch key, turns.
+"""The request queue: admission, one line for each batch key, and whose turn is next.
 
-Synchronous, without a clock and without tasks: `batcher` says what time it is and when to take.
-Whatever may refuse a request does so here, before it takes a place. Lines take turns on the chip,
-tenants take turns within a line, and everything is bounded: requests, lines, lines a tenant.
+Synchronous, without a clock and without tasks: `batcher` passes the time and decides when to seal.
+A request is refused here, before it gets a place. Lines take turns on the chip and tenants take turns
+within a line. Everything is bounded: requests, lines, lines of a tenant.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class BatchSettings:
     Attributes:
         window_s: how long a batch collects after its first request.
         max_leaves: a batch is sealed when it holds so many requests.
-        isolate_mask: PCRs that only those share a batch who ask for the same of them.
+        isolate_mask: requests share a batch only if they ask for the same of these PCRs.
         max_queue: requests that may wait at once, over all lines.
     """
 
@@ -41,10 +41,10 @@ class BatchSettings:
 
 
 class Line:
-    """Those who wait under one batch key: a queue a tenant, tenants in turns.
+    """The waiters of one batch key: a queue for each tenant, and tenants in turns.
 
-    An `OrderedDict` gives up its first and any other in one step. A `dict` looks through the places
-    of those that were taken before: in a line of ten thousand each would cost more than in a short one.
+    An `OrderedDict` removes its first entry, or any other, in one step. A `dict` searches the places
+    of entries removed before: in a line of ten thousand each removal would cost more than in a short one.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class Line:
         return tenant.name in self._queues
 
     def take(self, most: int) -> list[Waiter]:
-        """Remove and return at most `most` waiters: one of each tenant, then again in turn.
+        """Remove and return at most `most` waiters: one of each tenant in turn, and so on.
 
         Tenants whom the size left out come first the next time.
         """
@@ -131,20 +131,20 @@ class RequestQueue:
 
         Args:
             chip: what a quote costs now.
-            chip_idle: nothing is being quoted. Where nobody waits either, and nobody was admitted for
-                `TRY_AGAIN_S`, the estimate does not count: a try is how a wrong one is unlearnt.
+            chip_idle: nothing is being quoted. If also no request waits and none was admitted for
+                `TRY_AGAIN_S`, the estimate is not used: only a new quote can correct a wrong one.
 
         Returns:
-            The waiter, and True where its line may have become ripe sooner than it was.
+            The waiter, and True where its line may now be ripe earlier.
 
         Raises:
             ParameterError: a PCR that this tenant may not see.
             TenantLimitError: the tenant waits in too many lines.
-            OverloadedError: no room, or no answer within `timeout_s` to be expected.
+            OverloadedError: the queue is full, or no answer is expected within `timeout_s`.
         """
         foreign = request.mask & ~tenant.pcr_allow
         if foreign:
-            raise ParameterError("mask", f"{foreign:#x} is not among the PCRs allowed to you")
+            raise ParameterError("mask", f"you are not allowed to ask for the PCRs {foreign:#x}")
         if self.waiting >= self._settings.max_queue:
             raise OverloadedError("the queue is full", retry_after_s=self.retry_after_s())
         key = (request.bank, request.mask & self._settings.isolate_mask, tenant.pcr_allow)
@@ -181,20 +181,20 @@ class RequestQueue:
             )
 
     def _estimate_s(self, line: Line | None, chip: ChipState) -> float:
-        """About how long a request that comes now would wait."""
+        """An estimate of how long a request that comes now would wait."""
         turns = len(self._lines) - (line is not None)
         if line is not None:
             turns += line.count // self._settings.max_leaves
         return self._settings.window_s + chip.expected_s + turns * chip.turn_s
 
     def retry_after_s(self) -> float:
-        """When the present load will be gone, spread by half so that not all return at once."""
+        """When the present load will be served, plus up to half at random so that clients spread out."""
         turns = max(len(self._lines), self.waiting / self._settings.max_leaves)
-        spread = random.uniform(1.0, 1.5)  # noqa: S311  # jitter is no secret
+        spread = random.uniform(1.0, 1.5)  # noqa: S311  # jitter need not be secret
         return max(1.0, turns * self._chip().turn_s) * spread
 
     def leave(self, waiter: Waiter) -> None:
-        """A waiter that was not taken goes: timed out, or cancelled."""
+        """Remove a waiter that was not sealed and has timed out or was cancelled."""
         self.waiting -= 1
         line = self._lines[waiter.key]
         line.remove(waiter)
@@ -202,12 +202,12 @@ class RequestQueue:
             del self._lines[waiter.key]
 
     def ripe_at(self) -> float:
-        """When the next window ends; infinite where nobody waits."""
+        """When the next window ends; infinite where no request waits."""
         opened = min((line.oldest for line in self._lines.values()), default=math.inf)
         return opened + self._settings.window_s
 
     def ripe(self, now: float, *, every: bool = False) -> list[BatchKey]:
-        """The lines whose window is over or that are full (or every one), next turn first."""
+        """The lines whose window is over or that are full (or every line), in order of their turns."""
         window, most = self._settings.window_s, self._settings.max_leaves
         return [
             key
@@ -216,7 +216,7 @@ class RequestQueue:
         ]
 
     def take(self, key: BatchKey) -> tuple[list[Waiter], float]:
-        """Take a batch's worth out of a line; what is left of it goes behind the other lines.
+        """Take one batch out of a line; a line with waiters left goes behind the other lines.
 
         Returns:
             The waiters, sealed, and when the first of them came.

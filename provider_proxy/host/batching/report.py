@@ -1,7 +1,7 @@
-"""A batch that is over, in the metrics and in its one line of the log.
+"""Reports a finished batch in the metrics and in one line of the log.
 
-Once a batch and not once a request. The line has numbers, the union of the masks and, where there
-were no answers, why; never a nonce, a salt or a PCR value.
+One line for each batch, not for each request. It has numbers, the union of the masks and the reason
+of a failure; never a nonce, a salt or a PCR value.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from provider_proxy.errors import SelfCheckError
 from provider_proxy.host.batching.batch import Batch
 from provider_proxy.host.metrics import Metrics
 
-log = logging.getLogger("provider_proxy.batch_report")  # documented: follows no module
+log = logging.getLogger("provider_proxy.batch_report")  # a documented name, not the module's
 
 
 def report(batch: Batch, metrics: Metrics) -> None:
-    """Count a batch whose waiters have their answers, or their error, and log it."""
+    """Count and log a batch whose waiters have their answers or their error."""
     wait_s = batch.sealed - batch.opened
     metrics.batches.labels(batch.outcome).inc()
     metrics.sealed.labels(batch.sealed_by.value).inc()

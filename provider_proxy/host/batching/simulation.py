@@ -1,12 +1,12 @@
-"""Predicts what the batching rule gives: latencies, the chip's duty, CPU and memory.
+"""Predicts the results of the batching rule: latencies, the chip's duty, CPU and memory.
 
 A small simulation of docs/adr/0001's rule, request by request: tenants poll, lines collect, a ripe line
-is sealed when the chip is free and rested, and the answers leave one after the other. Also of the two
-rules that were rejected, one quote a request and a free-running tick. The kernel's IMA waits for the
+is sealed when the chip is free and rested, and the answers leave one after the other. It also covers the
+two rejected rules: one quote for each request, and a free-running tick. The kernel's IMA waits for the
 same chip (`ima_wait`). Pure: no clock, no sockets, and the same seed gives the same figures. `bench plan`
-and `bench ima` hold the predictions against the daemon.
+and `bench ima` compare the predictions with the daemon.
 
-Does not model: tenants that retry, a chip that errs, other programs' commands on the chip.
+Does not model: tenants that retry, a chip that fails, other programs' commands on the chip.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from provider_proxy.errors import UsageError
 from provider_proxy.host.batching.ima_wait import NO_IMA, ImaWait, predict_ima
 from provider_proxy.host.tpm.times import SMALL_COMMAND_S
 
-DUTY_SPAN_S = 10.0  # as the gate's: no rest is longer than this times the share that is not ours
+DUTY_SPAN_S = 10.0  # as the gate's: no rest is longer than (1 - duty) times this
 SIMULATED_REQUESTS = 20_000  # 200 of them are beyond the 99th percentile
-LEAST_ROUNDS = 20  # polls of each tenant, however many there are
+LEAST_ROUNDS = 20  # polls of each tenant, however many tenants there are
 MOST_ROUNDS = 2_000
 MAX_TENANTS = 100_000
 WINDOWS_MS = (0, 10, 20, 50, 100, 200, 300, 500, 700, 1000, 2000, 5000)
-RESERVE = 1.15  # a prediction may be so far off: see `bench plan`
+RESERVE = 1.15  # the error that a prediction may have: see `bench plan`
 EXTENDS_PER_S = 5.0  # new or changed files a second that IMA measures; hardly changes its wait
-WORTH_OF_DUTY = 0.05  # less of the chip's time is not worth a longer window
+WORTH_OF_DUTY = 0.05  # saving less of the chip's time is not worth a longer window
 CPU_LIMIT = 0.8  # of the one core that the daemon's loop uses; above it queues grow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What the daemon itself takes: here as `bench plan` measured it on one core of a shared server.
+    """The daemon's own costs; the defaults as `bench plan` measured them on one core of a shared server.
 
     Attributes:
         request_s: CPU of a request from its bytes to its place in a line.
@@ -53,17 +53,17 @@ class Costs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """Who asks, and what answers.
+    """The load, and the chip that serves it.
 
     Attributes:
-        tenants: how many poll.
-        interval_s: each asks once an interval, at a moment of its own.
+        tenants: number of tenants that poll.
+        interval_s: each polls once an interval, at its own time in it.
         quote_s: the chip's time for TPM2_Quote.
         window_s, max_leaves, max_duty: as configured.
         keys: kinds of requests (bank, isolated PCRs, allowed PCRs) that do not share a batch.
-        tick_s: not our rule but a tick that runs freely: whoever came since the last one is quoted.
-        readings, read_s: TPM2_PCR_Read commands a quote, and the time of one. 0 while the PCRs
-            rest, 1 where up to 8 of them move all the time.
+        tick_s: instead of our rule, a free-running tick quotes all requests since the last one.
+        readings, read_s: TPM2_PCR_Read commands for each quote, and the time of one. 0 while the PCRs
+            do not change, 1 where up to 8 of them change all the time.
         extends_per_s, extend_s: how often the host's IMA extends a PCR, and the chip's time for that.
     """
 
@@ -84,13 +84,15 @@ class Scenario:
         if not 1 <= self.tenants <= MAX_TENANTS:
             raise UsageError(f"tenants must be 1 to {MAX_TENANTS}")
         if not 1 <= self.keys <= self.tenants:
-            raise UsageError("keys must be at least 1, and no more than tenants")
+            raise UsageError("keys must be at least 1 and at most the number of tenants")
         if not (self.interval_s > 0 and self.quote_s > 0 and self.window_s >= 0):
-            raise UsageError("interval and chip time must be above 0, the window not below")
+            raise UsageError("interval and chip time must be > 0, and the window >= 0")
         if min(self.readings, self.read_s, self.extends_per_s, self.extend_s) < 0:
-            raise UsageError("readings, extends and their times must not be below 0")
+            raise UsageError("readings, extends and their times must be >= 0")
         if not 0 < self.max_duty <= 1 or self.max_leaves < 1:
-            raise UsageError("the duty must be above 0 and at most 1, a batch have a leaf at least")
+            raise UsageError(
+                "the duty must be > 0 and <= 1, and a batch must have at least one leaf"
+            )
 
     @property
     def chip_s(self) -> float:
@@ -99,26 +101,26 @@ class Scenario:
 
     @property
     def turn_s(self) -> float:
-        """From one quote's begin to the next one's, where the chip never waits."""
+        """From the start of one quote to the next one's, where the chip is never idle."""
         return self.chip_s + self.rest_s
 
     @property
     def rest_s(self) -> float:
-        """The rest after a quote that keeps the duty."""
+        """The rest after a quote, which keeps the duty."""
         return min(self.chip_s * (1 / self.max_duty - 1), DUTY_SPAN_S * (1 - self.max_duty))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What a scenario comes to.
+    """The results of a scenario.
 
     Attributes:
-        p50_ms, p99_ms: from a request's bytes to its answer's.
+        p50_ms, p99_ms: from the request's bytes to the answer's.
         quotes_per_s, duty: of the chip; the duty is the share of its time that quotes take.
         leaves: requests a batch, on average.
-        answered_per_s: below tenants / interval where tenants still wait when they would ask again.
+        answered_per_s: less than tenants / interval where tenants still wait when the next poll is due.
         cpu: share of one core. memory_mb: resident, MB.
-        ima: what the host's IMA waits for the chip.
+        ima: how long the host's IMA waits for the chip.
     """
 
     p50_ms: float
@@ -134,7 +136,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A window, what it comes to, and whether that is good enough."""
+    """A window, its results, and whether they are good enough."""
 
     window_ms: float
     prediction: Prediction
@@ -187,11 +189,11 @@ def choose(
     *,
     windows_ms: Iterable[float] = WINDOWS_MS,
 ) -> tuple[Choice | None, list[Choice]]:
-    """The window to set, and what each candidate comes to.
+    """The window to set, and the results of each candidate.
 
-    Among those whose p99 meets the deadline with `RESERVE`, it is the shortest that leaves the chip
-    about as much time as any of them. A longer window only pays while few ask: under load the quote
-    itself is the window.
+    Of those whose p99 meets the deadline with `RESERVE`, the shortest that leaves the chip about as
+    much time as any other. A longer window helps only under light load: under heavy load requests
+    collect during the quote before.
 
     Returns:
         The choice, None where no window meets the deadline; and all candidates.
@@ -199,9 +201,9 @@ def choose(
     found = []
     for window_ms in windows_ms:
         if window_ms and window_ms / 1000 >= deadline_s:
-            continue  # no answer could come in time
+            continue  # no answer would come in time
         prediction = predict(replace(scenario, window_s=window_ms / 1000), costs)
-        # Later than the interval, and tenants cannot ask as often as they would.
+        # An answer later than the interval would delay the tenant's next poll.
         bound_s = min(deadline_s, scenario.interval_s)
         fits = prediction.p99_ms * RESERVE <= bound_s * 1000 and prediction.cpu <= CPU_LIMIT
         found.append(Choice(window_ms=window_ms, prediction=prediction, fits=fits))
@@ -212,7 +214,7 @@ def choose(
 
 
 def draw_polls(scenario: Scenario, rounds: int, dice: random.Random) -> list[tuple[float, int]]:
-    """When (seconds from the begin) which tenant asks, ascending: once an interval, at any moment."""
+    """Times (seconds from the start) and tenants of all polls, ascending: one poll an interval each."""
     return sorted(
         ((number + dice.random()) * scenario.interval_s, tenant)
         for number in range(rounds)
@@ -221,12 +223,12 @@ def draw_polls(scenario: Scenario, rounds: int, dice: random.Random) -> list[tup
 
 
 class Simulation:
-    """One run of the rule. Times are seconds from its begin; the first interval is a warm-up.
+    """One run of the rule. Times are seconds from its start; the first interval is a warm-up.
 
     Attributes:
         latencies: of each request that counts, in seconds.
         quotes: how many counted. end_s: when the last answer left.
-        begins: when the chip began with each quote.
+        begins: when the chip started each quote.
     """
 
     def __init__(self, scenario: Scenario, costs: Costs, dice: random.Random) -> None:
@@ -237,7 +239,7 @@ class Simulation:
         self._waits = [False] * scenario.tenants
         self._answered = [0.0] * scenario.tenants
         self._flush_free_s = 0.0
-        # While it answers, the loop also takes in those who ask: it has less of the core.
+        # While it answers, the loop also reads requests, so answers get less of the core.
         taken = scenario.tenants / scenario.interval_s * costs.request_s
         self._answer_s = costs.answer_s / max(0.1, 1 - taken)
         self.latencies: list[float] = []
@@ -246,7 +248,7 @@ class Simulation:
         self.begins: list[float] = []
 
     def play(self, polls: Sequence[tuple[float, int]]) -> None:
-        """Serve these polls; who has not had its last answer does not ask."""
+        """Serve these polls; a tenant that still waits for its last answer does not poll."""
         scenario = self._is
         at, now, rested = 0, 0.0, 0.0
 
@@ -256,7 +258,7 @@ class Simulation:
                 arrival, tenant = polls[at]
                 at += 1
                 if self._waits[tenant] or self._answered[tenant] > arrival:
-                    continue  # it has not had its last answer
+                    continue  # it still waits for its last answer
                 self._waits[tenant] = True
                 self._lines.setdefault(tenant % scenario.keys, []).append((arrival, tenant))
 
@@ -265,9 +267,9 @@ class Simulation:
                 now = max(now, polls[at][0])
             admit(now)
             if not self._lines:
-                continue  # who asked then still waits for an answer
+                continue  # that tenant still waits for its last answer
             ripe_s = self._ripe_s()
-            while ripe_s > now:  # who comes in the meantime may fill a line
+            while ripe_s > now:  # requests in the meantime may fill a line
                 step = min(ripe_s, polls[at][0]) if at < len(polls) else ripe_s
                 now = step
                 admit(now)
@@ -290,7 +292,7 @@ class Simulation:
         return line[0][0] + scenario.window_s
 
     def _quote(self, key: int, now: float) -> float:
-        """Seal, quote and answer; when the chip has done its part."""
+        """Seal, quote and answer; returns when the chip has finished."""
         line, scenario, costs = self._lines.pop(key), self._is, self._costs
         taken, rest = line[: scenario.max_leaves], line[scenario.max_leaves :]
         if rest:
@@ -300,7 +302,7 @@ class Simulation:
         self._flush_free_s = max(end_s, self._flush_free_s) + costs.batch_s / 2
         counts = now >= scenario.interval_s
         self.quotes += counts
-        self._dice.shuffle(taken)  # the loop answers in no order
+        self._dice.shuffle(taken)  # the loop answers in any order
         for arrival, tenant in taken:
             self._flush_free_s += self._answer_s
             self._waits[tenant] = False

@@ -1,8 +1,8 @@
-"""What `GET /status` tells the operator: one object, put together from those who know.
+"""What `GET /status` tells the operator: one object, made from the daemon's parts.
 
-Read-only, and for the operator alone: it names tenants. Nothing secret is in it: no nonces, salts,
-PCR values or claims. `VERSION` rises when a key changes its meaning or goes; new keys may come.
-docs/http-api.md lists the keys; a test holds it against these.
+Read-only, and for the operator only, because it names tenants. It holds no secrets: no nonces, salts,
+PCR values or claims. `VERSION` rises when a key changes its meaning or is removed; keys may be added.
+docs/http-api.md lists the keys; a test compares the two.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class StatusBoard:
 
     Args:
         chip: gives the state of the quoter's chip.
-        queue: who waits now.
-        draining: True once the daemon is going down.
-        calendar: when certificates and lists end.
-        host: facts of the host that stay: its id, its AK's name, whether the TPM is software.
+        queue: gives the requests that wait now.
+        draining: True once the daemon is shutting down.
+        calendar: the end dates of certificates and revocation lists.
+        host: constant facts of the host: its id, its AK's name, whether the TPM is software.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class StatusBoard:
         self._started = time.time()
 
     def not_ready(self) -> str | None:
-        """Why the daemon takes no requests now; None while it does."""
+        """Why the daemon accepts no requests now; None while it does."""
         if self._draining():
             return DRAINING
         return self._chip().trouble or self._calendar.not_ready()

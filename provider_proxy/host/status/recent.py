@@ -1,8 +1,8 @@
-"""What the daemon remembers of its last minutes, for status: batches, and how tenants fared.
+"""What the daemon remembers of its last minutes for the status: batches, and how requests ended.
 
-Everything here is bounded: a ring of batches, and counts a minute of (tenant, reason), both with a
-fixed number of places. Never a nonce, a salt, a PCR value, a VM or a claim: what is here may be
-shown to the operator. Nothing here reaches a tenant.
+Everything here is bounded: a ring of batches, and counts of (tenant, reason) for each minute, both of
+fixed size. Never a nonce, a salt, a PCR value, a VM or a claim: the operator may see all of it. Nothing
+here is sent to a tenant.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from provider_proxy.host.status.turned_away import TurnedAway
 
 RING = 240  # a quarter of an hour at the default duty and 2 s a poll; half a minute flat out
 SPAN_MINUTES = 5
-MAX_PAIRS = 4096  # (tenant, reason) counted a minute; the rest of a crowd goes under OTHERS
+MAX_PAIRS = 4096  # (tenant, reason) counted in a minute; the rest is counted under OTHERS
 MAX_LISTED = 100  # tenants in a status
 MAX_NAME_CHARS = 128
-FRESH_S = 0.5  # a crowd takes milliseconds to sum up, and pollers may be many
+FRESH_S = 0.5  # summing up many tenants takes milliseconds, and many clients may ask
 OTHERS = "(others)"
 STRANGERS = "(no tenant)"
 OK = "ok"
@@ -30,16 +30,16 @@ OK = "ok"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PastBatch:
-    """A batch that is over.
+    """A finished batch.
 
     Attributes:
         opened, sealed, done: seconds since the epoch: first nonce, seal, answers or error.
-        leaves, size: tenants' requests; places of the tree, padding included.
+        leaves, size: tenants' requests; leaves of the tree, padding included.
         wait_ms: from the first nonce until the seal.
-        quote_ms: of the quote, or of the tries for one.
+        quote_ms: of the quote, or of the attempts at it.
         sealed_by: "window", "chip", "full" or "drain".
         outcome: "ok", or the name of an error's class.
-        reason: why, for the operator; empty where all went well.
+        reason: of a failure, for the operator; empty for "ok".
     """
 
     number: int
@@ -125,7 +125,7 @@ class Recent:
         return self._batches[-1] if self._batches else None
 
     def count(self, tenant: str, reason: str) -> None:
-        """Count what became of a tenant's request: "ok", or the name of an error's class."""
+        """Count how a tenant's request ended: "ok", or the name of an error's class."""
         minute = int(self._monotonic()) // 60
         if not self._minutes or self._minutes[-1][0] != minute:
             self._minutes.append((minute, {}))
@@ -140,7 +140,7 @@ class Recent:
         return [batch.values() for batch in self._batches]
 
     def tenants(self) -> dict[str, object]:
-        """Who was answered and who was refused, and why; those who were refused most come first.
+        """The tenants with their answers and refusals by reason; those refused most often come first.
 
         Half a second old at most.
 

@@ -1,8 +1,9 @@
-"""Who was turned away at the server, and why: a few lines in the log, and the last of them in the status.
+"""Which clients the server turned away, and why: a few lines in the log, and the last ones in the status.
 
-Whoever fails at TLS, or shows a certificate of nobody that is known, leaves nothing else behind: the
-operator sees here what the tenant sees as a closed connection. Lines are few, however many come: a port
-scan must not fill the log. What a client chose, its names above all, is short and printable.
+A client that fails the TLS handshake, or whose certificate is not a known tenant's, leaves no other
+trace: the operator sees here what the client sees as a closed connection. The number of log lines is
+bounded, so that a port scan cannot fill the log. Values that a client chose, such as the names in its
+certificate, are cut and made printable.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ log = logging.getLogger(__name__)
 
 KEPT = 20
 LINES_A_MINUTE = 10
-UNREMARKED = ("ok", "silent", "client_gone")  # nobody was turned away: it went by itself
+UNREMARKED = ("ok", "silent", "client_gone")  # not turned away: the client left by itself
 WHY = {
-    "no_certificate": "it showed no client certificate",
+    "no_certificate": "it did not show a client certificate",
     "bad_certificate": "its certificate was refused",
-    "crowded_out": "its handshake took long, and others needed the room",
-    "protocol": "it did not speak TLS, or no version from 1.2 on",
-    "timeout": "its handshake took too long",
+    "crowded_out": "its TLS handshake was the slowest, and there were too many at once",
+    "protocol": "it did not speak TLS 1.2 or later",
+    "timeout": "its TLS handshake took too long",
 }
 
 
 class TurnedAway:
-    """The last ones.
+    """The clients that were turned away last.
 
     Args:
         now: seconds since the epoch.
@@ -49,17 +50,17 @@ class TurnedAway:
 
         Args:
             reason: "ok", or why it failed.
-            words: OpenSSL's on the certificate: "certificate has expired".
+            words: OpenSSL's about the certificate: "certificate has expired".
         """
         if reason not in UNREMARKED:
             self.note(WHY.get(reason, reason) + (f": {words}" if words else ""), address)
 
     def note(self, reason: str, address: str, certificate: bytes | None = None) -> None:
-        """Remember one, and log it where there is room this minute.
+        """Remember a client, and log it unless this minute's lines are used up.
 
         Args:
             address: of the client; an IP address, or a unix socket's number.
-            certificate: DER, as TLS or a front handed it on; None where it showed none or TLS refused it.
+            certificate: DER, from TLS or a front; None where the client showed none or TLS refused it.
         """
         now = self._now()
         subject, fingerprint = _facts(certificate)

@@ -1,7 +1,7 @@
-"""The line that `systemctl status` shows: what the last batch was, and how many wait.
+"""The line that `systemctl status` shows: the last batch, and how many requests wait.
 
-A task of the daemon's looks once a second and tells only what has changed, so that systemd reads one
-datagram a second at most, however many batches there are. It judges nothing: see `watchdog` for that.
+A task looks once a second and sends the line only if it has changed, so that systemd reads at most one
+datagram a second, however many batches there are. It decides nothing: see `watchdog` for that.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from provider_proxy.host.status.recent import OK, PastBatch
 from provider_proxy.host.tpm.state import ReadState
 
 TELL_EVERY_S = 1.0
-MAX_TROUBLE_CHARS = 200  # of the TPM's own words; a status is one line
+MAX_TROUBLE_CHARS = 200  # of the TPM's error; the status is one line
 OPENING = "opening the TPM and its keys"
 
 
 class Past(Protocol):
-    """What was done."""
+    """The finished batches."""
 
     @property
     def last(self) -> PastBatch | None:
@@ -30,7 +30,7 @@ class Past(Protocol):
 
 
 def status_line(last: PastBatch | None, waiting: int, trouble: str | None) -> str:
-    """One line: trouble of the chip, else the last batch; and how many wait."""
+    """One line: the chip's trouble, or else the last batch; and how many requests wait."""
     if trouble is not None:
         what = "no quotes: " + " ".join(trouble.split())[:MAX_TROUBLE_CHARS]
     elif last is None:
@@ -43,7 +43,7 @@ def status_line(last: PastBatch | None, waiting: int, trouble: str | None) -> st
 
 
 async def run(past: Past, chip: ReadState, waiting: Callable[[], int]) -> None:
-    """Tell until cancelled.
+    """Send the line until cancelled.
 
     Args:
         waiting: how many requests wait for a batch.

@@ -1,8 +1,8 @@
-"""Ends the process where a TPM command hangs, and tells systemd's watchdog that loop and chip live.
+"""Ends the process when a TPM command hangs, and tells systemd's watchdog that event loop and chip work.
 
-A thread that waits in a TPM driver cannot be ended; the process can, and systemd starts it again. A chip
-that answers errors, or is not asked at all, is no reason: only a command in flight counts. systemd
-hears nothing while one hangs, nor while trio's loop does not come round to this task.
+A thread that waits in a TPM driver cannot be ended, but the process can, and systemd starts it again.
+Only a command in flight counts, not a chip that answers with errors or is not used. systemd gets no
+message while a command hangs, or while trio's loop does not run this task.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EXIT_ENVIRONMENT = 3
 
 
 def _end_process() -> None:
-    """At once: an orderly end would wait for the thread that hangs. But the log says why."""
+    """End at once: an orderly end would wait for the thread that hangs. The log says why."""
     write_last_lines()
     os._exit(EXIT_ENVIRONMENT)
 
@@ -36,14 +36,16 @@ async def run(
     """Watch until cancelled.
 
     Args:
-        hang_limit_s: a command that runs for longer hangs.
-        end_process: what then happens.
+        hang_limit_s: a command that runs longer is taken to hang.
+        end_process: called then.
     """
     wanted_s = systemd.watchdog_s()
     interval = min(CHECK_S, wanted_s / 2)
     while True:
         if chip().in_flight_s > hang_limit_s:
-            log.critical("a TPM command has been in flight for over %g s; ending", hang_limit_s)
+            log.critical(
+                "a TPM command has not returned for over %g s; ending the process", hang_limit_s
+            )
             end_process()
         elif wanted_s < math.inf:
             systemd.notify("WATCHDOG=1", limit_s=0)

@@ -15,7 +15,7 @@ from provider_proxy.errors import NotFoundError
 from provider_proxy.evidence.model import QuoteRequest, Tenant
 from provider_proxy.host.vtpm.entries import CONFIRMED, Entry
 
-NO_SUCH_VM = "no such VM runs here for you"
+NO_SUCH_VM = "no VM of yours with this UUID runs on this host"
 
 Look = Callable[[uuid.UUID], Entry | None]
 

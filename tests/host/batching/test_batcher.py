@@ -479,7 +479,7 @@ async def test_claims_are_fixed_at_the_seal_and_hashed_into_the_leaf(
 
     def claims(who: Tenant, request: QuoteRequest) -> bytes:
         if not state["running"] or who.name != "owner":
-            raise NotFoundError("no such VM runs here for you")
+            raise NotFoundError("no VM of yours with this UUID runs on this host")
         return b'{"vm":"%s"}' % str(request.vm).encode()
 
     quoter = FakeQuoter()

@@ -26,7 +26,7 @@ def test_lines_are_few_and_the_last_are_kept(caplog: pytest.LogCaptureFixture) -
     assert away.values()[0]["address"] == "192.0.2.99"
     time[0] += 60
     away.shaken("no_certificate", "192.0.2.7")
-    assert "it showed no client certificate" in caplog.records[-1].getMessage()
+    assert "it did not show a client certificate" in caplog.records[-1].getMessage()
     assert "(90 more were not written)" in caplog.records[-1].getMessage()
 
 
@@ -85,6 +85,6 @@ async def test_the_daemon_says_whom_it_refused(
     assert known["subject"] == own.subject.rfc4514_string()
     assert known["reason"] == "not a tenant of this provider"
     assert known["address"].startswith("127.0.0.1")
-    assert stranger["reason"] == "it showed no client certificate"
+    assert stranger["reason"] == "it did not show a client certificate"
     assert late["reason"] == "its certificate was refused: certificate has expired"
     assert known["fingerprint"] in caplog.text
