@@ -1,10 +1,10 @@
 """Which AK a tenant may trust for a host: the registrar's record, judged, cached and pinned.
 
-A registrar says only that somebody who can open the EK also holds a key of the AK's name. It checks
-neither the AK's attributes nor the EK's certificate, and strangers may replace its records. So here
-the AK must be one, the EK's certificate must lead to a CA of the tenant's, and both must be the ones
-that were pinned at first trust. The cache saves questions, never a check: EK and AK at hand are
-compared on every call, pin and chain are looked at again every second, and nothing outlives its time.
+A registrar only proves that whatever can open the EK also holds a key with the AK's name. It checks
+neither the AK's attributes nor the EK's certificate, and strangers may replace its records. So here the
+AK must have an AK's attributes, the EK's certificate must lead to a CA of the tenant's, and both keys
+must be the pinned ones. The cache saves questions, never a check: EK and AK are compared on
+every call, pin and chain are checked again every second, and no entry outlives its time to live.
 Works under trio and asyncio; an object belongs to one event loop.
 """
 
@@ -55,11 +55,11 @@ log = logging.getLogger(__name__)
 
 TTL_VARIABLE = "KEYLIME_REGISTRAR_CACHE_TTL_SECS"
 DEFAULT_TTL_S = 300.0
-MAX_TTL_S = 86400.0  # a record that a day-old answer vouches for is no longer news
+MAX_TTL_S = 86400.0  # a record that is older than a day is too old to trust
 TTL_RE = re.compile(r"[0-9]{1,5}(\.[0-9]{1,3})?", re.ASCII)
-NEGATIVE_TTL_S = 5.0  # a host that registers just now is seen after that
-UNREACHABLE_TTL_S = 1.0  # a registrar that is away is asked once a second for each host
-# After that a pin that a person changed counts, and so does a chain that ran out. A look at both on
+NEGATIVE_TTL_S = 5.0  # a host that registers now is seen after that
+UNREACHABLE_TTL_S = 1.0  # an unreachable registrar is asked once a second for each host
+# After that a pin that a person changed takes effect, and so does an expired chain. Checking both on
 # every call would cost 5 % of a verification.
 LOOK_S = 1.0
 MAX_ENTRIES = 10_000  # hosts; an entry is about 5 kB
@@ -105,10 +105,10 @@ class _Judged:
 
 @dataclass(slots=True)
 class _Bound:
-    """A binding, the record that it was made of, and when pin and chain were looked at.
+    """A binding, the record that it was made of, and when pin and chain were checked.
 
     Attributes:
-        ek: what was judged: of the record, or of the host's own copy.
+        ek: the EK that was judged, from the record or from the host's own copy.
     """
 
     judged: _Judged
@@ -139,7 +139,7 @@ class RegistrarBindings:
         base_url: "https://registrar:8891".
         pins: where EK and AK are pinned at first trust.
         eks: vouches for EKs.
-        ttl_s: how long a record is good; None for what the environment says, or 300 s.
+        ttl_s: how long a record is good; None for the environment's value, or 300 s.
         clock: monotonic seconds.
 
     Raises:
@@ -187,7 +187,7 @@ class RegistrarBindings:
 
         Raises:
             NotRegisteredError: the registrar has no active record.
-            UntrustedAkError, UntrustedEkError: the record's AK is none, or nobody vouches for the EK.
+            UntrustedAkError, UntrustedEkError: the record's AK is not one, or nothing vouches for the EK.
             PinChangedError: another EK or AK is pinned.
             BindingError: the record cannot be read.
             ReplyError: the registrar gave no answer, and nothing good is cached.
@@ -201,7 +201,7 @@ class RegistrarBindings:
         try:
             return await self._trust(agent_id, label or agent_id, ask_host)
         except PinChangedError:
-            # The host may have been given a new key and been pinned anew since the record was cached.
+            # The host may have been given a new key and been pinned again since the record was cached.
             if not self._may_ask_again(agent_id):
                 raise
             return await self._trust(agent_id, label or agent_id, ask_host)
@@ -245,7 +245,7 @@ class RegistrarBindings:
     async def record(
         self, agent_id: str, *, ask_host: AskHost | None = None
     ) -> tuple[AgentRecord, Verdict | None]:
-        """The record of a host whose AK is one and whose EK is vouched for; pins are not looked at.
+        """The record of a host whose AK and EK have passed their checks; pins are not checked.
 
         Returns:
             The record, and the chain that vouches for its EK; None where no certificate does.
@@ -259,7 +259,7 @@ class RegistrarBindings:
         return judged.record, verdict
 
     def _known(self, agent_id: str, label: str) -> Binding | None:
-        """What was bound before, where record, CAs and pin all stand as they stood then."""
+        """What was bound before, where record, CAs and pin are all unchanged."""
         known = self._bound.get(label)
         if known is None or known.judged is not self._records.peek(agent_id):
             return None
@@ -320,7 +320,7 @@ class RegistrarBindings:
         return self._pins.load(label) if self._pins.has(label) else None
 
     def _may_ask_again(self, agent_id: str) -> bool:
-        """Forget a record that is not quite fresh; a hostile host cannot make us ask all the time."""
+        """Forget a record that is not recent; a hostile host must not cause a question each time."""
         if self._records.age_s(agent_id) < NEGATIVE_TTL_S:
             return False
         self._records.forget(agent_id)
@@ -345,5 +345,5 @@ def _shows(binding: Binding, ek_cert: bytes | None, ak_public: bytes) -> bool:
 
 
 def _error_ttl_s(error: ProviderProxyError) -> float:
-    """What the registrar said is kept longer than that it said nothing."""
+    """A registrar's answer is kept longer than a missing answer."""
     return UNREACHABLE_TTL_S if isinstance(error, ReplyError) else NEGATIVE_TTL_S

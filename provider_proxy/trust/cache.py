@@ -1,7 +1,7 @@
 """A bounded cache whose concurrent misses share one call, on trio and on asyncio alike.
 
-There is no task of its own: whoever misses first makes the call in its own task, the others wait for
-it. If that one is cancelled, one of those who wait takes over. An error of the call reaches all of
+It has no task of its own: the first caller that misses makes the call in its own task, and the others
+wait for it. If that caller is cancelled, a waiting one takes over. An error of the call reaches all of
 them. Nothing is handed out that is older than its time to live, counted from the *start* of the call
 that fetched it, unless that call began after it was asked for. It knows nothing of registrars.
 """
@@ -20,7 +20,7 @@ Value = TypeVar("Value")
 
 
 class _Flight(Generic[Value]):
-    """One call under way, and what came of it: a value, an error, or nothing where it was cancelled."""
+    """One call under way, and what came of it: a value, an error, or nothing if it was cancelled."""
 
     __slots__ = ("done", "error", "landed", "started_s", "ttl_s", "value")
 
@@ -75,7 +75,7 @@ class SingleFlightCache(Generic[Value]):
         return len(self._entries)
 
     def age_s(self, key: str) -> float:
-        """How long ago the call for the kept value began; 0 where none is kept."""
+        """How long ago the call for the kept value began; 0 without a kept value."""
         entry = self._entries.get(key)
         return 0.0 if entry is None else self._clock() - entry.started_s
 
@@ -111,7 +111,7 @@ class SingleFlightCache(Generic[Value]):
             await flight.done.wait()
             if flight.landed and (flight.started_s >= asked_s or flight.is_good(self._clock())):
                 return flight.outcome()
-            # Cancelled, or too old for who came late: one of those who waited makes the next call.
+            # Cancelled, or too old for a later caller: one of the waiting callers makes the next call.
 
     async def _lead(self, key: str) -> Value:
         flight: _Flight[Value] = _Flight(self._clock())

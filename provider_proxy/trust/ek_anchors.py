@@ -2,7 +2,7 @@
 
 Every CA in the tenant's store is an anchor, self-signed or not: a chain may end there, and nothing above
 it is asked for. What makes an anchor virtual holds for its key under any name and for every CA of the
-store below it: a mark that is known of one certificate cannot be shed by another. Purely values: nothing
+store below it: another certificate cannot remove the mark of the first. Values only: nothing
 is read here.
 """
 
@@ -110,7 +110,7 @@ class Anchors:
         return self._by_name.get(name, ())
 
     def without(self, fingerprints: Collection[str]) -> Anchors:
-        """The anchors but for those of these SHA-256 fingerprints, their purposes kept."""
+        """The anchors without those of these SHA-256 fingerprints; the others keep their purposes."""
         return Anchors(
             Found(
                 certificate=anchor.certificate,
@@ -122,11 +122,11 @@ class Anchors:
         )
 
     def why_virtual(self, authority: TpmCertificate) -> str | None:
-        """Why a CA that is no anchor itself is for virtual TPMs; None where nothing says so."""
+        """Why a CA that is not an anchor is for virtual TPMs; None where nothing says so."""
         return self._virtual_keys.get(key_digest(authority)) or why_virtual_ca(authority)
 
     def below(self, anchor: Anchor) -> tuple[Anchor, ...]:
-        """The other anchors that this one's key has signed: they stay when it is taken out."""
+        """The other anchors that this one's key has signed: they stay when it is removed."""
         return tuple(
             other
             for other in self._by_issuer.get(anchor.certificate.subject, ())
@@ -135,7 +135,7 @@ class Anchors:
 
 
 def key_digest(certificate: TpmCertificate) -> bytes:
-    """SHA-256 of the public key, by which two certificates of one CA are known as such."""
+    """SHA-256 of the public key, which two certificates of one CA have in common."""
     key = certificate.parsed.public_key()
     return sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).digest()
 

@@ -1,9 +1,9 @@
 """Certificates of TPMs and their makers, read as they are, with the bytes kept that were signed.
 
-Chips in the field carry certificates that are no strict DER: a SET that is not in order, a default that
-is written out, NULL where a parameter must be absent, a string of the wrong type, a length in more octets
-than needed, bytes of padding behind, a TCG header before. What `cryptography` refuses is read from a
-canonical *copy* in which these are put right and nothing else is; a signature is always checked over the
+Chips in the field carry certificates that are not strict DER: a SET out of order, a default that is
+written out, NULL where a parameter must be absent, a string of the wrong type, a length in more octets
+than needed, padding after the end, a TCG header before the start. What `cryptography` refuses is read
+from a canonical *copy* in which only these are corrected; a signature is always checked over the
 *original* bytes. For endorsement keys and their makers' CAs alone, never for TLS.
 Sources: X.690, sections 8 and 11; RFC 5280, section 4.1; TCG PC Client Specific Implementation
 Specification for Conventional BIOS 1.21, section 7.3.2 (TCG_PCCLIENT_STORED_CERT).
@@ -29,7 +29,7 @@ from provider_proxy.trust import ek_repair
 MAX_CERTIFICATE_BYTES = 16 * 1024  # real ones are 1 to 2 kB
 TCG_STORED_CERT, TCG_FULL_CERT = b"\x10\x01\x00", b"\x10\x02"
 TCG_HEADER_BYTES = 7  # stored-certificate tag, type, size (2), full-certificate tag (2)
-EMPTY_BYTES = b"\x00\xff"  # what an NV index holds that nobody wrote a certificate to
+EMPTY_BYTES = b"\x00\xff"  # what an NV index holds before a certificate is written to it
 
 RSAES_OAEP = "1.2.840.113549.1.1.7"
 # tpmSpecification of the family 1.2, in the subject directory attributes (TCG EK Credential Profile).
@@ -49,7 +49,7 @@ _filters = threading.Lock()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TpmCertificate:
-    """A certificate whose every part could be read. Nothing of it is trusted.
+    """A certificate of which every part could be read. Nothing in it is trusted.
 
     Attributes:
         der: the certificate alone, as it came: no header, no padding.
@@ -83,16 +83,20 @@ def cut_certificate(data: bytes) -> bytes:
         data: as an NV index, a registrar or a file has it; untrusted.
 
     Raises:
-        EvidenceFormatError: no certificate begins there, or it ends early.
+        EvidenceFormatError: the bytes do not begin with a certificate, or it ends early.
     """
     if data[:3] == TCG_STORED_CERT and data[5:TCG_HEADER_BYTES] == TCG_FULL_CERT:
         # The size counts the full-certificate tag, too.
         size = int.from_bytes(data[3:5], "big") - len(TCG_FULL_CERT)
         data = data[TCG_HEADER_BYTES : TCG_HEADER_BYTES + max(size, 0)]
     if not data.strip(EMPTY_BYTES[:1]) or not data.strip(EMPTY_BYTES[1:]):
-        raise EvidenceFormatError("there are no bytes but 0x00 or 0xff: nothing was written")
+        raise EvidenceFormatError(
+            "it holds only the bytes 0x00 or 0xff: no certificate was written"
+        )
     if data[0] != der.SEQUENCE:
-        raise EvidenceFormatError(f"it begins with {data[:4].hex()}, which is no certificate")
+        raise EvidenceFormatError(
+            f"it begins with {data[:4].hex()}, which is not the start of a certificate"
+        )
     _, _, end = ek_repair.take(data, 0)
     return data[:end]
 
@@ -116,7 +120,7 @@ def parse_certificate(data: bytes, *, limit: int = MAX_CERTIFICATE_BYTES) -> Tpm
         der.SEQUENCE,
         ek_repair.BIT_STRING,
     ]:
-        raise EvidenceFormatError("it has not the three parts of a certificate")
+        raise EvidenceFormatError("it does not have the three parts of a certificate")
     tbs, algorithm, signature = (original[start:end] for start, _, end in parts)
     _check_unsigned(original, tbs, algorithm, original[parts[2][1] : parts[2][2]])
     try:
@@ -139,12 +143,12 @@ def check_signature(child: TpmCertificate, issuer: TpmCertificate) -> None:
     Does not check: names, validity, or what the issuer may do.
 
     Raises:
-        UntrustedEkError: it did not, or the signature is of an algorithm that is not accepted.
+        UntrustedEkError: it did not, or the signature's algorithm is not accepted.
     """
     digest = child.parsed.signature_hash_algorithm
     if not isinstance(digest, GOOD_HASHES):
         algorithm = digest.name.upper() if digest is not None else "an unknown hash"
-        raise UntrustedEkError(f"it is signed over {algorithm}, which is not accepted")
+        raise UntrustedEkError(f"it is signed with {algorithm}, which is not accepted")
     key = issuer.parsed.public_key()
     try:
         scheme = child.parsed.signature_algorithm_parameters
@@ -155,7 +159,7 @@ def check_signature(child: TpmCertificate, issuer: TpmCertificate) -> None:
         else:
             raise InvalidSignature
     except (InvalidSignature, *UNREADABLE) as exc:
-        raise UntrustedEkError("the signature is not that of the CA that it names") from exc
+        raise UntrustedEkError("the signature was not made by the CA that it names") from exc
 
 
 # --- reading ----------------------------------------------------------------------------------------
@@ -165,7 +169,7 @@ def _load(data: bytes, tbs: bytes = b"") -> x509.Certificate:
     """Parse, and look at every part: `cryptography` parses a part when it is first looked at."""
     if tbs and not ek_repair.is_positive(ek_repair.fields(tbs)[0]):
         raise ValueError("the serial number is 0 or below")  # a warning now, an error in time
-    # A country of seven letters is worth no line on stderr. The lock: these filters are the process'.
+    # A malformed country code must not write to stderr. The lock: these filters are the process'.
     with _filters, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         parsed = x509.load_der_x509_certificate(data)
@@ -192,7 +196,7 @@ def _reason(exc: Exception, original: bytes) -> str:
     if TPM_12_RE.search(original):
         return f"it is a TPM 1.2 certificate; a TPM 2.0 is needed ({_short(exc)})"
     if RSAES_OAEP in str(exc):
-        return f"its key is of the kind RSAES-OAEP ({RSAES_OAEP}), as TPM 1.2 certificates have it"
+        return f"its key is for RSAES-OAEP ({RSAES_OAEP}), as in TPM 1.2 certificates"
     return _short(exc)
 
 
@@ -207,6 +211,8 @@ def _check_unsigned(original: bytes, tbs: bytes, algorithm: bytes, signature: by
         EvidenceFormatError: it does not.
     """
     if ek_repair.plain(ek_repair.fields(tbs)[1]) != ek_repair.plain(algorithm):
-        raise EvidenceFormatError("it names one signature algorithm inside and another outside")
+        raise EvidenceFormatError(
+            "the signed part and the outer part name different signature algorithms"
+        )
     if signature[:1] != b"\0":
-        raise EvidenceFormatError("its signature is no whole number of bytes")
+        raise EvidenceFormatError("its signature is not a whole number of bytes")

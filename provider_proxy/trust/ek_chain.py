@@ -1,12 +1,13 @@
-"""Is an endorsement key one of a genuine TPM? Its certificate's chain, walked issuer by issuer.
+"""Checks that an endorsement key is a genuine TPM's: walks its certificate's chain, issuer by issuer.
 
 A chain ends at the first anchor: a CA that the tenant has put into its store, self-signed or not.
-Between the EK's certificate and the anchor there may be helpers: certificates that the chip or the host
-hands out, which are believed nothing but what an anchor's chain says of them. Nothing is ever fetched.
+Between the EK's certificate and the anchor there may be helpers: certificates from the chip or
+the host, which are trusted only where a chain from an anchor proves them. Nothing is ever fetched.
 `cryptography`'s own path building is for web servers: it refuses a critical subjectAltName of a
-directory name and the purpose 2.23.133.8.1, which is what EK certificates have. So the walk is here:
-bounded, and whatever it does not know it refuses. Revocation is not looked at: vendors publish next to
-none; take a CA out of the store instead. Source: TCG EK Credential Profile 2.5; RFC 5280, section 6.
+directory name and the purpose 2.23.133.8.1, which is what EK certificates have. So this module walks the
+chain itself: bounded, and it refuses what it does not know. Revocation is not checked, because vendors
+publish almost none; remove a CA from the store instead.
+Source: TCG EK Credential Profile 2.5; RFC 5280, section 6.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ EK_PURPOSE = ObjectIdentifier("2.23.133.8.1")  # tcg-kp-EKCertificate
 MAX_ISSUERS = 8  # CAs above the EK's certificate; vendors have two to five
 MAX_HELPERS = 8  # certificates that a chip carries; Intel's have four
 MAX_HELPER_BYTES = 16 * 1024  # all of them together; Intel's have 4 kB
-MAX_SIGNATURE_CHECKS = 64  # many CAs of one name must not keep us busy
+MAX_SIGNATURE_CHECKS = 64  # many CAs of one name must not take unbounded work
 GOOD_CURVES = frozenset(curve.name for curve in CURVES.values())
-# What this module reads, or may leave unread: a policy's name, a key's identifier or an address changes
-# nothing here. Another critical extension (a name constraint, for example) would have to be obeyed.
+# What this module reads, or may ignore: a policy's name, a key's identifier or an address changes
+# nothing here. Any other critical extension (a name constraint, for example) is refused.
 MAY_BE_CRITICAL = frozenset(
     (
         ExtensionOID.BASIC_CONSTRAINTS,
@@ -48,20 +49,20 @@ MAY_BE_CRITICAL = frozenset(
         ExtensionOID.AUTHORITY_INFORMATION_ACCESS,
     )
 )
-VIRTUAL_HINT = "a virtual TPM passes with --insecure-virtual-ek only"
+VIRTUAL_HINT = "a virtual TPM is accepted only with --insecure-virtual-ek"
 
 _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
 
 @dataclass(frozen=True, slots=True)
 class EndorsementKey:
-    """An EK as a registrar recorded it, its form read, nothing of it trusted.
+    """An EK as a registrar recorded it, parsed and not yet trusted.
 
     Attributes:
         public: TPM2B_PUBLIC, of which `key` is the key.
         cert: what came as its certificate; None where there is none.
         helpers: certificates that may stand between `cert` and an anchor; untrusted, in any order.
-        digest: SHA-256 of certificate, helpers and public area, what a verdict is remembered by.
+        digest: SHA-256 of certificate, helpers and public area; verdicts are remembered by it.
     """
 
     public: bytes
@@ -84,7 +85,7 @@ class Verdict:
     Attributes:
         anchor: where it ends.
         chain: the EK's certificate and the helpers that lead to the anchor, in this order.
-        until: when the first certificate of the chain, the anchor's included, runs out.
+        until: when the first certificate of the chain, the anchor's included, expires.
         maker: of the chip, as its certificate names it.
     """
 
@@ -108,9 +109,9 @@ def check_chain(
     Args:
         ek_cert: as an NV index or a registrar has it, untrusted bytes.
         ek_key: the EK as the registrar challenged it.
-        at: the time that all certificates must be valid at, with its zone.
-        helpers: certificates of CAs, untrusted; what cannot be read of them is left aside.
-        insecure_virtual: virtual TPMs pass, too.
+        at: the time at which all certificates must be valid, with its zone.
+        helpers: certificates of CAs, untrusted; those that cannot be read are ignored.
+        insecure_virtual: virtual TPMs are accepted, too.
 
     Raises:
         UntrustedEkError: anything else; the message says what.
@@ -122,7 +123,9 @@ def check_chain(
     _check_leaf(leaf, ek_key, at)
     why = None if insecure_virtual else why_virtual_chip(leaf)
     if why is not None:
-        raise UntrustedEkError(f"the EK certificate is a virtual TPM's: {why}; {VIRTUAL_HINT}")
+        raise UntrustedEkError(
+            f"the EK certificate is that of a virtual TPM: {why}; {VIRTUAL_HINT}"
+        )
     walk = _Walk(anchors, _read_helpers(helpers), at, insecure_virtual=insecure_virtual)
     return walk.from_leaf(leaf)
 
@@ -131,7 +134,7 @@ def _read_helpers(helpers: Sequence[bytes]) -> tuple[TpmCertificate, ...]:
     """Those that can be read, within the limits.
 
     Raises:
-        UntrustedEkError: there are more of them than any chip has.
+        UntrustedEkError: there are more of them than any chip carries.
     """
     if len(helpers) > MAX_HELPERS or sum(map(len, helpers)) > MAX_HELPER_BYTES:
         raise UntrustedEkError(
@@ -142,12 +145,12 @@ def _read_helpers(helpers: Sequence[bytes]) -> tuple[TpmCertificate, ...]:
         try:
             found.append(parse_certificate(data))
         except EvidenceFormatError:
-            continue  # a missing link is noticed where it is needed
+            continue  # a missing certificate is reported where it is needed
     return tuple(found)
 
 
 class _Walk:
-    """One search for a path to an anchor; remembers the reason that says most."""
+    """One search for a path to an anchor; remembers the most informative reason."""
 
     def __init__(
         self,
@@ -169,7 +172,7 @@ class _Walk:
         found = self._up(leaf, (leaf,), leaf.parsed.not_valid_after_utc)
         if found is None:
             why = self._why[0] if self._why else self._missing
-            raise UntrustedEkError(f"the EK certificate leads to no trusted CA: {why}")
+            raise UntrustedEkError(f"the EK certificate does not lead to a trusted CA: {why}")
         return found
 
     def _up(
@@ -191,7 +194,7 @@ class _Walk:
                 )
         helpers = [h for h in self._helpers if h.subject == child.issuer and h not in below]
         if not self._anchors.named(child.issuer) and not helpers:
-            self._missing = f"the store has no CA of the name {child.issuer_name!r}"
+            self._missing = f"the store has no CA named {child.issuer_name!r}"
         for helper in helpers:
             why_virtual = self._anchors.why_virtual(helper)
             if self._is_issuer(helper, child, below[1:], why_virtual):
@@ -209,13 +212,13 @@ class _Walk:
         why_virtual: str | None,
     ) -> bool:
         if self._checks_left == 0:
-            self._why.insert(0, f"{_named(authority)} shares its name with too many others")
+            self._why.insert(0, f"too many CAs have the name of {_named(authority)}")
             return False
         self._checks_left -= 1
         try:
             check_signature(child, authority)
         except UntrustedEkError as exc:
-            # Another CA of that name may have signed it; what else is wrong says more.
+            # Another CA of that name may have signed it; any other problem is more informative.
             self._why.append(str(exc))
             return False
         try:
@@ -247,10 +250,12 @@ def _check_leaf(leaf: TpmCertificate, ek_key: PublicKey, at: datetime) -> None:
     _check_common(leaf, at, who)
     constraints = _extension(leaf, x509.BasicConstraints)
     if constraints is not None and constraints.ca:
-        raise UntrustedEkError(f"{who} is a CA's")
+        raise UntrustedEkError(f"{who} is a CA certificate")
     purposes = _extension(leaf, x509.ExtendedKeyUsage)
     if purposes is None or EK_PURPOSE not in purposes:
-        raise UntrustedEkError(f"{who} is not meant for an EK (purpose {EK_PURPOSE.dotted_string})")
+        raise UntrustedEkError(
+            f"{who} is not for an EK (it lacks the purpose {EK_PURPOSE.dotted_string})"
+        )
     usage = _extension(leaf, x509.KeyUsage)
     if usage is not None and (
         usage.key_cert_sign or not (usage.key_encipherment or usage.key_agreement)
@@ -259,7 +264,7 @@ def _check_leaf(leaf: TpmCertificate, ek_key: PublicKey, at: datetime) -> None:
 
 
 def why_no_ca(certificate: TpmCertificate) -> str | None:
-    """Why a certificate can be no anchor, whatever the time; None where it can."""
+    """Why a certificate cannot be an anchor, at any time; None where it can."""
     constraints = _extension(certificate, x509.BasicConstraints)
     if constraints is None or not constraints.ca:
         return "it may not sign certificates (basicConstraints)"
@@ -270,7 +275,7 @@ def why_no_ca(certificate: TpmCertificate) -> str | None:
     if purposes is not None and not (
         EK_PURPOSE in purposes or ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in purposes
     ):
-        return "it is for other purposes than EKs"
+        return "its purposes do not include EK certificates"
     return None
 
 
@@ -283,7 +288,7 @@ def _check_authority(authority: TpmCertificate, at: datetime, intermediates: int
     constraints = _extension(authority, x509.BasicConstraints)
     assert constraints is not None
     if constraints.path_length is not None and constraints.path_length < intermediates:
-        raise UntrustedEkError(f"{who} may not have so many CAs below it (pathlen)")
+        raise UntrustedEkError(f"{who} has more CAs below it than its pathlen allows")
 
 
 def _check_common(certificate: TpmCertificate, at: datetime, who: str) -> None:
@@ -293,7 +298,7 @@ def _check_common(certificate: TpmCertificate, at: datetime, who: str) -> None:
     for extension in parsed.extensions:
         if extension.critical and extension.oid not in MAY_BE_CRITICAL:
             raise UntrustedEkError(
-                f"{who} has the critical extension {extension.oid.dotted_string}"
+                f"{who} has the critical extension {extension.oid.dotted_string}, which is not supported"
             )
     why = weakness_of(certificate)
     if why is not None:

@@ -1,9 +1,9 @@
-"""The tenant's store of TPM makers' CAs, read from files: what can be used is used, the rest is named.
+"""The tenant's store of TPM makers' CAs, read from files: usable files are used, others reported.
 
 A store is a PEM bundle, a directory with directories below it, or several of either. In a directory the
-files `*.pem`, `*.crt`, `*.cer` and `*.der` count, and what lies below a directory `virtual` is for
-virtual TPMs. A file that cannot be used never takes the others with it; only where a mark `virtual`
-cannot be read is the store refused, for then it is not known what it held.
+files `*.pem`, `*.crt`, `*.cer` and `*.der` are read, and those below a directory `virtual` are for
+virtual TPMs. A file that cannot be used does not affect the others. Only a file that marks CAs as virtual
+must be readable: otherwise the store is refused, because it is not known which CAs it marks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_CERTIFICATES = 20_000  # all makers together have some hundreds
 MAX_DEPTH = 8  # directories below each other
 SUFFIXES = frozenset((".pem", ".crt", ".cer", ".der"))
 VIRTUAL_DIRECTORY = "virtual"
-# A block is bounded: one without its end must not have the rest of a large file searched for it.
+# A block is bounded: a missing end must not cause a search through the rest of a large file.
 PEM_RE = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----(.{0,100000}?)-----END \1-----", re.DOTALL)
 PEM_BEGIN = b"-----BEGIN "
 CERTIFICATE_LABELS = (b"CERTIFICATE", b"X509 CERTIFICATE")
@@ -50,7 +50,7 @@ PKCS7_OID = bytes.fromhex("06092a864886f70d0107")
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """What a store has that is not used.
+    """A part of a store that is not used.
 
     Attributes:
         source: the file; with its number where it is one of several in it.
@@ -104,7 +104,7 @@ def load_store(paths: Sequence[Path]) -> LoadedStore:
                 )
         if bad and file.is_marked:
             raise UsageError(
-                f"{bad[0].source}, which is to mark a CA as virtual, cannot be used: {bad[0].why}"
+                f"{bad[0].source}, which marks a CA as virtual, cannot be used: {bad[0].why}"
             )
         skipped += bad
         if left <= 0 or len(found) > MAX_CERTIFICATES:
@@ -118,7 +118,7 @@ def load_store(paths: Sequence[Path]) -> LoadedStore:
 
 
 def state_of(paths: Sequence[Path]) -> object:
-    """Changes whenever a file of the store does, short of somebody who sets clocks back.
+    """Changes whenever a file of the store changes, unless its times are set back.
 
     Raises:
         HostError, UsageError: as `load_store`.
@@ -144,7 +144,7 @@ def _state_of(files: Sequence[_File]) -> object:
 
 
 def read_certificates(data: bytes) -> tuple[bytes, ...]:
-    """The certificates that bytes hold, whatever they are worth: PEM blocks, or DER one after the other.
+    """The certificates in some bytes, not yet trusted: PEM blocks, or DER one after the other.
 
     Args:
         data: untrusted: a file, or what NV indices hold.
@@ -157,7 +157,7 @@ def read_certificates(data: bytes) -> tuple[bytes, ...]:
         try:
             cut = cut_certificate(data)
         except EvidenceFormatError:
-            # What cannot be cut is for the reader to say, where it stands first.
+            # What cannot be cut is reported by the reader, where it comes first.
             return tuple(found) or (data,)
         found.append(cut)
         data = data[data.index(cut) + len(cut) :]
@@ -192,7 +192,7 @@ def _walk(
     is_marked: bool,
     depth: int,
 ) -> None:
-    """Collect the files of a directory and of those below it; links are followed, circles are not."""
+    """Collect the files of a directory and of those below it; links are followed, cycles are not."""
     try:
         status = directory.stat()
         if status.st_mode & stat.S_IWOTH:
@@ -204,12 +204,12 @@ def _walk(
         return
     seen.add((status.st_dev, status.st_ino))
     if depth > MAX_DEPTH:
-        raise UsageError(f"{directory} lies more than {MAX_DEPTH} directories deep")
+        raise UsageError(f"{directory} is nested more than {MAX_DEPTH} directories deep")
     for entry in entries:
         try:
             mode: os.stat_result | None = entry.stat()
         except OSError:
-            mode = None  # a link to nothing, for one
+            mode = None  # a dangling link, for example
         if mode is not None and stat.S_ISDIR(mode.st_mode):
             marked = is_marked or entry.name == VIRTUAL_DIRECTORY
             _walk(entry, files, skipped, seen, is_marked=marked, depth=depth + 1)
@@ -225,7 +225,7 @@ def _walk(
 def _certificates(
     data: bytes, source: str, skipped: list[Skipped]
 ) -> Iterator[tuple[str, TpmCertificate]]:
-    """The CAs of a file and where they are in it; what else is in it is put into `skipped`."""
+    """The CAs of a file and their places in it; anything else is added to `skipped`."""
     for where, block in _blocks(data, source, skipped):
         try:
             certificate = parse_certificate(block)
@@ -259,11 +259,13 @@ def _blocks(data: bytes, source: str, skipped: list[Skipped]) -> Iterator[tuple[
         except binascii.Error:
             skipped.append(Skipped(where, "its PEM block is not base64"))
     if data.count(PEM_BEGIN) > len(blocks):
-        skipped.append(Skipped(source, "a PEM block in it has no end: is it being copied?"))
+        skipped.append(
+            Skipped(source, "a PEM block in it has no end: is the file still being copied?")
+        )
 
 
 def _what_it_is(block: bytes) -> str | None:
-    """What a blob is that is no certificate; None where that is not known."""
+    """What a blob is that is not a certificate; None where that is not known."""
     if PKCS7_OID in block[:32]:
         return f"it is {NOT_CERTIFICATES[b'PKCS7']}"
     try:

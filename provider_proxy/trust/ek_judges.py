@@ -1,4 +1,4 @@
-"""Who vouches for an EK: the makers' CAs, a person, or nobody; and for which EK.
+"""What vouches for an EK: the makers' CAs, a person, or nothing; and for which EK.
 
 A judge answers for one EK at a time. `vouch` asks it for the registrar's record first, and for the
 host's own copy of the certificates where that fails.
@@ -44,15 +44,15 @@ class EkJudge(Protocol):
         ...
 
     async def freshen(self) -> None:
-        """Read again, off the event loop, what `check` goes by."""
+        """Read again, off the event loop, what `check` uses."""
         ...
 
 
 class UnsafeAnyEk:
-    """Takes any EK. Unsafe: a TPM of software that a hostile host runs passes for its chip."""
+    """Accepts any EK. Unsafe: a hostile host's software TPM is taken for its chip."""
 
     def __init__(self) -> None:
-        log.warning("no EK certificate is checked: a software TPM passes for a hardware TPM")
+        log.warning("no EK certificate is checked: a software TPM is accepted as a hardware TPM")
 
     def check(self, ek: EndorsementKey) -> None:
         """Nothing is refused."""
@@ -62,7 +62,7 @@ class UnsafeAnyEk:
 
 
 class KnownEk:
-    """Takes one EK, which a person vouches for.
+    """Accepts one EK, which a person vouches for.
 
     Args:
         ek_public: TPM2B_PUBLIC, from the host itself and not from the registrar.
@@ -74,14 +74,16 @@ class KnownEk:
     def check(self, ek: EndorsementKey) -> None:
         """Raises: UntrustedEkError for any other."""
         if not hmac.compare_digest(ek.public, self._ek_public):
-            raise UntrustedEkError("the registrar recorded another EK than the one vouched for")
+            raise UntrustedEkError(
+                "the registrar recorded another EK than the one that a person vouched for"
+            )
 
     async def freshen(self) -> None:
         """There is nothing to read."""
 
 
 class KnownEkDigest:
-    """Takes the EK of one digest, which a person vouches for.
+    """Accepts the EK of one digest, which a person vouches for.
 
     Args:
         expected: SHA-256 of its SubjectPublicKeyInfo.
@@ -134,7 +136,7 @@ async def vouch(
     try:
         shown = await ask_host()
     except ReplyError as exc:
-        log.warning("the host's own copy of its EK certificate cannot be had: %s", exc)
+        log.warning("the host did not give its own copy of its EK certificate: %s", exc)
         raise refused from exc
     for cert in dict.fromkeys((shown.ek_cert, ek.cert)):
         if cert is None:
@@ -148,15 +150,15 @@ async def vouch(
 
 
 def check_ek(ek: TpmPublic) -> None:
-    """An EK opens credentials and nothing else (TCG EK Credential Profile, annex B).
+    """Check that an EK opens credentials and nothing else (TCG EK Credential Profile, annex B).
 
     Raises:
-        UntrustedEkError: its attributes are others.
+        UntrustedEkError: it has other attributes.
     """
     if ek.attributes & EK_MUST_HAVE != EK_MUST_HAVE or ek.attributes & SIGN:
-        raise UntrustedEkError("the EK has not the attributes of an EK")
+        raise UntrustedEkError("the key does not have the attributes of an EK")
     if not ek.has_symmetric:
-        raise UntrustedEkError("the EK is no storage key")
+        raise UntrustedEkError("the EK is not a storage key")
 
 
 def is_for_ek(
@@ -164,10 +166,10 @@ def is_for_ek(
 ) -> bool:
     """True where a host shows the certificate that it registered, or one for the same key.
 
-    By the key, for registrars up to Keylime 7.12 store what is no strict DER in an encoding of their own.
+    Compares the keys, because registrars up to Keylime 7.12 re-encode what is not strict DER.
 
     Args:
-        shown, recorded: certificates; None where there is none.
+        shown, recorded: certificates; None where one is missing.
         ek_public: TPM2B_PUBLIC of the EK that was challenged.
         by_hand: a person vouches for the EK.
     """
@@ -176,6 +178,6 @@ def is_for_ek(
     try:
         key = parse_certificate(shown).parsed.public_key()
     except EvidenceFormatError:
-        # Nobody can say whose it is. Where a person vouches for the key, nobody has to.
+        # It cannot be read, so its key is not known. Where a person vouches for the key, that is enough.
         return by_hand
     return key == parse_public(ek_public).public_key

@@ -1,8 +1,8 @@
-"""Who makes TPMs, and what gives a virtual one away: in a chip's certificate, and in a CA's.
+"""Who makes TPMs, and how a virtual one is recognised: in a chip's certificate, and in a CA's.
 
-A virtual TPM is a program; root on the machine that runs it reads its keys. Its maker's CA is no less
-genuine for it, and stands in public collections beside those of chips. What is listed here is what is
-known by name; the mark 2.23.133.20.1 of a host's own vTPM CA, and a tenant's own marks, come on top.
+A virtual TPM is a program; root on the machine that runs it reads its keys. Its maker's CA is genuine
+all the same, and public collections have it beside those of chips. This module lists what is known by
+name; the mark 2.23.133.20.1 of a host's own vTPM CA and a tenant's own marks are checked as well.
 Source: TCG TPM Vendor ID Registry; TCG EK Credential Profile 2.5, section 3.2.9.
 """
 
@@ -76,7 +76,7 @@ VIRTUAL_CA_RE = re.compile(
 
 
 def chip_facts(leaf: TpmCertificate) -> dict[str, str]:
-    """What an EK certificate says of its chip: manufacturer, model and version, where it does."""
+    """What an EK certificate says of its chip: manufacturer, model and version, where present."""
     found = dict(_chip_attributes(leaf))
     names = {MANUFACTURER: "manufacturer", MODEL: "model", VERSION: "version"}
     return {name: found[oid] for oid, name in names.items() if oid in found}
@@ -93,7 +93,7 @@ def maker_of_chip(leaf: TpmCertificate) -> str:
 
 
 def maker_of_ca(name: str) -> str:
-    """The maker whose CA has this name; "unknown" where none is known."""
+    """The maker whose CA has this name; "unknown" for an unknown name."""
     for maker in MAKERS:
         if re.search(maker.in_names, name, re.IGNORECASE):
             return maker.name
@@ -101,7 +101,7 @@ def maker_of_ca(name: str) -> str:
 
 
 def why_virtual_chip(leaf: TpmCertificate) -> str | None:
-    """What in an EK certificate says that its TPM is a program; None where nothing does."""
+    """What in an EK certificate shows that its TPM is a program; None where nothing does."""
     for oid, text in _chip_attributes(leaf):
         if oid == MANUFACTURER:
             known = VIRTUAL_IDS.get(text.upper().removeprefix("ID:"))
@@ -140,7 +140,7 @@ def _chip_attributes(leaf: TpmCertificate) -> Iterator[tuple[ObjectIdentifier, s
         pass
     for number, name in enumerate(names):
         for attribute in name:
-            # The subject's common name is a serial number or a host's name: nothing of the chip's.
+            # The subject's common name is a serial number or a host's name, not the chip's.
             if isinstance(attribute.value, str) and (
                 number or attribute.oid != NameOID.COMMON_NAME
             ):

@@ -1,6 +1,6 @@
-"""Canonical copies of certificates that are no strict DER: what is odd is put right, and nothing else.
+"""Canonical copies of certificates that are not strict DER: only deviations are corrected.
 
-Purely bytes to bytes. A copy is for reading alone; `ek_certificate` keeps the bytes that were signed.
+Bytes in, bytes out. A copy is for reading only; `ek_certificate` keeps the bytes that were signed.
 Sources: X.690, sections 8 and 11; RFC 5280, section 4.1.
 """
 
@@ -24,25 +24,25 @@ RSA_WITH_NULL = (1, 5, 11, 12, 13, 14)  # rsaEncryption and the PKCS #1 v1.5 sig
 ECDSA_PREFIX = der.encode_oid("1.2.840.10045.4.3.2")[2:-1]  # ecdsa-with-SHA2: RFC 5758, 3.2
 BASIC_CONSTRAINTS, SUBJECT_ALT_NAME = der.encode_oid("2.5.29.19"), der.encode_oid("2.5.29.17")
 KEY_USAGE = der.encode_oid("2.5.29.15")
-# Extensions whose contents the walk reads, and that are put right, too. Others stay as they are.
+# Extensions whose contents the walk reads, so they are corrected, too. Others stay as they are.
 READ_EXTENSIONS = (
     BASIC_CONSTRAINTS,
     SUBJECT_ALT_NAME,
     KEY_USAGE,
     *(der.encode_oid(f"2.5.29.{number}") for number in (32, 37)),  # policies, extended key usage
 )
-# The mark of a host's vTPM CA, and where an issuer's certificate is: looked at, and kept as they are.
+# The mark of a host's vTPM CA, and where an issuer's certificate is: read, and kept as they are.
 KEPT_EXTENSIONS = (der.encode_oid("2.23.133.20.1"), der.encode_oid("1.3.6.1.5.5.7.1.1"))
 
 
 def copies(tbs: bytes, algorithm: bytes, signature: bytes) -> Iterator[bytes]:
     """Canonical copies of a certificate, to be tried in this order.
 
-    The second lacks the extensions that nobody reads here and that are not critical: one of them may be
-    what the reader refuses. One that is there twice is never left out.
+    The second lacks the extensions that are not read here and not critical: the reader may have refused
+    one of them. A repeated extension is never left out.
 
     Raises:
-        EvidenceFormatError: it has not the structure of a certificate.
+        EvidenceFormatError: it does not have the structure of a certificate.
     """
     canonical = _canonical_tbs(tbs)
     ending = (_canonical_algorithm(algorithm), plain(signature))
@@ -79,18 +79,18 @@ def take(data: bytes, at: int) -> tuple[int, int, int]:
     """Start, start of the contents, and end of the element at `at`; lengths may be longer than needed.
 
     Raises:
-        EvidenceFormatError: it is none, or does not end within the data.
+        EvidenceFormatError: it is not an element, or does not end within the data.
     """
     if len(data) < at + 2 or data[at] & HIGH_TAG == HIGH_TAG:
-        raise EvidenceFormatError(f"no element at byte {at}")
+        raise EvidenceFormatError(f"there is no element at byte {at}")
     size, start = data[at + 1], at + 2
     if size >= LONG_LENGTH:
         count = size & ~LONG_LENGTH
         if not 1 <= count <= 4:
-            raise EvidenceFormatError(f"a length of unknown form at byte {at}")
+            raise EvidenceFormatError(f"the length at byte {at} has an unknown form")
         start, size = start + count, int.from_bytes(data[start : start + count], "big")
     if start + size > len(data):
-        raise EvidenceFormatError(f"the element at byte {at} ends behind the last byte")
+        raise EvidenceFormatError(f"the element at byte {at} ends after the last byte")
     return at, start, start + size
 
 
@@ -98,7 +98,7 @@ def parts(data: bytes, at: int, end: int, what: str) -> list[tuple[int, int, int
     """The elements inside the one at `at`. Raises: EvidenceFormatError."""
     _, position, last = take(data, at)
     if last != end:
-        raise EvidenceFormatError(f"{what} has bytes behind its end")
+        raise EvidenceFormatError(f"{what} has extra bytes after its end")
     found = []
     while position < last:
         found.append(take(data[:last], position))
@@ -118,7 +118,7 @@ def fields(tbs: bytes) -> list[bytes]:
     if fields and fields[0][0] == VERSION_TAG:
         del fields[0]
     if len(fields) < 6 or fields[0][0] != der.INTEGER:
-        raise EvidenceFormatError("what was signed has not the fields of a certificate")
+        raise EvidenceFormatError("the signed part does not have the fields of a certificate")
     return fields
 
 
@@ -147,7 +147,7 @@ def plain(data: bytes, depth: int = 0) -> bytes:
 
 
 def _each(data: bytes, repair: Callable[[bytes], bytes]) -> bytes:
-    """A SEQUENCE or SET with each of its elements put right."""
+    """A SEQUENCE or SET with each of its elements corrected."""
     parts = [repair(part) for part in inner(data)]
     return der.encode(data[0], *(sorted(parts) if data[0] == der.SET else parts))
 
@@ -169,7 +169,7 @@ def _canonical_tbs(tbs: bytes) -> bytes:
 
 
 def _canonical_serial(data: bytes) -> bytes:
-    """A number above 0: read as one without a sign, and 1 for 0. Nothing here looks at it."""
+    """A number above 0: read as unsigned, and 1 for 0. Nothing here uses it."""
     _, start, end = take(data, 0)
     if is_positive(data):
         return plain(data)
@@ -179,10 +179,10 @@ def _canonical_serial(data: bytes) -> bytes:
 
 
 def _canonical_algorithm(data: bytes) -> bytes:
-    """An AlgorithmIdentifier: NULL where RSA needs it, and nothing where ECDSA has nothing."""
+    """An AlgorithmIdentifier: NULL where RSA needs it, and no parameter for ECDSA."""
     listed = [plain(part) for part in inner(data)]
     if not listed:
-        raise EvidenceFormatError("an algorithm is missing")
+        raise EvidenceFormatError("an algorithm identifier is empty")
     oid, null = listed[0][2:], der.encode(NULL)
     if oid[:-1] == RSA_PREFIX and oid[-1] in RSA_WITH_NULL and len(listed) == 1:
         listed.append(null)
@@ -196,7 +196,7 @@ def _canonical_name(data: bytes) -> bytes:
 
 
 def _canonical_string(data: bytes) -> bytes:
-    """A string in a type that may hold it: UTF8String for what its own type may not."""
+    """A string in a type that may hold it: UTF8String where its own type may not."""
     _, start, end = take(data, 0)
     tag, content = data[0], data[start:end]
     is_wrong = (
@@ -223,7 +223,7 @@ def _canonical_value(oid: bytes, value: bytes) -> bytes:
     if oid == BASIC_CONSTRAINTS:
         parts = [plain(part) for part in inner(value)]
         is_ca = parts[:1] == [der.encode(BOOLEAN, b"\xff")]
-        return der.encode(der.SEQUENCE, *parts if is_ca else ())  # a length of path is a CA's alone
+        return der.encode(der.SEQUENCE, *parts if is_ca else ())  # only a CA has a path length
     if oid == KEY_USAGE:
         _, start, end = take(value, 0)
         bits = bytearray(value[start:end])
@@ -236,6 +236,6 @@ def _canonical_value(oid: bytes, value: bytes) -> bytes:
 
 
 def _canonical_general_name(data: bytes) -> bytes:
-    """A directoryName's strings are put right; other names stay as they are."""
+    """A directoryName's strings are corrected; other names stay as they are."""
     directory_name = 0xA4
     return _each(data, _canonical_name) if data[0] == directory_name else plain(data)

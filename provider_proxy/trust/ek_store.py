@@ -1,7 +1,7 @@
 """Judges EKs by a tenant's store of CAs, which is read again when it changes; remembers good chains.
 
 A verdict is remembered by the certificate's SHA-256 together with the key, for as long as every
-certificate of its chain is valid and the store stays as it is. A CA that was taken out is believed for
+certificate of its chain is valid and the store stays as it is. A CA that was removed is trusted for
 `LOOK_AGAIN_S` at most.
 """
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 MAX_VERDICTS = 4096  # certificates that were found good and are remembered: 5 kB each
 LOOK_AGAIN_S = 5.0
-MAX_WARNINGS = 20  # skipped files that are named one by one
+MAX_WARNINGS = 20  # skipped files that are reported one by one
 
 
 def utc_now() -> datetime:
@@ -38,7 +38,7 @@ class EkStore:
 
     Args:
         paths: PEM bundles and directories; see `ek_files`.
-        insecure_virtual: virtual TPMs pass, too: whoever is root where they run has their keys.
+        insecure_virtual: virtual TPMs are accepted, too: root on the machine that runs one has its keys.
         now: the time of day, for validity.
         clock: monotonic seconds, for looking at the files again.
 
@@ -63,7 +63,7 @@ class EkStore:
         self._loaded = self._load(())
         self._lock: anyio.Lock | None = None
         if insecure_virtual:
-            log.warning("virtual TPMs pass for hardware TPMs (--insecure-virtual-ek)")
+            log.warning("virtual TPMs are accepted as hardware TPMs (--insecure-virtual-ek)")
 
     @property
     def loaded(self) -> LoadedStore:
@@ -71,16 +71,16 @@ class EkStore:
         return self._loaded
 
     def check(self, ek: EndorsementKey) -> Verdict:
-        """Check an EK's certificate; cheap where it was found good before.
+        """Check an EK's certificate; quick where it was found good before.
 
         Raises:
             UntrustedEkError: it leads to no CA of the store, or there is none.
-            HostError, UsageError: the store is no longer readable; nothing passes.
+            HostError, UsageError: the store is no longer readable; every EK is refused.
         """
         if ek.cert is None:
             raise UntrustedEkError(
-                "the registrar has no EK certificate of this host; where its chip has none, vouch for "
-                "the key yourself: pin add --ek-sha256"
+                "the registrar has no EK certificate of this host; if its chip has no certificate, vouch "
+                "for the key yourself: pin add --ek-sha256"
             )
         self._look_again()
         now = self._now()
@@ -102,7 +102,7 @@ class EkStore:
         return verdict
 
     async def freshen(self) -> None:
-        """Look at the files again where it is time to, off the event loop: `check` then need not.
+        """Check the files again when it is time to, off the event loop, so that `check` need not.
 
         Raises:
             HostError, UsageError: as `check`.

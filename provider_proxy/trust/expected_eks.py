@@ -1,8 +1,8 @@
-"""An inventory: which EK each host has, by its digest, as a purchase or a person's own reading says.
+"""An inventory: the digest of each host's EK, from a purchase or from a person's own reading.
 
 For chips that carry no certificate, and for tenants that trust their own list more than a maker's CA. A
-host that is in it is vouched for by a person; its EK must be the one, whatever certificate it has. Kept
-as one file beside the pins, replaced as a whole.
+person vouches for the hosts in it: a host's EK must be the listed one, whatever certificate it has. It
+is one file beside the pins, replaced as a whole.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ def parse_digest(text: str) -> bytes:
     """SHA-256 of a SubjectPublicKeyInfo, hex, with or without colons.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is not.
     """
     if not DIGEST_RE.fullmatch(text):
-        raise UsageError(f"{text[:80]!r} is no SHA-256: 64 hexadecimal digits")
+        raise UsageError(f"{text[:80]!r} is not a SHA-256 digest: 64 hexadecimal digits")
     return bytes.fromhex(text.replace(":", ""))
 
 
 def parse_inventory(data: bytes, what: str) -> dict[str, bytes]:
-    """Hosts and the digests of their EKs: a line each, "HOST SHA256", commas will do, # begins a comment.
+    """Hosts and the digests of their EKs: a line each, "HOST SHA256" or with a comma, # begins a comment.
 
     Args:
         what: the file, for messages.
 
     Raises:
-        UsageError: a line is wrong, or a host is there twice; the message names the line.
+        UsageError: a line is wrong, or a host is listed twice; the message names the line.
     """
     try:
         lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as exc:
-        raise UsageError(f"{what} is no text") from exc
+        raise UsageError(f"{what} is not UTF-8 text") from exc
     found: dict[str, bytes] = {}
     for number, line in enumerate(lines, 1):
         words = SEPARATOR_RE.sub(" ", line.partition("#")[0]).split()
@@ -61,14 +61,16 @@ def parse_inventory(data: bytes, what: str) -> dict[str, bytes]:
             digest = parse_digest(text)
         except ValueError as exc:
             raise UsageError(
-                f"{what}, line {number}: a host and a SHA-256 must stand there"
+                f"{what}, line {number}: it must be a host and a SHA-256 digest"
             ) from exc
         except UsageError as exc:
             raise UsageError(f"{what}, line {number}: {exc}") from exc
         if not LABEL_RE.fullmatch(label):
-            raise UsageError(f"{what}, line {number}: {label[:80]!r} is no host's label")
+            raise UsageError(f"{what}, line {number}: {label[:80]!r} is not a host's label")
         if found.setdefault(label, digest) != digest:
-            raise UsageError(f"{what}, line {number}: {label} is there twice, with two digests")
+            raise UsageError(
+                f"{what}, line {number}: {label} is listed twice, with different digests"
+            )
     if len(found) > MAX_HOSTS:
         raise UsageError(f"{what} has more than {MAX_HOSTS} hosts")
     return found
@@ -98,7 +100,7 @@ class ExpectedEks:
         """Add hosts, all or none.
 
         Args:
-            replace: a host may have another digest than before; you know why.
+            replace: a host may have another digest than before; the change is meant.
 
         Returns:
             How many hosts the inventory names now.
@@ -111,8 +113,8 @@ class ExpectedEks:
         for label, digest in new.items():
             if known.setdefault(label, digest) != digest and not replace:
                 raise PinChangedError(
-                    f"the inventory names another EK for {label}; nothing was changed. Give --replace if "
-                    "the change is meant"
+                    f"the inventory names another EK for {label}; nothing was changed. If the change is "
+                    "meant, give --replace"
                 )
         known |= new
         lines = [f"{label} {digest.hex()}\n" for label, digest in sorted(known.items())]
@@ -140,6 +142,6 @@ def demand_ek(key: PublicKey, expected: bytes, who: str) -> None:
     """Raises: UntrustedEkError where a key is not the one of this digest."""
     if not hmac.compare_digest(spki_digest(key), expected):
         raise UntrustedEkError(
-            f"{who} has another EK ({spki_digest(key).hex()}) than the one vouched for "
+            f"{who} has another EK ({spki_digest(key).hex()}) than the expected one "
             f"({expected.hex()})"
         )

@@ -1,8 +1,8 @@
 """Pinned hosts: which AK a tenant trusts for a host, and how far that host's TPM clock has come.
 
-A registrar lets strangers replace its records and a cache runs out; a pin does neither. The AK, and
-the EK where it is known, are pinned at first trust; a change is refused until a person pins anew. The
-newest clock state that was ever accepted outlives the process, so that a host rolled back to an old
+A registrar lets strangers replace its records, and a cache expires; a pin does neither. The AK, and
+the EK where it is known, are pinned at first trust; a change is refused until a person pins again. The
+newest clock state that was ever accepted is kept on disk, so that a host that is rolled back to an old
 snapshot of its TPM is noticed. One JSON file a host, written atomically; several processes may share
 the directory.
 """
@@ -32,7 +32,7 @@ from provider_proxy.trust.expected_eks import ExpectedEks
 
 FORMAT = "provider-proxy/pin/1"
 MAX_PIN_BYTES = 16 * 1024
-BY_PERSON, BY_REGISTRAR = "person", "registrar"  # who said that this EK is the host's
+BY_PERSON, BY_REGISTRAR = "person", "registrar"  # who vouched that this EK is the host's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class _Pin:
 class PinnedHost(MemoryHistory):
     """A pinned host: `host` to verify against, and its history, kept on disk.
 
-    Open nonces live in memory alone: after a restart their answers are refused.
+    Open nonces are kept in memory only: after a restart their answers are refused.
     """
 
     def __init__(self, path: Path, label: str, pin: _Pin, stamp: object):
@@ -66,7 +66,7 @@ class PinnedHost(MemoryHistory):
         self._path = path
         self._pin = pin
         self._stamp = stamp
-        self._path_text = os.fspath(path)  # looked at on every attestation; a Path is slower
+        self._path_text = os.fspath(path)  # used on every attestation; a Path is slower
 
     @property
     def ek_public(self) -> bytes | None:
@@ -93,7 +93,7 @@ class PinnedHost(MemoryHistory):
             )
 
     def is_current(self) -> bool:
-        """False where the file has gone, or has other keys; reads it only where it has changed.
+        """False where the file is gone or has other keys; reads it only if it has changed.
 
         Raises:
             HostError: the file is damaged.
@@ -103,7 +103,7 @@ class PinnedHost(MemoryHistory):
             return stamp is not None
         if _read(self._path).keys() != self._pin.keys():
             return False
-        self._stamp = stamp  # taken before the file was read: what came later will be read again
+        self._stamp = stamp  # taken before the file was read: a later change is read again
         return True
 
     def newest(self) -> ClockState | None:
@@ -111,7 +111,7 @@ class PinnedHost(MemoryHistory):
 
         Raises:
             PinChangedError: another AK or EK has been pinned since this object was loaded.
-            HostError: the pin has gone, or is damaged.
+            HostError: the pin is gone, or is damaged.
         """
         on_disk = self._on_disk().newest
         mine = super().newest()
@@ -122,16 +122,16 @@ class PinnedHost(MemoryHistory):
     def _on_disk(self) -> _Pin:
         pin = _read(self._path)
         if pin.ak_public != self._pin.ak_public:
-            raise PinChangedError(f"{self.host.label} was pinned anew, to another AK")
+            raise PinChangedError(f"{self.host.label} has since been pinned to another AK")
         if self._pin.ek_public is not None and pin.ek_public != self._pin.ek_public:
-            raise PinChangedError(f"{self.host.label} was pinned anew, to another EK")
+            raise PinChangedError(f"{self.host.label} has since been pinned to another EK")
         return pin
 
     def accept(self, state: ClockState) -> None:
         """Remember a state; on disk where it is the newest of all processes.
 
         Raises:
-            PinChangedError: another AK or EK has been pinned since; that person's word stands.
+            PinChangedError: another AK or EK has been pinned since; the new pin is kept.
             HostError: the pin cannot be read or written.
         """
         with _locked(self._path.parent):
@@ -145,10 +145,10 @@ class PinStore:
     """A directory of pins.
 
     Args:
-        directory: made where it is missing, for its owner alone.
+        directory: created if it is missing, for its owner only.
 
     Attributes:
-        expected: the inventory of EKs that lies beside the pins.
+        expected: the inventory of EKs beside the pins.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -156,17 +156,17 @@ class PinStore:
         self.expected = ExpectedEks(directory)
 
     def path_of(self, label: str) -> Path:
-        """The file of a pin, be it there or not. Raises: UsageError for a label that is no name."""
+        """The file of a pin, whether it exists or not. Raises: UsageError for an invalid label."""
         if not LABEL_RE.fullmatch(label):
-            raise UsageError("a host's label is letters, digits, '.', '_' and '-', 101 at most")
+            raise UsageError("a host's label must be at most 101 letters, digits, '.', '_' and '-'")
         return self._directory / f"{label}.json"
 
     def labels(self) -> list[str]:
-        """The pinned hosts, in order of their names. Raises: HostError: the folder cannot be read."""
+        """The pinned hosts, in order of their names. Raises: HostError: the directory cannot be read."""
         return [path.stem for path in files_in(self._directory, ".json")]
 
     def has(self, label: str) -> bool:
-        """True where a host is pinned. Raises: UsageError for a label that is no name."""
+        """True where a host is pinned. Raises: UsageError for an invalid label."""
         return is_there(self.path_of(label))
 
     def pin(
@@ -185,13 +185,13 @@ class PinStore:
         Args:
             ak_public: TPM2B_PUBLIC; its attributes are checked.
             ek_public: TPM2B_PUBLIC of the EK that is in the same TPM.
-            ek_by_hand: a person vouches for this EK: its certificate need not be looked at.
+            ek_by_hand: a person vouches for this EK: its certificate is not checked.
             replace: a person says that the change is meant; the clock's history starts over.
 
         Raises:
             PinChangedError: another AK or EK is pinned, and `replace` was not given.
             UntrustedAkError, EvidenceFormatError: not an AK, or not a key.
-            UsageError: a label that is no name.
+            UsageError: an invalid label.
         """
         path = self.path_of(label)
         parse_ak(ak_public)
@@ -242,15 +242,15 @@ class PinStore:
 
 
 def _check_directory(directory: Path) -> None:
-    """Raises: HostError where anybody could put another pin there."""
-    with contextlib.suppress(OSError):  # whoever opens it says so
+    """Raises: HostError where other users could replace a pin."""
+    with contextlib.suppress(OSError):  # the call that opens it reports the error
         if directory.stat().st_mode & stat.S_IWOTH:
-            raise HostError(f"{directory}: everybody can write it; see chmod o-w")
+            raise HostError(f"{directory}: everybody can write it: chmod o-w {directory}")
 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that holds it."""
+    """One process at a time; the lock ends with the process that holds it."""
     _check_directory(directory)
     try:
         fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -270,13 +270,13 @@ def _stamp_of(path: Path | str) -> object:
     except FileNotFoundError:
         return None
     except OSError as exc:
-        raise HostError(f"cannot look at {path}: {exc.strerror}") from exc
+        raise HostError(f"cannot read the state of {path}: {exc.strerror}") from exc
     return now.st_ino, now.st_mtime_ns, now.st_ctime_ns, now.st_size
 
 
 def _is_by_person(text: str) -> bool:
     if text not in (BY_PERSON, BY_REGISTRAR):
-        raise EvidenceFormatError("nobody known has vouched for the EK")
+        raise EvidenceFormatError("it is not known who vouched for the EK")
     return text == BY_PERSON
 
 
@@ -299,7 +299,7 @@ def _read(path: Path) -> _Pin:
 
 
 def parse_pin(data: bytes, label: str) -> tuple[TrustedHost, ClockState | None]:
-    """Whom a pin's file trusts, and the newest clock state that it knows.
+    """The host that a pin's file trusts, and the newest clock state in it.
 
     Raises:
         HostError: it is damaged.

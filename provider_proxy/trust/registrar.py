@@ -1,8 +1,8 @@
 """What a Keylime registrar recorded for an agent: the API version, one GET, a strict parse.
 
-The `httpx.AsyncClient` is the caller's: its TLS, its pool, its event loop (asyncio or trio). The record
-is what somebody sent to the registrar's open port and then proved credential activation for; whether
-EK and AK deserve trust is not judged here. Every call ends: within `CALL_LIMIT_S`, and within a size.
+The `httpx.AsyncClient` is the caller's: its TLS, its pool, its event loop (asyncio or trio). A record
+is what a client sent to the registrar's open port and then proved by credential activation. This module
+does not judge whether to trust EK and AK. Every call is bounded by `CALL_LIMIT_S` and by a size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from provider_proxy.errors import (
 )
 from provider_proxy.evidence.strict_json import Fields, parse_json_object
 
-# The versions whose record is the one that is parsed here, the best first. 3.0 answers 500 (7.14.3).
+# The versions whose record this module can parse, the best first. 3.0 answers 500 (7.14.3).
 OLD_HINT = ", as Keylime before 7.12 does on this port: 7.12 or later is needed"
 VERSIONS = ("2.6", "2.5", "2.4", "2.3", "2.2", "2.1", "2.0")
 CALL_LIMIT_S = 30.0  # version and record together; Keylime's own tenant waits 60 s
@@ -31,13 +31,13 @@ MAX_PUBLIC_BYTES = 1024
 MAX_CERT_BYTES = 16 * 1024
 MAX_VERSIONS = 64
 NO_MTLS = "disabled"
-# The pooled connection was closed under our hands, by a registrar that was restarted for example.
+# The pooled connection was closed by the other side, by a restarted registrar for example.
 STALE = (httpx.ReadError, httpx.WriteError, httpx.CloseError, httpx.RemoteProtocolError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentRecord:
-    """A record as the registrar gave it; none of it is trusted.
+    """A record as the registrar gave it; nothing in it is trusted.
 
     Attributes:
         ek_public, ak_public: TPM2B_PUBLIC.
@@ -60,7 +60,7 @@ class AgentRecords:
         base_url: "https://registrar:8891".
 
     Raises:
-        UsageError: neither https nor http on loopback.
+        UsageError: the URL is neither https nor http on loopback.
     """
 
     def __init__(self, http: httpx.AsyncClient, base_url: str) -> None:
@@ -72,9 +72,9 @@ class AgentRecords:
         """Ask for a record.
 
         Raises:
-            NotRegisteredError: there is none, or it never went through credential activation.
-            BindingError: it has no EK, or belongs to another id.
-            ReplyError: no answer, or none of a registrar.
+            NotRegisteredError: there is no record, or it never went through credential activation.
+            BindingError: the record has no EK, or belongs to another id.
+            ReplyError: no answer, or not a registrar's answer.
             UsageError: not an agent id.
         """
         parse_agent_id(agent_id)
@@ -105,7 +105,7 @@ class AgentRecords:
         if status != 200:
             old = OLD_HINT if status in (400, 404) else ""
             raise ReplyError(
-                f"the registrar answered {status} for its versions{old}", status=status
+                f"the registrar answered {status} when asked for its versions{old}", status=status
             )
         self._version = _best_version(body)
         return self._version
@@ -132,7 +132,7 @@ def _is_envelope(body: bytes) -> bool:
 
 
 def _may_be_the_version(status: int, body: bytes) -> bool:
-    """True where the path's version, rather than the agent, may be what is unknown.
+    """True where the path's version, rather than the agent, may be unknown.
 
     The real registrar (7.14.3) answers 404 without a body, others 400 or 410 with a text.
     """
@@ -140,10 +140,10 @@ def _may_be_the_version(status: int, body: bytes) -> bool:
 
 
 def _best_version(body: bytes) -> str:
-    """The newest of ours that the registrar has.
+    """The best of `VERSIONS` that the registrar has.
 
     Raises:
-        ReplyError: none, or not an answer of a registrar.
+        ReplyError: it has none of them, or the answer is not a registrar's.
     """
     try:
         values = parse_json_object(body, "the registrar's versions")
@@ -152,11 +152,11 @@ def _best_version(body: bytes) -> str:
     results = values.get("results")
     listed = results.get("supported_versions") if isinstance(results, dict) else None
     if not isinstance(listed, list) or len(listed) > MAX_VERSIONS:
-        raise ReplyError("the registrar's answer holds no list of versions")
+        raise ReplyError("the registrar's answer does not hold a list of versions")
     for version in VERSIONS:
         if version in listed:
             return version
-    raise ReplyError("the registrar has no API version of " + ", ".join(VERSIONS))
+    raise ReplyError("the registrar has none of the API versions " + ", ".join(VERSIONS))
 
 
 def _parse_record(body: bytes, agent_id: str) -> AgentRecord:

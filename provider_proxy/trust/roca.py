@@ -9,7 +9,7 @@ from __future__ import annotations
 
 GENERATOR = 65537
 PRIMES = (*(11, 13, 17, 19, 37, 53, 61, 71, 73, 79, 97, 103, 107, 109, 127, 151, 157),)
-"""Those of the first 39 primes of which the powers of 65537 are not all residues."""
+"""Those of the first 39 primes modulo which not all residues are powers of 65537."""
 
 
 def _powers(prime: int) -> frozenset[int]:

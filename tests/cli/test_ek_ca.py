@@ -104,7 +104,7 @@ def test_check_with_a_chain_names_the_anchors_that_keep_it_alive(
     words = ("check", "--cert", cert, "--ek-ca", store, "--json")
     done = ek_ca(*words)
     assert done.returncode == 1, done.stderr
-    assert 'no CA of the name "CN=chip\'s own"' in last(done.stdout)["reason"]
+    assert 'no CA named "CN=chip\'s own"' in last(done.stdout)["reason"]
     chain = tmp_path / "chain.der"
     chain.write_bytes(CHIP_CA.der() + ISSUING.der() + b"\xff" * 40)
     done = ek_ca(*words, "--chain", chain)
@@ -124,7 +124,10 @@ def test_check_refuses_with_the_reason(store: Path, tmp_path: Path) -> None:
     done = ek_ca(*words)
     assert done.returncode == 1, done.stderr
     err = done.stderr
-    assert "refused: the EK certificate leads to no trusted CA: the CA 'CN=swtpm-localca'" in err
+    assert (
+        "refused: the EK certificate does not lead to a trusted CA: the CA 'CN=swtpm-localca'"
+        in err
+    )
     assert "broken.pem" in err
     done = ek_ca(*words, "--insecure-virtual-ek")
     assert done.returncode == 0, done.stderr

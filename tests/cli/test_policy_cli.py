@@ -203,7 +203,7 @@ def test_saved_evidence_with_a_part_of_the_list_is_judged_by_the_whole(tmp_path:
     (tmp_path / "list").write_text(text([*OLD, line("/behind/the/quote")]))
     policy(tmp_path, "make", *words, "--ima-list", "list", "--runtime-policy", "r")
     rules = ("--runtime-policy", "r", "--ima-violations", "count")
-    assert "must be given" in verify(tmp_path, "old", *rules).stderr
+    assert "give the whole list" in verify(tmp_path, "old", *rules).stderr
     assert verify(tmp_path, "old", *rules, "--ima-list", "list").returncode == 0
     (tmp_path / "list").write_text(text([*OLD[:3], line("/evil"), *OLD[3:]]))
     assert verify(tmp_path, "old", *rules, "--ima-list", "list").returncode == 1
@@ -297,7 +297,7 @@ def test_explaining(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("first", "second", "why"),
     [
-        ({"digests": {}}, {"4": [GOOD]}, "alone"),
+        ({"digests": {}}, {"4": [GOOD]}, "can only be merged with runtime policies"),
         ({"4": [GOOD]}, {"5": [GOOD]}, "no PCR in common"),
         ({"4": [GOOD]}, {"4": []}, "must not be extended"),
         (
@@ -322,7 +322,7 @@ def test_a_pcr_that_only_one_policy_names_is_said_to_be_lost(tmp_path: Path) -> 
         (tmp_path / name).write_text(json.dumps(values))
     done = policy(tmp_path, "merge", "a", "b")
     assert json.loads(done.stdout) == {"4": [GOOD, BAD]}
-    assert "PCR 7 is not in all of them" in done.stderr
+    assert "PCR 7 is not in all of the policies" in done.stderr
 
 
 def test_the_page_s_commands_run(tmp_path: Path) -> None:

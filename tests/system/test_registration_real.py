@@ -169,7 +169,7 @@ async def test_a_refused_ek(registrar: Registrar, quoter: EsysQuoter) -> None:
     report = await make(tls(registrar), "refused", tpm).once()
     assert report.state is State.REFUSED
     assert report.error is not None
-    assert "refuses the EK or the AK" in report.error
+    assert "refused the EK or the AK" in report.error
 
 
 async def test_a_challenge_that_is_not_for_this_tpm(

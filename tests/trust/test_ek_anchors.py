@@ -163,7 +163,7 @@ def test_a_certificate_that_names_a_software_tpm_is_no_host_s(
 ) -> None:
     """Even under a CA that is trusted for hardware."""
     san = tpm_san(manufacturer, model)
-    with pytest.raises(UntrustedEkError, match="is a virtual TPM's"):
+    with pytest.raises(UntrustedEkError, match="is that of a virtual TPM"):
         judge(HARDWARE, store=(HARDWARE,), san=san)
     judge(HARDWARE, store=(HARDWARE,), san=san, insecure_virtual=True)
 

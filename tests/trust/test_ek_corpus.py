@@ -25,9 +25,9 @@ from provider_proxy.trust.ek_store import utc_now
 CORPUS = find_corpus()
 PEM_RE = re.compile(rb"-----BEGIN CERTIFICATE-----(.*?)-----END", re.DOTALL)
 OURS_ALONE = (
-    "not meant for an EK",  # openssl verify asks for no purpose
+    "not for an EK",  # openssl verify asks for no purpose
     "key usage that no EK has",
-    "is a virtual TPM's",
+    "is that of a virtual TPM",
     "is for virtual TPMs",
     "bits is too weak",
     "is not accepted",  # SHA-1

@@ -75,7 +75,7 @@ async def test_a_reencoded_certificate_is_judged_by_the_host_s_own_copy(tmp_path
     assert reencoded(ODD) != ODD
     world = World(tmp_path, reencoded(ODD))
     ak = world.host.ak_public
-    with pytest.raises(UntrustedEkError, match="the signature is not that"):
+    with pytest.raises(UntrustedEkError, match="the signature was not made by the CA"):
         await world.bindings().get(AGENT)
     bindings = world.bindings()
     bound = await bindings.check(AGENT, ODD, ak)
@@ -114,7 +114,7 @@ async def test_the_chain_that_the_host_shows(tmp_path: Path) -> None:
         world.asked += 1
         return world.shows(cert, CHIP_CA)
 
-    with pytest.raises(UntrustedEkError, match='no CA of the name "CN=chip\'s own"'):
+    with pytest.raises(UntrustedEkError, match='no CA named "CN=chip\'s own"'):
         await bindings.get(AGENT)
     bound = await bindings.get(AGENT, ask_host=ask_host)
     assert bound.ek_verdict is not None
@@ -131,7 +131,7 @@ async def test_the_chain_that_the_host_shows(tmp_path: Path) -> None:
         eks=EkStore(tmp_path / "cas", now=lambda: NOW),
         ttl_s=0,
     )
-    with pytest.raises(UntrustedEkError, match="no CA of the name 'CN=maker'"):
+    with pytest.raises(UntrustedEkError, match="no CA named 'CN=maker'"):
         await fresh.get(AGENT, ask_host=ask_host)
 
 

@@ -38,13 +38,13 @@ def test_what_an_inventory_looks_like() -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (f"host {A.hex()}\nhost {B.hex()}", "line 2: host is there twice"),
-        ("host", "line 1: a host and a SHA-256"),
-        (f"host {A.hex()} more", "line 1: a host and a SHA-256"),
-        (f"host {A.hex()[:-2]}", "line 1: .* is no SHA-256"),
-        (f"host {A.hex()[:-1]}g", "line 1: .* is no SHA-256"),
-        (f"../host {A.hex()}", "line 1: .* is no host's label"),
-        ("h\xf6st\udcff", "is no text"),
+        (f"host {A.hex()}\nhost {B.hex()}", "line 2: host is listed twice"),
+        ("host", "line 1: it must be a host and a SHA-256"),
+        (f"host {A.hex()} more", "line 1: it must be a host and a SHA-256"),
+        (f"host {A.hex()[:-2]}", "line 1: .* is not a SHA-256"),
+        (f"host {A.hex()[:-1]}g", "line 1: .* is not a SHA-256"),
+        (f"../host {A.hex()}", "line 1: .* is not a host's label"),
+        ("h\xf6st\udcff", "is not UTF-8 text"),
     ],
 )
 def test_what_is_none(text: str, why: str) -> None:

@@ -1,8 +1,8 @@
 """Talks to one Keylime registrar, as an agent does: its version, register, activate, read the record.
 
 Trusts nothing that comes back: sizes, times and forms are bounded, redirects and the environment's
-proxies are not followed, and a server that cannot prove its name is not talked to. Never lists and never
-deletes: a record that is not ours stays as it is. Every failure is a `RegistrarError`.
+proxies are not followed, and a server that cannot prove its name is not used. Never lists and never
+deletes: another TPM's record stays as it is. Every failure is a `RegistrarError`.
 Source: Keylime 7.14's registrar; docs/registration.md has the calls.
 """
 
@@ -32,19 +32,19 @@ MAX_KEY_BYTES = 1024  # a TPM2B_PUBLIC
 MAX_CERT_BYTES = 16 * 1024
 CALL_LIMIT_S = 30.0  # for a whole call, from connecting to the last byte
 CONNECT_LIMIT_S = 10.0
-NEWEST = (2, 6)  # of the versions that were tried; 3.0 answers 500 in Keylime 7.14
+NEWEST = (2, 6)  # of the tested versions; 3.0 answers 500 in Keylime 7.14
 OLDEST = (
     2,
     3,
 )  # Keylime 7.12; earlier ones refuse an EK's or AK's attributes, and serve no TLS port
-OVERWRITING = (2, 4)  # up to Keylime 7.13 whoever registers gets another's record
-TOO_OLD = "so does Keylime before 7.12, which takes no keys like these: 7.12 or later is needed"
+OVERWRITING = (2, 4)  # up to Keylime 7.13 any client that registers may replace another's record
+TOO_OLD = "as Keylime before 7.12 does, which does not accept these keys: 7.12 or later is needed"
 VERSION_RE = re.compile(r"(\d{1,3})\.(\d{1,3})", re.ASCII)
 MAX_VERSIONS = 64
 
 
 class RegistrarRules(Protocol):
-    """How one registrar is talked to: a table of the daemon's file, or the bridge's."""
+    """How to reach one registrar: a table of the daemon's file, or the bridge's."""
 
     @property
     def url(self) -> str:
@@ -53,12 +53,12 @@ class RegistrarRules(Protocol):
 
     @property
     def ca(self) -> Path | None:
-        """CA of its certificate; None for those that the system trusts."""
+        """CA of its certificate; None for the CAs that the system trusts."""
         ...
 
     @property
     def client_cert(self) -> Path | None:
-        """Own certificate; without one a registrar lets nobody read."""
+        """Client certificate; without one a registrar does not let a client read."""
         ...
 
     @property
@@ -76,12 +76,12 @@ class RegistrarRules(Protocol):
 
     @property
     def interval_s(self) -> float:
-        """How often the record is looked at, in seconds."""
+        """How often the record is checked, in seconds."""
         ...
 
     @property
     def register_unread(self) -> bool:
-        """Register even where another's record could be replaced unseen."""
+        """Register even where another TPM's record could be replaced unnoticed."""
         ...
 
 
@@ -92,8 +92,8 @@ class Record:
     Attributes:
         ek_public, ak_public: TPM2B_PUBLIC; empty where the record has none.
         ek_cert: DER; None where there is none.
-        contact: IP address and port for the tenant's verifier; None where it is not named.
-        tls_cert: PEM of the certificate that answers at `contact`; None where none is named.
+        contact: IP address and port for the tenant's verifier; None where it has none.
+        tls_cert: PEM of the certificate that answers at `contact`; None where it has none.
     """
 
     ek_public: bytes
@@ -104,7 +104,7 @@ class Record:
 
 
 def tls_context(key: str, table: RegistrarRules) -> ssl.SSLContext | None:
-    """TLS towards a registrar; None for an http:// URL. Reads files: not for trio's thread.
+    """TLS to a registrar; None for an http:// URL. Reads files: do not call it in trio's thread.
 
     Args:
         key: "registrars.NAME", for messages.
@@ -140,17 +140,17 @@ class RegistrarClient:
         self._version = NEWEST
 
     async def negotiate(self) -> str:
-        """Ask for the registrar's API versions, and use the newest that both know.
+        """Ask for the registrar's API versions, and use the newest that both sides support.
 
         Raises:
-            RegistrarError: no answer, or no version that both know.
+            RegistrarError: no answer, or no version that both sides support.
         """
         try:
             results = self._results(await self._call("GET", "/version"))
         except RegistrarError as exc:
             if exc.status not in (400, 404):
                 raise
-            raise RegistrarError(f"{exc}; {TOO_OLD}", status=exc.status) from exc
+            raise RegistrarError(f"{exc}, {TOO_OLD}", status=exc.status) from exc
         raw = results.get("supported_versions")
         if not isinstance(raw, list) or len(raw) > MAX_VERSIONS:
             raise RegistrarError("the registrar does not say which versions it supports")
@@ -159,11 +159,11 @@ class RegistrarClient:
         common = [version for version in versions if OLDEST <= version <= NEWEST]
         if not common and versions and max(versions) < OLDEST:
             raise RegistrarError(
-                "the registrar speaks API {}.{} at most; ".format(*max(versions)) + TOO_OLD
+                "the registrar supports API {}.{} at most, ".format(*max(versions)) + TOO_OLD
             )
         if not common:
             raise RegistrarError(
-                f"the registrar speaks none of the API versions 2.{OLDEST[1]} to 2.{NEWEST[1]}"
+                f"the registrar supports none of the API versions 2.{OLDEST[1]} to 2.{NEWEST[1]}"
             )
         self._version = max(common)
         return "{}.{}".format(*self._version)
@@ -174,7 +174,7 @@ class RegistrarClient:
         return self._version <= OVERWRITING
 
     async def read(self) -> Record | None:
-        """The record, if it is active; None where it is not, or is not there.
+        """The record, if it is active; None where it is inactive or missing.
 
         Raises:
             RegistrarError: no answer, or not allowed: `status` is 400 or 403 without a certificate
@@ -189,7 +189,7 @@ class RegistrarClient:
         return _parse_record(self._results(body))
 
     async def register(self, record: Record) -> bytes:
-        """Make or renew the record, which is inactive from then on until it is activated.
+        """Make or renew the record, which is then inactive until it is activated.
 
         Returns:
             The challenge, uncut.
@@ -218,7 +218,7 @@ class RegistrarClient:
         """Answer the challenge; a wrong answer deletes the record.
 
         Raises:
-            RegistrarError: `status` is 400 where the answer is wrong, 404 where the record has gone.
+            RegistrarError: `status` is 400 where the answer is wrong, 404 where the record is gone.
         """
         await self._call("PUT", self._path(), {"auth_tag": tag})
 
@@ -237,9 +237,7 @@ class RegistrarClient:
                     status = response.status_code
                     data = await read_body(response, MAX_BODY_BYTES, "the registrar")
         except trio.TooSlowError as exc:
-            raise RegistrarError(
-                f"the registrar gave no answer: none within {CALL_LIMIT_S:g} s"
-            ) from exc
+            raise RegistrarError(f"the registrar gave no answer within {CALL_LIMIT_S:g} s") from exc
         except ReplyError as exc:
             raise RegistrarError(str(exc)) from exc
         if status != 200:
@@ -284,7 +282,7 @@ def _parse_record(results: Mapping[str, object]) -> Record:
 
 
 def _status_text(body: bytes) -> str:
-    """The envelope's status, fit to be shown."""
+    """The envelope's status, made safe to show."""
     try:
         text = parse_json_object(body, "the answer").get("status")
     except EvidenceFormatError:

@@ -2,7 +2,7 @@
 
 Pure. The blob is untrusted: it is cut into the two structures that TPM2_ActivateCredential takes, and
 the TPM judges them. The key inside never leaves this host; only an HMAC under it does, over the agent
-id alone. So two registrars must never share an id: one could relay the other's challenge to us.
+id alone. So two registrars must never share an id: one could relay the other's challenge to this host.
 Source: tpm2-tools' credential file, as Keylime's registrar writes it; Keylime's agent for the tag.
 """
 
@@ -29,11 +29,11 @@ def parse_challenge(blob: bytes) -> tuple[bytes, bytes]:
     Does not check: that they are for these keys; only the TPM can tell.
 
     Raises:
-        EvidenceFormatError: not such a blob, or a part is longer than any TPM takes.
+        EvidenceFormatError: not such a blob, or a part is longer than any TPM accepts.
     """
     read = Reader(blob, "the challenge")
     if read.uint(4) != MAGIC or read.uint(4) != VERSION:
-        raise EvidenceFormatError("the challenge has not the head 0xbadcc0de, version 1")
+        raise EvidenceFormatError("the challenge does not begin with 0xbadcc0de, version 1")
     parts = []
     for limit in (MAX_ID_OBJECT_BYTES, MAX_SECRET_BYTES):
         part = read.sized(limit)
@@ -45,7 +45,7 @@ def parse_challenge(blob: bytes) -> tuple[bytes, bytes]:
     inner = Reader(credential[2:], "the challenge's TPMS_ID_OBJECT")
     inner.sized(MAX_KEY_BYTES)  # integrityHMAC; what follows is encrypted
     if not inner.left:
-        raise EvidenceFormatError("the challenge's TPMS_ID_OBJECT holds no identity")
+        raise EvidenceFormatError("the challenge's TPMS_ID_OBJECT does not hold an identity")
     return credential, secret
 
 

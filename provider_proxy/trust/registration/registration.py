@@ -1,9 +1,9 @@
 """Keeps the host's EK and AK registered in one tenant's Keylime registrar.
 
-Rounds (`round.py`) at an interval, sooner while all is not well; what a round found is kept as the status
-and told to others. A `conflict` is looked at again and reported until a person has settled it. A round
-ends in a `State` within `ROUND_LIMIT_S`, whatever happens; only cancellation leaves it half done, and the
-next one sets that right.
+Runs rounds (`round.py`) at an interval, and sooner after a failure; a round's result is kept as the
+status and reported. A `conflict` is checked again and reported until a person has settled it. A round
+always ends in a `State` within `ROUND_LIMIT_S`; after a cancellation the next round
+corrects what was left unfinished.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ class Registration:
     Args:
         name: of the registrar, for people.
         open_http: makes its pooled client.
-        turn: entered around each round; bounds how many go on at the same time.
+        turn: entered around each round; bounds how many run at the same time.
         tls_cert: PEM of the certificate that answers at the table's `contact`; None for a contact that
-            is no agent.
+            is not an agent.
         lock: keeps two processes of this host from answering each other's challenges.
         now: seconds since the epoch.
 
     Attributes:
         status: what is known so far.
-        observe: told the state after each round.
+        observe: called with the state after each round.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Registration:
         self.observe: Callable[[State], None] = lambda state: None
 
     async def run(self) -> None:
-        """Rounds, for ever: at the interval while all is well, sooner while it is not."""
+        """Run rounds for ever: at the interval after a success, sooner after a failure."""
         failed = 0
         async with self._open_http() as http:
             while True:
@@ -94,7 +94,7 @@ class Registration:
                 await trio.sleep(self._pause_s(report.state, failed))
 
     def _pause_s(self, state: State, failed: int) -> float:
-        """Until the next round; spread, so that hosts that failed together do not return together."""
+        """Seconds until the next round, spread so that hosts that failed together retry apart."""
         longest: float = self.table.interval_s
         if failed and state not in PATIENT:
             return backoff_s(failed, first_s=FIRST_RETRY_S, longest_s=longest)
@@ -106,7 +106,7 @@ class Registration:
             return await self.round(http)
 
     async def round(self, http: httpx.AsyncClient) -> Report:
-        """Look, and register where that is needed. Raises nothing: what failed is in the report."""
+        """Check, and register where needed. Raises nothing: failures are in the report."""
         steps: list[Step] = []
         state = State.AWAY
         try:
@@ -119,7 +119,7 @@ class Registration:
         except EndOfRound as end:
             state = end.state
         except Exception:
-            # A tenant's registrar must not end the service of all others by what nobody thought of.
+            # An unforeseen error of one tenant's registrar must not end the service of all others.
             log.exception("registrar %s: an unexpected error", self.name)
             steps.append(
                 Step(name="unexpected", good=False, text="an unexpected error; see the log")
@@ -153,7 +153,7 @@ class Registration:
         self.observe(report.state)
 
     def _log(self, before: Status, report: Report) -> None:
-        """Say what has changed."""
+        """Log what has changed."""
         if report.state is before.state and report.error in (None, before.last_error):
             return
         if report.state in GOOD:
@@ -164,10 +164,10 @@ class Registration:
 
     @contextlib.asynccontextmanager
     async def _alone(self, steps: list[Step]) -> AsyncIterator[None]:
-        """Hold the lock. It is a courtesy: what two rounds do to each other, the next one sets right.
+        """Hold the lock. It only saves work: the next round corrects what two parallel rounds did.
 
         Raises:
-            EndOfRound: another process does not let it go.
+            EndOfRound: another process does not release it.
         """
         lock = FileLock(self._lock) if self._lock is not None else None
         try:
@@ -175,9 +175,11 @@ class Registration:
                 while lock is not None and not lock.take():  # noqa: ASYNC110  # of another process
                     await trio.sleep(LOCK_POLL_S)
         except trio.TooSlowError as exc:
-            raise bad(steps, "lock", State.AWAY, "another process is registering") from exc
+            raise bad(
+                steps, "lock", State.AWAY, "another process is registering and holds the lock"
+            ) from exc
         except HostError as exc:
-            steps.append(Step(name="lock", good=False, text=f"{exc}; going on without"))
+            steps.append(Step(name="lock", good=False, text=f"{exc}; continuing without the lock"))
         try:
             yield
         finally:

@@ -1,11 +1,11 @@
-"""One round at a registrar: reads the record back, and registers where it is gone or says something else.
+"""One round at a registrar: reads the record, and registers where it is missing or differs.
 
     version ── read ── same? ──────────────────────────────────────────── registered
                 └─ gone, or another contact ── register ── TPM ── activate ── read again
 
-Never overwrites and never deletes what is another's: a record with another TPM's keys is a `conflict`.
-Never sends an answer that the TPM did not give: a wrong one would delete the record. When a round takes
-place, how long it may take, and what follows from its state are `Registration`'s.
+Never overwrites and never deletes another's record: a record with another TPM's keys is a `conflict`.
+Never sends an answer that the TPM did not give: a wrong one would delete the record. `Registration`
+decides when a round takes place, how long it may take, and what follows from its state.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ from provider_proxy.trust.registration.client import Record, RegistrarClient
 from provider_proxy.trust.registration.credential import MAX_KEY_BYTES, auth_tag, parse_challenge
 from provider_proxy.trust.registration.state import State, Step
 
-TPM_LIMIT_S = 120.0  # for our turn at a busy chip; a registrar's challenge does not run out
-FORMAT_ONE = 0x080  # TPM_RC of a bad parameter, not of a chip in trouble (TPM 2.0 Part 2, 6.6.2)
+TPM_LIMIT_S = 120.0  # to wait for a busy chip; a registrar's challenge does not expire
+FORMAT_ONE = 0x080  # TPM_RC of a bad parameter, not of a failing chip (TPM 2.0 Part 2, 6.6.2)
 UNREAD = (
-    "give a client certificate to read it first, or set register_unread if the id is yours alone"
+    "set client_cert to read the record first, or set register_unread if only this host uses the id"
 )
-AUTH_CODES = (0x08E, 0x0A2)  # TPM_RC_AUTH_FAIL, TPM_RC_BAD_AUTH: ours, not the registrar's fault
+AUTH_CODES = (
+    0x08E,
+    0x0A2,
+)  # TPM_RC_AUTH_FAIL, TPM_RC_BAD_AUTH: this host's fault, not the registrar's
 
 
 class Keys(Protocol):
@@ -59,7 +62,7 @@ class TpmIdentity(Protocol):
 
 
 class EndOfRound(Exception):
-    """Leaves a round, in this state; `Registration` catches it."""
+    """Ends a round in this state; `Registration` catches it."""
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -70,11 +73,11 @@ class Round:
 
     Args:
         agent_id: the host's id there.
-        contact: IP address and port that the record is to name; None to leave it as it is.
-        tls_cert: PEM of the certificate that answers there; None for a contact that is no agent.
-        may_read: we have a client certificate, without which no registrar lets anybody read.
-        register_unread: register even where another's record could be replaced unseen.
-        steps: what was done, and what came of it, is added here.
+        contact: IP address and port for the record; None to leave it as it is.
+        tls_cert: PEM of the certificate that answers there; None for a contact that is not an agent.
+        may_read: there is a client certificate; without one no registrar lets a client read.
+        register_unread: register even where another TPM's record could be replaced unnoticed.
+        steps: each step and its result is added here.
     """
 
     def __init__(
@@ -99,15 +102,15 @@ class Round:
         self._steps = steps
 
     async def run(self) -> State:
-        """Look, and register where that is needed.
+        """Check, and register where needed.
 
         Raises:
-            EndOfRound: it did not end well.
+            EndOfRound: the round failed.
         """
         client, steps = self._client, self._steps
         with _step(steps, "version"):
             version = await client.negotiate()
-            steps.append(_good("version", f"the registrar speaks API {version}"))
+            steps.append(_good("version", f"the registrar supports API {version}"))
         record, readable = await self._read("read", self._may_read)
         if record is not None:
             difference = self._difference(record, "read")
@@ -118,7 +121,7 @@ class Round:
         elif readable:
             steps.append(_good("read", "there is no active record"))
         elif client.overwrites and not self._register_unread:
-            text = f"API {version} lets a second host replace the record {self._agent_id}: {UNREAD}"
+            text = f"with API {version} a second host can replace the record {self._agent_id}: {UNREAD}"
             raise bad(steps, "read", State.UNREAD, text)
         await self._register()
         if not readable:
@@ -146,15 +149,15 @@ class Round:
             except RegistrarError as exc:
                 if exc.status not in (400, 401, 403):
                     raise
-                text = f"the registrar does not take our client_cert for reading ({exc})"
+                text = f"the registrar does not let our client_cert read the record ({exc})"
                 steps.append(Step(name=name, good=False, text=text))
         return None, False
 
     def _difference(self, record: Record, name: str) -> str | None:
-        """In what a record differs that we may change.
+        """How a record differs in parts that this host may change.
 
         Raises:
-            EndOfRound: in its keys, so that it is not ours to change.
+            EndOfRound: it has other keys, so this host must not change it.
         """
         keys = self._tpm.identity
         for what, theirs, ours in (
@@ -166,7 +169,7 @@ class Round:
                     self._steps,
                     name,
                     State.CONFLICT,
-                    f"the record {self._agent_id} has another TPM's {what}; it was left as it is",
+                    f"the record {self._agent_id} has another TPM's {what}; it was not changed",
                 )
         if not same_certificate(record.ek_cert, keys.ek_cert):
             return "the record has another EK certificate"
@@ -186,15 +189,17 @@ class Round:
             contact=self._contact,
             tls_cert=self._tls_cert,
         )
-        taken = f"the id {self._agent_id} is another TPM's there; its record was left as it is"
-        refused = "the registrar refuses the EK or the AK"
+        taken = f"the id {self._agent_id} already has another TPM's record; it was not changed"
+        refused = "the registrar refused the EK or the AK"
         with _step(
             steps, "register", {403: (State.CONFLICT, taken), 400: (State.REFUSED, refused)}
         ):
             blob = await client.register(ours)
-            steps.append(_good("register", "the registrar took EK and AK, and sent a challenge"))
+            steps.append(
+                _good("register", "the registrar accepted EK and AK, and sent a challenge")
+            )
         key = await self._solve(blob)
-        wrong = "the registrar refuses the answer to its challenge, and has deleted the record"
+        wrong = "the registrar refused the answer to its challenge and deleted the record"
         gone = "the record was gone before its activation"
         with _step(
             steps,
@@ -221,15 +226,15 @@ class Round:
             raise bad(steps, "tpm", State.NO_TPM, text) from exc
         except (QuoteError, HostError) as exc:
             if _is_refusal(exc):
-                text = "the TPM refuses the challenge: it is not for this EK and AK"
+                text = "the TPM refused the challenge: it is not for this EK and AK"
                 raise bad(steps, "tpm", state, text) from exc
             raise bad(steps, "tpm", State.NO_TPM, str(exc)) from exc
-        steps.append(_good("tpm", "the TPM solved it: EK and AK are both in it"))
+        steps.append(_good("tpm", "the TPM solved the challenge: it holds both EK and AK"))
         return key
 
 
 def _is_refusal(error: QuoteError | HostError) -> bool:
-    """True where the TPM found fault with the credential, False where it is in trouble itself."""
+    """True where the TPM refused the credential, False where the TPM itself fails."""
     cause = error if isinstance(error, TpmError) else error.__cause__
     return (
         isinstance(cause, TpmError) and bool(cause.code & FORMAT_ONE) and not _is_auth(cause.code)
@@ -243,9 +248,9 @@ def _is_auth(code: int) -> bool:
 def same_certificate(theirs: bytes | None, ours: bytes | None) -> bool:
     """True where both are the same certificate.
 
-    One that is not proper DER, as some makers' are, registrars up to Keylime 7.12 store in an encoding
-    of their own. It is the same then where it is for the same key; one that nobody can read cannot be
-    compared, and is not sent again and again.
+    Registrars up to Keylime 7.12 re-encode a certificate that is not proper DER, as some makers' are.
+    Such certificates are the same if they are for one key. One that cannot be read cannot be compared,
+    and is not sent again and again.
     """
     if theirs == ours:
         return True
@@ -268,7 +273,7 @@ def _good(name: str, text: str) -> Step:
 
 
 def bad(steps: list[Step], name: str, state: State, text: str) -> EndOfRound:
-    """What ends a round in this state, noted as a step that went wrong."""
+    """Note a failed step; the exception that ends a round in this state."""
     steps.append(Step(name=name, good=False, text=text))
     return EndOfRound(state)
 
@@ -277,7 +282,7 @@ def bad(steps: list[Step], name: str, state: State, text: str) -> EndOfRound:
 def _step(
     steps: list[Step], name: str, meanings: dict[int, tuple[State, str]] | None = None
 ) -> Iterator[None]:
-    """A call: its failure ends the round, in the state that its HTTP status means."""
+    """A call: its failure ends the round in the state for its HTTP status."""
     try:
         yield
     except RegistrarError as exc:

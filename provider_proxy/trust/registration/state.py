@@ -1,7 +1,7 @@
-"""How a registration stands: states, the report of a round, and what is told of them to others.
+"""The status of a registration: states, the report of a round, and what others are told.
 
-Values only. What a tenant is told of its own registrations is less than what the provider sees: no
-error texts, which may name files and addresses of the host.
+Values only. A tenant is told less of its own registrations than the provider sees: no error texts,
+which may name files and addresses of the host.
 """
 
 from __future__ import annotations
@@ -13,26 +13,28 @@ from dataclasses import dataclass
 class State(enum.Enum):
     """How a round ended."""
 
-    PENDING = "pending"  # none has ended yet
+    PENDING = "pending"  # no round has ended yet
     REGISTERED = "registered"  # read back: active, and with this TPM's keys
-    UNCONFIRMED = "unconfirmed"  # activated, but the registrar lets us not read
-    CONFLICT = "conflict"  # the record is another TPM's
+    UNCONFIRMED = "unconfirmed"  # activated, but the registrar does not let us read
+    CONFLICT = "conflict"  # the record has another TPM's keys
     UNREAD = "unread"  # not registered: a record that may be another's could not be read first
-    REFUSED = "refused"  # the registrar does not take these keys
-    WRONG_CHALLENGE = "wrong_challenge"  # it was not for these keys, or its answer was refused
-    AWAY = "away"  # no answer, or none that makes sense
+    REFUSED = "refused"  # the registrar does not accept these keys
+    WRONG_CHALLENGE = (
+        "wrong_challenge"  # the challenge was not for these keys, or its answer was refused
+    )
+    AWAY = "away"  # no answer, or an unusable one
     NO_TPM = "no_tpm"  # the chip gave no answer
 
 
 GOOD = frozenset((State.REGISTERED, State.UNCONFIRMED))
 PATIENT = frozenset(
     (State.CONFLICT, State.UNREAD, State.REFUSED)
-)  # a person has to act: no hurry to ask again
+)  # a person must act: asking again soon does not help
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What was done, and what came of it."""
+    """One step of a round, and its result."""
 
     name: str
     good: bool
@@ -48,7 +50,7 @@ class Report:
 
     @property
     def error(self) -> str | None:
-        """What went wrong; None where all is well."""
+        """What failed; None where nothing did."""
         if self.state in GOOD:
             return None
         return next((step.text for step in reversed(self.steps) if not step.good), None)
@@ -61,7 +63,7 @@ class Status:
     Attributes:
         since: when this state began.
         last_success: when a round last ended well; None before the first.
-        last_error, last_error_at: of the last round that did not.
+        last_error, last_error_at: of the last round that failed.
     """
 
     state: State = State.PENDING

@@ -208,7 +208,7 @@ async def test_refused_connections_fail(autojump_clock: Jumping, rig: Rig) -> No
 @pytest.mark.parametrize(
     ("error", "state"),
     [
-        (PinChangedError("pinned anew"), State.INVALID_QUOTE),
+        (PinChangedError("has since been pinned to another AK"), State.INVALID_QUOTE),
         (ReplyError("the registrar is away"), State.FAILED),
         (UsageError("not pinned"), State.FAILED),
         (HostError("the pin is damaged"), State.FAILED),

@@ -69,7 +69,7 @@ CHUNK = b"8000\r\n" + b" " * 0x8000 + b"\r\n"
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", CHUNK, "larger than"),
         (HEAD + b"Content-Length: 100\r\n\r\n{", b"", "no answer"),
         (HEAD + b"Content-Encoding: gzip\r\nContent-Length: 9\r\n\r\n123456789", b"", "compressed"),
-        (HEAD + b"Content-Length: 1000\r\n\r\n", b" ", "no answer: none within"),  # a trickle
+        (HEAD + b"Content-Length: 1000\r\n\r\n", b" ", "no answer within"),  # a trickle
         (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\n\r\n", b"", "answered 302"),
         (b"HTTP/1.1 302 Found\r\nLocation: http://xn--/\r\n\r\n", b"", "no answer"),
         (b"HTTP/1.1 302 Found\r\nLocation: mailto:x\r\n\r\n", b"", "no answer"),

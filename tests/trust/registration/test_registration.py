@@ -185,7 +185,7 @@ async def test_a_certificate_that_the_registrar_does_not_take_is_said(tpm: FakeT
     report = await make(FakeRegistrar(has_cert=False), tpm).once()
     assert report.state is State.UNCONFIRMED
     assert names(report) == ["version", "read!", "register", "tpm", "activate"]
-    assert "does not take our client_cert" in report.steps[1].text
+    assert "does not let our client_cert read the record" in report.steps[1].text
 
 
 async def test_a_refused_ek(registrar: FakeRegistrar, tpm: FakeTpm) -> None:
@@ -428,7 +428,7 @@ async def test_a_registrar_before_7_12_is_named(registrar: FakeRegistrar, tpm: F
     report = await make(registrar, tpm).once()
     assert (report.state, names(report)) == (State.AWAY, ["version!"])
     assert report.error is not None
-    assert "API 2.1 at most; so does Keylime before 7.12" in report.error
+    assert "API 2.1 at most, as Keylime before 7.12 does" in report.error
     assert {path for _, path in registrar.calls} == {"/version"}
 
     async def unknown(request: httpx.Request) -> httpx.Response | None:
