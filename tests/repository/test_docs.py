@@ -141,7 +141,9 @@ def commands() -> list[str]:
     found = []
     for doc in OWN:
         text = "\n".join(fenced(doc, "sh")).replace("\\\n", "")  # a command over several lines
-        found += re.findall(r"^(?:until )?(provider-proxy [^&;\n]*)", text, re.MULTILINE)
+        found += re.findall(
+            r"^(?:timeout \d+ sh -c ')?(?:until )?(provider-proxy [^&;|\n]*)", text, re.MULTILINE
+        )
     found += re.findall(r"ExecStart=/usr/bin/(.*)", read("systemd/provider-proxy.service"))
     return found
 
@@ -160,6 +162,14 @@ def test_documented_commands_parse(
     sub = cli.sub_parser(parser, words[0])
     args = parser.parse_args(options_file.expanded(words, words[0], sub))  # SystemExit if wrong
     assert args.command == words[0]
+
+
+def test_no_documented_loop_runs_for_ever() -> None:
+    """It has a time limit, or ends with the daemon that it waits for."""
+    loops = [line for line in HEREDOCS.splitlines() if re.search(r"\b(until|while) ", line)]
+    assert loops
+    for line in loops:
+        assert re.match(r"timeout \d+ ", line) or "|| break" in line, line
 
 
 def test_commands_are_there() -> None:
