@@ -24,11 +24,11 @@ from provider_proxy.evidence.verify import HostHistory, Verifier, new_challenge
 from provider_proxy.evidence.wire import parse_evidence
 from provider_proxy.tenant.client import ProxyClient
 from provider_proxy.tenant.ima_tail import ImaTail
+from provider_proxy.tenant.replies import TOO_MANY
 from provider_proxy.tenant.step_limit import bounded
 
 WHOLE_LIMIT_S = 900.0  # a kernel's longest list, in parts, at the pace that a proxy allows
 MAX_ASKS = 4 * MAX_PARTS  # an IMA list twice, in parts, and waits between them
-TOO_MANY = 429
 LEAST_WAIT_S = 0.1
 MAX_WAIT_S = 300.0  # for all of a list, whatever Retry-After says: 600 MB at the daemon's 2 MB/s
 

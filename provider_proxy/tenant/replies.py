@@ -9,6 +9,7 @@ from provider_proxy.evidence.wire import MAX_EVIDENCE_BYTES, MAX_EVIDENCE_WITH_L
 
 MAX_RETRY_AFTER_S = 3600.0
 MAX_STATUS_CHARS = 200
+TOO_MANY = 429  # over a limit of ours, that of bytes of logs for example
 
 
 def body_limit(request: QuoteRequest) -> int:

@@ -16,6 +16,7 @@ from provider_proxy.evidence.policy import UnsafeAcceptAny
 from provider_proxy.evidence.verify import MemoryHistory, Verifier
 from provider_proxy.tenant import asking
 from provider_proxy.tenant.client import ProxyClient
+from provider_proxy.tenant.replies import TOO_MANY
 from provider_proxy.testing.soft_tpm import SoftTpm
 
 
@@ -24,7 +25,7 @@ class Busy:
 
     async def fetch(self, _request: QuoteRequest) -> bytes:
         await trio.sleep(asking.MAX_WAIT_S - 1)
-        raise ReplyError("too many", status=asking.TOO_MANY, retry_after_s=0.0)
+        raise ReplyError("too many", status=TOO_MANY, retry_after_s=0.0)
 
 
 async def test_a_proxy_that_is_always_busy_is_given_up(

@@ -15,7 +15,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import trio
@@ -25,6 +25,7 @@ from provider_proxy.common.addresses import authority
 from provider_proxy.errors import HostError, ProviderProxyError, ReplyError, VerificationError
 from provider_proxy.evidence.model import ClockState
 from provider_proxy.evidence.wire import clock_values
+from provider_proxy.tenant.replies import TOO_MANY
 from provider_proxy.tenant.watch.budget import Budget
 from provider_proxy.tenant.watch.metrics import WatchMetrics
 from provider_proxy.tenant.watch.questions import HostQuestions, Setting
@@ -182,8 +183,12 @@ class HostWatch:
     async def _ask_on(self, rules: HostRules) -> None:
         self._tried = None
         while True:
+            entry = self._questions.ima_ml_entry
             event, error = await self._attempt()
             self._tried = error
+            if _is_paced(error) and self._questions.ima_ml_entry > entry:
+                # A proxy sends a long IMA list at a pace of its own: no retry of what did not come.
+                self._progress = replace(self._progress, retries=0)
             result = "ok" if error is None else type(error).__name__
             self._shared.metrics.checks.labels(result).inc()
             self._progress = advance(self._progress, event, max_retries=rules.max_retries)
@@ -263,6 +268,10 @@ class HostWatch:
             "ek_anchor": self._questions.ek_anchor,
             "clock": clock_values(self._clock) if self._clock else None,
         }
+
+
+def _is_paced(error: ProviderProxyError | None) -> bool:
+    return isinstance(error, ReplyError) and error.status == TOO_MANY
 
 
 def _event_of(error: ProviderProxyError) -> Event:

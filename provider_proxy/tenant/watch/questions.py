@@ -194,6 +194,11 @@ class HostQuestions:
         """False for a host that is only listed."""
         return self._connection is not None
 
+    @property
+    def ima_ml_entry(self) -> int:
+        """The entry of the host's IMA list that is asked for next."""
+        return 0 if self.ak_name is None else self._policy.ima_ml_entry
+
     async def take(self, setting: Setting) -> None:
         """Use another setting from here on; a connection that it does not change is kept."""
         before = self.setting

@@ -423,6 +423,28 @@ async def test_a_long_list_takes_several_questions(
     assert [request.ima_ml_entry for _, request in rig.proxy.asked] == [0, 250, 500]
 
 
+async def test_a_long_list_comes_at_the_proxy_s_pace(
+    tmp_path: Path, nursery: trio.Nursery, autojump_clock: Jumping
+) -> None:
+    """A 429 behind a part of it is no retry; one that follows another is."""
+    rig = Rig(tmp_path, proxy=ima_proxy(part=50))
+    rig.proxy.serve_in(nursery)
+    part, busy = rig.proxy.answer, response(429, encode_envelope(429, "slow", {}), "Retry-After: 3")
+    is_busy = itertools.cycle((False, True))
+    rig.proxy.answer = lambda request: busy if next(is_busy) else part(request)
+    before = trio.current_time()
+    assert await rig.host(ima=True, max_retries=1).round() is State.TRUSTED
+    asked = [request.ima_ml_entry for _, request in rig.proxy.asked]
+    assert asked[:5] == [0, 50, 50, 100, 100]
+    assert trio.current_time() - before >= 3 * (len(asked) // 2)
+
+    rig.proxy.answer = lambda request: part(request) if request.ima_ml_entry == 0 else busy
+    rig.proxy.asked.clear()
+    rig.store = StateStore(tmp_path / "another")
+    assert await rig.host(ima=True, max_retries=2).round() is State.FAILED
+    assert [request.ima_ml_entry for _, request in rig.proxy.asked] == [0, 50, 50, 50]
+
+
 async def test_a_tampered_list_is_invalid(autojump_clock: Jumping, ima_rig: Rig) -> None:
     host = ima_rig.host(ima=True)
     ima_rig.proxy.logs = {
