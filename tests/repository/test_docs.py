@@ -124,7 +124,7 @@ def test_toml_blocks_are_configurations(doc: Path, block: str) -> None:
 
 def test_toml_blocks_are_there() -> None:
     assert {doc.name for doc, _ in TOML_BLOCKS} == {
-        *("configuration.md", "keylime-agent.md", "registration.md", "vtpm.md", "watch.md"),
+        *("configuration.md", "registration.md", "vtpm.md", "watch.md"),
         *("bridge.md", "fleet.md"),
         "fronts.md",
     }

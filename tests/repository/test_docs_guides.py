@@ -156,7 +156,6 @@ RUN_BY = {
     "sizing": "test_simulation",
     "tenants": "test_keylime_real",
     "tls": "test_pki",
-    "tpm": "test_guides",
     "vtpm": "test_guides",
     "watch": "test_watch_real",
 }
