@@ -79,8 +79,8 @@ def haproxy(folder: Path, certs: Certs, daemon: str, block: str) -> Iterator[str
         block.replace("/etc/haproxy/server.pem", str(pem))
         .replace("/etc/haproxy/tenants-ca.crt", str(certs.ca_file))
         .replace("bind :8890", f"bind 127.0.0.1:{port}")
-        .replace("unix@/run/provider-proxy/front", f"unix@{daemon.removeprefix('unix:')}")
-        .replace("127.0.0.1:8891", daemon)
+        .replace("unix@/run/provider-proxy-front.sock", f"unix@{daemon.removeprefix('unix:')}")
+        .replace("127.0.0.1:8889", daemon)
         .replace("192.0.2.1:8892", daemon)
         .replace("/etc/haproxy/servers-ca.crt", str(certs.ca_file))
         .replace("host1.example.org", "localhost")
@@ -102,8 +102,8 @@ def nginx(folder: Path, certs: Certs, daemon: str, block: str) -> Iterator[str]:
         .replace("/etc/nginx/server.key", str(certs.key))
         .replace("/etc/nginx/tenants-ca.crt", str(certs.ca_file))
         .replace("listen 8890", f"listen 127.0.0.1:{port}")
-        .replace("127.0.0.1:8891", daemon)
-        .replace("unix:/run/provider-proxy/front", daemon)
+        .replace("127.0.0.1:8889", daemon)
+        .replace("unix:/run/provider-proxy-front.sock", daemon)
     )
     paths = "".join(
         f"    {kind}_temp_path {folder}/{kind};\n"
