@@ -134,7 +134,8 @@ def other_pages() -> list[str]:
         "provider-proxy tpm ak export --out ak.b64",
         f"""echo '{{"0": ["{"00" * 32}"]}}' > policy.json""",
         pin_and_verify.splitlines()[0],
-        "provider-proxy fetch https://host:8890 --ca provider-ca.crt --pcrs 0,7 --pinned host-17 --pins pins",
+        "provider-proxy fetch https://host:8890 --ca provider-ca.crt --pcrs 0,7"
+        " --pinned host-17 --pins pins",
         *(pin_and_verify.splitlines()[1], *guide_blocks("docs/monitoring.md"), vms),
         *(f"echo another,{'00' * 32} > eks.csv", import_eks),
     ]
