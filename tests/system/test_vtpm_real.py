@@ -241,7 +241,7 @@ async def test_a_copy_an_encrypted_one_and_one_that_was_there_before(host: Host)
                 ):
 
                     async def all_read() -> bool:
-                        return "copy of that of" in serve.log and "is encrypted" in serve.log
+                        return "copy of the vTPM of" in serve.log and "is encrypted" in serve.log
 
                     await until_answered(all_read, "both were read")
                     listed = await host.listed()

@@ -116,7 +116,7 @@ async def test_an_encrypted_state_is_read_where_libvirt_gives_its_secret(
         eks = await source(libvirt, path).read_eks(VM, StatePlace(), SECRET)
         assert {ek.alg for ek in eks} == {"rsa2048", "p384"}
         virsh.says(SHAREABLE, b"another passphrase")
-        with pytest.raises(Exception, match="does not take the vTPM's state"):
+        with pytest.raises(Exception, match="cannot load the vTPM's state"):
             await source(libvirt, path).read_eks(VM, StatePlace(), SECRET)
     encoded = base64.b64encode(PASSPHRASE).decode()
     said = virsh.calls.read_bytes()

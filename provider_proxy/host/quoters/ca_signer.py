@@ -1,6 +1,6 @@
 """Signs for the vTPM CA with its key in the host's TPM, behind the same gate as the quotes.
 
-Each signature is one command of the chip: it waits for its turn, counts in the duty, climbs the ladder.
+Each signature is one command of the chip: it waits for its turn, counts in the duty, and is retried.
 Knows nothing of certificates; `vtpm.ca` makes them. The key's authValue lies beside the AK's.
 """
 

@@ -1,1 +1,1 @@
-"""The link between a VM's vTPM and the host's TPM: who is registered, and what of it is claimed."""
+"""The link between VMs' vTPMs and the host's TPM: the registry of vTPMs, and claims about them."""

@@ -1,8 +1,8 @@
 """The host's vTPM CA, with `vtpm.issuer = "tpm"`: its key lies in the host's TPM and signs certificates.
 
 `open_host_ca` finds or makes the CA's own certificate, which carries the AK's certification of the key;
-`HostCa.issue` certifies a vTPM's EK. Nothing leaves that the tenants' own check would refuse. Makes no
-key, touches no chip but through its `Signer`, and decides nothing about which VM may have a certificate.
+`HostCa.issue` certifies a vTPM's EK. It issues no certificate that the tenants' own check would refuse.
+Makes no key, uses the chip only through its `Signer`, and does not decide which VM may have one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from provider_proxy.host.vtpm.requests import MAX_CERTIFICATE_BYTES, Certificate
 log = logging.getLogger(__name__)
 
 CERTIFICATE_FILE = "vtpm-ca.der"
-BACKDATED = datetime.timedelta(minutes=5)  # for a tenant whose clock is behind the host's
+BACKDATED = datetime.timedelta(minutes=5)  # for a tenant whose clock is slower than the host's
 
 Now = Callable[[], datetime.datetime]
 
@@ -65,7 +65,7 @@ class Signer(Protocol):
         """A TPMT_SIGNATURE over a SHA-256 digest.
 
         Raises:
-            HostError, ServiceError: there is none to be had now.
+            HostError, ServiceError: it is not available now.
         """
         ...
 
@@ -73,7 +73,7 @@ class Signer(Protocol):
         """TPM2_Certify of the key by the AK: TPMS_ATTEST and TPMT_SIGNATURE.
 
         Raises:
-            HostError, ServiceError: there is none to be had now.
+            HostError, ServiceError: it is not available now.
         """
         ...
 
@@ -101,7 +101,7 @@ class HostCa:
 
         Raises:
             HostError, ServiceError: the TPM gives no signature now.
-            SelfCheckError: what came out would not pass the tenants' check.
+            SelfCheckError: the certificate would not pass the tenants' check.
         """
         builder = profile.vtpm_builder(
             request,
@@ -112,7 +112,7 @@ class HostCa:
         made = await _sign(self._signer, builder)
         try:
             if len(made) > MAX_CERTIFICATE_BYTES:
-                raise SelfCheckError(f"the certificate has {len(made)} bytes, over 2048")
+                raise SelfCheckError(f"the certificate has {len(made)} bytes, must be at most 2048")
             check_vtpm_certificate(
                 made, self._ca, key=request.public_key, vm=request.vm, kind=request.kind
             )
@@ -130,13 +130,13 @@ async def open_host_ca(
     host_uuid: uuid.UUID,
     now: Now = utc_now,
 ) -> HostCa:
-    """The CA whose certificate lies in the state directory; a new certificate where none fits.
+    """The CA whose certificate is in the state directory; a new certificate if that one does not fit.
 
-    One that is damaged, of another key, or certified by an AK that is no more is replaced.
+    A certificate that is damaged, for another key, or certified by an earlier AK is replaced.
 
     Raises:
         HostError, ServiceError: the TPM gives no signature, or the file cannot be written.
-        SelfCheckError: what came out would not pass the tenants' check.
+        SelfCheckError: the certificate would not pass the tenants' check.
     """
     path = state_dir / CERTIFICATE_FILE
     if is_there(path):
@@ -146,9 +146,9 @@ async def open_host_ca(
             is_own = found.name == tpm_keys.parse_public(signer.public).name
             if is_own and found.certificate.subject == subject:
                 return HostCa(signer, found, now=now)
-            log.warning("vtpm: %s is of another key or host; making a new certificate", path)
+            log.warning("vtpm: %s is for another key or host; making a new certificate", path)
         except (UntrustedCaError, UsageError) as exc:
-            log.warning("vtpm: %s does not fit (%s); making a new certificate", path, exc)
+            log.warning("vtpm: %s cannot be used (%s); making a new certificate", path, exc)
     made = await _make_certificate(signer, host_uuid, now)
     try:
         ca = check_ca_certificate(made, ak)
@@ -162,7 +162,7 @@ async def open_host_ca(
 async def _make_certificate(signer: Signer, host_uuid: uuid.UUID, now: Now) -> bytes:
     key = tpm_keys.parse_public(signer.public).public_key
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise HostError("the vTPM CA's key is no EC key")
+        raise HostError("the vTPM CA's key is not an EC key")
     attest, signature = await signer.certify(CA_QUALIFYING)
     builder = profile.ca_builder(
         key,
@@ -181,7 +181,7 @@ async def _sign(signer: Signer, builder: x509.CertificateBuilder) -> bytes:
     try:
         value = attestation.parse_signature(signature)
     except VerificationError as exc:
-        raise HostError(f"TPM2_Sign gave no signature: {exc}") from exc
+        raise HostError(f"TPM2_Sign did not return a signature: {exc}") from exc
     return profile.signed(builder, value.value)
 
 

@@ -1,8 +1,8 @@
 """The claims about a VM that go into its tenant's leaf.
 
-Asked at admission and again at the seal, on the event loop: two look-ups in dicts, whatever the
-answer. A VM that is unknown, another tenant's, not running, or without a known EK gets the same error,
-and nothing in it, or in its time, says which of these it was.
+Called at admission and again at the seal, on the event loop: two dict look-ups, whatever the answer.
+A VM that is unknown, another tenant's, not running, or without a known EK gets the same error after
+the same time, so that a tenant cannot tell these apart.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Claims:
     """A `batcher.ClaimsSource` over what is known of VMs.
 
     Args:
-        look: the entry of a VM that runs here now; None of every other: `VtpmService.running_entry`.
+        look: the entry of a VM that runs here now, None for any other: `VtpmService.running_entry`.
     """
 
     def __init__(self, look: Look) -> None:
@@ -34,7 +34,7 @@ class Claims:
         """The claims about the VM that a request names.
 
         Raises:
-            NotFoundError: there are none for this tenant.
+            NotFoundError: there are no such claims for this tenant.
         """
         assert request.vm is not None
         entry = self._look(request.vm)
@@ -61,7 +61,7 @@ def encode_claims(entry: Entry) -> bytes:
 
 
 def entry_values(entry: Entry) -> dict[str, object]:
-    """An entry for the operator: the claims, and what tenants do not see."""
+    """An entry for the operator: the claims, and facts that tenants do not see."""
     values: dict[str, object] = json.loads(encode_claims(entry))
     spire = [ek.spire for ek in entry.eks if ek.spire]
     return {"name": entry.name, **values, "spire": spire, "changed_at": entry.changed_at}

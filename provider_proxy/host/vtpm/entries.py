@@ -1,10 +1,10 @@
-"""What the registry knows of one VM, and how each word about it changes that.
+"""The registry's entry for one VM, and how each message changes it.
 
-Pure: an entry and a word in, the next entry out. Two sources speak: swtpm_setup's hook, in the moment
-in which root has it make a vTPM (`registered`), and provider-proxy-vtpm (`saw`): where the VM is, by
-root's word, and what its vTPM's state holds (`read_back`). Invariants: an entry has at most an RSA and
-an ECC key; "confirmed" holds only for exactly the keys that were read, and in the life of the VM in
-which they were; what comes in from elsewhere starts as nothing.
+Pure: an entry and a message in, the next entry out. There are two sources: swtpm_setup's hook, while
+root has a vTPM made (`registered`), and provider-proxy-vtpm, which says where the VM is by facts that
+root controls (`saw`) and what its vTPM's state holds (`read_back`). Invariants: an entry has at most one
+RSA and one ECC key; "confirmed" holds only for exactly the keys that were read, and only in the life (the
+QEMU process) of the VM in which they were read; a vTPM that comes from another host starts without keys.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CLAIMED: Final = "claimed"
 REGISTERED: Final = "registered"
 CONFIRMED: Final = "confirmed"
 State = Literal["claimed", "registered", "confirmed"]
-UNKNOWN_ISSUER: Final = "unknown"  # nothing of the EK's certificate went through this host's hook
+UNKNOWN_ISSUER: Final = "unknown"  # the EK's certificate did not go through this host's hook
 Origin = Literal["here", "elsewhere", "unknown"]
 
 
@@ -37,7 +37,7 @@ class Ek:
     Attributes:
         alg: "rsa2048", "rsa3072", "rsa4096", "p256" or "p384".
         spki_sha256: SHA-256 of its SubjectPublicKeyInfo, DER, in hex.
-        spire: what spire-tpm-plugin calls it; empty where an older registry did not know.
+        spire: its name in spire-tpm-plugin; empty where an older registry did not store it.
     """
 
     alg: str
@@ -46,12 +46,12 @@ class Ek:
 
     @property
     def family(self) -> str:
-        """A vTPM has one key of each: "rsa" or "p"."""
+        """ "rsa" or "p"; a vTPM has at most one key of each."""
         return self.alg.rstrip("0123456789")
 
 
 def ek_of(key: EkPublicKey) -> Ek:
-    """A public key as the registry keeps it."""
+    """A public key as the registry stores it."""
     spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     family = "rsa" if isinstance(key, RSAPublicKey) else "p"
     digest = hashlib.sha256(spki).hexdigest()
@@ -63,18 +63,18 @@ class Entry:
     """A VM's vTPM.
 
     Attributes:
-        name: the VM's, for people; never a key to anything.
+        name: the VM's, for people; never used to look anything up.
         eks: by their `alg`; empty where none is known (yet).
         state: "confirmed" once exactly these EKs were read from the vTPM's state while the VM ran;
-            "registered" where they came through swtpm_setup while root had it make the vTPM; "claimed"
-            where they are known from before only.
+            "registered" where they came from swtpm_setup while root had the vTPM made; "claimed"
+            where they are only known from earlier.
         running: provider-proxy-vtpm sees the VM run here.
-        run: the life of the VM's QEMU that these EKs and this state belong to.
-        making: swtpm_setup is at work: another EK of this vTPM may still come.
-        generation: rises each time that a vTPM was made, or came in, under this UUID.
+        run: the life of the VM's QEMU to which these EKs and this state belong.
+        making: swtpm_setup is still running: another EK of this vTPM may come.
+        generation: rises each time a vTPM is made, or comes from another host, under this UUID.
         issuer: who certified the EKs when they were made: "delegate", "tpm" or "unknown".
         migrated: the vTPM was not made on this host.
-        registered_at: when these EKs were first heard of, seconds since the epoch; 0 without EKs.
+        registered_at: when these EKs first became known, seconds since the epoch; 0 without EKs.
         changed_at: when this entry changed, the same.
     """
 
@@ -93,9 +93,9 @@ class Entry:
 
 
 def registered(old: Entry | None, vm: uuid.UUID, name: str, ek: Ek, *, issuer: str) -> Entry:
-    """swtpm_setup made a key: it joins those of the same making, or begins a new vTPM.
+    """swtpm_setup made a key: it is added to those of the same run, or starts a new vTPM.
 
-    Does not check: that root has it do so now; the vTPM service does.
+    Does not check: that root has the vTPM made now; the vTPM service does.
     """
     entry = old or Entry(vm=vm)
     if ek in entry.eks:
@@ -116,22 +116,22 @@ def registered(old: Entry | None, vm: uuid.UUID, name: str, ek: Ek, *, issuer: s
 
 
 def saw(old: Entry | None, vm: uuid.UUID, name: str, *, run: str, origin: Origin) -> Entry:
-    """The VM's QEMU is here, in this life of it. What was known of an earlier life may be wrong now."""
+    """The VM's QEMU is here, in this life. Facts from an earlier life may be wrong now."""
     entry = old or Entry(vm=vm)
     if entry.run == run:
         return dataclasses.replace(entry, name=name, making=False)
     if origin == "elsewhere":
-        # Another host has sent the vTPM: none of what was known under this UUID is about it.
+        # The vTPM came from another host: earlier facts under this UUID are not about it.
         return Entry(vm=vm, name=name, run=run, generation=entry.generation + 1, migrated=True)
     began = dataclasses.replace(lowered(entry), name=name, run=run, making=False)
     if origin == "here":
         return began
-    # Nobody saw how this life began: it may have come in.
+    # The start of this life was not seen: the VM may have come from another host.
     return dataclasses.replace(began, eks=(), state=CLAIMED, issuer=UNKNOWN_ISSUER)
 
 
 def lowered(entry: Entry) -> Entry:
-    """The same EKs, which nobody has read in this life of the VM, or not again."""
+    """The same EKs, not (or no longer) read back in this life of the VM."""
     if entry.state != CONFIRMED:
         return entry
     state: State = CLAIMED if entry.issuer == UNKNOWN_ISSUER else REGISTERED
@@ -139,12 +139,12 @@ def lowered(entry: Entry) -> Entry:
 
 
 def read_back(entry: Entry, eks: Sequence[Ek]) -> Entry:
-    """The vTPM's own state holds these EKs, and no others: they are the truth."""
+    """The vTPM's own state holds exactly these EKs: they replace what was known."""
     found = tuple(sorted(eks, key=lambda key: key.alg))
     assert found
     if set(found) <= set(entry.eks):
         return dataclasses.replace(entry, eks=found, state=CONFIRMED)
-    if not entry.eks:  # it came in, or was made before the hooks were there
+    if not entry.eks:  # it came from another host, or was made before the hooks were installed
         generation = max(entry.generation, 1)
         return dataclasses.replace(entry, eks=found, state=CONFIRMED, generation=generation)
     return dataclasses.replace(
@@ -158,13 +158,13 @@ def read_back(entry: Entry, eks: Sequence[Ek]) -> Entry:
 
 
 def without(entry: Entry, eks: Sequence[Ek]) -> Entry:
-    """The same vTPM without keys that turned out to be another's."""
+    """The same vTPM without keys that belong to another VM."""
     kept = tuple(ek for ek in entry.eks if ek not in eks)
     return dataclasses.replace(entry, eks=kept, state=CLAIMED)
 
 
 def stamped(entry: Entry, old: Entry | None, now: int) -> Entry:
-    """A changed entry with its times; the old one where nothing changed."""
+    """A changed entry with its times; the old one if nothing changed."""
     if old is not None and entry == old:
         return old
     registered_at = (entry.registered_at or now) if entry.eks else 0

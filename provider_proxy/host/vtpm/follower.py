@@ -1,8 +1,8 @@
-"""The daemon's end of provider-proxy-vtpm's socket: which VMs are here, for as long as it is said.
+"""The daemon's end of provider-proxy-vtpm's socket: which VMs are here now.
 
-What was said counts while the heartbeat comes, `LEASE_S` long, and not a moment longer than the
-connection: a helper that is away means that no VM is known to run, and that there are no claims.
-Looking up is one dict and one clock, on the event loop.
+A message counts while heartbeats come (for `LEASE_S` after each) and only as long as the connection is
+open. Without the helper no VM is known to run, and there are no claims. A look-up takes one dict access
+and one clock reading, on the event loop.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Follower:
 
     Args:
         path: of its socket.
-        take: told of each `Sighting` once it counts, and of each VM that no longer does.
-        max_vms: more are not taken.
+        take: called with each `Sighting` once it counts, and with each VM that no longer does.
+        max_vms: further VMs are ignored.
     """
 
     def __init__(
@@ -59,28 +59,28 @@ class Follower:
         self._counts_until = -math.inf
 
     def current(self, vm: uuid.UUID) -> Sighting | None:
-        """What is seen of a VM now; None where it is not here, or nobody has said so for `LEASE_S`."""
+        """What is seen of a VM now; None where it is not here, or without a heartbeat for `LEASE_S`."""
         if trio.current_time() > self._counts_until:
             return None
         return self._sightings.get(vm)
 
     @property
     def is_up(self) -> bool:
-        """Whether provider-proxy-vtpm is there."""
+        """Whether provider-proxy-vtpm is connected."""
         return trio.current_time() <= self._counts_until
 
     def sightings(self) -> tuple[Sighting, ...]:
-        """All that was said and not taken back."""
+        """All VMs that were reported and not reported gone."""
         return tuple(self._sightings.values())
 
     async def run(self) -> None:
-        """Follow, until cancelled; asks again for ever where nobody answers."""
+        """Follow until cancelled; connects again and again where the helper does not answer."""
         told = ""
         while True:
             why = await self._follow_once()
             if self._counts_until > -math.inf or why != told:
                 log.error(
-                    "vtpm.helper: %s; no VM has claims until provider-proxy-vtpm is back", why
+                    "vtpm.helper: %s; no VM has claims until provider-proxy-vtpm answers again", why
                 )
             told = why
             self._counts_until = -math.inf
@@ -98,9 +98,9 @@ class Follower:
         except OSError as exc:
             return f"cannot connect to {self._path}: {exc.strerror}"
         except (trio.BrokenResourceError, trio.TooSlowError):
-            return "it says nothing"
+            return "provider-proxy-vtpm sends no messages"
         except VtpmError as exc:
-            return f"it says what cannot be read: {exc}"
+            return f"provider-proxy-vtpm sent an invalid message: {exc}"
 
     async def _read_words(self, stream: trio.SocketStream) -> str:
         buffered = b""
@@ -110,21 +110,26 @@ class Follower:
             with trio.fail_after(LEASE_S):
                 part = await stream.receive_some(RECEIVE_BYTES)
             if not part:
-                return "it has hung up"
+                return "provider-proxy-vtpm closed the connection"
             *lines, buffered = (buffered + part).split(b"\n")
             if len(buffered) > MAX_LINE_BYTES:
-                raise VtpmError("a line has no end")
+                raise VtpmError("a line is too long")
             for line in lines:
                 word = parse_word(line)
                 if isinstance(word, Alive):
                     if not is_listed:
-                        log.info("vtpm: provider-proxy-vtpm is there; %d VMs are here", len(listed))
+                        log.info(
+                            "vtpm: provider-proxy-vtpm is connected; it sees %d VMs", len(listed)
+                        )
                     is_listed = True
                     self._counts_until = trio.current_time() + LEASE_S
                     continue
                 if isinstance(word, Sighting):
                     if word.vm not in self._sightings and len(self._sightings) >= self._max_vms:
-                        log.warning("vtpm: more than vtpm.max_vms = %d VMs", self._max_vms)
+                        log.warning(
+                            "vtpm: more than vtpm.max_vms = %d VMs; the others are ignored",
+                            self._max_vms,
+                        )
                         continue
                     listed.add(word.vm)
                     self._sightings[word.vm] = word
@@ -136,7 +141,7 @@ class Follower:
         """Ask whether a VM's vTPM is being made now, and what it holds.
 
         Raises:
-            HostError: nobody answers, or what comes cannot be read.
+            HostError: the helper does not answer, or its answer cannot be read.
         """
         try:
             with trio.fail_after(CHECK_LIMIT_S):
@@ -146,9 +151,11 @@ class Follower:
         except OSError as exc:
             raise HostError(
                 f"vtpm.helper: provider-proxy-vtpm does not answer at {self._path}: {exc.strerror}; "
-                "does its unit run?"
+                "is provider-proxy-vtpm.service running?"
             ) from exc
         except (trio.BrokenResourceError, trio.TooSlowError) as exc:
-            raise HostError("vtpm.helper: provider-proxy-vtpm gives no answer") from exc
+            raise HostError("vtpm.helper: provider-proxy-vtpm did not answer in time") from exc
         except VtpmError as exc:
-            raise HostError(f"vtpm.helper: provider-proxy-vtpm's answer: {exc}") from exc
+            raise HostError(
+                f"vtpm.helper: provider-proxy-vtpm's answer is not valid: {exc}"
+            ) from exc

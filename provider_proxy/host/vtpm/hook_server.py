@@ -1,7 +1,7 @@
 """The hooks' server: a unix socket, one line in, one line out.
 
-Lets in root and the swtpm user, by what the kernel says of the peer. Every wait has a deadline and
-every user a number of connections; nothing here touches the registry, which the handler does.
+Accepts root and the swtpm user only, by the peer's uid from the kernel. Every wait has a deadline and
+every user a limit of connections. Does not use the registry; the handler does.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from provider_proxy.host.vtpm.requests import CertificateRequest
 log = logging.getLogger(__name__)
 
 LINE_LIMIT_S = 5.0  # a hook sends its line at once
-ANSWER_LIMIT_S = 18.0  # below the 20 s after which the hook gives up
+ANSWER_LIMIT_S = 18.0  # less than the 20 s after which the hook gives up
 SEND_LIMIT_S = 5.0
-CONNECTIONS_A_USER = 64  # a host that boots starts its VMs some at a time
+CONNECTIONS_A_USER = 64  # a host that boots starts several VMs at a time
 LINES_A_MINUTE = 20
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
 
 
 class HookStream(Protocol):
-    """A connection, as the listener gives it."""
+    """A connection from the listener."""
 
     @property
     def socket(self) -> Any:
-        """For what the kernel says of the peer."""
+        """For the peer's credentials from the kernel."""
         ...
 
     async def receive_some(self, max_bytes: int) -> bytes | bytearray:
-        """Some bytes; none at the end."""
+        """Some bytes; empty at the end."""
         ...
 
     async def send_all(self, data: bytes) -> None:
@@ -61,7 +61,7 @@ class HookListener(Protocol):
     """A listening socket."""
 
     async def serve(self, handler: Callable[[HookStream], Awaitable[None]]) -> NoReturn:
-        """Give each connection to a task of its own."""
+        """Serve each connection in a task of its own."""
         ...
 
 
@@ -69,10 +69,10 @@ class Handler(Protocol):
     """What answers the hooks: the vTPM service."""
 
     async def certify(self, request: CertificateRequest) -> bytes | None:
-        """Register an EK; a certificate, or None where swtpm_localca shall make one.
+        """Register an EK; returns a certificate, or None where swtpm_localca is to make one.
 
         Raises:
-            VtpmError, HostError, ServiceError: it was not registered, or got no certificate.
+            VtpmError, HostError, ServiceError: it was not registered, or no certificate was made.
         """
         ...
 
@@ -105,7 +105,10 @@ class HookServer:
                 uid = peer_uid(stream)
                 if uid not in self._uids:
                     self._observe("connect", "refused")
-                    self._warn("user %d may not connect to vtpm.socket", uid)
+                    self._warn(
+                        "uid %d may not connect to vtpm.socket; only root and vtpm.swtpm_user may",
+                        uid,
+                    )
                     return
                 if self._open[uid] >= CONNECTIONS_A_USER:
                     self._observe("connect", "too many")
@@ -118,12 +121,12 @@ class HookServer:
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
                 self._observe("connect", "gone")
             except Exception:
-                # A bug that one hook meets must not end the service of the tenants.
+                # A bug that shows with one hook must not end the service for the tenants.
                 log.exception("hooks: a connection ended with an unexpected error")
                 self._observe("connect", "bug")
 
     def _warn(self, text: str, *values: object) -> None:
-        """A line in the log, where there is room this minute: a process must not fill it."""
+        """Log a line unless this minute's lines are used up: a process must not fill the log."""
         more = self._lines.take()
         if more is not None:
             log.warning("hooks: " + text + "%s", *values, more)
@@ -160,7 +163,7 @@ class HookServer:
 
 
 def peer_uid(stream: HookStream) -> int:
-    """Who connected, by the kernel. Raises: OSError where the peer is gone."""
+    """The peer's uid from the kernel. Raises: OSError where the peer is gone."""
     data = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     assert isinstance(data, bytes)
     uid: int = _UCRED.unpack(data)[1]
@@ -168,7 +171,7 @@ def peer_uid(stream: HookStream) -> int:
 
 
 async def read_line(stream: HookStream, limit: int = MAX_LINE_BYTES) -> bytes:
-    """Bytes up to a newline, `limit` at the most; what comes behind it is dropped."""
+    """Bytes up to a newline, at most `limit`; bytes after it are dropped."""
     line = b""
     while b"\n" not in line and len(line) < limit:
         part = await stream.receive_some(limit - len(line))

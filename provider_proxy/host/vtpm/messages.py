@@ -1,7 +1,7 @@
-"""What provider-proxy-ekhook says to the daemon, and what it answers: one line of JSON each way, strict.
+"""Messages between provider-proxy-ekhook and the daemon: one line of JSON each way, parsed strictly.
 
-The bytes come from processes of other users: every field has a form and a bound, and what is unknown
-is refused. Nothing here knows sockets or the registry.
+The bytes come from processes of other users: every field has a form and a bound, and unknown keys
+are refused. Uses neither sockets nor the registry.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_LINE_BYTES = 8 * 1024  # an RSA-4096 modulus in hex, a VM's name, and room
 MAX_WORD_CHARS = 64
 MAX_NUMBER = 2**32 - 1
 MAX_ERROR_CHARS = 500
-RSA_EXPONENT = 65537  # swtpm_setup hands over the modulus alone; its EKs have no other
+RSA_EXPONENT = 65537  # swtpm_setup passes the modulus only; its EKs always have this exponent
 RSA_BITS = (2048, 3072, 4096)
 CURVES: Mapping[str, ec.EllipticCurve] = {"secp256r1": ec.SECP256R1(), "secp384r1": ec.SECP384R1()}
 _HEX_RE = re.compile(r"[0-9a-f]{1,1024}")
@@ -47,14 +47,16 @@ def parse_message(line: bytes) -> CertificateRequest:
         values = parse_json_object(line, "message")
         fields = Fields(values, "message")
         if fields.integer("version", 100) != VERSION:
-            raise VtpmError(f"the message is not of version {VERSION}")
+            raise VtpmError(
+                f"the message is not of version {VERSION}; use the hook of this release"
+            )
         op = fields.text("op", MAX_WORD_CHARS)
         if op == "certify":
             _only(values, _COMMON | _CERTIFY)
             return _certificate_request(fields)
     except EvidenceFormatError as exc:
         raise VtpmError(str(exc)) from exc
-    raise VtpmError("message.op is not certify")
+    raise VtpmError('message.op is not "certify"')
 
 
 def _only(values: Mapping[str, object], known: frozenset[str]) -> None:
@@ -65,7 +67,7 @@ def _only(values: Mapping[str, object], known: frozenset[str]) -> None:
 def _certificate_request(fields: Fields) -> CertificateRequest:
     kind = fields.text("kind", MAX_WORD_CHARS)
     if kind not in ("ek", "platform"):
-        raise VtpmError("message.kind is neither ek nor platform")
+        raise VtpmError('message.kind is neither "ek" nor "platform"')
     vmid = fields.text("vmid", MAX_VMID_CHARS)
     try:
         return CertificateRequest(
@@ -88,7 +90,7 @@ def _vm(text: str) -> uuid.UUID:
     try:
         value = uuid.UUID(text)
     except ValueError:
-        raise VtpmError("the VM's UUID is none") from None
+        raise VtpmError("the VM's UUID is not a valid UUID") from None
     if str(value) != text:
         raise VtpmError("the VM's UUID is not in lower case with hyphens")
     return value
@@ -100,7 +102,7 @@ def _public_key(fields: Fields) -> EkPublicKey:
         if kind == "rsa":
             modulus = _integer(fields, "modulus")
             if modulus.bit_length() not in RSA_BITS:
-                raise VtpmError("the EK's modulus has not 2048, 3072 or 4096 bits")
+                raise VtpmError("the EK's modulus must have 2048, 3072 or 4096 bits")
             return rsa.RSAPublicNumbers(RSA_EXPONENT, modulus).public_key()
         if kind == "ecc":
             curve = CURVES.get(fields.text("curve", MAX_WORD_CHARS))
@@ -112,10 +114,10 @@ def _public_key(fields: Fields) -> EkPublicKey:
             key = ec.EllipticCurvePublicNumbers(x, y, curve).public_key()
             numbers = key.public_numbers()
             if (numbers.x, numbers.y) != (x, y):  # reduced by the library: two names for one key
-                raise VtpmError("a coordinate of the EK is not reduced")
+                raise VtpmError("a coordinate of the EK is not reduced modulo the field's prime")
             return key
     except (ValueError, UnsupportedAlgorithm) as exc:
-        raise VtpmError("the EK is no usable key") from exc
+        raise VtpmError("the EK is not a valid public key") from exc
     raise VtpmError("the EK is neither RSA nor ECC")
 
 
@@ -127,7 +129,7 @@ def _integer(fields: Fields, key: str) -> int:
 
 
 def encode_good(certificate: bytes | None = None) -> bytes:
-    """It was taken; with a certificate where the hook shall write one."""
+    """The EK was registered; with a certificate where the hook is to write one."""
     values: dict[str, object] = {"ok": True}
     if certificate is not None:
         values["certificate"] = base64.b64encode(certificate).decode("ascii")
@@ -135,5 +137,5 @@ def encode_good(certificate: bytes | None = None) -> bytes:
 
 
 def encode_error(text: str) -> bytes:
-    """It was not; the text is for libvirt's log."""
+    """The EK was not registered; the text is for libvirt's log."""
     return json.dumps({"ok": False, "error": text[:MAX_ERROR_CHARS]}).encode("ascii") + b"\n"

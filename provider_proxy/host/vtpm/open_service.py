@@ -1,4 +1,4 @@
-"""Opens what the link needs of the host: the swtpm user, the registry's file, the hooks' socket."""
+"""Opens what the link needs on the host: the swtpm user, the registry's file, the hooks' socket."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def open_vtpm_service(
     """A vTPM service over the registry in `state_dir`; None where `vtpm.enabled` is false.
 
     Raises:
-        HostError: there is no such user, or the registry cannot be read.
+        HostError: the user does not exist, or the registry cannot be read.
     """
     if not settings.enabled:
         yield None
@@ -51,10 +51,10 @@ async def open_vtpm_service(
 
 
 def share_socket(settings: Vtpm) -> None:
-    """Let the swtpm user connect, beside root and ourselves; the server asks the kernel besides.
+    """Let the swtpm user connect, besides root and ourselves; the server also checks the peer's uid.
 
     Raises:
-        HostError: there is no such user, or the socket's mode cannot be set.
+        HostError: the user does not exist, or the socket's mode cannot be set.
     """
     user = _swtpm_user(settings)
     try:
@@ -71,7 +71,7 @@ def share_socket(settings: Vtpm) -> None:
 
 
 def access_of(uid: int) -> bytes:
-    """A POSIX ACL: the owner and this user read and write, and nobody else does. Source: acl(5)."""
+    """A POSIX ACL: only the owner and this user may read and write. Source: acl(5)."""
     entries = ((USER_OBJ, 6, NO_ID), (USER, 6, uid), (GROUP_OBJ, 0, NO_ID), (MASK, 6, NO_ID))
     return ACL_VERSION.pack(2) + b"".join(
         ACL_ENTRY.pack(*entry) for entry in (*entries, (OTHER, 0, NO_ID))
@@ -79,15 +79,15 @@ def access_of(uid: int) -> bytes:
 
 
 def _share_by_mode(path: Path, group: int) -> None:
-    """Where the file system has no ACLs. Raises: OSError."""
+    """Set the mode where the file system has no ACLs. Raises: OSError."""
     try:
         os.chown(path, -1, group)
         path.chmod(SHARED_MODE)
-    except PermissionError:  # systemd's filter of system calls, or a group that is not ours
+    except PermissionError:  # systemd's system call filter, or a group that we are not in
         path.chmod(OPEN_MODE)
         log.warning(
-            "vtpm.socket: %s is open to every user of this host, who is then turned away: its file "
-            "system has no ACLs. Put it into /run",
+            "vtpm.socket: %s is open to every user of this host, because its file system has no ACLs; "
+            "other users are refused after they connect. Put the socket below /run",
             path,
         )
 
@@ -96,4 +96,6 @@ def _swtpm_user(settings: Vtpm) -> pwd.struct_passwd:
     try:
         return pwd.getpwnam(settings.swtpm_user)
     except (KeyError, ValueError) as exc:
-        raise HostError(f"vtpm.swtpm_user: there is no user {settings.swtpm_user!r}") from exc
+        raise HostError(
+            f"vtpm.swtpm_user: the user {settings.swtpm_user!r} does not exist"
+        ) from exc

@@ -1,8 +1,8 @@
-"""X.509 of a host's vTPM CA: its own certificate, EK and platform certificates, before they are signed.
+"""X.509 for a host's vTPM CA: its own certificate, EK and platform certificates, before they are signed.
 
-Builds values and signs nothing: `tbs_of` gives the bytes that the TPM is to sign, `signed` puts the
-signature in. The signing key thus never has to look like a private key of `cryptography`'s, and the TPM
-can be waited for between the two. No clock, no file: time and serial numbers are handed in.
+Builds values and signs nothing: `tbs_of` gives the bytes that the TPM is to sign, `signed` adds the
+signature. So the TPM can sign asynchronously between the two, and its key need not be a private key
+object of `cryptography`. No clock, no file: time and serial numbers are parameters.
 Source: TCG EK Credential Profile 2.5, section 3, as swtpm_localca writes it.
 """
 
@@ -38,7 +38,7 @@ PLATFORM: Final = ("provider-proxy", "QEMU", "1")  # manufacturer, model, versio
 
 
 def ca_subject(host_uuid: uuid.UUID, key: ec.EllipticCurvePublicKey) -> x509.Name:
-    """A CA's name: no other host's, and of no other key of this host."""
+    """A CA's name: unique for the host and for the key."""
     spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return x509.Name(
         [
@@ -124,7 +124,7 @@ def vtpm_builder(
 
 
 def common_name(vmid: str) -> str:
-    """A vmid, cut to what a common name may hold; the UUID at its end always stays whole."""
+    """A vmid, cut to the length of a common name; the UUID at its end always stays complete."""
     if len(vmid.encode("utf-8")) <= MAX_COMMON_NAME:
         return vmid
     name, _, vm = vmid.rpartition(":")
@@ -166,7 +166,7 @@ def _builder(
 
 
 def tbs_of(builder: x509.CertificateBuilder) -> bytes:
-    """The TBSCertificate: what is to be signed with ECDSA and SHA-256."""
+    """The TBSCertificate: the bytes to sign with ECDSA and SHA-256."""
     key = _StandIn()
     builder.sign(key, hashes.SHA256())
     return key.seen
@@ -182,9 +182,9 @@ def signed(builder: x509.CertificateBuilder, signature: bytes) -> bytes:
 
 
 class _StandIn(ec.EllipticCurvePrivateKey):
-    """Stands where the builder wants a private key: notes what is to be signed, gives what was.
+    """Given to the builder as its private key: records the bytes to sign, returns the signature.
 
-    The builder asks it for the kind of its key, and for nothing else of it.
+    The builder uses only the type of its key.
     """
 
     def __init__(self, signature: bytes = b"") -> None:
@@ -222,4 +222,4 @@ class _StandIn(ec.EllipticCurvePrivateKey):
         raise NotImplementedError
 
 
-_ANY_P256 = ec.derive_private_key(1, ec.SECP256R1()).public_key()  # only its kind is looked at
+_ANY_P256 = ec.derive_private_key(1, ec.SECP256R1()).public_key()  # only its type is used

@@ -1,11 +1,11 @@
-"""The registry of vTPMs: in memory to be looked up, in SQLite to survive.
+"""The registry of vTPMs: in memory for look-ups, in SQLite so that it survives a restart.
 
-A change is committed before it can be seen, in one transaction, and synced to the disk: whoever got an
-answer may rely on it, whatever kills the process then. Methods that change block for a disk's write
-and are not for two threads at once; `get` is one look-up in a dict and never waits. That a VM runs is
-kept for people and to see copies; what tenants are told of it is the vTPM service's.
+A change is committed in one transaction and synced to the disk before it can be seen: a hook that got
+an answer can rely on it, even if the process is killed then. Methods that change an entry block for a
+disk write, and only one thread may call them at a time; `get` is one dict look-up and never waits. That
+a VM runs is stored for the operator and to detect copies; the vTPM service decides what tenants see.
 
-Invariants: an EK belongs to one VM; no more VMs than `max_vms`.
+Invariants: an EK belongs to one VM; there are at most `max_vms` VMs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CREATE TABLE eks (
     spire TEXT NOT NULL DEFAULT ''
 ) STRICT;
 """
-# Version 1 took EKs at any time: they stay "claimed" until they are read.
+# Version 1 accepted EKs at any time: they stay "claimed" until they are read back.
 UPGRADES = {
     1: "ALTER TABLE vms ADD COLUMN run TEXT NOT NULL DEFAULT '';"
     "ALTER TABLE eks ADD COLUMN spire TEXT NOT NULL DEFAULT ''"
@@ -48,7 +48,7 @@ VM_COLUMNS = (
     *("vm", "name", "state", "running", "making", "generation", "issuer", "migrated"),
     *("registered_at", "changed_at", "run"),
 )
-PRUNE_AFTER_S = 3600  # libvirt makes a vTPM's folder some time before swtpm_setup runs
+PRUNE_AFTER_S = 3600  # libvirt makes a vTPM's directory some time before swtpm_setup runs
 
 
 class CloneError(VtpmError):
@@ -56,15 +56,15 @@ class CloneError(VtpmError):
 
 
 class Registry:
-    """All VMs with a vTPM that this host has heard of.
+    """All VMs with a vTPM that this host knows.
 
     Args:
-        path: of the database; made where it is missing, for its owner alone.
-        max_vms: how many entries there may be.
+        path: of the database; made where it is missing, readable by its owner only.
+        max_vms: the limit of entries.
         now: seconds since the epoch.
 
     Raises:
-        HostError: the database cannot be opened, or is none.
+        HostError: the file cannot be opened, or is not a registry.
     """
 
     def __init__(self, path: Path, *, max_vms: int, now: Callable[[], float] = time.time) -> None:
@@ -76,7 +76,7 @@ class Registry:
         try:
             make_private_folder(path.parent)
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-            # Several threads use it, one at a time.
+            # Several threads use it, but only one at a time.
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         except (OSError, sqlite3.Error) as exc:
             raise HostError(f"cannot open the registry of vTPMs {path}: {exc}") from exc
@@ -101,7 +101,9 @@ class Registry:
                 " COMMIT;"
             )
         elif version != SCHEMA_VERSION:
-            raise ValueError(f"it is of version {version}, this program reads {SCHEMA_VERSION}")
+            raise ValueError(
+                f"its version is {version}, and this program supports {SCHEMA_VERSION}"
+            )
         eks: dict[str, list[Ek]] = {}
         columns = "spki_sha256, alg, vm, spire"
         for digest, alg, vm, spire in self._db.execute(f"SELECT {columns} FROM eks"):  # noqa: S608  # constants
@@ -119,7 +121,7 @@ class Registry:
         self._db.close()
 
     def get(self, vm: uuid.UUID) -> Entry | None:
-        """What is known of a VM, as of now."""
+        """The entry of a VM, as of now."""
         return self._entries.get(vm)
 
     def all(self) -> tuple[Entry, ...]:
@@ -127,33 +129,33 @@ class Registry:
         return tuple(self._entries.copy().values())
 
     def register(self, request: CertificateRequest, *, issuer: str) -> Entry:
-        """Take a new EK of a VM whose vTPM is being made.
+        """Add a new EK of a VM whose vTPM is being made.
 
-        Does not check: that root has it made now; the vTPM service does.
+        Does not check: that root has the vTPM made now; the vTPM service does.
 
         Raises:
-            CloneError: the EK is another VM's.
-            VtpmError: there is no room, or the VM runs.
+            CloneError: the EK belongs to another VM.
+            VtpmError: the registry is full, or the VM is running.
         """
         old, ek = self.get(request.vm), entries.ek_of(request.public_key)
         holder = self._holder.get(ek.spki_sha256)
         if holder not in (None, request.vm):
             raise CloneError("this EK is registered for another VM")
         if old is not None and old.running:
-            raise VtpmError("this VM runs, and has its vTPM")
+            raise VtpmError("this VM is running, so its vTPM exists already")
         name = request.vmid.rpartition(":")[0]
         return self._put(old, entries.registered(old, request.vm, name, ek, issuer=issuer))
 
     def saw(self, sighting: Sighting) -> Entry:
-        """Take what provider-proxy-vtpm sees of a VM; its entry now.
+        """Apply what provider-proxy-vtpm sees of a VM; returns its entry.
 
         Raises:
-            CloneError: an EK of it is that of another VM that runs: this one's are forgotten.
-            VtpmError: there is no room.
+            CloneError: another running VM has one of its EKs: this VM's EKs are forgotten.
+            VtpmError: the registry is full.
         """
         vm, holds = sighting.vm, sighting.holds
         old = self.get(vm)
-        if not sighting.runs:  # it waits, or leaves: what is known of its vTPM stays as it is
+        if not sighting.runs:  # it arrives or leaves: the facts about its vTPM stay as they are
             waiting = old or Entry(vm=vm, name=sighting.name)
             return self._put(old, dataclasses.replace(waiting, running=False))
         new = entries.saw(old, vm, sighting.name, run=sighting.run, origin=sighting.origin)
@@ -167,7 +169,7 @@ class Registry:
         if any(other.running for other in others):
             self._put(old, entries.without(new, new.eks))
             names = ", ".join(str(other.vm) for other in others)
-            raise CloneError(f"its vTPM is a copy of that of {names}")
+            raise CloneError(f"its vTPM is a copy of the vTPM of {names}")
         changed = [(other, entries.without(other, holds.eks)) for other in others]
         entry = self._stamp(old, entries.read_back(new, holds.eks))
         if entry != old or changed:
@@ -176,7 +178,7 @@ class Registry:
         return entry
 
     def stop(self, vms: Iterable[uuid.UUID]) -> list[Entry]:
-        """Mark VMs as not running here; the entries that this changed."""
+        """Mark VMs as not running here; returns the entries that this changed."""
         olds = [entry for entry in map(self.get, vms) if entry is not None and entry.running]
         if not olds:
             return []
@@ -185,10 +187,10 @@ class Registry:
         return news
 
     def prune(self, is_there: Callable[[uuid.UUID], bool]) -> list[Entry]:
-        """Forget VMs that do not run and whose vTPM's folder is gone.
+        """Forget VMs that do not run and whose vTPM's directory is gone.
 
         Args:
-            is_there: whether a VM's vTPM still has its folder.
+            is_there: whether a VM's vTPM still has its directory.
         """
         before = self._now() - PRUNE_AFTER_S
         gone = [
@@ -214,15 +216,17 @@ class Registry:
             return []
         idle = [entry for entry in self.all() if not entry.running]
         if not idle:
-            raise VtpmError(f"the registry holds vtpm.max_vms = {self._max_vms} VMs already")
-        # What is being made goes last, but goes: any process of the swtpm user can say so.
+            raise VtpmError(
+                f"the registry is full: vtpm.max_vms = {self._max_vms}, and all these VMs run"
+            )
+        # Those being made go last, but they can go: any process of the swtpm user can register one.
         return [min(idle, key=lambda entry: (entry.making, entry.changed_at))]
 
     def _save(self, changed: Sequence[Entry], removed: Sequence[Entry] = ()) -> None:
         """Commit, then remember.
 
         Raises:
-            HostError: the disk is full, for example; nothing has changed then.
+            HostError: the disk is full, for example; the registry is unchanged then.
         """
         try:
             self._db.execute("BEGIN IMMEDIATE")

@@ -1,6 +1,6 @@
-"""What swtpm_setup wants certified, as values: a VM's EK or platform, and what its TPM says of itself.
+"""Certificate requests of swtpm_setup, as values: a VM's EK or platform, and its TPM's properties.
 
-The registry's server makes a `CertificateRequest` out of a hook's message, and an `Issuer`, where there
+The hooks' server makes a `CertificateRequest` from a hook's message, and an `Issuer`, where there
 is one, answers it with a certificate. Nothing is read, signed or written here.
 """
 
@@ -18,7 +18,7 @@ CertificateKind = Literal["ek", "platform"]
 EkPublicKey = RSAPublicKey | EllipticCurvePublicKey
 
 MAX_CERTIFICATE_BYTES: Final = 2048  # swtpm_setup refuses a file of 2049 (tried with swtpm 0.7.1)
-MAX_VMID_CHARS: Final = 512  # libvirt: a domain's name is a file's name (255 bytes) at the most
+MAX_VMID_CHARS: Final = 512  # libvirt: a domain's name is at most a file name (255 bytes)
 MAX_NUMBER: Final = 2**32 - 1  # TPM_PT_LEVEL and TPM_PT_REVISION are UINT32
 _WORD_RE = re.compile(r"[\x20-\x7e]{1,64}")
 _ID_RE = re.compile(r"id:[0-9A-Fa-f]{8}")  # TCG EK Credential Profile 2.x: hex of a UINT32
@@ -33,7 +33,7 @@ class CertificateRequest:
         kind: "ek", or "platform", which binds the same EK to the platform.
         public_key: the EK: RSA, P-256 or P-384.
         vm: UUID of the VM; the end of `vmid`.
-        vmid: `name:uuid`, as libvirt gives it; the name may hold anything printable, ':' too.
+        vmid: `name:uuid`, as libvirt gives it; the name may hold any printable character, also ':'.
         spec_family: of the TPM library specification, "2.0".
         spec_level: its level.
         spec_revision: its revision, 164 for example.
@@ -42,7 +42,7 @@ class CertificateRequest:
         version: "id:" and hex digits.
 
     Raises:
-        ValueError: a text or number is not of its form; all of them end up in a certificate.
+        ValueError: a value is not valid; all of them become part of a certificate.
     """
 
     kind: CertificateKind
@@ -58,9 +58,9 @@ class CertificateRequest:
 
     def __post_init__(self) -> None:
         if self.kind not in ("ek", "platform"):
-            raise ValueError("kind must be ek or platform")
+            raise ValueError('kind must be "ek" or "platform"')
         if not self.vmid.isprintable() or not 36 <= len(self.vmid) <= MAX_VMID_CHARS:
-            raise ValueError("vmid must be printable and not too long")
+            raise ValueError(f"vmid must be printable and have at most {MAX_VMID_CHARS} characters")
         if self.vmid.rpartition(":")[2].lower() != str(self.vm):
             raise ValueError("vmid must end with the VM's UUID")
         if not _WORD_RE.fullmatch(self.spec_family) or not _WORD_RE.fullmatch(self.model):
@@ -78,6 +78,6 @@ class Issuer(Protocol):
         """A certificate, DER, at most `MAX_CERTIFICATE_BYTES`.
 
         Raises:
-            HostError, ServiceError: there is none to be had now.
+            HostError, ServiceError: no certificate can be issued now.
         """
         ...

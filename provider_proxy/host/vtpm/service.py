@@ -1,12 +1,12 @@
-"""Keeps the registry of vTPMs true: takes the EK hook's words and what provider-proxy-vtpm sees.
+"""The vTPM service: keeps the registry of vTPMs up to date from the EK hook and provider-proxy-vtpm.
 
-    run ─┬─ hooks      a task a connection of provider-proxy-ekhook
+    run ─┬─ hooks      a task for each connection of provider-proxy-ekhook
          ├─ follow     which VMs are here, and what their vTPMs hold, from provider-proxy-vtpm
          └─ prune      forgets VMs that are gone
 
-A VM has claims while the follower says that it runs, and only of the life of the VM that its entry is
-about. The registry's writes happen in a worker thread, one at a time; tenants' look-ups never wait for
-them.
+A VM has claims while the follower says that it runs, and only if its entry is about this life of the
+VM (the same QEMU process). The registry is written in a worker thread, one change at a time; tenants'
+look-ups never wait for that.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class VtpmService:
 
     Args:
         uid: of the swtpm user.
-        issuer: makes certificates; None where swtpm_localca does.
+        issuer: issues certificates; None where swtpm_localca does.
 
     Attributes:
-        claims: what the batcher asks.
-        server: what serves the hooks.
-        follower: what provider-proxy-vtpm sees.
-        issuer: as it was given.
+        claims: the batcher's source of claims.
+        server: serves the hooks.
+        follower: follows what provider-proxy-vtpm sees.
+        issuer: as passed.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class VtpmService:
         ]
 
     def running_entry(self, vm: uuid.UUID) -> Entry | None:
-        """What is known of a VM that runs here now; None of every other."""
+        """The entry of a VM that runs here now; None for any other."""
         sighting = self.follower.current(vm)
         entry = self._registry.get(vm)
         if sighting is None or entry is None or not sighting.runs or entry.run != sighting.run:
@@ -97,7 +97,7 @@ class VtpmService:
         return entry
 
     async def start(self) -> None:
-        """Until provider-proxy-vtpm has said otherwise, nothing runs.
+        """Mark all VMs as stopped until provider-proxy-vtpm says otherwise.
 
         Raises:
             HostError: the registry cannot be written.
@@ -131,24 +131,24 @@ class VtpmService:
             return None
         certificate = await self.issuer.issue(request)
         if len(certificate) > MAX_CERTIFICATE_BYTES:
-            raise HostError(f"the certificate is longer than {MAX_CERTIFICATE_BYTES} bytes")
+            raise HostError(f"the certificate has more than {MAX_CERTIFICATE_BYTES} bytes")
         return certificate
 
     async def _do(self, change: Callable[[], T]) -> T:
-        """Change the registry, alone. A change that has begun is finished, even if it is cancelled."""
+        """Change the registry, one at a time. A change that has started is finished even if cancelled."""
         async with self._one:
             return await trio.to_thread.run_sync(change)
 
     # --- what provider-proxy-vtpm sees --------------------------------------------------------------
 
     async def take(self, word: Sighting | Gone) -> None:
-        """Bring the registry up to date; claims have heeded the word already."""
+        """Bring the registry up to date; claims already follow the new fact."""
         try:
             if isinstance(word, Sighting):
                 await self._saw(word)
                 return
             await self._do(lambda: self._registry.stop([word.vm]))
-            _log(logging.INFO, word.vm, "is gone")
+            _log(logging.INFO, word.vm, "is no longer here")
             for other in self.follower.sightings():  # a copy of its vTPM may count now
                 entry = self._registry.get(other.vm)
                 if other.runs and other.holds.eks and entry is not None and not entry.eks:
@@ -172,7 +172,7 @@ class VtpmService:
         self._report(old, now, sighting)
 
     def _report(self, old: Entry | None, now: Entry, sighting: Sighting) -> None:
-        """Count and log what came of reading a vTPM."""
+        """Count and log the result of reading a vTPM back."""
         holds = sighting.holds
         if holds.reading != "read":
             self._metrics.vtpm_confirmations.labels(holds.reading).inc()
@@ -180,7 +180,12 @@ class VtpmService:
             _log(level, now.vm, "not confirmed", state=now.state, why=holds.why)
         elif old is not None and old.eks and now.generation != old.generation and old.run:
             self._metrics.vtpm_confirmations.labels("corrected").inc()
-            _log(logging.WARNING, now.vm, "corrected", why="another EK was registered")
+            _log(
+                logging.WARNING,
+                now.vm,
+                "corrected",
+                why="its state holds another EK than was registered",
+            )
         elif old is None or (old.state, old.run) != (now.state, now.run):
             self._metrics.vtpm_confirmations.labels("confirmed").inc()
             _log(logging.INFO, now.vm, "confirmed")
@@ -199,25 +204,25 @@ class VtpmService:
                 _log(logging.INFO, entry.vm, "forgotten", why="its vTPM is gone")
 
     def _is_there(self, vm: uuid.UUID) -> bool:
-        """Whether a VM's vTPM has its folder; True where that cannot be seen."""
+        """Whether a VM's vTPM has its directory; True where that cannot be seen."""
         try:
             (self._settings.state_root / str(vm)).lstat()
         except FileNotFoundError:
-            return not self._settings.state_root.is_dir()  # an unmounted one says nothing
+            return not self._settings.state_root.is_dir()  # an unmounted one proves nothing
         except OSError:
             return True
         return True
 
 
 def _check_window(window: Window, request: CertificateRequest) -> None:
-    """Whether swtpm_setup makes this VM's vTPM now, and has made this EK, as far as can be seen.
+    """Check that swtpm_setup makes this VM's vTPM now and has made this EK, as far as can be seen.
 
     Raises:
-        VtpmError: not, or it cannot be seen although the state is not encrypted.
+        VtpmError: it does not, or the state cannot be read although it is not encrypted.
     """
     if not window.open:
         raise VtpmError(
-            "libvirt's hook has not told that this VM's vTPM is being made now; is "
+            "libvirt's hook has not reported that this VM's vTPM is being made now; is "
             "provider-proxy-vmhook in /etc/libvirt/hooks/qemu.d, and was libvirtd restarted since?"
         )
     if window.holds.reading == "encrypted":

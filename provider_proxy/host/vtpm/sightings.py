@@ -1,9 +1,9 @@
-"""What provider-proxy-vtpm says to the daemon, and what the daemon asks: a JSON object a line, strict.
+"""Messages between the daemon and provider-proxy-vtpm: one JSON object a line, parsed strictly.
 
 The daemon opens a connection and sends one line, `watch` or `check`. `watch` is answered with a line
-for each VM that is here, one again for each change, `gone`, and `alive` at least every `HEARTBEAT_S`;
-the first `alive` ends the first list. `check` is answered with one line. Every field has a form and a
-bound, in both directions, and what is unknown is refused. Nothing here knows sockets.
+for each VM that is here, another for each change, `gone`, and `alive` at least every `HEARTBEAT_S`;
+the first `alive` ends the first list. `check` is answered with one line. In both directions every field
+has a form and a bound, and unknown keys are refused. Uses no sockets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from provider_proxy.host.vtpm.entries import Ek, Origin
 
 VERSION: Final = 1
 HEARTBEAT_S: Final = 1.0
-LEASE_S: Final = 5.0  # without a heartbeat for so long nothing that was said counts
+LEASE_S: Final = 5.0  # without a heartbeat for this long, earlier messages do not count
 MAX_QUESTION_BYTES: Final = 256
 MAX_LINE_BYTES: Final = 16 * 1024
 MAX_NAME_CHARS: Final = 512
@@ -40,11 +40,11 @@ Reading = Literal["unread", "read", "encrypted", "failed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holds:
-    """What a vTPM's state was found to hold.
+    """The result of reading a vTPM's state.
 
     Attributes:
-        reading: "read", with `eks`; "encrypted"; "failed", with `why`; "unread" where nobody has looked.
-        eks: the EKs in it, an RSA and an ECC one at most.
+        reading: "read", with `eks`; "encrypted"; "failed", with `why`; "unread" before the first reading.
+        eks: the EKs in it, at most one RSA and one ECC key.
     """
 
     reading: Reading = "unread"
@@ -57,11 +57,11 @@ class Sighting:
     """A VM with a vTPM whose QEMU is here.
 
     Attributes:
-        run: names this life of the VM's QEMU.
+        run: identifies this life of the VM's QEMU process.
         runs: the guest is here and nowhere else.
-        origin: "here" where this life began on this host, "elsewhere" where it came in; it counts
+        origin: "here" if this life began on this host, "elsewhere" if it came from another; it counts
             once the VM runs.
-        holds: what its vTPM's state holds, read while it ran.
+        holds: its vTPM's state, read while it ran.
     """
 
     vm: uuid.UUID
@@ -81,16 +81,16 @@ class Gone:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """All that was said before holds now."""
+    """A heartbeat: all earlier messages still hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """Whether swtpm_setup makes a VM's vTPM at this moment, and what it has made so far.
+    """Whether swtpm_setup is making a VM's vTPM now, and what it has made so far.
 
     Attributes:
-        open: root's hook has said that libvirt prepares the VM, has no vTPM for it yet, and no QEMU of
-            the VM runs.
+        open: root's hook has reported that libvirt prepares the VM and has no vTPM for it yet, and no
+            QEMU of the VM runs.
     """
 
     open: bool
@@ -113,7 +113,9 @@ def parse_question(line: bytes) -> Question:
     values, fields = _object(line, MAX_QUESTION_BYTES)
     try:
         if fields.integer("version", 100) != VERSION:
-            raise VtpmError(f"the question is not of version {VERSION}")
+            raise VtpmError(
+                f"the question is not of version {VERSION}; use programs of one release"
+            )
         op = fields.text("op", MAX_WORD_CHARS)
         if op == "watch":
             _only(values, {"version", "op"})
@@ -123,7 +125,7 @@ def parse_question(line: bytes) -> Question:
             return _vm(fields, "vm")
     except EvidenceFormatError as exc:
         raise VtpmError(str(exc)) from exc
-    raise VtpmError("the question is neither watch nor check")
+    raise VtpmError('the question is neither "watch" nor "check"')
 
 
 def encode_word(word: Word | Window) -> bytes:
@@ -161,7 +163,7 @@ def parse_word(line: bytes) -> Word:
         run = fields.text("run", MAX_RUN_CHARS)
         origin = fields.text("origin", MAX_WORD_CHARS)
         if not _RUN_RE.fullmatch(run):
-            raise VtpmError("run is not of its form")
+            raise VtpmError("run is not valid")
         name = fields.text("name", MAX_NAME_CHARS)
         return Sighting(
             vm=_vm(fields, "vm"),
@@ -197,23 +199,23 @@ def _parse_holds(values: Mapping[str, object], fields: Fields) -> Holds:
     reading: Reading = _one_of(fields.text("reading", MAX_WORD_CHARS), get_args(Reading))
     items = values.get("eks")
     if not isinstance(items, list) or len(items) > MAX_EKS:
-        raise VtpmError(f"eks is not a list of at most {MAX_EKS}")
+        raise VtpmError(f"eks is not a list of at most {MAX_EKS} EKs")
     eks = tuple(_parse_ek(item) for item in items)
     if bool(eks) != (reading == "read") or len({ek.family for ek in eks}) != len(eks):
-        raise VtpmError("eks do not fit what was read")
+        raise VtpmError("eks must hold one key of each family, exactly if reading is read")
     why = fields.text("why", MAX_WHY_CHARS)
     return Holds(reading=reading, eks=eks, why="".join(c if c.isprintable() else "?" for c in why))
 
 
 def _parse_ek(item: object) -> Ek:
     if not isinstance(item, dict) or set(item) != {"alg", "spki_sha256", "spire"}:
-        raise VtpmError("an EK is not of its form")
+        raise VtpmError("an EK is not valid")
     fields = Fields(item, "eks")
     alg, digest = fields.text("alg", MAX_WORD_CHARS), fields.text("spki_sha256", 64)
     spire = fields.text("spire", 64)
     digests = (digest, spire) if spire else (digest,)
     if not _ALG_RE.fullmatch(alg) or not all(map(_DIGEST_RE.fullmatch, digests)):
-        raise VtpmError("an EK is not of its form")
+        raise VtpmError("an EK is not valid")
     return Ek(alg=alg, spki_sha256=digest, spire=spire)
 
 
@@ -247,7 +249,7 @@ def _one_of(text: str, known: Sequence[T]) -> T:
     for word in known:
         if text == word:
             return word
-    raise VtpmError("a word is unknown")
+    raise VtpmError("a value is unknown")
 
 
 def _vm(fields: Fields, key: str) -> uuid.UUID:
@@ -255,7 +257,7 @@ def _vm(fields: Fields, key: str) -> uuid.UUID:
     try:
         value = uuid.UUID(text)
     except ValueError:
-        raise VtpmError("the VM's UUID cannot be read") from None
+        raise VtpmError("the VM's UUID is not a valid UUID") from None
     if str(value) != text:
         raise VtpmError("the VM's UUID is not in lower case with hyphens")
     return value

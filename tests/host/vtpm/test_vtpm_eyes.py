@@ -344,7 +344,7 @@ def test_that_nothing_can_be_opened_does_not_say_that_nothing_runs(
 
     with libvirt.qemu():
         monkeypatch.setattr(os, "open", refused)
-        with pytest.raises(HostError, match="cannot see what runs"):
+        with pytest.raises(HostError, match="cannot see which VMs run"):
             presence.look()
 
 
@@ -740,7 +740,7 @@ async def test_encrypted_state_is_seen_as_such(libvirt: Libvirt) -> None:
     assert source.copy(VM, StatePlace())[1]
     with pytest.raises(EncryptedError):
         await source.read_eks(VM, StatePlace())
-    with pytest.raises(EncryptedError, match="secrets are not asked for"):
+    with pytest.raises(EncryptedError, match="secrets are not requested"):
         await source.read_eks(VM, StatePlace(), SECRET)
     readback.remove_copies(libvirt.root)
 
@@ -803,7 +803,7 @@ def test_state_files_that_are_not_read(
 
 
 def test_another_user_s_file_is_not_read(libvirt: Libvirt) -> None:
-    with pytest.raises(VtpmError, match="not a plain file of the swtpm user"):
+    with pytest.raises(VtpmError, match="not a regular file owned by the swtpm user"):
         copied(libvirt, uid=ME + 1)
 
 

@@ -280,9 +280,9 @@ def test_localca_s_own_configuration_stays(host: Host, daemon: Daemon) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        ("--ek", "xyz", "neither an RSA modulus nor a point"),
-        ("--ek", "x=12,x=13,y=14", "neither an RSA modulus nor a point"),
-        ("--ek", "x=12,y=14,id=brainpool", "a curve that is not known here: brainpool"),
+        ("--ek", "xyz", "neither an RSA modulus nor an EC point"),
+        ("--ek", "x=12,x=13,y=14", "neither an RSA modulus nor an EC point"),
+        ("--ek", "x=12,y=14,id=brainpool", "an unsupported curve: brainpool"),
         ("--vmid", "web", "--vmid does not end with the UUID"),
         ("--vmid", f"{VM}x", "--vmid does not end with the UUID"),
         ("--tpm-spec-level", "-1", "--tpm-spec-level is not a number"),
@@ -315,7 +315,7 @@ def test_a_daemon_that_is_away_delays_nothing_where_it_shall_not(host: Host) -> 
     host.configure('on_error = "delegate"\n')
     done = host.run(host.arguments(ek_argument(ecc_key())))
     assert done.returncode == 0
-    assert "going on, on_error is delegate" in done.stderr
+    assert "continuing, because on_error is delegate" in done.stderr
     assert host.delegated() is not None
 
 
@@ -346,18 +346,21 @@ def test_a_daemon_that_hangs_is_left(host: Host, daemon: Daemon) -> None:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (b'{"ok": false, "error": "this VM runs, with another EK"}\n', "refused it: this VM runs"),
-        (b'{"ok": false, "error": "\\u001b[2J"}\n', "refused it: ?[2J"),
+        (
+            b'{"ok": false, "error": "this VM runs, with another EK"}\n',
+            "refused the EK: this VM runs",
+        ),
+        (b'{"ok": false, "error": "\\u001b[2J"}\n', "refused the EK: ?[2J"),
         (b"nonsense\n", "cannot be read"),
         (b"[]\n", "cannot be read"),
         (b'{"ok": true, "certificate": 5}\n', "cannot be read"),
         (b'{"ok": true, "certificate": "&&"}\n', "cannot be read"),
-        (b'{"ok": true, "certificate": ""}\n', "above 2048 bytes"),
+        (b'{"ok": true, "certificate": ""}\n', "must have 1 to 2048 bytes"),
         (b"x" * 9000, "too long"),
         (
             json.dumps({"ok": True, "certificate": base64.b64encode(bytes(2049)).decode()}).encode()
             + b"\n",
-            "above 2048 bytes",
+            "must have 1 to 2048 bytes",
         ),
     ],
 )
@@ -376,7 +379,7 @@ def test_answers_that_are_none(host: Host, daemon: Daemon, answer: bytes, messag
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("socket = 5", "socket must be text"),
+        ("socket = 5", "socket must be a string"),
         ('on_error = "ignore"', 'on_error must be "fail" or "delegate"'),
         ("limit_s = 0", "limit_s must be above 0"),
         ("limit_s = 1000", "at most 120"),

@@ -145,7 +145,7 @@ def test_a_key_that_comes_after_the_start_is_not_of_the_same_making(registry: Re
 def test_a_running_vm_is_made_no_other_vtpm(registry: Registry) -> None:
     make(registry)
     before = start(registry)
-    with pytest.raises(VtpmError, match="runs"):
+    with pytest.raises(VtpmError, match="is running"):
         registry.register(certificate_request(rsa_key(1)), issuer="delegate")
     assert registry.get(VM) is before
 

@@ -1,1 +1,1 @@
-"""provider-proxy-vtpm: looks, with root's eyes, at which vTPM runs here and what EKs it holds."""
+"""provider-proxy-vtpm: sees which vTPMs run here and which EKs they hold; may read root's files."""

@@ -1,11 +1,11 @@
-"""What the helper knows: who is here, and what each vTPM holds, read while it runs and again on each
+"""The helper's knowledge: which VMs are here, and what each vTPM holds, read while it runs and on each
 change.
 
     run ─┬─ look    libvirt's status files: at each change in their folder, at a QEMU's end, each second
-         └─ read    vTPMs that run, one at a time: at once, again when the state has been written,
-                    and again, later and later, where it could not be read
+         └─ read    running vTPMs, one at a time: at once, again when the state has been written,
+                    and again with growing pauses where it could not be read
 
-Those who follow are woken at every change; `seen` is always whole. Registers and signs nothing.
+Followers are woken at every change; `seen` is always complete. Registers and signs nothing.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from provider_proxy.host.vtpm.sightings import Holds, Sighting, Window
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 1.0  # where no change was told of
-GAP_S = 0.03  # at the least, from one look to the next, however often somebody touches the folder
-REREAD_S = 10.0  # a guest may have its vTPM written as often as it likes
-RETRY_S = (0.5, 2.0, 10.0, 60.0, 300.0)  # the last one for ever
-HOST_TROUBLE_RETRIES = 3  # so often what was read before still counts
+LOOK_S = 1.0  # where no change was notified
+GAP_S = 0.03  # least time from one look to the next, however often the folder is touched
+REREAD_S = 10.0  # a guest can have its vTPM written as often as it likes
+RETRY_S = (0.5, 2.0, 10.0, 60.0, 300.0)  # the last one is repeated
+HOST_TROUBLE_RETRIES = 3  # for this many failures the earlier reading still counts
 
 
 class Looks(Protocol):
@@ -80,10 +80,10 @@ class _Reading:
 
 
 class Eyes:
-    """See the module's first lines.
+    """Looks at VMs and reads vTPMs; see the module's docstring.
 
     Args:
-        find_mark: what root's hook says of a VM.
+        find_mark: gives the mark that root's hook has written for a VM.
         on_look: called after each look, for the service manager's watchdog.
     """
 
@@ -116,7 +116,7 @@ class Eyes:
         Raises:
             HostError: this process can no longer look.
         """
-        # Else the last of them, which trio gives back at the end, would kill the process.
+        # Otherwise a last SIGIO, which trio re-raises at the end, would kill the process.
         signal.signal(signal.SIGIO, signal.SIG_IGN)
         with (
             trio.open_signal_receiver(signal.SIGIO) as changes,
@@ -138,7 +138,7 @@ class Eyes:
     # --- looking ------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Take in who is here now. Raises: HostError."""
+        """Update the VMs that are here now. Raises: HostError."""
         self._present = self._presence.look()
         now = trio.current_time()
         seen: dict[uuid.UUID, Sighting] = {}
@@ -166,7 +166,7 @@ class Eyes:
             if self._source.stamp(vm, present.domain.place) != plan.stamp:
                 self._wake_reader.set()
             else:
-                plan.due_s = now  # nothing was written: the next look asks again
+                plan.due_s = now  # not readable: the next look tries again
 
     def _publish(self, seen: dict[uuid.UUID, Sighting]) -> None:
         if seen != self.seen:
@@ -175,7 +175,7 @@ class Eyes:
                 if before is None or (before.run, before.runs) != (sighting.run, sighting.runs):
                     _log(vm, "runs" if sighting.runs else "waits", origin=sighting.origin)
             for vm in self.seen.keys() - seen.keys():
-                _log(vm, "is gone")
+                _log(vm, "is no longer here")
             self.seen = seen
             self._changed.set()
             self._changed = trio.Event()
@@ -195,7 +195,7 @@ class Eyes:
                 await self._wake_reader.wait()
 
     def _next(self, now: float) -> uuid.UUID | None:
-        """The VM whose turn it is: what was never read goes first."""
+        """The next VM to read: those never read come first."""
         due = [
             (plan.stamp is not None, plan.due_s, vm)
             for vm, plan in self._readings.items()
@@ -211,18 +211,18 @@ class Eyes:
 
     async def _read(self, present: Present) -> None:
         vm, plan = present.domain.vm, self._readings[present.domain.vm]
-        # Taken before the copy: what is written meanwhile is read again.
+        # Taken before the copy, so that a write meanwhile causes another reading.
         stamp = self._source.stamp(vm, present.domain.place)
         try:
             holds = await self.holds(vm, present.domain.place, present.domain.secret)
         except HostError as exc:
             holds = Holds(reading="failed", why=str(exc))
             if plan.failures < HOST_TROUBLE_RETRIES and vm in self.seen:
-                holds = self.seen[vm].holds  # says nothing about the vTPM
+                holds = self.seen[vm].holds  # the failure says nothing about the vTPM
             log.warning("vTPM of %s: %s", vm, exc)
             plan.failures += 1
         else:
-            # Encrypted with a secret of libvirt's: it may give it later.
+            # Encrypted with one of libvirt's secrets: libvirt may give it later.
             is_open = holds.reading == "failed" or (
                 holds.reading == "encrypted" and present.domain.secret is not None
             )
@@ -275,14 +275,14 @@ def _sighting(present: Present, holds: Holds) -> Sighting:
 
 @contextmanager
 def _told_of_changes(folder: int) -> Iterator[None]:
-    """SIGIO at each change in a folder: F_NOTIFY of fcntl(2). Without it each second has its look."""
+    """SIGIO at each change in a folder: F_NOTIFY of fcntl(2). Without it there is a look each second."""
     kinds = fcntl.DN_CREATE | fcntl.DN_DELETE | fcntl.DN_RENAME | fcntl.DN_MODIFY
-    # A descriptor of its own: os.listdir closes a copy of the other, and the kernel then forgets this.
+    # A descriptor of its own: os.listdir closes a copy of the other, which ends the notification.
     fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
     try:
         fcntl.fcntl(fd, fcntl.F_NOTIFY, kinds | fcntl.DN_MULTISHOT)
     except OSError as exc:
-        log.warning("the kernel does not tell of changes: %s; looking each second", exc.strerror)
+        log.warning("the kernel does not report changes: %s; looking each second", exc.strerror)
     try:
         yield
     finally:

@@ -1,13 +1,12 @@
-"""Which domains with a vTPM are here, by root's word alone: libvirt's status files and the lock of QEMU.
+"""Which domains with a vTPM are here, from root's files only: libvirt's status files and QEMU's lock.
 
-A domain counts only while all of these hold: its status file is a plain file of root's, under the
-domain's own name, and not one that another has replaced before; the process that it names holds the
-lock on `NAME.pid`, root's too; and that process has not ended since it was first seen (a pidfd holds
-on to it, so that no other process can follow under its number). Processes of the swtpm user or of
-QEMU's user can change none of that; they can at most take files away, and then the domain does not
-count.
+A domain counts only while all of these hold: its status file is a regular file of root's, under the
+domain's own name, and not an old one that was replaced before; the process that it names holds the
+lock on `NAME.pid`, which is root's too; and that process has not ended since it was first seen (a pidfd
+refers to it, so that a new process with its number is not taken for it). Processes of the swtpm user or
+QEMU's user can change none of that; they can at most remove files, and then the domain does not count.
 
-Blocks for some file reads. Needs CAP_DAC_READ_SEARCH, for status files are for root alone.
+Blocks for some file reads. Needs CAP_DAC_READ_SEARCH, because only root may read status files.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ MAX_DOMAINS = 100_000  # vtpm.max_vms at its most
 PROC = Path("/proc")
 
 LINES_A_MINUTE = 20
-OLD_WORDS = 64  # status files of a domain that were replaced, and do not count again
-# What says something about this process, or this host, and nothing about a file.
+OLD_WORDS = 64  # replaced status files of a domain, which do not count again
+# Errors that are about this process or host, and not about a file.
 OUR_TROUBLE = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM))
 
 Lock = tuple[int, int]  # device, inode
@@ -49,7 +48,7 @@ class Present:
     """A domain that is here.
 
     Attributes:
-        run: names this life of its QEMU: no other has the same text on any boot of this host.
+        run: identifies this life of its QEMU: unique over all boots of this host.
         origin: where this life began, as the first state in which it ran showed; "unknown" before.
     """
 
@@ -60,7 +59,7 @@ class Present:
 
 @dataclass(slots=True)
 class _Read:
-    """A status file as it was read last."""
+    """The last reading of a status file."""
 
     stamp: Stamp
     domain: Domain | None
@@ -68,7 +67,7 @@ class _Read:
 
 @dataclass(slots=True)
 class _Pin:
-    """A QEMU that is held on to."""
+    """A QEMU process held by a pidfd."""
 
     pid: int
     fd: int
@@ -77,11 +76,11 @@ class _Pin:
 
 
 class Presence:
-    """Looks at libvirt's status files, again and again.
+    """Looks repeatedly at libvirt's status files.
 
     Args:
         root: libvirt's folder of status files.
-        owner: whose files count: root's, but in tests.
+        owner: whose files count: root's, except in tests.
 
     Raises:
         HostError: the folder cannot be opened.
@@ -103,7 +102,7 @@ class Presence:
         self._ends = select.epoll()
 
     def close(self) -> None:
-        """Let go of every process and of the folder."""
+        """Close the descriptors of all processes and of the folder."""
         for vm in list(self._pins):
             self._unpin(vm)
         self._ends.close()
@@ -121,7 +120,9 @@ class Presence:
         """
         try:
             if os.fstat(self.folder).st_nlink == 0:
-                raise HostError(f"{self._root} was removed; start again once libvirt runs")
+                raise HostError(
+                    f"{self._root} was removed; start this program again once libvirt runs"
+                )
             domains = self._domains()
             holders = self._holders()
             found: dict[uuid.UUID, Present] = {}
@@ -130,7 +131,7 @@ class Presence:
                 if present is not None:
                     found[vm] = present
         except OSError as exc:
-            raise HostError(f"cannot see what runs: {exc.strerror}") from exc
+            raise HostError(f"cannot see which VMs run: {exc.strerror}") from exc
         for vm in [vm for vm in self._pins if vm not in found]:
             self._unpin(vm)
         return found
@@ -148,7 +149,7 @@ class Presence:
                 continue
             if domain.vm in found:
                 twice.add(domain.vm)
-                self._warn("two status files name the VM %s; it does not count", domain.vm)
+                self._warn("two status files name the VM %s; the VM is ignored", domain.vm)
             found[domain.vm] = domain
         for vm in twice:
             del found[vm]
@@ -166,20 +167,20 @@ class Presence:
         except OSError as exc:
             if exc.errno in OUR_TROUBLE:
                 raise
-            return None  # gone, a link, or no file at all
+            return None  # gone, a link, or not a file
         domain = read.domain
         if domain is None:
             return None
         past = self._past.setdefault(domain.vm, deque(maxlen=OLD_WORDS))
         if stamp in past and stamp != past[-1]:
-            return None  # it was replaced: somebody has put an older word back
+            return None  # an older file that had been replaced was put back
         if stamp not in past:
             past.append(stamp)
         return domain
 
     def _parse(self, name: str, fd: int, status: os.stat_result) -> Domain | None:
         if not self._is_ours(status) or status.st_size > MAX_STATUS_BYTES:
-            self._warn("%s is not a plain file of root's; it does not count", name)
+            self._warn("%s is not a regular file owned by root; it is ignored", name)
             return None
         with open(fd, "rb", closefd=False) as file:
             data = file.read(MAX_STATUS_BYTES + 1)
@@ -189,12 +190,12 @@ class Presence:
             self._warn("%s: %s", name, exc)
             return None
         if domain is not None and f"{domain.name}.xml" != name:
-            self._warn("%s is about another domain; it does not count", name)
+            self._warn("%s is about another domain; it is ignored", name)
             return None
         return domain
 
     def _warn(self, text: str, *values: object) -> None:
-        """A line in the log, where there is room: the folder may be of QEMU's user."""
+        """Log a line within a limit: the folder may belong to QEMU's user, who could fill the log."""
         more = self._lines.take()
         if more is not None:
             log.warning(text + "%s", *values, more)
@@ -219,7 +220,7 @@ class Presence:
             pin = None
         if pin is None:
             pin = self._pin(domain)
-            # The number may have been another process' by the time it was pinned: that has no lock.
+            # The number may have belonged to another process when it was pinned: that holds no lock.
             if self._holders().get((status.st_dev, status.st_ino)) != domain.pid:
                 if pin is not None:
                     self._unpin(domain.vm)
@@ -258,7 +259,7 @@ class Presence:
         return text.rpartition(b")")[2].split()[19].decode("ascii")
 
     def _unpin(self, vm: uuid.UUID) -> None:
-        os.close(self._pins.pop(vm).fd)  # and with it out of the epoll
+        os.close(self._pins.pop(vm).fd)  # this also removes it from the epoll
 
     def _holders(self) -> dict[Lock, int]:
         """Who holds the write lock on which file: proc_locks(5)."""

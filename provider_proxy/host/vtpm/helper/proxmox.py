@@ -1,10 +1,10 @@
-"""Which VMs with a vTPM are here on a Proxmox host: by QEMU's process, for there is no libvirt.
+"""Which VMs with a vTPM are here on a Proxmox host: by QEMU's process, because there is no libvirt.
 
-qemu-server, which is root, runs QEMU and swtpm as root and names both in its folder: `VMID.pid`, which
-QEMU locks, and `VMID.swtpm.pid`. What the two were started with says which VM it is and where its
-state lies. Whether a guest executes is not seen, but in one case: a QEMU that was started to take a
-migration in never counts, for nothing here tells when it begins to run. At the source a VM counts
-until its QEMU ends, some tenths of a second after the guest has gone on elsewhere.
+qemu-server, which is root, runs QEMU and swtpm as root and writes their process ids into its folder:
+`VMID.pid`, which QEMU locks, and `VMID.swtpm.pid`. The two command lines tell the VM and the place of
+its state. Whether a guest executes cannot be seen, with one exception: a QEMU that was started for an
+incoming migration never counts, because nothing here shows when it begins to run. At the source a VM
+counts until its QEMU ends, some tenths of a second after the guest runs elsewhere.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STATE_RE = re.compile(r"(?:backend-uri=file|dir=|backend-uri=dir)(?:://)?(/[^,]
 
 
 class ProxmoxPresence(Presence):
-    """Looks at qemu-server's folder and the processes that it names, again and again."""
+    """Looks repeatedly at qemu-server's folder and the processes that it names."""
 
     def _domains(self) -> dict[uuid.UUID, Domain]:
         found: dict[uuid.UUID, Domain] = {}
@@ -42,7 +42,7 @@ class ProxmoxPresence(Presence):
         return found
 
     def _of(self, vmid: str) -> Domain | None:
-        """The VM of a number, as its QEMU's command line has it; None where that is none with a vTPM."""
+        """The VM with a number, from its QEMU's command line; None for a VM without a vTPM."""
         pid = self._pid_in(f"{vmid}.pid")
         words = [] if pid is None else self._command(pid)
         match = _SMBIOS_RE.fullmatch(_after(words, "-smbios"))
@@ -64,7 +64,7 @@ class ProxmoxPresence(Presence):
         words = [] if pid is None else self._command(pid)
         match = _STATE_RE.fullmatch(_after(words, "--tpmstate"))
         if match is None:
-            return StatePlace()  # where no state is: it is not read
+            return StatePlace()  # a place without a state: nothing is read
         return StatePlace(path=Path(match[1]), is_file=match[0].startswith("backend-uri=file"))
 
     def _pid_in(self, name: str) -> int | None:
@@ -81,7 +81,7 @@ class ProxmoxPresence(Presence):
         return int(text) if re.fullmatch(r"[1-9][0-9]{0,9}", text) else None
 
     def _command(self, pid: int) -> list[str]:
-        """What root has started a process with; empty where it is another user's, or has ended."""
+        """The command line of a process of root's; empty where it is another user's, or has ended."""
         folder = self._proc / str(pid)
         try:
             if folder.stat().st_uid != self._owner:

@@ -1,14 +1,14 @@
-"""Reads a running vTPM's EKs out of its state: a copy of the file, and a throw-away swtpm on the copy.
+"""Reads a running vTPM's EKs from its state: copies the file, and starts a temporary swtpm on the copy.
 
-The running swtpm is not touched; it replaces its file as a whole, so a copy is never half of two. A
-state in swtpm's linear format is written in place, so a copy can be torn: swtpm then refuses it, and
-it is read again. The file is the swtpm user's and so hostile: no link of its is followed, its owner,
-kind and size are checked, and the swtpm that reads it has no privileges, little memory and little
-time. Only keys that a TPM made for itself and never lets out are taken for EKs: a guest may put
-another at an EK's handle.
+The running swtpm is not disturbed. It replaces its file atomically, so a copy is always consistent. A
+state in swtpm's linear format is written in place, so a copy can be inconsistent: swtpm then refuses it,
+and it is read again. The file belongs to the swtpm user and is hostile input: symbolic links are not
+followed, owner, type and size are checked, and the swtpm that reads it has no privileges and limits on
+memory and time. Only keys that a TPM generated itself and that cannot leave it are accepted as EKs,
+because a guest can put another key at an EK's handle.
 
 Does not check: that the running swtpm uses this file. Processes of the swtpm user can replace it, so
-what is read is that user's word about its own VM.
+the result is only as trustworthy as that user, who runs the VM's vTPM anyway.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from provider_proxy.host.vtpm.helper.status import StatePlace
 
 STATE_FILE = "tpm2-00.permall"
 LINEAR_FILE = "state"
-MAX_STATE_BYTES = 2 * 1024 * 1024  # a fresh one has 6 kB, one with full NV 200
+MAX_STATE_BYTES = 2 * 1024 * 1024  # a new one has 6 kB, one with a full NV 200 kB
 MAX_LINEAR_BYTES = 16 * 1024 * 1024  # Proxmox makes volumes of 4 MiB
 COPY_PREFIX = "readback-"
 # Where swtpm_setup makes EKs persistent: RSA-2048, P-384 (or P-256), RSA-3072.
@@ -64,9 +64,9 @@ CC_READ_PUBLIC = 0x173
 READ_PUBLIC = struct.Struct(">HIII")
 RESPONSE_HEADER = struct.Struct(">HII")
 MAX_RESPONSE_BYTES = 4096
-# Whom root hands the copy to: without capabilities uid 0 still owns the host's files.
+# Root gives the copy to this user: even without capabilities, uid 0 owns the host's files.
 NOBODY = 65534  # the kernel's overflowuid
-# prlimit(1): a good state takes 0.1 s and 20 MB
+# prlimit(1): a valid state takes 0.1 s and 20 MB
 CPU_LIMIT_S = 10
 MEMORY_LIMIT_BYTES = 512 * 1024 * 1024
 FILE_LIMIT_BYTES = MAX_LINEAR_BYTES
@@ -81,13 +81,13 @@ class EncryptedError(VtpmError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateSource:
-    """Where vTPMs' states are, and whose they must be.
+    """Where vTPMs' states are, and who must own them.
 
     Attributes:
-        root: libvirt's folder of vTPMs.
+        root: libvirt's directory of vTPMs.
         uid: of the swtpm user, who must own a state.
-        work: a directory of ours for copies; best in memory, for a copy holds the vTPM's secrets.
-        limit_s: for reading one, in seconds.
+        work: our directory for copies; best in memory, because a copy holds the vTPM's secrets.
+        limit_s: the time limit for reading one, in seconds.
         secrets: socket of provider-proxy-vtpm-secret; None where encrypted states are not read.
     """
 
@@ -98,7 +98,7 @@ class StateSource:
     secrets: Path | None = None
 
     def stamp(self, vm: uuid.UUID, place: StatePlace) -> Stamp | None:
-        """Changes when the state is written; None where it cannot be looked at."""
+        """Changes when the state is written; None where the state cannot be examined."""
         try:
             with self._opened(vm, place) as fd:
                 return _stamp_of(os.fstat(fd))
@@ -114,9 +114,9 @@ class StateSource:
             secret: UUID of libvirt's secret, where the state is encrypted with one.
 
         Raises:
-            EncryptedError: the state is encrypted, and its passphrase is not given.
-            VtpmError: there is no such file, it is not as it must be, or it holds no EK.
-            HostError: swtpm, setpriv or prlimit is missing or cannot be started, or there is no room.
+            EncryptedError: the state is encrypted, and its passphrase is not available.
+            VtpmError: the file is missing, not acceptable, or holds no EK.
+            HostError: swtpm, setpriv or prlimit is missing or cannot be started, or the disk is full.
         """
         folder, is_secret = await trio.to_thread.run_sync(self.copy, vm, place)
         try:
@@ -135,20 +135,20 @@ class StateSource:
                 await trio.to_thread.run_sync(lambda: shutil.rmtree(folder, ignore_errors=True))
 
     async def _key(self, stack: ExitStack, secret: uuid.UUID | None) -> int:
-        """A descriptor with the passphrase, until the stack closes. Raises: EncryptedError."""
+        """A descriptor with the passphrase; the stack closes it. Raises: EncryptedError."""
         if secret is None:
             raise EncryptedError("the vTPM's state is encrypted")
         opened = passphrase_fd(self.secrets, secret)
         try:
             return await trio.to_thread.run_sync(stack.enter_context, opened)
         except NoSecretError as exc:
-            raise EncryptedError(f"the vTPM's state is encrypted, and {exc}") from exc
+            raise EncryptedError(f"the vTPM's state is encrypted: {exc}") from exc
 
     def copy(self, vm: uuid.UUID, place: StatePlace) -> tuple[Path, bool]:
         """Copy a vTPM's state into a new directory in `work`; and whether it is encrypted.
 
         Raises:
-            VtpmError: it is missing, a link, not the swtpm user's, or too large.
+            VtpmError: it is missing, a link, not owned by the swtpm user, or too large.
             HostError: there is no room for the copy.
         """
         limit = MAX_LINEAR_BYTES if place.is_file else MAX_STATE_BYTES
@@ -171,7 +171,7 @@ class StateSource:
                     os.chown(path, NOBODY, NOBODY)
                     os.chown(folder, NOBODY, NOBODY)
             except OSError:
-                shutil.rmtree(folder, ignore_errors=True)  # a half copy holds secrets, too
+                shutil.rmtree(folder, ignore_errors=True)  # a partial copy holds secrets, too
                 raise
         except OSError as exc:
             raise HostError(f"cannot copy a vTPM's state into {self.work}: {exc.strerror}") from exc
@@ -181,13 +181,13 @@ class StateSource:
         is_plain = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
         is_roots_volume = stat.S_ISBLK(status.st_mode) and self.uid == 0
         if status.st_uid != self.uid or not (is_plain or is_roots_volume):
-            raise VtpmError("the vTPM's state is not a plain file of the swtpm user")
+            raise VtpmError("the vTPM's state is not a regular file owned by the swtpm user")
 
     @contextmanager
     def _opened(self, vm: uuid.UUID, place: StatePlace) -> Iterator[int]:
         """Open a state from directory to directory: no link below the root is followed.
 
-        A place that libvirt names is root's word, and links of root's on the way to it are, too.
+        A place that libvirt names was set by root, so root's links on the way to it are followed.
         """
         names: tuple[str, ...] = (str(vm), "tpm2", STATE_FILE)
         start = self.root
@@ -214,7 +214,7 @@ def _stamp_of(status: os.stat_result) -> Stamp:
 
 
 def is_encrypted(data: bytes, *, linear: bool) -> bool:
-    """Whether a state is encrypted, by swtpm's header.
+    """Whether a state is encrypted, from swtpm's header.
 
     Raises:
         VtpmError: it is too short, or not of that format.
@@ -232,7 +232,7 @@ def is_encrypted(data: bytes, *, linear: bool) -> bool:
 
 
 def remove_copies(work: Path) -> None:
-    """Remove what a helper that was killed left behind."""
+    """Remove copies left by a helper that was killed."""
     for path in work.glob(COPY_PREFIX + "*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -254,7 +254,7 @@ async def _ask_swtpm(folder: Path, key: int | None) -> tuple[Ek, ...]:
         try:
             found = [await _read_ek(stream, handle) for handle in EK_HANDLES]
         except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-            raise VtpmError("swtpm does not take the vTPM's state") from exc
+            raise VtpmError("swtpm cannot load the vTPM's state") from exc
         except EvidenceFormatError as exc:
             raise VtpmError(f"the vTPM holds a key that cannot be read: {exc}") from exc
         finally:
@@ -276,14 +276,14 @@ def _one_of_each(eks: tuple[Ek, ...]) -> tuple[Ek, ...]:
 
 
 def _command(fd: int, *, linear: bool = False, key: int | None = None) -> list[str]:
-    """swtpm on the state in its directory, without privileges and within limits; it ends when our end
-    of the socket closes."""
+    """swtpm's command line for the state in its directory, without privileges and with limits. swtpm
+    ends when our end of the socket closes."""
     programs = {name: shutil.which(name) for name in ("setpriv", "prlimit", "swtpm")}
     for name, path in programs.items():
         if path is None:
-            raise HostError(f"reading vTPMs back needs {name}: apt install swtpm util-linux")
-    # Ambient capabilities are what a daemon under systemd has; what is only inheritable gives a
-    # program without file capabilities nothing.
+            raise HostError(f"reading vTPMs back needs {name}: run `apt install swtpm util-linux`")
+    # A daemon under systemd has ambient capabilities; inheritable ones alone give nothing to a
+    # program without file capabilities.
     setpriv = [str(programs["setpriv"]), "--no-new-privs", "--ambient-caps=-all"]
     if os.geteuid() == 0:
         setpriv += ["--bounding-set=-all", f"--reuid={NOBODY}", f"--regid={NOBODY}"]
@@ -302,17 +302,17 @@ def _command(fd: int, *, linear: bool = False, key: int | None = None) -> list[s
 
 
 async def _read_ek(stream: trio.SocketStream, handle: int) -> Ek | None:
-    """The EK at a handle; None where there is none, or a key that is not an EK."""
+    """The EK at a handle; None where the handle is empty or holds a key that is not an EK."""
     command = READ_PUBLIC.pack(NO_SESSIONS, READ_PUBLIC.size, CC_READ_PUBLIC, handle)
     await stream.send_all(command)
     header = await _receive(stream, RESPONSE_HEADER.size)
     _, size, code = RESPONSE_HEADER.unpack(header)
     if not RESPONSE_HEADER.size <= size <= MAX_RESPONSE_BYTES:
-        raise EvidenceFormatError("a response of impossible size")
+        raise EvidenceFormatError("swtpm's response has an impossible size")
     body = await _receive(stream, size - RESPONSE_HEADER.size)
     if code != 0:
         return None
-    length = 2 + int.from_bytes(body[:2], "big")  # behind it come the names
+    length = 2 + int.from_bytes(body[:2], "big")  # the names follow it
     public = parse_public(body[:length])
     is_ek = public.attributes & EK_MUST_HAVE == EK_MUST_HAVE and not public.attributes & SIGN
     return ek_of(public.public_key) if is_ek else None
@@ -323,6 +323,6 @@ async def _receive(stream: trio.SocketStream, count: int) -> bytes:
     while len(data) < count:
         part = await stream.receive_some(count - len(data))
         if not part:
-            raise trio.BrokenResourceError("swtpm hung up")
+            raise trio.BrokenResourceError("swtpm closed the connection")
         data += part
     return data

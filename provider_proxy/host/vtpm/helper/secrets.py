@@ -1,6 +1,6 @@
-"""Asks provider-proxy-vtpm-secret, which is root, for the passphrase of an encrypted state: a descriptor.
+"""Gets the passphrase of an encrypted state, as a descriptor, from provider-proxy-vtpm-secret (root).
 
-The passphrase is in a pipe that goes on to swtpm as it is; nobody reads it here, and nothing keeps it.
+The passphrase is in a pipe that is passed on to swtpm; this process neither reads nor stores it.
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ from pathlib import Path
 
 from provider_proxy.errors import VtpmError
 
-LIMIT_S = 25.0  # two questions to libvirt of 10 s each
+LIMIT_S = 25.0  # two calls to libvirt of 10 s each
 MAX_REASON_BYTES = 200
 
 
 class NoSecretError(VtpmError):
-    """libvirt does not give the secret, or nobody asks it; the text says why."""
+    """libvirt does not give the secret, or it cannot be asked; the text says why."""
 
 
 @contextmanager
 def passphrase_fd(path: Path | None, secret: uuid.UUID) -> Iterator[int]:
-    """A pipe that holds the passphrase; closed in the end. Blocks for as long as libvirt takes.
+    """A pipe that holds the passphrase; closed at the end. Blocks for as long as libvirt takes.
 
     Args:
-        path: of the socket; None where no secret is asked for.
+        path: of the socket; None where no secrets are requested.
 
     Raises:
-        NoSecretError: it is not given.
+        NoSecretError: the passphrase is not available.
     """
     if path is None:
-        raise NoSecretError("secrets are not asked for")
+        raise NoSecretError(
+            "secrets are not requested (provider-proxy-vtpm runs without --secrets)"
+        )
     fds: list[int] = []
     said = b""
     try:
@@ -52,7 +54,7 @@ def passphrase_fd(path: Path | None, secret: uuid.UUID) -> Iterator[int]:
         reason = "".join(
             c if c.isprintable() else "?" for c in said.decode("ascii", "replace").strip()
         )
-        raise NoSecretError(f"its secret is not given: {reason or 'no reason'}")
+        raise NoSecretError(f"libvirt's secret is not available: {reason or 'no reason given'}")
     try:
         yield fds[0]
     finally:

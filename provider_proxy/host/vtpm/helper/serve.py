@@ -1,8 +1,8 @@
-"""provider-proxy-vtpm's socket: one daemon asks, a line or a stream of lines answers.
+"""provider-proxy-vtpm's socket: the daemon sends a question, and gets one line or a stream of lines.
 
-The socket is systemd's (`provider-proxy-vtpm.socket`, for the daemon's user alone) or a path of our
-own. Who connects is checked by the kernel's word besides. Every wait has a deadline, every line a
-bound, and there are never more than a few connections.
+The socket comes from systemd (`provider-proxy-vtpm.socket`, for the daemon's user only) or is made at a
+path. The peer's uid from the kernel is checked as well. Every wait has a deadline, every line a bound,
+and the number of connections is small.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from provider_proxy.host.vtpm.sightings import (
 log = logging.getLogger(__name__)
 
 QUESTION_LIMIT_S = 5.0
-SEND_LIMIT_S = 5.0  # a daemon that does not read is let go, and asks again
-CHECK_LIMIT_S = 17.0  # below what the hook's server waits for
+SEND_LIMIT_S = 5.0  # a daemon that does not read is disconnected, and connects again
+CHECK_LIMIT_S = 17.0  # less than the hook server waits
 MAX_CONNECTIONS = 32
 BACKLOG = 32
 
@@ -49,7 +49,7 @@ class Server:
     """Serves the daemon's connections.
 
     Args:
-        uids: of users that may ask.
+        uids: of users that may connect.
     """
 
     def __init__(self, eyes: Eyes, uids: Collection[int]) -> None:
@@ -63,10 +63,10 @@ class Server:
             try:
                 uid = peer_uid(stream)
                 if uid not in self._uids:
-                    log.warning("user %d may not ask", uid)
+                    log.warning("uid %d may not connect to this socket", uid)
                     return
                 if self._open >= MAX_CONNECTIONS:
-                    log.warning("more than %d connections", MAX_CONNECTIONS)
+                    log.warning("refused a connection: %d are open already", MAX_CONNECTIONS)
                     return
                 self._open += 1
                 try:
@@ -92,7 +92,7 @@ class Server:
     async def _check(self, vm: uuid.UUID) -> Window:
         with trio.move_on_after(CHECK_LIMIT_S):
             return await self._eyes.check(vm)
-        return Window(open=False, holds=Holds(reading="failed", why="it took too long"))
+        return Window(open=False, holds=Holds(reading="failed", why="reading it took too long"))
 
     async def _tell(self, stream: trio.SocketStream) -> None:
         told: dict[uuid.UUID, Sighting] = {}
@@ -113,25 +113,27 @@ async def _send(stream: trio.SocketStream, data: bytes) -> None:
 
 
 async def _until_gone(stream: trio.SocketStream, scope: trio.CancelScope) -> None:
-    """The daemon has nothing more to say: what comes is its end, or a fault."""
+    """Wait for the end of the connection; the daemon must send nothing more."""
     with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
         await stream.receive_some(1)
     scope.cancel()
 
 
 def open_socket(path: Path | None) -> socket.socket:
-    """The socket that systemd handed over, or one of our own at `path`, for its owner and group.
+    """The socket from systemd, or a new one at `path`, for its owner and group.
 
     Raises:
-        HostError: there is neither, or the path cannot be used.
+        HostError: neither is given, or the path cannot be used.
     """
     inherited = systemd.take_listen_sockets()
     if inherited:
         if len(inherited) != 1 or inherited[0].family != socket.AF_UNIX:
-            raise HostError("systemd handed over something else than one unix socket")
+            raise HostError(
+                "systemd must hand over exactly one unix socket: see provider-proxy-vtpm.socket"
+            )
         return inherited[0]
     if path is None:
-        raise HostError("systemd handed over no socket, and --socket is not given")
+        raise HostError("no socket from systemd, and --socket is not given")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -147,11 +149,11 @@ def open_socket(path: Path | None) -> socket.socket:
 
 
 def uid_of(name: str, what: str) -> int:
-    """A user's number. Raises: HostError: there is no such user."""
+    """A user's uid. Raises: HostError: the user does not exist."""
     try:
         return pwd.getpwnam(name).pw_uid
     except (KeyError, ValueError) as exc:
-        raise HostError(f"{what}: there is no user {name!r}") from exc
+        raise HostError(f"{what}: the user {name!r} does not exist") from exc
 
 
 async def run(eyes: Eyes, sock: socket.socket, *, daemon_uid: int) -> None:

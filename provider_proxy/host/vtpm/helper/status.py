@@ -1,7 +1,7 @@
 """libvirt's status file of a domain, `/run/libvirt/qemu/NAME.xml`, as a value.
 
-libvirtd, which is root, writes it at each change of the domain's state. Pure: bytes in, `Domain` out;
-who owns the file, and whether its process lives, is the caller's matter.
+libvirtd, which is root, writes it at each change of the domain's state. Pure: bytes in, `Domain` out.
+Does not check: the file's owner, and whether its process lives.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from xml.etree import ElementTree
 from provider_proxy.errors import VtpmError
 from provider_proxy.host.vtpm.entries import Origin
 
-# States of libvirt's in which a domain runs first, where it began here and where it came in. Before that
-# both wait in ("paused", "migration"): a restored one too is fed to its QEMU as a migration.
+# libvirt's first running states of a domain that began here, and of one that came in. Before that, both
+# are in ("paused", "migration"): a restored domain is loaded into its QEMU like a migration.
 BEGAN_HERE: Final = frozenset(
     {("running", "booted"), ("running", "restored"), ("running", "from snapshot")}
 )
@@ -27,10 +27,10 @@ CAME_IN: Final = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatePlace:
-    """Where swtpm keeps a vTPM's state, by libvirt's word.
+    """Where swtpm keeps a vTPM's state, according to libvirt.
 
     Attributes:
-        path: a folder with `tpm2-00.permall`, or the state itself; None for libvirt's own place.
+        path: a directory with `tpm2-00.permall`, or the state itself; None for libvirt's default.
         is_file: the path is a file or volume with the state in swtpm's linear format.
     """
 
@@ -44,7 +44,7 @@ class Domain:
 
     Attributes:
         pid: of its QEMU.
-        state, reason: libvirt's words, "running" and "booted" for example.
+        state, reason: libvirt's terms, "running" and "booted" for example.
         place: of the vTPM's state.
         secret: UUID of libvirt's secret that encrypts the state; None where it is not encrypted.
     """
@@ -61,13 +61,13 @@ class Domain:
     def runs(self) -> bool:
         """Whether the guest is here and nowhere else: it executes, or a person has paused it.
 
-        What waits for a migration to arrive, or was stopped for one to leave, does not run.
+        A domain that waits for an incoming migration, or was stopped by an outgoing one, does not run.
         """
         return self.state == "running" or (self.state, self.reason) == ("paused", "user")
 
     @property
     def origin(self) -> Origin:
-        """Where the domain began, as far as the first state in which it runs shows it."""
+        """Where the domain began, as far as its first running state shows."""
         if (self.state, self.reason) in BEGAN_HERE:
             return "here"
         return "elsewhere" if (self.state, self.reason) in CAME_IN else "unknown"
@@ -80,7 +80,7 @@ def parse_status(data: bytes) -> Domain | None:
         data: the whole file, which root wrote.
 
     Raises:
-        VtpmError: it is not such a file.
+        VtpmError: it is not a status file.
     """
     try:
         root = ElementTree.fromstring(data)  # noqa: S314  # root's own file
@@ -118,7 +118,7 @@ def parse_status(data: bytes) -> Domain | None:
 
 
 def _place_of(backend: ElementTree.Element) -> StatePlace:
-    """libvirt 10.10 and later can name another place: formatdomain.html, "TPM device"."""
+    """The state's place; libvirt 10.10 and later can set it: formatdomain.html, "TPM device"."""
     source = backend.find("source")
     path = "" if source is None else source.get("path", "")
     if source is None or not path.startswith("/"):

@@ -1,8 +1,8 @@
-"""Whether root's hook has said that a VM's vTPM is being made: a file for each VM in the hooks' folder.
+"""Whether root's hook has marked that a VM's vTPM is being made: a file for each VM in the hooks' folder.
 
-provider-proxy-vmhook writes it at libvirt's `prepare`, and takes it away at `start`. A file outlives a
-daemon and a helper that are away for a moment, and nobody but root can write one. It counts for a
-while only, in case libvirtd dies in between.
+provider-proxy-vmhook writes it at libvirt's `prepare` and removes it at `start`. A file survives a
+restart of the daemon and the helper, and only root can write one. It counts for a limited time, in case
+libvirtd dies in between.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from provider_proxy.host.vtpm.helper.status import StatePlace
 VERSION = 1
 MAX_MARK_BYTES = 8 * 1024
 MAX_PATH_CHARS = 4096
-MAX_AGE_S = 900.0  # swtpm_localca may take a minute to make its own CA, on a slow host some
+MAX_AGE_S = 900.0  # swtpm_localca may take a minute to make its own CA, on a slow host several
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +29,8 @@ class Mark:
     """What the hook wrote at `prepare`, for a VM that had no vTPM yet.
 
     Attributes:
-        place: where libvirt will have the state made.
-        secret: UUID of libvirt's secret that encrypts it; None where it will not be encrypted.
+        place: where the state will be made.
+        secret: UUID of libvirt's secret that encrypts it; None if it will not be encrypted.
     """
 
     place: StatePlace
@@ -38,13 +38,13 @@ class Mark:
 
 
 def read_mark(folder: Path, vm: uuid.UUID, *, owner: int = 0) -> Mark | None:
-    """The hook's file about a VM; None where there is none that counts.
+    """The hook's file about a VM; None where it is missing, not valid or too old.
 
     Args:
-        owner: whose files count: root's, but in tests.
+        owner: whose files count: root's, except in tests.
 
     Raises:
-        HostError: this process cannot look.
+        HostError: this process may not read it.
     """
     try:
         fd = os.open(folder / str(vm), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
