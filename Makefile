@@ -236,7 +236,7 @@ system-kvm:
 	@packaging/system-packages.sh $(DEBIAN_KVM)
 
 # The first time it fetches a Debian by this machine's apt sources, into build/kvm.
-test-kvm: system-kvm deb
+test-kvm: install system-kvm deb
 	$(SUDO) $(BIN)/python tests/system/test_kvm.py dist/provider-proxy_*.deb
 
 clean:
