@@ -12,7 +12,7 @@ import logging
 import os
 import resource
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -177,10 +177,11 @@ def _address(key: str, address: str) -> Iterator[Finding]:
     try:
         binding.check_free(key, (address,))
     except HostError as exc:
-        holder = None if address.startswith("unix:") else _holder(address)
+        words = None if address.startswith("unix:") else _holder(address)
+        holder = None if words is None else " ".join(words)
         if getattr(exc.__cause__, "errno", None) != errno.EADDRINUSE:
             yield Finding(level=ERROR, text=str(exc))
-        elif holder is None or "provider-proxy" not in holder:
+        elif words is None or not _is_ours(words):
             who = "a running daemon, or another program" if holder is None else holder
             yield Finding(
                 level=WARNING if holder is None else ERROR,
@@ -188,7 +189,13 @@ def _address(key: str, address: str) -> Iterator[Finding]:
             )
 
 
-def _holder(address: str) -> str | None:
+def _is_ours(words: Sequence[str]) -> bool:
+    """Whether a command line starts this program: `provider-proxy …`, by Python or not."""
+    program = [word.rpartition("/")[2] for word in words[:2]]
+    return "provider-proxy" in program or tuple(words[1:3]) == ("-m", "provider_proxy")
+
+
+def _holder(address: str) -> Sequence[str] | None:
     """The command line of the process that listens on a TCP port; None where it cannot be known."""
     port = int(address.rpartition(":")[2])
     inodes = set()
@@ -207,7 +214,7 @@ def _holder(address: str) -> str | None:
         try:
             if any(os.readlink(fd) in inodes for fd in (process / "fd").iterdir()):
                 words = (process / "cmdline").read_bytes().split(b"\0")
-                return " ".join(word.decode("utf-8", "replace") for word in words).strip()
+                return [word.decode("utf-8", "replace") for word in words if word]
         except OSError:
             continue  # another user's, or gone
     return None

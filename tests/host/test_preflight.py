@@ -56,6 +56,22 @@ def test_a_credential_is_there_only_while_the_unit_runs(
     assert found.startswith("error: listen.tls_key: cannot read ")
 
 
+@pytest.mark.parametrize(
+    ("line", "ours"),
+    [
+        ("/usr/lib/provider-proxy/bin/python3 /usr/bin/provider-proxy serve", True),
+        ("/usr/bin/provider-proxy serve --config x", True),
+        ("python3 -m provider_proxy serve", True),
+        ("/root/provider-proxy/.venv/bin/python other.py", False),
+        ("nginx: master process /etc/provider-proxy/nginx.conf", False),
+        ("", False),
+    ],
+)
+def test_which_command_lines_are_a_daemon_of_ours(line: str, ours: bool) -> None:
+    """One that is restarted gives its ports back; a program beside it does not."""
+    assert preflight._is_ours(line.split()) is ours
+
+
 def test_a_port_that_is_in_use_is_said_before_the_chip_makes_a_key(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
