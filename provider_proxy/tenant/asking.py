@@ -1,8 +1,8 @@
-"""Asks a proxy until its host is judged whole: PCRs by the `Verifier`, then the logs by the `LogJudge`.
+"""Asks a proxy until its host is fully judged: PCRs by the `Verifier`, then the logs by the `LogJudge`.
 
 A long IMA list comes in parts, each with a nonce and a quote of its own; the last part's quote is the one
-that all of the list leads to. Where the parts do not come to an end there is no verdict.
-`watch` and `bridge` ask in a way of their own (connections that they keep, places among many hosts).
+that all of the list leads to. If the parts do not end, there is no verdict.
+`watch` and `bridge` ask in another way (they keep connections, and share limits among many hosts).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from provider_proxy.tenant.ima_tail import ImaTail
 from provider_proxy.tenant.replies import TOO_MANY
 from provider_proxy.tenant.step_limit import bounded
 
-WHOLE_LIMIT_S = 900.0  # a kernel's longest list, in parts, at the pace that a proxy allows
+WHOLE_LIMIT_S = 900.0  # a kernel's longest list, in parts, at a proxy's rate
 MAX_ASKS = 4 * MAX_PARTS  # an IMA list twice, in parts, and waits between them
 LEAST_WAIT_S = 0.1
 MAX_WAIT_S = 300.0  # for all of a list, whatever Retry-After says: 600 MB at the daemon's 2 MB/s
@@ -59,14 +59,14 @@ async def attest_whole(
     timeout_ms: int | None = None,
     now: Callable[[], float] = time.monotonic,
 ) -> Attested:
-    """Ask, verify, judge the logs: good where it returns. All of it has `WHOLE_LIMIT_S`.
+    """Ask, verify, judge the logs; returns only for a good host. The whole takes at most `WHOLE_LIMIT_S`.
 
     Args:
         judge: of a policy whose PCRs are asked for beside `mask`.
 
     Raises:
         VerificationError: an answer was refused.
-        ReplyError: no answer, a list without an end, or no verdict in time.
+        ReplyError: no answer, a list that does not end, or no verdict in time.
     """
     try:
         with anyio.fail_after(WHOLE_LIMIT_S):
@@ -119,10 +119,10 @@ async def _attest(
                 raise
             wait_s = max(LEAST_WAIT_S, exc.retry_after_s or 0.0)
             waited_s += wait_s
-            await anyio.sleep(wait_s)  # a long list has more bytes than a tenant may have at once
+            await anyio.sleep(wait_s)  # a long list has more bytes than a tenant may get at once
             continue
         finally:
-            history.spend(challenge.request.nonce)  # unanswered or refused: never good again
+            history.spend(challenge.request.nonce)  # unanswered or refused: never valid again
         logs = evidence.logs
         if judge.policy.wants_ima and logs.ima is not None:
             logs = collected.add(logs, asked=entry, replayed=entry)
@@ -130,7 +130,7 @@ async def _attest(
             if judge.policy.wants_ima:
                 logs, _ = collected.whole(logs, judge.ima_ml_entry)
             return Attested(quote=quote, evidence=dataclasses.replace(evidence, logs=logs))
-    raise ReplyError(f"the IMA list has no end after {MAX_ASKS} answers")
+    raise ReplyError(f"the IMA list is not complete after {MAX_ASKS} answers")
 
 
 async def _judged(judge: LogJudge, quote: VerifiedQuote, logs: HostLogs) -> bool:

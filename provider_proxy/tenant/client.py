@@ -1,5 +1,5 @@
 """Asks a proxy over HTTP. The `httpx.AsyncClient` is the caller's: its TLS, its pool, its event loop
-(asyncio or trio). Trusts nothing that comes back; `verify` judges it.
+(asyncio or trio). Nothing that comes back is trusted; `verify` judges it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from provider_proxy.tenant.identity import (
 )
 from provider_proxy.tenant.replies import body_limit, refused
 
-ANSWER_LIMIT_S = 300.0  # for all of an answer, above the longest timeout_ms: a trickle is no answer
+ANSWER_LIMIT_S = 300.0  # for a whole answer, above the longest timeout_ms: a trickle must end
 MAX_CA_BYTES = 16 * 1024
 
 
@@ -83,7 +83,7 @@ class ProxyClient:
         timeout_ms: int | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> VerifiedQuote:
-        """Make a nonce, ask, verify: the whole of a tenant's work in one call.
+        """Make a nonce, ask, verify: all of a tenant's work in one call.
 
         Args:
             vm: whose link to the host is asked for; the policy then holds a `VtpmLink`.
@@ -99,7 +99,7 @@ class ProxyClient:
             body = await self.fetch(challenge.request)
             return verifier.verify(body, challenge, host, history, now_s=now())
         finally:
-            history.spend(challenge.request.nonce)  # unanswered or refused: never good again
+            history.spend(challenge.request.nonce)  # unanswered or refused: never valid again
 
     async def _get(self, path: str, limit: int) -> bytes:
         try:
@@ -109,7 +109,9 @@ class ProxyClient:
                 ) as response:
                     body = await read_body(response, limit, "the proxy")
         except TimeoutError as exc:
-            raise ReplyError(f"the proxy gave no whole answer within {ANSWER_LIMIT_S:g} s") from exc
+            raise ReplyError(
+                f"the proxy gave no complete answer within {ANSWER_LIMIT_S:g} s"
+            ) from exc
         if response.status_code != 200:
             retry_after = response.headers.get("retry-after", "")
             raise refused(response.status_code, body, retry_after)

@@ -1,10 +1,10 @@
-"""Is the host under a VM good, before the VM is given its key? What Keylime's `ek_check_script` asks.
+"""Checks the host under a VM before the VM gets its key, for Keylime's `ek_check_script`.
 
-Keylime's tenant runs that script between the VM's own quote and the hand-over of V, with nothing but
-environment variables, all of them hostile here: what the VM is, where it may run and what to demand
-stands in the tenant's own file (`link_map`). Where its hosts prove links, one of them must, in the state
-that its policy allows. Where none does, any of them may be under the VM, so all must be in that state.
-Ends within the file's limit, and whatever is not proven by then refuses.
+Keylime's tenant runs that script between the VM's own quote and the hand-over of V, with only environment
+variables, none of which is trusted: the tenant's own file (`link_map`) says what the VM is, where it may
+run and what to demand. If its hosts prove links, one of them must prove it, in a state that its policy
+allows. If they do not, any of them may be under the VM, so all must be in such a state. It ends within
+the file's limit, and refuses anything that is not proven by then.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from provider_proxy.trust.pins import PinnedHost, PinStore
 log = logging.getLogger(__name__)
 
 MAX_VARIABLE_CHARS = 16 * 1024  # an RSA-4096 key as a PEM has 800
-FIRST_WAIT_S = 0.5  # before the second try, doubling; less up to half of it by chance
+FIRST_WAIT_S = 0.5  # before the second try; doubles, and a random part of up to half is taken off
 LONGEST_WAIT_S = 8.0
 NOT_THERE = 404
-# What another try may change; 408 and 500 are a daemon that is busy, too (`limits.busy_status`).
+# Answers that another try may change; a busy daemon also sends 408 and 500 (`limits.busy_status`).
 PASSING = (408, 429, 500, 502, 503, 504)
-ANY_STATE_MASK = 0x1  # where no policy reads a PCR, a quote needs one all the same
+ANY_STATE_MASK = 0x1  # if no policy reads a PCR, a quote still needs one
 
 OpenProxy = Callable[[HostEntry], AbstractAsyncContextManager[ProxyClient]]
 PolicyOf = Callable[[HostEntry], Policy]
@@ -69,11 +69,11 @@ class ProvenHost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoodAgent:
-    """An agent whose VM has a good host under it.
+    """An agent whose VM runs on a good host.
 
     Attributes:
-        hosts: where the VM is linked, the one; where not, all that it may run on.
-        link: what was proven besides; None where the hosts do not prove links.
+        hosts: the one that the VM is linked to; without links, all that it may run on.
+        link: the proven link; None where the hosts do not prove links.
     """
 
     entry: AgentEntry
@@ -82,18 +82,20 @@ class GoodAgent:
 
 
 def read_environment(variables: Mapping[str, str]) -> tuple[str, bytes]:
-    """The agent's id, and the digest of its EK's SPKI, from what `ek_check_script` is given.
+    """The agent's id, and the digest of its EK's SPKI, from the environment of `ek_check_script`.
 
     `EK_TPM` is what the registrar's credential activation was about. `EK`, the same key as a PEM, must
     agree with it. `EK_CERT`, `PROVKEYS` and `TPM_CERT_STORE` are not used: the link needs no certificate.
 
     Raises:
-        UsageError: a variable is missing or too long: this is not Keylime.
-        EkNotLinkedError: the EK is no key, or the two do not agree.
+        UsageError: a variable is missing or too long: Keylime did not start this.
+        EkNotLinkedError: the EK is not a key, or the two do not agree.
     """
     for name in ("AGENT_UUID", "EK_TPM"):
         if not variables.get(name):
-            raise UsageError(f"{name} is not in the environment: Keylime's ek_check_script has it")
+            raise UsageError(
+                f"{name} is not in the environment: run this as Keylime's ek_check_script, which sets it"
+            )
     for name in ("AGENT_UUID", "EK_TPM", "EK"):
         if len(variables.get(name, "")) > MAX_VARIABLE_CHARS:
             raise UsageError(f"{name} is longer than {MAX_VARIABLE_CHARS} characters")
@@ -113,7 +115,7 @@ def _check_pem(pem: str, digest: bytes) -> None:
     try:
         key = load_pem_public_key(one_part(pem.encode("utf-8", "surrogateescape")))
     except (ValueError, UnsupportedAlgorithm) as exc:
-        raise EkNotLinkedError("EK is no PEM of a public key") from exc
+        raise EkNotLinkedError("EK is not a public key in PEM") from exc
     if not isinstance(key, ec.EllipticCurvePublicKey | rsa.RSAPublicKey):
         raise EkNotLinkedError("EK is neither an RSA nor an EC key")
     if spki_digest(key) != digest:
@@ -123,17 +125,17 @@ def _check_pem(pem: str, digest: bytes) -> None:
 async def check_agent(
     known: LinkMap, agent_id: str, ek: bytes, *, policy_of: PolicyOf, open_proxy: OpenProxy
 ) -> GoodAgent:
-    """Ask the proxies of the hosts that an agent's VM may run on, all at once: good, or an error.
+    """Ask the proxies of all hosts that an agent's VM may run on, at once; returns only if they are good.
 
     Args:
-        agent_id: from anywhere; the file decides.
+        agent_id: untrusted; the file decides.
         ek: SHA-256 of the SPKI of the EK that the tenant's registrar activated.
-        policy_of: what a host's state must be.
+        policy_of: the policy for a host's state.
 
     Raises:
-        VerificationError: refused; where several hosts did, the first one's of the file.
+        VerificationError: refused; of several refusals that of the first host in the file.
         VmNotRunningError: no host has claims about the VM.
-        ReplyError: a host that decides gave no answer within the limit.
+        ReplyError: a host that is needed gave no answer within the limit.
         UsageError, HostError: pin, policy or a TLS file of a host is missing.
     """
     entry = known.agent(agent_id)
@@ -167,7 +169,7 @@ async def check_agent(
 
 
 class _Host:
-    """One host's part of a check. Ends with a quote, or with the error that is its last word."""
+    """One host's part of a check. Ends with a quote, or with its last error."""
 
     def __init__(
         self,
@@ -187,7 +189,7 @@ class _Host:
         self._proxy = proxy
 
     async def judge(self, link: VtpmLink | None, settle: Callable[[], None]) -> None:
-        """Ask until an answer counts; `settle` where no other host's can change the verdict."""
+        """Ask until an answer is final; call `settle` once no other host can change the verdict."""
         for tries in itertools.count(1):
             try:
                 self.quote = await self._ask(link)
@@ -203,11 +205,13 @@ class _Host:
             else:
                 break
         is_good = self.quote is not None
-        if is_good == (link is not None):  # one proof is enough, and one refusal too many
+        if is_good == (
+            link is not None
+        ):  # with links one proof is enough; without, one refusal decides
             settle()
 
     def _failed(self, error: ProviderProxyError) -> None:
-        if str(error) != str(self.error):  # a line for each cause, not for each try
+        if str(error) != str(self.error):  # one line for each cause, not for each try
             is_refusal = isinstance(error, VerificationError)
             what = f"refused: {type(error).__name__}: " if is_refusal else ""
             log.warning("%s: %s%s", self.entry.name, what, error)
@@ -230,7 +234,7 @@ class _Host:
 
 
 def _verdict(hosts: Sequence[_Host], link: VtpmLink | None, limit_s: float) -> ProviderProxyError:
-    """Why it is not good: a refusal before silence, and the file's order."""
+    """Why it is not good: a refusal before a missing answer, in the file's order."""
     errors = [host.error for host in hosts]
     for error in errors:
         if isinstance(error, VerificationError):

@@ -1,8 +1,8 @@
-"""A tenant's own file: which VM an agent id stands for, on which hosts it may run, how to ask those.
+"""A tenant's own file: which VM an agent id stands for, on which hosts it may run, how to ask them.
 
-`provider-proxy ek-check` reads it where Keylime gives it nothing but environment variables. The file is
-the tenant's word and decides alone: an agent that it does not name is refused, so is a key that it does
-not know. Relative paths start at the file's own directory. Asks nobody, trusts no environment.
+`provider-proxy ek-check` reads it, because Keylime gives it only environment variables. Only this file
+decides: an agent that it does not name is refused, and so is an unknown key. Relative paths start at the
+file's own directory. It sends no requests and trusts no environment variable.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from provider_proxy.tenant.policies import LogRules, PolicyFiles
 from provider_proxy.trust.pins import PinStore
 
 LAYOUT = Layout(max_bytes=4 * 1024 * 1024)  # 10,000 agents of 200 bytes, and room
-DEFAULT_LIMIT_S = 60.0  # whoever adds an agent waits for us; Keylime's tenant sets no limit
+DEFAULT_LIMIT_S = 60.0  # keylime_tenant waits for it, and sets no limit itself
 ANY_RE = re.compile(r".*", re.DOTALL)
 PROVES_LINKS, NEVER = "link", "never"
 HOST_NEEDS = (
@@ -63,7 +63,7 @@ def _read_hosts(key: str, value: object) -> tuple[str, ...]:
         raise fail(key, "a list of names of hosts")
     names = tuple(read_label(key, name) for name in value)
     if len(set(names)) != len(names):
-        raise fail(key, "a list of names, none twice")
+        raise fail(key, "a list of names without repetition")
     return names
 
 
@@ -72,13 +72,13 @@ class HostEntry:
     """`[hosts.NAME]`: how to ask one host, and what to accept of it."""
 
     name: str = hidden("")
-    url: str = setting(read_safe_url, "", "Where its proxy answers; https, or http on loopback.")
+    url: str = setting(read_safe_url, "", "URL of its proxy; https, or http on loopback.")
     pinned: str = setting(read_label, "", "Its label in the directory of pins; NAME by default.")
     ca: Path | None = setting(read_path, None, "CA of the proxy's certificate, PEM.")
-    cert: Path | None = setting(read_path, None, "Own certificate, PEM.")
+    cert: Path | None = setting(read_path, None, "Client certificate, PEM.")
     key: Path | None = setting(read_path, None, "Its private key, PEM; not readable by others.")
     tls_name: str | None = setting(
-        read_host, None, "What the proxy's certificate is for; the URL's host by default."
+        read_host, None, "Name in the proxy's certificate; the URL's host by default."
     )
     tpm_policy: Path | None = setting(
         read_path, None, "PCR values in Keylime's tpm_policy JSON; a file."
@@ -90,7 +90,9 @@ class HostEntry:
         read_path, None, "Key that must have signed runtime_policy (DSSE), PEM; a file."
     )
     ima_violations: Violations = setting(
-        read_choice(Violations), Violations.REFUSE, "Files written to while measured."
+        read_choice(Violations),
+        Violations.REFUSE,
+        "What to do with files that were written to while they were measured.",
     )
     uefi: bool = setting(read_flag, False, "Whether the firmware's event log is replayed.")
     uefi_pcrs: int | None = setting(read_pcrs, None, "PCRs that the event log must lead to.")
@@ -98,13 +100,13 @@ class HostEntry:
     claims: str = setting(
         one_of(PROVES_LINKS, NEVER),
         PROVES_LINKS,
-        '"never" where the quoter is a Keylime agent: that signs nonces as they come, so that whoever '
-        "asks it can have claims signed. Such a host is judged by its state alone.",
+        '"never" if the quoter is a Keylime agent: it signs any nonce, so any client that can ask it '
+        "can have claims signed. Such a host is judged by its state only.",
     )
 
     @property
     def logs(self) -> LogRules:
-        """What its logs must be."""
+        """What is demanded of its logs."""
         mask = DEFAULT_UEFI_PCRS if self.uefi_pcrs is None else self.uefi_pcrs
         return LogRules(
             ima=self.ima,
@@ -121,9 +123,11 @@ class AgentTable:
     """`[agents.ID]`: the VM behind one Keylime agent."""
 
     vm: uuid.UUID | None = setting(read_uuid, None, "The VM; the agent's id by default.")
-    hosts: tuple[str, ...] = setting(_read_hosts, (), "Where it may run.")
-    least: str = setting(one_of(*STATES), STATES[0], "As `VtpmLink` demands it.")
-    ek_issuer: str | None = setting(one_of(*ISSUERS), None, "As `VtpmLink` demands it.")
+    hosts: tuple[str, ...] = setting(_read_hosts, (), "The hosts on which it may run.")
+    least: str = setting(one_of(*STATES), STATES[0], "The least that the host must know of the EK.")
+    ek_issuer: str | None = setting(
+        one_of(*ISSUERS), None, "Which issuer must have certified the EK; any by default."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +136,7 @@ class AgentEntry:
 
     Attributes:
         hosts: where it may run: all of them prove links, or none does.
-        least, ek_issuer: what `VtpmLink` demands besides.
+        least, ek_issuer: what else `VtpmLink` demands.
     """
 
     agent: str
@@ -161,7 +165,7 @@ class LinkMap:
     agents: Mapping[str, AgentTable] = dataclasses.field(default_factory=dict)
 
     def agent(self, agent_id: str) -> AgentEntry:
-        """The VM of an agent id, which may come from anywhere.
+        """The VM of an agent id, which is untrusted.
 
         Raises:
             WrongVmError: no VM was ordered under this id.
@@ -169,7 +173,7 @@ class LinkMap:
         table = self.agents.get(agent_id)
         if table is None:
             raise WrongVmError(f"no VM was ordered for the agent {printable(agent_id[:64])!r}")
-        assert table.vm is not None  # the reader has seen to it
+        assert table.vm is not None  # the reader has checked it
         return AgentEntry(
             agent=agent_id,
             vm=table.vm,
@@ -232,13 +236,13 @@ def _host(name: str, values: Mapping[str, object], base: Path) -> HostEntry:
     key = f"hosts.{name}"
     host = read_table(HostEntry, values, f"{key}.", {}, folder=base)
     if not host.url:
-        raise ConfigError(f"{key}.url must be set: where does its proxy answer?")
+        raise ConfigError(f"{key}.url must be set to the URL of its proxy")
     check_related(key, host, together=(("cert", "key"),), needs=HOST_NEEDS)
     judged = host.tpm_policy is not None or host.logs != LogRules()
     if host.insecure_any_state == judged:
         raise ConfigError(
-            f"{key} must have a policy (tpm_policy, ima, runtime_policy, uefi or boot_policy), or "
-            "insecure_any_state = true, and not both"
+            f"{key} must have either a policy (tpm_policy, ima, runtime_policy, uefi or boot_policy) or "
+            "insecure_any_state = true"
         )
     return dataclasses.replace(host, name=name, pinned=host.pinned or name)
 
@@ -251,11 +255,11 @@ def _agent(
         vm = table.vm or uuid.UUID(name)
     except ValueError:
         raise ConfigError(
-            f"{key}.vm must be a UUID; it is needed where the id is not one"
+            f"{key}.vm must be set to a UUID, because the agent's id is not a UUID"
         ) from None
     for host in table.hosts:
         if host not in hosts:
-            raise ConfigError(f"{key}.hosts names {host!r}, which is no [hosts.NAME]")
+            raise ConfigError(f"{key}.hosts names {host!r}, and there is no table [hosts.{host}]")
     if not table.hosts:
         raise ConfigError(f"{key}.hosts must name at least one host")
     return dataclasses.replace(table, vm=vm)
@@ -265,11 +269,12 @@ def _check_claims(entry: AgentEntry, at: str) -> None:
     if len({host.claims for host in entry.hosts}) > 1:
         raise ConfigError(
             f'{at}.hosts mixes hosts that prove the link and hosts marked claims = "never": '
-            "what one of those accepts makes the others' link worth nothing"
+            "a good host of the second kind would make the link meaningless"
         )
     if not entry.is_linked and (entry.least != STATES[0] or entry.ek_issuer is not None):
         raise ConfigError(
-            f'{at}: least and ek_issuer are about the link, and its hosts are claims = "never"'
+            f"{at}: least and ek_issuer apply only to hosts that prove the link, and its hosts have "
+            'claims = "never"'
         )
 
 
@@ -281,7 +286,7 @@ def tls_files(host: HostEntry) -> TlsFiles:
 
 
 def find(known: LinkMap) -> Iterator[Finding]:
-    """All that is wrong with what a file names. Opens files."""
+    """All problems of the files that it names. Opens files."""
     policies, pins = PolicyFiles(), PinStore(known.pins)
     for host in known.hosts.values():
         files = tls_files(host)

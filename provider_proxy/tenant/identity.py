@@ -1,4 +1,4 @@
-"""What a proxy says of its host's keys, read from `GET /verifier/identity`. Unsigned and untrusted."""
+"""What a proxy says about its host's keys, read from `GET /verifier/identity`. Unsigned and untrusted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ClaimedRegistration:
     """The host in one of the tenant's own registrars, as the proxy says.
 
     Attributes:
-        registrar: the provider's name of it.
+        registrar: the provider's name for it.
         agent_id: the host's id there.
         state: "registered", for example; docs/registration.md has them all.
     """
@@ -33,7 +33,7 @@ class ClaimedRegistration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimedIdentity:
-    """What a proxy *says* of its host's keys. Unsigned: compare it with the registrar's record.
+    """What a proxy *says* about its host's keys. Unsigned: compare it with the registrar's record.
 
     Attributes:
         ak_public, ek_public: TPM2B_PUBLIC, unparsed.
@@ -68,7 +68,7 @@ def parse_identity(body: bytes) -> ClaimedIdentity:
         raise EvidenceFormatError("identity.results.software is not true or false")
     host_uuid = results.text("host_uuid", 36)
     if not NAME_RE.fullmatch(host_uuid):
-        raise EvidenceFormatError("identity.results.host_uuid is none")
+        raise EvidenceFormatError("identity.results.host_uuid is not a valid UUID")
     return ClaimedIdentity(
         ak_public=results.base64("ak_tpm", 1024),
         ek_public=results.base64("ek_tpm", 1024),
@@ -82,7 +82,9 @@ def parse_identity(body: bytes) -> ClaimedIdentity:
 
 def _parse_chain(value: object) -> tuple[bytes, ...]:
     if not isinstance(value, list) or len(value) > MAX_CHAIN:
-        raise EvidenceFormatError(f"identity.results.ek_chain is not a list of at most {MAX_CHAIN}")
+        raise EvidenceFormatError(
+            f"identity.results.ek_chain is not a list of at most {MAX_CHAIN} entries"
+        )
     return tuple(
         Fields({"certificate": item}, "identity.results.ek_chain").base64(
             "certificate", MAX_CERTIFICATE_BYTES
@@ -94,13 +96,15 @@ def _parse_chain(value: object) -> tuple[bytes, ...]:
 def _parse_registrations(value: object) -> tuple[ClaimedRegistration, ...]:
     if not isinstance(value, list) or len(value) > MAX_REGISTRATIONS:
         raise EvidenceFormatError(
-            f"identity.results.registrations is not a list of at most {MAX_REGISTRATIONS}"
+            f"identity.results.registrations is not a list of at most {MAX_REGISTRATIONS} entries"
         )
     found = []
     for item in value:
         fields = Fields(item if isinstance(item, dict) else {}, "identity.results.registrations")
         texts = {name: fields.text(name, 80) for name in ("registrar", "agent_id", "state")}
         if not all(map(NAME_RE.fullmatch, texts.values())):
-            raise EvidenceFormatError("identity.results.registrations holds a name that is none")
+            raise EvidenceFormatError(
+                "identity.results.registrations has a name or state that is not valid"
+            )
         found.append(ClaimedRegistration(**texts))
     return tuple(found)

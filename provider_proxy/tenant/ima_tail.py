@@ -1,9 +1,9 @@
-"""The part of a host's IMA list that somebody else wants, put together from answers.
+"""The part of a host's IMA list that another verifier wants, put together from answers.
 
-Our own replay counts its entries, and another verifier counts others: a list is asked for from the
-smaller number, the replay gets what it has not seen, and the other verifier all lines from its own entry
-up to the last one that the signed PCR 10 holds. A list that begins again at 0 begins again here, too.
-Pure.
+This program's replay and the other verifier may have reached different entries. A list is asked for from
+the smaller number: the replay gets what it has not seen, and the other verifier gets all lines from its
+own entry up to the last one that the signed PCR 10 proves. A list that begins again at 0 begins again
+here, too. Pure.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class ImaTail:
             replayed: how many entries the replay has seen.
 
         Returns:
-            What the replay has not seen yet. A part that begins where nobody asked for it is handed
-            on as it is: the replay refuses it.
+            What the replay has not seen yet. A part that begins at another entry than was asked
+            for is returned unchanged: the replay refuses it.
         """
         assert logs.ima is not None
         begin = logs.ima_entry
         lines = logs.ima.split("\n")
-        rest = lines.pop()  # behind the last line feed; not empty where the list is cut
+        rest = lines.pop()  # after the last line feed; not empty where the list is cut
         if begin == 0:
             self._entry, self._lines = 0, lines
         elif begin == asked:
@@ -65,7 +65,7 @@ class ImaTail:
             proven: entries of the list that lead to the signed PCR 10.
 
         Returns:
-            The logs with the wanted part, and whether that is complete; else ask for more.
+            The logs with the wanted part, and whether that is complete; if not, ask for more.
         """
         wanted = self._lines[: max(0, proven - self._entry)]
         text = "".join(line + "\n" for line in wanted)

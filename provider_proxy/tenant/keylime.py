@@ -1,14 +1,13 @@
 """A tenant's own, unmodified Keylime verifier judges the host's quote.
 
-Two judges, one verdict. Keylime checks a quote and knows the tenant's policies, but it takes one nonce
-for one quote: it cannot see that the tenant's nonce is a leaf under what was signed, nor compare the
-signed PCR selection with what was asked. Our `Verifier` checks just that, and our `LogJudge` the logs,
-always first, and only what has passed is handed on: then `POST /v2.x/verify/evidence` with `nonce` = the
-qualifying data.
+Two verifiers judge one answer. Keylime checks a quote and knows the tenant's policies, but it expects one
+nonce for one quote: it cannot check that the tenant's nonce is a leaf under the signed root, nor compare
+the signed PCR selection with what was asked. `Verifier` checks just that, and `LogJudge` the logs, always
+first. Only what has passed goes to `POST /v2.x/verify/evidence`, with `nonce` = the qualifying data.
 
 Sources: Keylime 7.14, `VerifyEvidenceHandler` and `process_verify_attestation`; API 2.5 or 2.6, as the
-verifier speaks. Earlier releases have no such question.
-Does not check: the host's clock at Keylime (our `Verifier` does); revocation.
+verifier supports. Earlier releases do not have this request.
+Does not check: the host's clock at Keylime (`Verifier` does); revocation.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from provider_proxy.tenant.verifier_api import FIRST_WITH_EVIDENCE, VerifierApi
 
 BOOT_PCRS = (*range(10), *range(11, 16))  # what Keylime's measured-boot policies may read
 MAX_POLICY_BYTES = 64 * 1024 * 1024  # runtime policies of tens of thousands of files are 20 MB
-MAX_ANSWER_BYTES = 256 * 1024 * 1024  # it sends back all that it was sent
+MAX_ANSWER_BYTES = 256 * 1024 * 1024  # it sends back everything that it was sent
 MAX_REASONS = 64
 
 
@@ -50,13 +49,13 @@ class KeylimePolicies:
         tpm: `tpm_policy`, {"0": ["hex", …]}.
         runtime: `runtime_policy`, for the IMA list.
         measured_boot: `mb_policy`, for the firmware's log.
-        runtime_key: PEM of the key that must have signed the runtime policy; None where nobody has.
-        violations: what becomes of files that were written to while IMA measured them.
+        runtime_key: PEM of the key that must have signed the runtime policy; None for an unsigned one.
+        violations: what to do with files that were written to while IMA measured them.
         uefi_mask: PCRs that the firmware's log must lead to before Keylime applies `mb_policy`.
-        logs: what we demand of the logs before Keylime does; made of these.
+        logs: what is demanded of the logs before Keylime judges; made from these.
 
     Raises:
-        UsageError: none is there, or one is no JSON object, or above its size, or holds what is not
+        UsageError: there is no policy, or one is not a JSON object, is too large, or demands what is not
             judged here.
     """
 
@@ -81,7 +80,7 @@ class KeylimePolicies:
         if self.runtime is not None:
             runtime = parse_runtime_policy(self.runtime.encode("utf-8"), key=self.runtime_key)
         elif self.runtime_key is not None:
-            raise UsageError("a key of a runtime policy is named, and no runtime policy")
+            raise UsageError("a key for a runtime policy is given, and no runtime policy")
         logs = LogPolicy(
             runtime=runtime,
             violations=self.violations,
@@ -118,7 +117,7 @@ class KeylimeVerifier:
     async def judge(
         self, evidence: Evidence, policies: KeylimePolicies, *, ek_public: bytes, ak_public: bytes
     ) -> None:
-        """Return where Keylime accepts the quote.
+        """Return if Keylime accepts the quote.
 
         Does not check: that the tenant's nonce is in it; give only what `Verifier.verify` accepted.
 
@@ -126,9 +125,9 @@ class KeylimeVerifier:
             ek_public, ak_public: TPM2B_PUBLIC, from the tenant's own registrar.
 
         Raises:
-            KeylimeRefusedError: it does not accept it.
-            NotSupportedError: it is older than 7.14, which cannot be asked.
-            ReplyError: no answer, or none that can be understood.
+            KeylimeRefusedError: it refuses it.
+            NotSupportedError: it is older than 7.14, which does not have this request.
+            ReplyError: no answer, or one that cannot be understood.
         """
         if self._version is None:
             self._version = await self._api.negotiate(FIRST_WITH_EVIDENCE, "/verify/evidence")
@@ -171,17 +170,17 @@ def _request_data(
 
 
 def _parse_verdict(answer: bytes) -> tuple[str, ...] | None:
-    """None where it is good, and says so in every way that it has; its reasons otherwise."""
-    try:  # it is the tenant's own, and repeats a policy that may have a million parts
+    """None where every part of the answer says that it is good; otherwise its reasons."""
+    try:  # it is trusted, and repeats a policy that may have a million parts
         results = parse_own_json(answer, "the verifier's answer").get("results")
     except UsageError as exc:
         raise ReplyError(str(exc)) from exc
     failures = results.get("failures") if isinstance(results, dict) else None
     if not isinstance(results, dict) or not isinstance(failures, list):
-        raise ReplyError("the verifier's answer holds no verdict")
+        raise ReplyError("the verifier's answer does not hold a verdict")
     if results.get("valid") is True and not failures:
         return None
-    return tuple(map(_reason, failures[:MAX_REASONS])) or ("it gives no reason",)
+    return tuple(map(_reason, failures[:MAX_REASONS])) or ("no reason given",)
 
 
 def _reason(failure: object) -> str:
@@ -217,13 +216,13 @@ async def ask_host(
     timeout_ms: int | None = None,
     now: Callable[[], float] = time.monotonic,
 ) -> tuple[VerifiedQuote, Evidence]:
-    """The first half of `check_host`: what we have verified and judged, for Keylime to judge.
+    """The first half of `check_host`: verify and judge the answer, for Keylime to judge next.
 
-    A missing list is an empty one for Keylime, and a PCR 10 of zeros fits to any list, so its logs are
-    judged here first.
+    Keylime takes a missing list for an empty one, and a PCR 10 of zeros for a match of any list, so the
+    logs are judged here first.
 
     Raises:
-        VerificationError: our checks refuse it, those of its logs included.
+        VerificationError: this program's checks refuse it, including those of its logs.
         ReplyError: the proxy gave no answer.
     """
     judge = LogJudge(policies.logs, HashAlg.SHA256)
@@ -251,14 +250,14 @@ async def check_host(
     timeout_ms: int | None = None,
     now: Callable[[], float] = time.monotonic,
 ) -> VerifiedQuote:
-    """Ask the proxy, check the inclusion, then let the tenant's Keylime judge: good, or an error.
+    """Ask the proxy, check the inclusion, then let the tenant's Keylime judge; return if it is good.
 
     Args:
         verifier: its policy may be `UnsafeAcceptAny`: Keylime has the policies.
         mask: PCRs to ask for beyond those that the policies read.
 
     Raises:
-        VerificationError: our checks refuse it (Keylime was not asked), or Keylime's do.
+        VerificationError: this program refuses it (Keylime was not asked), or Keylime does.
         ReplyError: proxy or verifier gave no answer.
     """
     verified, evidence = await ask_host(

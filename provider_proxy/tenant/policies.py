@@ -1,7 +1,7 @@
 """The tenant's policy files, read once for all hosts that name them, for every command that judges.
 
-Files are the tenant's own and trusted. What was read from a file that has not changed since is used
-again over a reload, and with it what it had judged already.
+Files are the tenant's own and trusted. A reload keeps what was read from a file that has not changed, and
+the verdicts that it has already reached.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 MAX_PUBLIC_BYTES = 64 * 1024
 MAX_POLICY_BYTES = 1024 * 1024
-MAX_RUNTIME_POLICY_BYTES = 256 * 1024 * 1024  # ones of 20 MB are in use
+MAX_RUNTIME_POLICY_BYTES = 256 * 1024 * 1024  # some of 20 MB are in use
 
 _Read = Callable[[Path, int], bytes]
 
@@ -64,7 +64,7 @@ class JudgedLogs:
 
     Attributes:
         lines: judges the IMA list's lines, shared by all hosts of these rules; None for no list.
-        digest: of all that a verdict on a line rests on: a replay goes on only under the same.
+        digest: of all that a verdict on a line depends on: a replay continues only under the same.
     """
 
     policy: LogPolicy
@@ -76,8 +76,8 @@ class PolicyFiles:
     """Policy files, each read and parsed once for all hosts that name it.
 
     Args:
-        before: those of an earlier reading: what has not changed is taken from them.
-        read: reads a file; the default takes none that everybody can write.
+        before: those of an earlier reading: unchanged ones are reused.
+        read: reads a file; the default refuses one that everybody can write.
     """
 
     def __init__(self, before: PolicyFiles | None = None, *, read: _Read = read_trusted) -> None:
@@ -118,10 +118,10 @@ class PolicyFiles:
         return self._once((path, bank.label), MAX_POLICY_BYTES, parse, BootPolicy)[1]
 
     def logs(self, rules: LogRules, bank: HashAlg) -> JudgedLogs:
-        """Read what some rules name.
+        """Read the files that some rules name.
 
         Raises:
-            UsageError: a policy is wrong, or names a PCR that is not among those of the event log.
+            UsageError: a policy is wrong, or names a PCR that the event log is not checked for.
             HostError: a file cannot be read.
         """
         runtime, digest = None, b"none"
@@ -149,7 +149,7 @@ class PolicyFiles:
         return JudgedLogs(policy=policy, lines=lines, digest=digest)
 
     def forget_before(self) -> None:
-        """All is read: what the earlier reading had besides is let go."""
+        """Everything is read: release what only the earlier reading used."""
         self._before, self._lines_before = {}, {}
 
     def link(self, vm: UUID, ek: Path, *, least: str) -> VtpmLink:
@@ -159,12 +159,12 @@ class PolicyFiles:
     def ek(self, path: Path) -> PublicKey:
         """The EK of a vTPM: TPM2B_PUBLIC, raw or base64. Raises: UsageError, HostError."""
         data = self._read(path, MAX_PUBLIC_BYTES)
-        with contextlib.suppress(binascii.Error):  # raw, then
+        with contextlib.suppress(binascii.Error):  # then it is raw
             data = base64.b64decode(data.strip(), validate=True)
         try:
             return parse_public(data).public_key
         except EvidenceFormatError as exc:
-            raise UsageError(f"{path}: the EK is no TPM2B_PUBLIC: {exc}") from exc
+            raise UsageError(f"{path}: the EK is not a TPM2B_PUBLIC: {exc}") from exc
 
     def _once(
         self,
@@ -175,7 +175,7 @@ class PolicyFiles:
         *,
         more: bytes = b"",
     ) -> tuple[bytes, T]:
-        """What a file holds, and the digest of that."""
+        """The content of a file, and its digest."""
         found = self._made.get(where)
         if found is None:
             path, _ = where
@@ -194,5 +194,5 @@ class PolicyFiles:
 
 
 def unguarded_files() -> PolicyFiles:
-    """Files as a command line names them, whoever else may write them."""
+    """Files as a command line names them, even if other users may write them."""
     return PolicyFiles(read=read_file)

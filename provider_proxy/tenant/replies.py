@@ -1,4 +1,4 @@
-"""What a proxy's HTTP answer says besides its body, read with suspicion; for our HTTP clients."""
+"""Reads the status of a proxy's HTTP answer, which is untrusted; for all HTTP clients."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def refused(status: int, body: bytes, retry_after: str) -> ReplyError:
 
 
 def status_text(body: bytes) -> str:
-    """The envelope's status, fit to be shown: one short printable line."""
+    """The envelope's status, made safe to show: one short printable line."""
     try:
         text = parse_json_object(body, "the answer").get("status", "no reason given")
     except EvidenceFormatError:

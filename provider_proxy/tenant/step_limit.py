@@ -1,9 +1,9 @@
-"""Bounds each step of judging a log: an exclude may take for ever on a name that a host has chosen.
+"""Bounds each step of judging a log: an exclude may never end on a name that a host has chosen.
 
-Python's regular expressions backtrack: `(a+)+$` takes twice as long for each further letter. Nothing
-interrupts a match but a signal, which its engine looks for now and then. So a step is judged under a
-timer of the processor time that this process takes, where that is possible: in the main thread, and
-where the program has no use of its own for SIGVTALRM. The watcher and the commands are such programs.
+Python's regular expressions backtrack: `(a+)+$` takes twice as long for each further letter. Only a
+signal interrupts a match; the engine checks for signals from time to time. So each step runs under a
+timer of this process' CPU time, if possible: in the main thread of a program that does not use
+SIGVTALRM. The watcher and the commands are such programs.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import TypeVar
 
 from provider_proxy.errors import LogError
 
-STEP_LIMIT_S = 2.0  # of the processor; a step of a hundred lines takes 1 ms
+STEP_LIMIT_S = 2.0  # of CPU time; a step of a hundred lines takes 1 ms
 
 T = TypeVar("T")
 
 
 def bounded(steps: Iterator[T], limit_s: float = STEP_LIMIT_S) -> Iterator[T]:
-    """The same steps, each within its time.
+    """The same steps, each within its limit.
 
     Raises:
-        LogError: from within the step that takes longer, so that it can leave things in order.
+        LogError: raised inside the step that takes longer, so that it can clean up.
     """
     while True:
         try:
@@ -51,6 +51,6 @@ def _next(steps: Iterator[T], limit_s: float) -> T:
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
     raise LogError(
-        "the runtime policy's excludes take too long on a name in the IMA list: write those that repeat "
-        "a repetition, as (a+)+ does, in another way"
+        "the runtime policy's excludes take too long on a name in the IMA list: rewrite those that "
+        "repeat a repetition, as (a+)+ does"
     )

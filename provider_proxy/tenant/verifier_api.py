@@ -1,7 +1,8 @@
 """The tenant's own Keylime verifier over HTTPS: its versions, and calls of its API.
 
 The caller's `httpx.AsyncClient` has the CA and, where a call needs one, the client certificate. Answers
-are the tenant's own, and bounded all the same. Which release speaks what: docs/keylime-releases.md.
+come from the tenant's own verifier, and are bounded all the same. docs/keylime-releases.md says which
+release supports what.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ RELEASES = {
 }
 MAX_SMALL_BYTES = 1024 * 1024
 MAX_POLICY_BYTES = 256 * 1024 * 1024
-PUSH_STATUS = 410  # of a verifier in push mode to /version
+PUSH_STATUS = 410  # the answer of a verifier in push mode to /version
 
 
 def release_of(version: Version) -> str:
-    """Which Keylime speaks an API version, for people."""
+    """Which Keylime has an API version, for people."""
     if version < (2, 3):
         return "Keylime before 7.12"
     return "Keylime " + RELEASES.get(version, "after 7.14.3")
@@ -54,40 +55,42 @@ class VerifierApi:
         self._base_url = base_url.rstrip("/")
 
     async def negotiate(self, least: Version, what: str) -> str:
-        """The newest API version that both sides speak.
+        """The newest API version that both sides support.
 
         Args:
-            least: the first that knows what is going to be asked.
-            what: is going to be asked, for the message.
+            least: the first that has the request.
+            what: the request, for the message.
 
         Raises:
             NotSupportedError: the verifier is too old.
-            ReplyError: no answer, or none of a verifier.
+            ReplyError: no answer, or not a verifier's answer.
         """
         status, body = await self.call("GET", "/version", limit=MAX_SMALL_BYTES)
         if status == PUSH_STATUS:
             raise NotSupportedError(
-                f"your verifier runs in push mode, which has no {what}; set mode = pull there"
+                f"your verifier runs in push mode, which does not support {what}; set mode = pull there"
             )
         if status != 200:
-            raise ReplyError(f"the verifier answered {status} for its versions", status=status)
+            raise ReplyError(
+                f"the verifier answered {status} when asked for its versions", status=status
+            )
         versions = _versions(body)
         good = [version for version in versions if least <= version <= NEWEST]
         if not good:
             newest = max(versions)
             raise NotSupportedError(
-                f"your verifier is {release_of(newest)} (API {newest[0]}.{newest[1]}), which has no "
-                f"{what}: that takes Keylime {RELEASES[least].partition(' ')[0]} or later"
+                f"your verifier is {release_of(newest)} (API {newest[0]}.{newest[1]}), which does "
+                f"not support {what}; Keylime {RELEASES[least].partition(' ')[0]} or later is needed"
             )
         return "{}.{}".format(*max(good))
 
     async def call(
         self, method: str, path: str, body: bytes | None = None, *, limit: int
     ) -> tuple[int, bytes]:
-        """One exchange: status and body, of whatever status.
+        """One exchange: status and body, for any status.
 
         Raises:
-            ReplyError: no whole answer within `limit` bytes.
+            ReplyError: no complete answer within `limit` bytes.
         """
         headers = IDENTITY if not body else IDENTITY | {"Content-Type": "application/json"}
         with no_answer("the verifier"):
@@ -98,9 +101,9 @@ class VerifierApi:
         return response.status_code, received
 
     async def runtime_policy(self, agent_id: str) -> Mapping[str, object] | None:
-        """The runtime policy that was given to an agent with it; None where there is none.
+        """The runtime policy that was added together with an agent; None without one.
 
-        Does not see: a policy that was stored under a name of its own.
+        Does not see a policy that was stored under its own name.
 
         Raises:
             ReplyError: no answer, or no access.
@@ -120,7 +123,7 @@ class VerifierApi:
             raise ReplyError(str(exc)) from exc
 
     async def reactivate(self, agent_id: str) -> None:
-        """Let the verifier ask an agent again that it has given up.
+        """Make the verifier poll an agent again that it has stopped polling.
 
         Raises:
             ReplyError: it does not, or gave no answer.
@@ -143,5 +146,5 @@ def _versions(body: bytes) -> list[Version]:
     found = [VERSION_RE.fullmatch(v) for v in listed or () if isinstance(v, str)]
     versions = [(int(match[1]), int(match[2])) for match in found if match is not None]
     if not versions:
-        raise ReplyError("the verifier does not say which API versions it speaks")
+        raise ReplyError("the verifier does not say which API versions it supports")
     return versions

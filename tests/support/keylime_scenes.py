@@ -157,7 +157,7 @@ LIES = {
     "ak": Lie(change_ak, "refused: SignatureError: "),
     "link": Lie(unlink, "refused: EkNotLinkedError: "),
     "crash": Lie(
-        crash, "refused: ClockError: the TPM calls its clock unsafe"
+        crash, "refused: ClockError: the TPM marks its clock as unsafe"
     ),  # after_crash: refuse
     "replay": Lie(replay, "refused: QualifyingDataError: "),
     "salt": Lie(partial(tampered, change=another_salt), "refused: QualifyingDataError: "),

@@ -146,7 +146,7 @@ def test_no_command_says_a_password(words: tuple[str, ...], tmp_path: Path) -> N
         command(*words, "--config", config), capture_output=True, text=True, timeout=LIMIT_S
     )
     assert done.returncode == 2
-    assert "not an address of PostgreSQL" in done.stderr
+    assert "not a PostgreSQL address" in done.stderr
     assert PASSWORD not in done.stdout + done.stderr
 
 

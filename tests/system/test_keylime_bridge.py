@@ -122,7 +122,7 @@ async def tale_of_lies(keylime: Keylime, tmp_path: Path, lies: Iterable[str]) ->
             await keylime.until(ids["path"], *STATES_OF_GETTING)
             await keylime.until_attested(ids["path"], 2)
             await keylime.until_attested(ids["honest"], 1)
-            assert "Keylime tells of a revocation" in bridge.log
+            assert "Keylime reports a revocation" in bridge.log
             await gone(keylime, bridge, ids["honest"])
             await no_host(keylime, bridge, ids["path"], tmp_path)
 

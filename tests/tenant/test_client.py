@@ -183,7 +183,7 @@ def test_a_trickle_ends(run: Run[object], monkeypatch: pytest.MonkeyPatch) -> No
             yield b" "
 
     error = refusal(run, lambda request: httpx.Response(200, content=trickle()))
-    assert "no whole answer within 0.2 s" in str(error)
+    assert "no complete answer within 0.2 s" in str(error)
 
 
 def test_the_limit_is_exact(run: Run[object]) -> None:

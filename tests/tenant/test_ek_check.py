@@ -103,7 +103,7 @@ def test_the_environment_of_keylime_is_read() -> None:
         ({"EK_TPM": "A" * 8000}, EkNotLinkedError),
         ({"EK_TPM": base64.b64encode(EK + b"\0").decode()}, EkNotLinkedError),
         ({"EK_TPM": base64.b64encode(OTHER_EK).decode()}, EkNotLinkedError),  # not the PEM's
-        ({"EK": "no PEM"}, EkNotLinkedError),
+        ({"EK": "not a public key in PEM"}, EkNotLinkedError),
         ({"EK": "\udcff"}, EkNotLinkedError),
         ({"EK": pem_of(OTHER_EK)}, EkNotLinkedError),
     ],
@@ -235,7 +235,7 @@ def test_hosts_without_claims_cannot_be_asked_for_a_link(demand: dict[str, objec
     values = changed(f"agents.{VM}", {"hosts": ["gamma"]})
     assert parse_link_map(values, Path()).agent(str(VM)).is_linked is False
     values["agents"][str(VM)] |= demand
-    with pytest.raises(UsageError, match="are about the link"):
+    with pytest.raises(UsageError, match="apply only to hosts that prove the link"):
         parse_link_map(values, Path())
 
 

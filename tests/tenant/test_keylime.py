@@ -199,7 +199,7 @@ VERDICTS: dict[str, tuple[httpx.Response, type[Exception], str]] = {
     "no reason": (
         httpx.Response(200, json={"results": {"valid": False, "failures": []}}),
         KeylimeRefusedError,
-        "it gives no reason",
+        "no reason given",
     ),
     "both": (
         httpx.Response(200, json={"results": {"valid": True, "failures": ["x\n"]}}),
@@ -209,14 +209,18 @@ VERDICTS: dict[str, tuple[httpx.Response, type[Exception], str]] = {
     "truthy": (
         httpx.Response(200, json={"results": {"valid": 1, "failures": []}}),
         KeylimeRefusedError,
-        "it gives no reason",
+        "no reason given",
     ),
     "no failures": (
         httpx.Response(200, json={"results": {"valid": True}}),
         ReplyError,
-        "holds no verdict",
+        "does not hold a verdict",
     ),
-    "no results": (httpx.Response(200, json={"valid": True}), ReplyError, "holds no verdict"),
+    "no results": (
+        httpx.Response(200, json={"valid": True}),
+        ReplyError,
+        "does not hold a verdict",
+    ),
     "a list": (httpx.Response(200, json=[]), ReplyError, "not a JSON object"),
     "no json": (httpx.Response(200, content=b"<html>"), ReplyError, "not JSON"),
     "400": (httpx.Response(400, json={"results": {}}), ReplyError, "answered 400"),

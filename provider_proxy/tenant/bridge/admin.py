@@ -1,4 +1,4 @@
-"""The bridge's admin listener, on loopback: health, readiness, metrics, and how each host stands."""
+"""The bridge's admin listener, on loopback: health, readiness, metrics, and the status of each host."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Admin:
         self._bridge = bridge
 
     async def answer(self, asked: Asked) -> Answer:
-        """One answer. A web page that was led here by a name of its own gets none (ADR 0009)."""
+        """One answer. A request under another host name (DNS rebinding) is refused (ADR 0009)."""
         if not is_loopback(_host(asked.host)):
             return Answer(
-                status=421, body=encode_envelope(421, "ask by an address of loopback", {})
+                status=421, body=encode_envelope(421, "use a loopback address in the URL", {})
             )
         if asked.method != "GET":
-            return Answer(status=405, body=encode_envelope(405, "only GET is served here", {}))
+            return Answer(status=405, body=encode_envelope(405, "only GET is allowed here", {}))
         match asked.target:
             case "/healthz":
                 return Answer(status=200, body=b"ok\n", content_type=TEXT)

@@ -1,11 +1,11 @@
 """One host as an agent of the tenant's Keylime: each poll is one fresh question to the host's proxy.
 
 A poll's nonce is in the host's nonce, so no answer is older than the poll. A poll is not held longer than
-the host usually takes, because it takes a place at the verifier that other hosts need; a host that was
-silent last time is waited for a moment only, while its question goes on, so that it is seen to be back.
+the host usually takes, because it uses a worker of the verifier that other hosts need. For a host that
+was silent last time the wait is short; its question stays open, so that its return is noticed.
 
-Invariants: values go out only where `HostQuestions.attest` returned for this very poll; a refusal carries
-no quote; at most one question of a host is open.
+Invariants: values are sent only where `HostQuestions.attest` returned for this very poll; a refusal has
+no quote; at most one question to a host is open.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from provider_proxy.tenant.watch.questions import HostQuestions, Judged, Setting
 log = logging.getLogger(__name__)
 
 IMA_PCR = 10
-# What Keylime asks for where it has a measured-boot policy, and only there. Sent unasked, the firmware's
-# log is parsed all the same, and fails an agent whose verifier lacks the library for it.
+# What Keylime asks for if it has a measured-boot policy, and only then. It also parses a firmware log
+# that it did not ask for, and fails the agent if the verifier lacks the library for that.
 MEASURED_BOOT_PCRS = 0xFBFF
-AWAY_HOLD_S = 0.25  # for a host that was silent: long enough where it is back
-MIN_HOLD_S = 1.0  # a chip that is busy takes that much now and then
-USUAL_FACTOR = 4.0  # of what a host usually takes, before it is no longer waited for
+AWAY_HOLD_S = 0.25  # for a host that was silent: long enough if it is back
+MIN_HOLD_S = 1.0  # a busy chip sometimes takes that long
+USUAL_FACTOR = 4.0  # times what a host usually takes, then the wait ends
 USUAL_DECAY = 0.9  # a slow answer is forgotten after some tens of polls
-MAX_EQUAL = 4  # questions whose quotes show one clock: two of a window share one
+MAX_EQUAL = 4  # quotes with the same clock: requests of one window share a quote
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class Poll:
         nonce: 1 to 64 letters and digits in pull mode, 16 random bytes in push mode.
         mask: the PCRs, without PCR 16, which is the agent's own.
         ima_ml_entry: the IMA list from here on.
-        data_pcr: whether PCR 16 goes with the quote: in pull mode always.
+        data_pcr: whether PCR 16 is in the quote: in pull mode always.
     """
 
     nonce: bytes
@@ -64,21 +64,21 @@ class Poll:
 
     @property
     def wants_list(self) -> bool:
-        """Whether the IMA list goes with the answer."""
+        """Whether the answer has the IMA list."""
         return bool(self.mask >> IMA_PCR & 1)
 
     @property
     def wants_uefi(self) -> bool:
-        """Whether the firmware's log does."""
+        """Whether it has the firmware's log."""
         return self.mask & MEASURED_BOOT_PCRS == MEASURED_BOOT_PCRS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """What a poll is answered with; Keylime's names.
+    """The answer to a poll; Keylime's names.
 
     Attributes:
-        boot: the TPM's reset count, of which `boottime` is made.
+        boot: the TPM's reset count; `boottime` is made from it.
     """
 
     quote: str
@@ -101,12 +101,12 @@ class Shown:
 
 @dataclass(slots=True, kw_only=True)
 class Standing:
-    """What came of the last poll, for people.
+    """The result of the last poll, for people.
 
     Attributes:
         at: seconds since the epoch; None before the first.
         result: "good", "refused", "no answer" or "fault".
-        reason: why not good.
+        reason: why it is not good.
     """
 
     polls: int = 0
@@ -134,13 +134,13 @@ class Agent:
         name: of the host in the file.
         questions: asks its proxy.
         hold_s: the longest that a poll is held.
-        refuse_unsafe: a clock that the chip itself calls unsafe is refused.
+        refuse_unsafe: a clock that the chip marks as unsafe is refused.
         now: seconds since the epoch.
 
     Attributes:
         agent_id: at registrar and verifier.
         pubkey: what the agent shows as its key for payloads; PCR 16 holds it.
-        standing: of the last poll.
+        standing: the result of the last poll.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Agent:
         self.hold_s = hold_s
         self.refuse_unsafe = refuse_unsafe
         self.agent_id = quoting.agent_id_of(keys.ek_public, name)
-        # The text before the key makes PCR 16 this agent's own; readers of PEM skip it.
+        # The text before the key makes PCR 16 differ for each agent; readers of PEM skip it.
         self.pubkey = f"provider-proxy bridge, agent {self.agent_id}\n{keys.nk_pem}"
         self.standing = Standing()
         self._metrics = metrics
@@ -174,7 +174,7 @@ class Agent:
         self._last_clock = -1
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Hold the open question, until cancelled."""
+        """Keep the open question going, until cancelled."""
         try:
             async with trio.open_nursery() as self._nursery:
                 task_status.started()
@@ -185,7 +185,7 @@ class Agent:
                 await self.questions.aclose()
 
     async def take(self, setting: Setting) -> None:
-        """Ask and judge by another setting from here on; an open question is given up."""
+        """Ask and judge with other settings from now on; an open question is abandoned."""
         if (question := self._question) is not None and not question.done.is_set():
             question.scope.cancel()
             await question.done.wait()
@@ -195,12 +195,12 @@ class Agent:
         """Ask the host, and show what it proved.
 
         Args:
-            wait_s: how long to wait for the host, in seconds; None for what a verifier that polls bears.
+            wait_s: how long to wait for the host, in seconds; None for what a polling verifier accepts.
 
         Raises:
             VerificationError: the host's answer was refused.
             ReplyError: no answer yet.
-            UsageError, HostError: our own side is at fault.
+            UsageError, HostError: the bridge itself is at fault.
         """
         began = trio.current_time()
         try:
@@ -242,7 +242,7 @@ class Agent:
         return question.shown
 
     async def _run(self, question: _Question, poll: Poll) -> None:
-        question.error = ReplyError("a later poll has taken the place of this one")
+        question.error = ReplyError("a later poll has replaced this one")
         began = trio.current_time()
         try:
             with question.scope:
@@ -252,7 +252,7 @@ class Agent:
                 except ProviderProxyError as exc:
                     question.error = exc
                 except Exception:
-                    # A bug that one host's answer meets must not end the service of all others.
+                    # A bug that one host's answer triggers must not end the service of all others.
                     log.exception("%s: an unexpected error", self.name)
                     question.error = HostError("an unexpected error; see the bridge's log")
                 if question.error is None or isinstance(question.error, VerificationError):
@@ -278,7 +278,7 @@ class Agent:
         return shown
 
     async def _judged(self, poll: Poll, entry: int) -> Judged:
-        """An answer whose clock is above all that was shown."""
+        """An answer with a clock above all that Keylime was shown."""
         wanted = Wanted(
             mask=poll.mask,
             logs=poll.wants_list or poll.wants_uefi,
@@ -290,21 +290,21 @@ class Agent:
             quote = judged.quote
             if not quote.clock_safe and self.refuse_unsafe:
                 raise ClockError(
-                    "the TPM calls its clock unsafe: the host lost power, and bridge.after_crash "
+                    "the TPM marks its clock as unsafe: the host lost power, and bridge.after_crash "
                     'is "refuse"'
                 )
             clock = quoting.shown_clock(quote.clock).clock_ms
             if clock < self._last_clock:
-                raise ClockError("the TPM's clock fell without a reset of the TPM")
+                raise ClockError("the TPM's clock went back without a reset of the TPM")
             if clock > self._last_clock:
                 self._last_clock = clock
                 return judged
-        raise ReplyError("the host's quotes show the same clock again and again")
+        raise ReplyError("the host's quotes repeatedly show the same clock")
 
     def _make_nonce(self, nonce: bytes) -> Nonce:
         random = secrets.token_bytes(quoting.RANDOM_BYTES)
         made = quoting.host_nonce(random, nonce, self.agent_id)
-        # With these parts anybody can tell later that the host's quote came after the verifier's nonce.
+        # These parts prove later that the host's quote was made after the verifier's nonce.
         log.info(
             "%s: host nonce %s made of random %s and verifier's nonce %s for agent %s",
             self.name,
@@ -336,7 +336,7 @@ class Agent:
         )
 
     def _note(self, result: str, reason: str | None) -> None:
-        """Count, and say what has changed."""
+        """Count, and log what has changed."""
         standing, before = self.standing, self.standing.result
         standing.polls += 1
         standing.at, standing.result, standing.reason = self._now(), result, reason

@@ -1,4 +1,4 @@
-"""What runs for one host: its agent, its port or its posts, and its record at the registrar."""
+"""What runs for one host: its agent, its port or its posting, and its record at the registrar."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def agent_registrar(bridge: BridgeTable, table: RegistrarTable, port: int | None
 
 
 class RegistrarAccess:
-    """The registrar, for all agents: one client, and a bound for those who register at once."""
+    """The registrar, for all agents: one client, and a bound on registrations at once."""
 
     def __init__(self, http: httpx.AsyncClient) -> None:
         self._http = http
@@ -75,7 +75,7 @@ class RegistrarAccess:
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """A place among those who register."""
+        """One of the slots for registrations."""
         async with self._turns:
             yield
 
@@ -119,7 +119,7 @@ class HostAgent:
         self._scope = trio.CancelScope()
 
     def stop(self) -> None:
-        """End it, in its own time."""
+        """End it; returns at once."""
         self._scope.cancel()
 
     async def run(self, *, changed: Callable[[], None]) -> None:
@@ -154,7 +154,7 @@ class HostAgent:
             try:
                 listener = listen(self._ip, port)
             except OSError as exc:
-                # Another program's fault, of which it may repent; the other hosts go on.
+                # Another program has the port, and may free it; the other hosts continue.
                 if said != (said := str(exc.strerror or exc)):
                     log.error(
                         "%s: cannot listen at %s:%d: %s", self.agent.name, self._ip, port, said

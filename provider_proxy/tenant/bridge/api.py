@@ -1,14 +1,15 @@
-"""Keylime's agent API, for one host: what its verifier and its tenant tool ask an agent.
+"""Keylime's agent API, for one host: what Keylime's verifier and tenant tool ask an agent.
 
     GET  /version                              the API versions
     GET  /v2.x/quotes/identity, integrity      one fresh question to the host
     GET  /v2.x/keys/pubkey, /v2.x/agent/info   what an agent says of itself
-    POST /v2.x/notifications/revocation        taken note of
+    POST /v2.x/notifications/revocation        logged
     /v2.x/keys/ukey, vkey, verify              refused: a host takes no payload
 
-A refusal is 200 with a name of a hash that nobody accepts: any other status is no verdict to Keylime, and
-this is the one text of an answer that it logs and sends with its revocation. No answer is 408, after
-which it asks again. Source: Keylime 7.12 to 7.14, `cloud_verifier_tornado.py`; docs/bridge.md.
+A refusal is 200 with the name of a hash that Keylime does not accept: Keylime takes no other status for a
+verdict, and this is the only text of an answer that it logs and sends with its revocation. A missing
+answer is 408, and Keylime asks again. Source: Keylime 7.12 to 7.14, `cloud_verifier_tornado.py`;
+docs/bridge.md.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ ENTRY_RE = re.compile(r"[0-9]{1,9}", re.ASCII)
 MAX_REASON_CHARS = 400
 REFUSED = "refused: "
 NO_PAYLOAD = (
-    "this agent stands for a host behind provider-proxy and takes no payload: leave out -f, --cert and "
+    "this agent stands for a host behind provider-proxy and accepts no payload: leave out -f, --cert and "
     "--verify"
 )
 
 
 async def answer(agent: Agent, asked: Asked) -> Answer:
-    """What an agent answers. Raises nothing but cancellation."""
+    """An agent's answer. Raises nothing but cancellation."""
     try:
         return await _route(agent, asked)
     except ParameterError as exc:
@@ -53,7 +54,7 @@ async def answer(agent: Agent, asked: Asked) -> Answer:
     except VerificationError as exc:
         return _answer(200, "Success", refusal(agent, exc))
     except ReplyError as exc:
-        return _plain(408, f"no answer from the host now: {printable(str(exc))}")
+        return _plain(408, f"the host gave no answer: {printable(str(exc))}")
     except ProviderProxyError as exc:
         return _plain(500, f"the bridge cannot judge the host: {printable(str(exc))}")
 
@@ -70,7 +71,7 @@ async def _route(agent: Agent, asked: Asked) -> Answer:
     match rest.rstrip("/"):
         case "quotes/identity" | "quotes/integrity" as what:
             if asked.method != "GET":
-                return _plain(405, "only GET is served here")
+                return _plain(405, "only GET is allowed here")
             values = await _quote(agent, what == "quotes/identity", _parameters(query))
             return _answer(200, "Success", values)
         case "agent/info":
@@ -83,13 +84,13 @@ async def _route(agent: Agent, asked: Asked) -> Answer:
             log.warning("%s: a payload was refused (%s)", agent.name, rest)
             return _plain(400, NO_PAYLOAD)
         case "notifications/revocation":
-            log.warning("%s: Keylime tells of a revocation", agent.name)
+            log.warning("%s: Keylime reports a revocation", agent.name)
             return _only("POST", asked, {})
     return _plain(404, "no such path")
 
 
 _LABELS = {"hash_alg": "sha256", "enc_alg": "rsa", "sign_alg": "rsassa"}
-"""As 7.12 to 7.14 all take them; API 2.5 would say rsa2048, which 7.13 does not know."""
+"""As 7.12 to 7.14 all accept them; API 2.5 would say rsa2048, which 7.13 does not know."""
 
 
 async def _quote(agent: Agent, is_identity: bool, given: Mapping[str, str]) -> dict[str, object]:
@@ -114,7 +115,7 @@ async def _quote(agent: Agent, is_identity: bool, given: Mapping[str, str]) -> d
 
 
 def _mask(text: str) -> int:
-    """Hex, with or without 0x: so do Keylime's agents read it."""
+    """Hex, with or without 0x, as Keylime's agents read it."""
     found = MASK_RE.fullmatch(text)
     mask = int(found[1], 16) if found is not None else 1 << PCR_COUNT
     if mask >> PCR_COUNT:
@@ -141,18 +142,18 @@ def refusal(agent: Agent, error: VerificationError) -> dict[str, object]:
 
 
 def refused_because(error: VerificationError) -> str:
-    """The reason of a refusal, as Keylime gets it."""
+    """The reason for a refusal, as Keylime gets it."""
     return f"{REFUSED}{type(error).__name__}: {printable(str(error))}"
 
 
 def printable(text: str) -> str:
-    """Text with a host's words in it, as one short line of ASCII."""
+    """Text that may come from a host, as one short line of ASCII."""
     return "".join(c if " " <= c <= "~" else "?" for c in text[:MAX_REASON_CHARS])
 
 
 def _only(method: str, asked: Asked, results: Mapping[str, object]) -> Answer:
     if asked.method != method:
-        return _plain(405, f"only {method} is served here")
+        return _plain(405, f"only {method} is allowed here")
     return _answer(200, "Success", results)
 
 

@@ -1,8 +1,9 @@
-"""The bridge: hosts behind provider-proxy as agents of the tenant's own, unmodified Keylime.
+"""The bridge: shows hosts behind provider-proxy as agents to the tenant's own, unmodified Keylime.
 
 One nursery: an agent a host with its registration, the saving of clock states, the admin listener, and
-signals. A reload is made as a whole before any of it is used; where a part of it is bad, the old one goes
-on. It is the tenant's own program: who controls it controls the verdict, as with the verifier itself.
+signals. A reload is prepared as a whole before any of it is used; if a part of it is bad, the old
+configuration stays. It is the tenant's own program: control of it is control of the verdict, as with the
+verifier itself.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ EK_CA_FILE = "ek-ca.pem"  # for Keylime's tpm_cert_store
 
 
 def state_dir_of(config: WatchConfig) -> Path:
-    """Where the bridge keeps what it remembers."""
+    """The directory of the bridge's state."""
     return config.bridge.state_dir or config.state_dir / "bridge"
 
 
 def keys_of(config: WatchConfig) -> BridgeKeys:
-    """The bridge's keys; made where there are none yet, and its own directory is where they belong.
+    """The bridge's keys; created if they are missing and belong in its own directory.
 
     Raises:
         HostError: the file is missing, damaged, or readable by others.
@@ -76,7 +77,7 @@ def asked_hosts(settings: Mapping[str, Setting]) -> dict[str, Setting]:
 
 
 class Bridge:
-    """All agents of a configuration. Reads files: not for trio's thread.
+    """All agents of a configuration. Reads files: do not call it in trio's thread.
 
     Raises:
         UsageError, HostError: a file, the keys or the state cannot be used.
@@ -119,7 +120,7 @@ class Bridge:
         """Serve until SIGTERM or SIGINT, or until cancelled; SIGHUP reads the hosts again.
 
         Raises:
-            HostError: another bridge has the state, or it cannot be saved at the end.
+            HostError: another bridge uses the state, or it cannot be saved at the end.
         """
         self._store.open()
         try:
@@ -141,7 +142,7 @@ class Bridge:
                     nursery.start_soon(self.calendar.run)
                     await self._open_admin(nursery)
                     self._start(nursery, asked_hosts(self._settings))
-                    log.info("%d hosts as agents of Keylime", len(self.agents))
+                    log.info("serving %d hosts as Keylime agents", len(self.agents))
                     task_status.started()
                     await self._heed(nursery, signals, read_config)
                     log.info("stopping")
@@ -168,7 +169,7 @@ class Bridge:
         signals: AsyncIterator[int],
         read_config: ReadConfig | None,
     ) -> None:
-        """Return at a signal to end."""
+        """Return at SIGTERM or SIGINT."""
         async for number in signals:
             if number != signal.SIGHUP:
                 return
@@ -216,23 +217,23 @@ class Bridge:
             self.metrics.registrations.labels(state).set(states[state])
 
     async def _reload(self, nursery: trio.Nursery, read_config: ReadConfig) -> None:
-        """Read the hosts again; what is wrong with them is logged, and nothing changes."""
+        """Read the hosts again; an error is logged, and nothing changes."""
         try:
             config = await trio.to_thread.run_sync(read_config)
             for name in ("state_dir", "pins", "registrars", "bridge"):
                 if getattr(config, name) != getattr(self._config, name):
-                    raise ConfigError(f"{name} has changed, which takes a restart")
+                    raise ConfigError(f"{name} has changed: restart to apply it")
             aks = KnownAks(self._registrars)
             settings = await trio.to_thread.run_sync(_settings_again, config, aks, self._settings)
             dates = await trio.to_thread.run_sync(read_dates, config)
             asked = asked_hosts(settings)
             if self._push is None and any(map(is_pushed, asked.values())):
-                raise ConfigError("the first host in mode push takes a restart")
+                raise ConfigError("restart to add the first host with mode = push")
             if self._context is None and not all(map(is_pushed, asked.values())):
-                raise ConfigError("the first host in mode pull takes a restart")
+                raise ConfigError("restart to add the first host with mode = pull")
             await trio.to_thread.run_sync(self._ports.ports_of, _with_ports(asked))
         except ProviderProxyError as exc:
-            log.error("reload refused, going on as before: %s", exc)
+            log.error("reload failed, the old configuration stays: %s", exc)
             return
         moved = {n for n, a in self.agents.items() if n in asked and _has_moved(a, asked[n])}
         for name in moved | (set(self.agents) - set(asked)):

@@ -1,10 +1,10 @@
-"""The bridge's own keys: software, no TPM's, and what is made of them once.
+"""The bridge's own keys: software keys, and what is made from them once.
 
-Keylime wants of an agent an AK that signs quotes, an EK with a certificate that opens the registrar's
+Keylime needs from an agent an AK that signs quotes, an EK with a certificate that opens the registrar's
 credential, a key for payloads (NK), and a TLS certificate. A TPM's restricted AK refuses to sign a quote
 that it did not take, so these are software keys, in one file that only its owner can read. The AK's name
-says that it is a bridge's (`tpm_keys.BRIDGE_POLICY`). The CA that certifies the EK signs that one
-certificate, and its key is never written down; neither is NK's, so that no payload can be opened here.
+shows that it is a bridge's (`tpm_keys.BRIDGE_POLICY`). The CA that certifies the EK signs only that
+certificate, and its key is never stored; nor is NK's, so no payload can be opened here.
 Source: TCG EK Credential Profile 2.5 (certificate); TPM 2.0 Part 1, section 24 (credentials).
 """
 
@@ -36,9 +36,9 @@ from provider_proxy.evidence.tpm_reader import Reader
 from provider_proxy.evidence.tpm_writer import encode_ek, encode_public
 
 MAX_KEYS_BYTES = 32 * 1024  # about 9 kB
-RSA_BITS = 2048  # what Keylime's tenant and registrar take by default
+RSA_BITS = 2048  # what Keylime's tenant and registrar accept by default
 NEVER = datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)  # RFC 5280, 4.1.2.5: no date to expire at
-BACKDATED = timedelta(minutes=5)  # for clocks that are behind ours
+BACKDATED = timedelta(minutes=5)  # for clocks that are behind this one
 TPM_MANUFACTURER, TPM_MODEL, TPM_VERSION = "2.23.133.2.1", "2.23.133.2.2", "2.23.133.2.3"
 EK_PURPOSE = "2.23.133.8.1"
 KEY_USAGES = (
@@ -50,7 +50,7 @@ _PEM_RE = re.compile(
     rb"-----BEGIN ([A-Z ]{1,30})-----\n[A-Za-z0-9+/=\n]{1,6000}\n-----END \1-----\n"
 )
 _PARTS = (
-    *(b"PRIVATE KEY", b"CERTIFICATE"),  # TLS, first: OpenSSL takes the first of each
+    *(b"PRIVATE KEY", b"CERTIFICATE"),  # TLS, first: OpenSSL reads the first of each
     *(b"PRIVATE KEY", b"PRIVATE KEY", b"CERTIFICATE", b"CERTIFICATE", b"PUBLIC KEY"),
 )
 
@@ -64,7 +64,7 @@ class BridgeKeys:
         ak_name: TPMT name of the AK, and its qualified name in quotes.
         ek_cert: DER.
         ek_ca: PEM, for the tenant's `tpm_cert_store`.
-        nk_pem: PEM text of the public key for payloads, whose private part nobody has.
+        nk_pem: PEM text of the public key for payloads, whose private part is not kept.
         tls_cert: PEM text.
         tls_pem: private key and certificate of TLS, PEM. Secret.
     """
@@ -85,7 +85,7 @@ class BridgeKeys:
         return self.ak.sign(data, padding.PKCS1v15(), hashes.SHA256())
 
     async def activate_credential(self, credential: bytes, secret: bytes) -> bytes:
-        """What a registrar wrapped for these keys; `TpmIdentity` of `trust.registration`.
+        """The secret that a registrar wrapped for these keys; `TpmIdentity` of `trust.registration`.
 
         Args:
             credential: TPM2B_ID_OBJECT, untrusted.
@@ -98,17 +98,17 @@ class BridgeKeys:
 
     @property
     def identity(self) -> BridgeKeys:
-        """The keys, as `trust.registration` wants them."""
+        """The keys, as `trust.registration` needs them."""
         return self
 
     def server_context(self, client_ca: Path) -> ssl.SSLContext:
-        """TLS of the agents' ports: a client needs a certificate of `client_ca`.
+        """TLS for the agents' ports: a client needs a certificate of `client_ca`.
 
         Raises:
             HostError: that file cannot be used.
         """
         context = server_context(TlsFiles(ca=client_ca, names=("bridge.client_ca", "", "")))
-        context.num_tickets = 0  # Keylime's verifier never comes back with one
+        context.num_tickets = 0  # Keylime's verifier never uses one
         show_pem(context, self.tls_pem)
         return context
 
@@ -148,9 +148,9 @@ def make_keys(ip: str) -> bytes:
     Args:
         ip: at which the agents answer; goes into the TLS certificate.
     """
-    tls = ec.generate_private_key(ec.SECP256R1())  # half of the cost of RSA's handshake
+    tls = ec.generate_private_key(ec.SECP256R1())  # half the cost of an RSA handshake
     ak, ek, nk, ca = (rsa.generate_private_key(65537, RSA_BITS) for _ in range(4))
-    # Keylime looks for a CA by its name: two bridges of a tenant must not have the same.
+    # Keylime finds a CA by its name: two bridges of a tenant must not use the same name.
     mark = x509.SubjectKeyIdentifier.from_public_key(ca.public_key()).digest.hex()[:16]
     label = f"provider-proxy bridge EK CA {mark}"
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, label)])
@@ -195,7 +195,7 @@ def _private(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> bytes:
 
 
 def _tpm_names() -> x509.Name:
-    """Of the EK certificate: a maker that no TPM has, and what this is."""
+    """Of the EK certificate: a maker that no TPM has, and the model "provider-proxy bridge"."""
     return x509.Name(
         [
             x509.NameAttribute(ObjectIdentifier(TPM_MANUFACTURER), "id:00000000"),
@@ -236,7 +236,7 @@ def load_keys(path: Path, *, make_for: str | None) -> BridgeKeys:
     """The keys in a file.
 
     Args:
-        make_for: the agents' IP address: where there is no file yet, new keys are put there; None for
+        make_for: the agents' IP address: if the file is missing, new keys are written to it; None for
             a file that must be there, a systemd credential for example.
 
     Raises:
@@ -256,19 +256,19 @@ def parse_keys(data: bytes, path: Path) -> BridgeKeys:
     found = list(_PEM_RE.finditer(data))
     try:
         if tuple(match[1] for match in found) != _PARTS:
-            raise ValueError("not the parts that it must have")
+            raise ValueError("it does not have the expected parts")
         tls, tls_cert, ak_pem, ek_pem, ek_cert, ek_ca, nk = (match[0] for match in found)
         ak, ek = (serialization.load_pem_private_key(pem, None) for pem in (ak_pem, ek_pem))
         certificate = x509.load_pem_x509_certificate(ek_cert)
         if not isinstance(ak, rsa.RSAPrivateKey) or not isinstance(ek, rsa.RSAPrivateKey):
             raise ValueError("AK and EK must be RSA keys")  # noqa: TRY004  # of the file
         if certificate.public_key() != ek.public_key():
-            raise ValueError("the certificate is another EK's")
+            raise ValueError("the certificate is for another EK")
         serialization.load_pem_public_key(nk)
     except ValueError as exc:
         raise HostError(
-            f"bridge.keys: {path} is damaged ({exc}); restore it, or remove it to get new keys, new "
-            "agent ids and so new agents for your verifier"
+            f"bridge.keys: {path} is damaged ({exc}); restore it, or remove it to make new keys: "
+            "the agents then get new ids, and your verifier must add them again"
         ) from exc
     ak_public = encode_public(ak.public_key(), SIGN | USER_WITH_AUTH, BRIDGE_POLICY)
     return BridgeKeys(

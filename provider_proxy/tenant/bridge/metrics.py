@@ -1,4 +1,4 @@
-"""What the bridge counts, for Prometheus; an object handed in."""
+"""The bridge's metrics, for Prometheus; an object that is passed in."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ class BridgeMetrics:
             self.polls.labels(result)  # from 0 on, so that the first one is an increase
         self.host_good = Gauge(
             PREFIX + "host_good",
-            "1 while a host's last poll was good.",
+            "1 if a host's last poll was good.",
             ["host"],
             registry=self.registry,
         )
         self.host_verified = Gauge(
             PREFIX + "host_verified_timestamp_seconds",
-            "When a host's evidence last verified, seconds since the epoch.",
+            "When a host's evidence was last verified, seconds since the epoch.",
             ["host"],
             registry=self.registry,
         )
         self.registrations = Gauge(
             PREFIX + "registrations",
-            "Agents at the registrar, by state.",
+            "Agents, by the state of their registration.",
             ["state"],
             registry=self.registry,
         )
@@ -50,30 +50,30 @@ class BridgeMetrics:
         )
         self.poll_seconds = Histogram(
             PREFIX + "poll_seconds",
-            "From a poll to its good answer, the host's part included.",
+            "Time from a poll to its good answer, including the host's part.",
             buckets=POLL_BUCKETS,
             registry=self.registry,
         )
         self.sign_seconds = Histogram(
             PREFIX + "sign_seconds",
-            "Making and signing the quote for Keylime.",
+            "Time to make and sign the quote for Keylime.",
             buckets=SIGN_BUCKETS,
             registry=self.registry,
         )
         self.not_after = Gauge(
             PREFIX + "not_after_seconds",
-            "When a certificate or a CA ends to be valid, in seconds since the epoch.",
+            "When a certificate or a CA expires, in seconds since the epoch.",
             ["what"],
             registry=self.registry,
         )
         self.save_failures = Counter(
             PREFIX + "save_failures",
-            "Saves of the state that failed. Must stay 0.",
+            "Failed saves of the state. Must stay 0.",
             registry=self.registry,
         )
 
     def show_dates(self, dates: Iterable[Dated]) -> None:
-        """Say when each ends to be valid; those that were said before are forgotten."""
+        """Set when each expires; earlier values are removed."""
         show_dates(self.not_after, dates)
 
     def forget_host(self, name: str) -> None:

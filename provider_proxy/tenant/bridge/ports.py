@@ -1,7 +1,7 @@
 """Which host's agent listens at which port: a file that outlives restarts and changes of the hosts.
 
 A verifier keeps asking at the port that it was told, so a port is never given to another host, not even
-when its host is gone: the file keeps what it has given away.
+when its host is gone: the file keeps every port that was assigned.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class PortTable:
     """The file of a state directory.
 
     Args:
-        first, last: ports that may be given away from now on; those given before stay.
+        first, last: ports that may be assigned from now on; earlier ones stay.
 
     Raises:
         HostError: the file is damaged.
@@ -44,15 +44,15 @@ class PortTable:
         """
         new = [name for name in names if name not in self._ports]
         if new:
-            given = dict(self._ports)  # taken over once it is on disk
+            given = dict(self._ports)  # used once it is on disk
             taken = set(given.values())
             free = (port for port in self._range if port not in taken)
             for name in new:
                 port = next(free, None)
                 if port is None:
                     raise HostError(
-                        f"no port is left for {name}: bridge.first_port to bridge.last_port are "
-                        f"{len(self._range)} ports, and {self._path} has given {len(taken)} away"
+                        f"no port is left for {name}: bridge.first_port to bridge.last_port has "
+                        f"{len(self._range)} ports, and {self._path} has assigned {len(taken)}"
                     )
                 given[name] = port
             data = {"format": FORMAT, "ports": given}
@@ -65,19 +65,19 @@ def _parse(data: bytes, path: Path) -> dict[str, int]:
     try:
         values = parse_json_object(data, "ports")
         if Fields(values, "file").text("format", 64) != FORMAT:
-            raise EvidenceFormatError("an unknown format")
+            raise EvidenceFormatError("its format is not known")
         table = values.get("ports")
         if not isinstance(table, dict):
-            raise EvidenceFormatError("no ports")
+            raise EvidenceFormatError("it has no ports")
         fields = Fields(table, "ports")
         ports = {name: fields.integer(name, MAX_PORT) for name in table}
         if 0 in ports.values():
             raise EvidenceFormatError("a host has port 0")
         if len(set(ports.values())) != len(ports):
-            raise EvidenceFormatError("two hosts have one port")
+            raise EvidenceFormatError("two hosts have the same port")
     except EvidenceFormatError as exc:
         raise HostError(
-            f"{path} is damaged ({exc}); restore it: without it hosts get other ports than those that "
-            "your verifier asks at"
+            f"{path} is damaged ({exc}); restore it: without it hosts get other ports than those "
+            "that your verifier uses"
         ) from exc
     return ports

@@ -1,7 +1,7 @@
 """The verifier in push mode, for all agents of a bridge: its two HTTP clients.
 
-Agents show no client certificate, because with one Keylime takes them for an administrator; what they may
-do, their token says. With the administrator's certificate, where there is one, policies are read.
+Agents show no client certificate, because with one Keylime treats them as an administrator; their token
+says what they may do. Policies are read with the administrator's certificate, if there is one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAMES = ("bridge.verifier_ca", "bridge.verifier_cert", "bridge.verifier_key")
 
 
 class PushAccess:
-    """Reads files: not for trio's thread.
+    """Reads files: do not create it in trio's thread.
 
     Raises:
         ConfigError: there is no verifier_url.
@@ -55,13 +55,13 @@ class PushAccess:
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
-        """Hold the clients."""
+        """Keep the clients open."""
         log.warning("push mode is experimental, in Keylime and here")
         async with self._client(self._agents_tls) as self._agents_http:
             if self._admin_tls is None:
                 log.warning(
-                    "without bridge.verifier_cert it is not seen whether the verifier ignores a runtime "
-                    "policy (meta.generator 0 or 1)"
+                    "without bridge.verifier_cert it cannot be checked whether the verifier ignores "
+                    "a runtime policy (meta.generator 0 or 1)"
                 )
                 yield
                 return

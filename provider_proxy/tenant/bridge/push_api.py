@@ -1,12 +1,12 @@
 """Keylime's push API, for one host's agent: a session, and in it attestations (Keylime 7.14.3, API 3.0).
 
     POST  /v3.0/sessions, PATCH /v3.0/sessions/ID        a challenge that the AK answers; a bearer token
-    POST  /v3.0/agents/ID/attestations                   what we can show; what the verifier wants of it
+    POST  /v3.0/agents/ID/attestations                   what can be shown; what the verifier wants of it
     PATCH /v3.0/agents/ID/attestations/latest            the evidence
     GET   /v2.6/agents/ID                                the verdict
 
-Keylime marks push mode as experimental, and so do we. The verifier is the tenant's own; what it answers
-is bounded all the same. Where the token is refused, a new session is made, once.
+Push mode is experimental in Keylime, and so it is here. The verifier is the tenant's own; its answers are
+bounded all the same. If the token is refused, a new session is made, once.
 Source: Keylime 7.14.3, `web/verifier/`, `models/verifier/`, `verification/tpm_engine.py`.
 """
 
@@ -32,8 +32,8 @@ from provider_proxy.tenant.replies import MAX_RETRY_AFTER_S, MAX_STATUS_CHARS
 PUSH, STATUS = (
     "/v3.0",
     "/v2.6",
-)  # attestations are the administrator's to read; an agent's state is its
-CALL_LIMIT_S = 60.0  # a whole call; an IMA list of megabytes goes up
+)  # only the administrator may read attestations; an agent may read its state
+CALL_LIMIT_S = 60.0  # a whole call; it may send an IMA list of megabytes
 MAX_ANSWER_BYTES = MAX_EVIDENCE_WITH_LOGS_BYTES + 1024 * 1024  # the evidence comes back
 MAX_TOKEN_CHARS = 1024
 MAX_CHALLENGE_BYTES = 64
@@ -50,10 +50,10 @@ class NotEnrolledError(ReplyError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """What an attestation is going to show.
+    """What an attestation will show.
 
     Attributes:
-        boottime: rises with each reset of the host's TPM, seconds since the epoch to Keylime.
+        boottime: rises with each reset of the host's TPM, Keylime reads it as seconds since the epoch.
         entries: how many lines the host's IMA list has at least.
         note: kept by the verifier with the attestation, and shown with it: why a host is refused.
     """
@@ -63,7 +63,7 @@ class Offer:
     note: str | None = None
 
     def attributes(self) -> dict[str, object]:
-        """JSON, as the verifier takes it."""
+        """JSON, as the verifier accepts it."""
         key = {
             "key_class": "asymmetric",
             "key_algorithm": "rsa",
@@ -102,7 +102,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the verifier wants of an offer.
+    """What the verifier wants from an offer.
 
     Attributes:
         challenge: goes into the quote.
@@ -139,15 +139,15 @@ class PushVerifier:
         """Begin an attestation.
 
         Raises:
-            NotEnrolledError: nobody has added the agent.
-            ReplyError: the verifier does not want one now, or gave no answer.
+            NotEnrolledError: the agent was not added to the verifier.
+            ReplyError: the verifier does not accept one now, or gave no answer.
         """
         body = {"data": {"type": "attestation", "attributes": offer.attributes()}}
         answer = await self._in_session("POST", self._attestations, body)
         return _read_request(answer)
 
     async def submit(self, evidence: Sequence[tuple[str, Mapping[str, object]]]) -> float:
-        """Give the evidence, by kind, in the wanted order; seconds until the next attestation.
+        """Send the evidence, by kind, in the wanted order; seconds until the next attestation.
 
         Raises: ReplyError
         """
@@ -164,7 +164,7 @@ class PushVerifier:
             raise ReplyError(f"the verifier's answer to evidence cannot be read: {exc}") from exc
 
     async def verdict(self) -> str | None:
-        """What the verifier's status says: pass, fail or timeout; None where it says nothing yet.
+        """The verifier's verdict: pass, fail or timeout; None where it has none yet.
 
         Raises: ReplyError
         """
@@ -206,7 +206,7 @@ class PushVerifier:
         except EvidenceFormatError as exc:
             raise ReplyError(f"the verifier's session cannot be read: {exc}") from exc
         if not session.replace("-", "").isalnum():
-            raise ReplyError("the verifier's session has an id that is none")
+            raise ReplyError("the verifier's session has an id that is not valid")
         message, signature = make_possession(self._keys, challenge)
         proof = _POP | {"data": {"message": _b64(message), "signature": _b64(signature)}}
         attributes = {"agent_id": self._agent_id, "authentication_provided": [proof]}
@@ -215,7 +215,7 @@ class PushVerifier:
         try:
             got = Fields(answer, "the session").fields("data").fields("attributes")
             if got.text("evaluation", 32) != "pass":
-                # All that Keylime says of an agent that it does not know.
+                # Keylime's only answer for an agent that it does not know.
                 raise NotEnrolledError(
                     f"the verifier does not know agent {self._agent_id}: keylime_tenant "
                     f"--push-model -c add -u {self._agent_id}"
@@ -224,7 +224,7 @@ class PushVerifier:
         except EvidenceFormatError as exc:
             raise ReplyError(f"the verifier's session cannot be read: {exc}") from exc
         if not token.isascii() or not token.isprintable():
-            raise ReplyError("the verifier's token is no text that a header can hold")
+            raise ReplyError("the verifier's token is not text that a header can hold")
         self._token = token
 
     async def _call(
@@ -241,7 +241,9 @@ class PushVerifier:
                 ) as response:
                     received = await read_body(response, MAX_ANSWER_BYTES, "the verifier")
         except trio.TooSlowError as exc:
-            raise ReplyError(f"the verifier gave no whole answer in {CALL_LIMIT_S:g} s") from exc
+            raise ReplyError(
+                f"the verifier gave no complete answer within {CALL_LIMIT_S:g} s"
+            ) from exc
         if response.status_code not in (200, 201, 202):
             raise _refused(response, received, path)
         try:
@@ -265,7 +267,8 @@ def _refused(response: httpx.Response, body: bytes, path: str) -> ReplyError:
     text = f"the verifier answered {status}: {_reason(body)}"
     if status == 404 and path == SESSIONS:
         return NotSupportedError(
-            "the verifier has no push mode: that takes Keylime 7.14.3 with mode = push", status=404
+            "the verifier does not support push mode, which needs Keylime 7.14.3 with mode = push",
+            status=404,
         )
     return ReplyError(text, status=status, retry_after_s=seconds)
 
@@ -287,7 +290,7 @@ def _reason(body: bytes) -> str:
 
 def _challenge(asked: Sequence[Fields]) -> bytes:
     if not asked:
-        raise EvidenceFormatError("there is no challenge")
+        raise EvidenceFormatError("it has no challenge")
     challenge = asked[0].fields("chosen_parameters").base64("challenge", MAX_CHALLENGE_BYTES)
     if not challenge:
         raise EvidenceFormatError("the challenge is empty")
@@ -314,10 +317,10 @@ def _read_request(answer: Mapping[str, object]) -> Request:
             elif kind == IMA:
                 offset = item.fields("chosen_parameters").integer("starting_offset", MAX_ENTRY)
     except EvidenceFormatError as exc:
-        raise ReplyError(f"what the verifier wants cannot be read: {exc}") from exc
+        raise ReplyError(f"the verifier's request for evidence cannot be read: {exc}") from exc
     if not challenge:
         raise ReplyError(
-            "the verifier wants no quote of this agent: it has no policy there, or only one that push "
-            "mode ignores"
+            "the verifier asks for no quote of this agent: it has no policy for it, or only one that "
+            "push mode ignores"
         )
     return Request(challenge=challenge, mask=mask, ima_offset=offset, kinds=tuple(kinds))

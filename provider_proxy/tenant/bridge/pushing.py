@@ -1,13 +1,13 @@
-"""One host in push mode: asks it, and posts what it proved to the verifier, at the verifier's pace.
+"""One host in push mode: asks it, and posts what it proved to the verifier, at the verifier's interval.
 
-The agent is that of pull mode: one question for each challenge, judged the same way. Here is only what
-the other protocol needs. The verifier must be told the host's boot and the length of its IMA list before
-it gives its challenge; where the host has been reset since, another attestation is begun.
-A refusal is posted, too, so that the verifier's verdict is "fail" and not a timeout: a quote that nobody
-signed, and the reason as the attestation's `evidence_version`.
+The agent is the same as in pull mode: one question for each challenge, judged the same way. This module
+has what the other protocol needs. The verifier must know the host's boot and the length of its IMA list
+before it gives its challenge; if the host has been reset since, another attestation is begun.
+A refusal is posted, too, so that the verifier's verdict is "fail" and not a timeout: a quote without a
+signature, and the reason as the attestation's `evidence_version`.
 
-Invariants: values go out only where `Agent.attest` returned for this very challenge; nothing is posted
-while the verifier is seen to have a runtime policy that it does not apply.
+Invariants: values are sent only where `Agent.attest` returned for this very challenge; nothing is posted
+while the verifier is known to have a runtime policy that it does not apply.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 CHALLENGE_BYTES = 16  # of a question that only finds out the host's boot
 MIN_PAUSE_S = 0.1  # a verifier whose interval is 0
-NOT_ENROLLED_PAUSE_S = 5.0  # Keylime takes 15 sessions a minute of an agent
+NOT_ENROLLED_PAUSE_S = 5.0  # Keylime accepts 15 sessions a minute from an agent
 MAX_RESETS = 3  # of a host within one round
 ASK_POLICY_AGAIN_S = 300.0  # it may be large
 REFUSED_LINE = "refused\n"
@@ -59,11 +59,11 @@ ReadPolicy = Callable[[str], Awaitable[Mapping[str, object] | None]]
 
 @dataclass(slots=True, kw_only=True)
 class Posted:
-    """What came of posting, for people.
+    """The result of posting, for people.
 
     Attributes:
         verdict: the verifier's: "pass", "fail" (until the agent is added again) or "timeout".
-        error: why nothing was posted last; None where something was.
+        error: why the last posting failed; None where it did not.
     """
 
     posts: int = 0
@@ -86,7 +86,7 @@ class Pusher:
         self._agent = agent
         self._verifier = verifier
         self._read_policy = read_policy
-        self._boot: int | None = None  # of the host's TPM, as the last answer had it
+        self._boot: int | None = None  # of the host's TPM, from the last answer
         self._boottime = 0
         self._entries = 1  # of its IMA list; every list has one
         self._told: str | None = None  # the reason that the verifier has
@@ -105,7 +105,7 @@ class Pusher:
             except ProviderProxyError as exc:
                 failed, error = failed + 1, exc
             except Exception:
-                # A bug that one host meets must not end the service of all others.
+                # A bug that one host triggers must not end the service of all others.
                 log.exception("%s: an unexpected error", self._agent.name)
                 failed, error = failed + 1, HostError("an unexpected error; see the bridge's log")
             if error is not None:
@@ -141,7 +141,7 @@ class Pusher:
             if shown is not None:
                 self._told = None
                 return await self._submit(_evidence(request, shown))
-        raise ReplyError("the host was reset again and again")
+        raise ReplyError("the host was reset repeatedly during one attestation")
 
     async def _submit(self, evidence: Evidence) -> float:
         self._open = None
@@ -155,7 +155,7 @@ class Pusher:
         try:
             verdict = await self._verifier.verdict()
         except ReplyError as exc:
-            log.debug("%s: the verifier does not tell its verdict: %s", self._agent.name, exc)
+            log.debug("%s: the verifier's verdict is not known: %s", self._agent.name, exc)
             return
         if verdict is None or verdict == self.posted.verdict:
             return
@@ -164,11 +164,11 @@ class Pusher:
         log.log(level, "%s: the verifier's verdict is %s", self._agent.name, verdict)
 
     async def _offer(self) -> Request:
-        """Begin an attestation. A list that has grown beyond what we know is asked for first."""
+        """Begin an attestation. If the list is longer than known here, it is asked for first."""
         try:
             return await self._verifier.offer(Offer(boottime=self._boottime, entries=self._entries))
         except ReplyError as exc:
-            # After a restart the verifier knows more of the list than we do.
+            # After a restart the verifier knows more of the list than this agent.
             if exc.status not in (400, 422):
                 raise
         await self._ask(secrets.token_bytes(CHALLENGE_BYTES), 1 << IMA_PCR)
@@ -191,13 +191,13 @@ class Pusher:
         return shown
 
     async def _answer(self, request: Request) -> Shown | None:
-        """What goes into this attestation; None where it is another boot's."""
+        """What goes into this attestation; None where it is of another boot."""
         boot = self._boot
         shown = await self._ask(request.challenge, request.mask, request.ima_offset or 0)
         return shown if shown.boot == boot else None
 
     async def _check_policy(self, request: Request) -> None:
-        """Push mode leaves out a runtime policy whose `meta.generator` is 0 or 1, and says nothing."""
+        """Check that push mode does not silently ignore a runtime policy (`meta.generator` 0 or 1)."""
         now = trio.current_time()
         if IMA in request.kinds or self._read_policy is None or now < self._policy_ok_until:
             return
@@ -211,7 +211,7 @@ class Pusher:
         self._policy_ok_until = now + ASK_POLICY_AGAIN_S
 
     async def _refuse(self, error: VerificationError) -> float:
-        """Let the verifier's verdict be "fail". A new reason takes an attestation that shows it."""
+        """Make the verifier's verdict "fail". A new reason needs an attestation that shows it."""
         reason, request = refused_because(error), self._open
         if request is None or reason != self._told:
             offer = Offer(boottime=MAX_BOOTTIME, entries=1, note=reason)  # no boot: the list from 0
@@ -238,7 +238,7 @@ def _evidence(request: Request, shown: Shown) -> Evidence:
 
 
 def _no_evidence(request: Request, entries: int) -> Evidence:
-    """What lets an attestation fail: nothing signed, and as many lines as were offered."""
+    """Evidence that fails an attestation: nothing signed, and as many lines as were offered."""
     given: dict[str, Mapping[str, object]] = {
         QUOTE: _quote(make_unsigned(request.mask)),
         IMA: {"entries": REFUSED_LINE * (entries - (request.ima_offset or 0))},

@@ -1,8 +1,8 @@
-"""What the bridge says to Keylime of a host: a quote over the verifier's nonce, under the bridge's AK.
+"""What the bridge tells Keylime about a host: a quote over the verifier's nonce, under the bridge's AK.
 
-Pure but for the signature. PCR values, clock and firmware version are a verified host's; PCR 16 is the
-agent's own, as Keylime's agents have it: the key for payloads, and with it the agent's id, so that no
-agent of a bridge passes for another one of the same bridge.
+Pure except for the signature. PCR values, clock and firmware version come from a verified host; PCR 16 is
+the agent's own, as with Keylime's agents: it holds the key for payloads and with it the agent's id, so
+that no agent of a bridge is taken for another of the same bridge.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Signer(Protocol):
 
 
 def agent_id_of(ek_public: bytes, name: str) -> str:
-    """The id of a host's agent: of this bridge and this host, and of nobody else's making.
+    """The id of a host's agent: made from this bridge's EK and the host's name, so it is unique.
 
     Args:
         ek_public: the bridge's.
@@ -55,7 +55,7 @@ def agent_id_of(ek_public: bytes, name: str) -> str:
 
 
 def host_nonce(random: bytes, nonce: bytes, agent_id: str) -> Nonce:
-    """The nonce for the host: whoever has its parts sees that it was made after the verifier's.
+    """The nonce for the host: its parts prove that it was made after the verifier's.
 
     Args:
         random: 32 random bytes, fresh for each question.
@@ -75,16 +75,16 @@ def data_pcr(text: str) -> bytes:
 def shown_clock(clock: ClockState) -> ClockState:
     """The host's clock as Keylime can follow it.
 
-    Keylime refuses for ever a clock that is not above the last one (a chip's falls at a reset), a
+    Keylime permanently refuses a clock that is not above the last one (a chip's falls at a reset), a
     restart_count that falls (a reset zeroes it), and safe = 0 (after a crash). `Verifier` has judged all
-    that with the real values. This one rises exactly when the host's does, over restarts of both sides.
+    that with the real values. This clock rises exactly when the host's does, over restarts of both sides.
 
     Raises:
         ClockError: the values are beyond what a chip reaches.
     """
     if clock.reset_count >> (64 - CLOCK_BITS) or clock.clock_ms >> CLOCK_BITS:
         raise ClockError(
-            f"reset count {clock.reset_count} and clock {clock.clock_ms} ms are beyond what can be "
+            f"reset count {clock.reset_count} and clock {clock.clock_ms} ms are too large to be "
             "shown to Keylime"
         )
     return ClockState(
@@ -95,7 +95,7 @@ def shown_clock(clock: ClockState) -> ClockState:
 
 
 def shown_boottime(clock: ClockState) -> int:
-    """What Keylime compares to see a reboot: never 0, another after each reset."""
+    """What Keylime compares to notice a reboot: never 0, different after each reset."""
     return clock.reset_count % MAX_BOOTTIME + 1
 
 
@@ -124,9 +124,9 @@ def make_quote(
 
 
 def make_unsigned(mask: int) -> str:
-    """A quote string that nobody signed: it names PCRs, all zero, and its signature is TPM_ALG_NULL.
+    """An unsigned quote string: it names PCRs, all zero, and its signature is TPM_ALG_NULL.
 
-    Keylime reads it, and refuses it by its signature's algorithm before anything else of it counts.
+    Keylime reads it, and refuses its signature's algorithm before it uses anything else of it.
     """
     values = PcrValues(
         bank=HashAlg.SHA256,
@@ -144,6 +144,6 @@ def make_unsigned(mask: int) -> str:
 
 
 def make_possession(signer: Signer, challenge: bytes) -> tuple[bytes, bytes]:
-    """Proves to a verifier in push mode that the AK is at hand: TPMS_ATTEST and TPMT_SIGNATURE."""
+    """Proves to a verifier in push mode that the agent has the AK: TPMS_ATTEST and TPMT_SIGNATURE."""
     attest = encode_certify(qualifying=challenge, name=signer.ak_name, signer=signer.ak_name)
     return attest, encode_rsassa(signer.sign(attest))

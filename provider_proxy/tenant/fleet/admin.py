@@ -1,7 +1,7 @@
-"""A member's admin listener, on loopback: the fleet's page, what it asks for, readiness and metrics.
+"""A member's admin listener, on loopback: the fleet's page and its data, readiness and metrics.
 
-It only reads. The page's questions go to the database one at a time, and the answer about the fleet is
-remembered for a moment, so that many open pages cost as much as one.
+It only reads. The page's queries go to the database one at a time, and the answer about the fleet is
+cached for a moment, so that many open pages cost as much as one.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ HTML = b"text/html; charset=utf-8"
 TEXT = b"text/plain; charset=utf-8"
 METRICS_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 REMEMBERED_S = 2.0
-MAX_WAITING = 8  # questions to the database at once; the others are told to come again
+MAX_WAITING = 8  # queries to the database at once; others are told to try again
 MAX_MEMBERS = 200
 MAX_SILENCES = 50
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How this member stands.
+    """The status of this member.
 
     Attributes:
-        trouble: why it does not serve as it should; None where it does.
+        trouble: why it does not serve normally; None where it does.
     """
 
     name: str
@@ -70,7 +70,7 @@ class FleetAdmin:
         try:
             check_host(asked.host)
             if asked.method != "GET":
-                return _refusal(405, "only GET is served here")
+                return _refusal(405, "only GET is allowed here")
             return await self._get(asked.target)
         except WrongHostError as exc:
             return _refusal(421, str(exc))
@@ -120,9 +120,9 @@ class FleetAdmin:
         return body
 
     async def _ask(self, work: Callable[[Connection[Any]], bytes]) -> bytes:
-        """Raises: DatabaseError, also where too many ask."""
+        """Raises: DatabaseError, also for too many requests at once."""
         if self._limit.statistics().tasks_waiting >= MAX_WAITING:
-            raise DatabaseError("too many ask at once; try again in a moment")
+            raise DatabaseError("too many requests at once; try again in a moment")
         async with self._limit:
             return await self._database.run(work, limit_s=10)
 
@@ -210,13 +210,13 @@ def _query(text: str) -> dict[str, str]:
         raise UsageError("the query cannot be read") from exc
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise UsageError("a parameter is there twice")
+        raise UsageError("a parameter is given twice")
     return found
 
 
 def _demand_empty(query: dict[str, str]) -> None:
     if query:
-        raise UsageError(f"no such parameter: {sorted(query)[0][:40]!r}")
+        raise UsageError(f"the parameter {sorted(query)[0][:40]!r} does not exist")
 
 
 def _hours(text: str) -> int:

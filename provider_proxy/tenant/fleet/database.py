@@ -1,12 +1,12 @@
 """PostgreSQL from trio: statements run in worker threads, on two connections: one for leases, one for the
-rest, so that a renewal never waits behind a batch or behind somebody's search.
+rest, so that a renewal never waits for a batch or a search.
 
 No PostgreSQL driver is trio's own, so psycopg's blocking connections are used in threads. Every
 statement has a limit on the server, every connection one in the kernel, so that a thread comes back from
 a database that stalls or vanishes. A connection that failed is closed and opened again by the next call.
 
-TLS, the service file and the password's file are libpq's own affair. An address that holds a password
-is refused: it would stand in a file with other settings, and in messages.
+libpq reads TLS settings, the service file and the password file. An address with a password is refused:
+the password would be in a file with other settings, and in messages.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ T = TypeVar("T")
 
 CONNECT_LIMIT_S = 3
 STATEMENT_LIMIT_MS = 10_000
-# A member that is stopped within a transaction holds its leases' rows, and nobody could take them over.
+# A member that is stopped within a transaction locks its leases' rows, so that no member could take them.
 MEMBER_PAUSE_MS = 2_000
 LONG_PAUSE_MS = 3_600_000  # of an import, which compares a million hosts between two statements
-# The kernel's: a server that vanished is noticed although nothing says so.
+# The kernel's: they notice a server that vanished without closing the connection.
 TCP_LIMIT_MS = 5_000
-# Two transactions that waited for each other: the server ended one, and it may simply come again.
+# Two transactions waited for each other: the server ended one, and it can be repeated.
 AGAIN = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
 TRIES = 3
 SECRETS = ("password", "sslpassword")
@@ -43,11 +43,11 @@ SCHEME_RE = re.compile(r"postgres(ql)?://", re.ASCII)
 
 
 class DatabaseError(HostError):
-    """The database is away, or refuses; nothing was written."""
+    """The database is not reachable, or refuses; nothing was written."""
 
 
 def is_database(text: str) -> bool:
-    """Whether a setting names a database and not a folder."""
+    """Whether a setting names a database and not a directory."""
     return SCHEME_RE.match(text) is not None
 
 
@@ -58,14 +58,14 @@ def read_address(text: str, *, name: str = "") -> str:
         name: of the member, for the server's list of connections.
 
     Raises:
-        UsageError: it is no URL of PostgreSQL's, or holds a password.
+        UsageError: it is not a PostgreSQL URL, or holds a password.
     """
     try:
         values = conninfo_to_dict(text)
     except psycopg.ProgrammingError as exc:
-        # libpq repeats what it could not read, in quotes, and a password may be in that.
+        # libpq's message quotes what it could not read, which may contain a password.
         reason = QUOTED_RE.sub("…", str(exc).strip())
-        raise UsageError(f"not an address of PostgreSQL: {reason}") from None
+        raise UsageError(f"not a PostgreSQL address: {reason}") from None
     if any(values.get(key) is not None for key in SECRETS):
         raise UsageError(
             "the address holds a password; put it in libpq's passfile (passfile=…), or name a "
@@ -77,7 +77,7 @@ def read_address(text: str, *, name: str = "") -> str:
         "keepalives_idle": 5,
         "keepalives_interval": 2,
         "keepalives_count": 2,
-        # Of several hosts the one that is not a standby; a standby alone is refused.
+        # Of several hosts the one that is not a standby; a standby only is refused.
         "target_session_attrs": "read-write",
     }
     limits["application_name"] = f"provider-proxy {name}".strip()
@@ -85,7 +85,7 @@ def read_address(text: str, *, name: str = "") -> str:
 
 
 def connect(address: str, *, pause_ms: int = LONG_PAUSE_MS) -> Connection[Any]:
-    """Open a connection whose statements commit by themselves.
+    """Open a connection in autocommit mode.
 
     Args:
         pause_ms: how long a transaction may wait for this program between two statements.
@@ -104,7 +104,7 @@ def connect(address: str, *, pause_ms: int = LONG_PAUSE_MS) -> Connection[Any]:
 
 
 def again(work: Callable[[Connection[Any]], T], connection: Connection[Any]) -> T:
-    """Do some work, and do it again where the server ended it in favour of another's.
+    """Do some work, and repeat it if the server ended it because of a deadlock.
 
     Args:
         work: one transaction, or several of which each may be repeated.
@@ -118,7 +118,7 @@ def again(work: Callable[[Connection[Any]], T], connection: Connection[Any]) -> 
 
 
 def translated(error: psycopg.Error) -> DatabaseError:
-    """psycopg's error as ours: one line, with the server's own reason."""
+    """psycopg's error as a `DatabaseError`: one line, with the server's own reason."""
     text = " ".join(str(error).split()) or type(error).__name__
     return DatabaseError(f"the database: {text}")
 
@@ -153,10 +153,10 @@ class Database:
     ) -> T:
         """Run `work` with a connection of its own for that time.
 
-        Cancelled, it returns at once; the statement goes on to its own limit.
+        If cancelled, it returns at once; the statement continues to its own limit.
 
         Raises:
-            DatabaseError: the database is away, refuses, or does not answer within `limit_s`.
+            DatabaseError: the database is not reachable, refuses, or does not answer within `limit_s`.
         """
         try:
             with trio.fail_after(limit_s):
@@ -192,7 +192,7 @@ class Database:
         return result
 
     def close(self) -> None:
-        """Close the connections that are idle; one that works is closed when it is done."""
+        """Close the connections that are idle; a busy one is closed when it is done."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, {}

@@ -1,8 +1,8 @@
-"""Hands the outbox's reports of one's own shards to every receiver, again until they are taken.
+"""Delivers the outbox's reports of this member's shards to every receiver, and retries until accepted.
 
-The next report of a host goes when the one before it was taken, so that receivers get them in order. A
-receiver that is away is asked with a few reports at a time and at growing intervals; one that refuses a
-single report does not hold up those of other hosts.
+The next report of a host is sent when the one before it was accepted, so that receivers get them in
+order. An unreachable receiver is tried with a few reports at growing intervals; a receiver that refuses
+one report does not delay those of other hosts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from provider_proxy.tenant.watch.reports import Sink
 log = logging.getLogger(__name__)
 
 DELIVER_EVERY_S = 0.5
-LONGEST_PAUSE_S = 30.0  # from one look for a receiver that is away to the next
+LONGEST_PAUSE_S = 30.0  # between two tries of an unreachable receiver
 CLEAN_EVERY_S = 3600.0
 DELIVERIES_AT_ONCE = 8
 
@@ -49,12 +49,12 @@ class Delivery:
         self._sinks = sinks
         self._held = held
         self._rng = rng
-        self._taken: dict[uuid.UUID, set[str]] = {}  # of reports that not all receivers took
+        self._taken: dict[uuid.UUID, set[str]] = {}  # of reports that not all receivers accepted
         self._failed_in_row = 0
         self._failed_rounds = 0
 
     async def run(self) -> None:
-        """Hand the outbox's reports to every receiver, for ever."""
+        """Deliver the outbox's reports to every receiver, for ever."""
         while True:
             await trio.sleep(self._pause_s())
             shards = self._held()
@@ -63,7 +63,7 @@ class Delivery:
             try:
                 await self._round(shards)
             except* DatabaseError as group:
-                log.warning("the outbox waits: %s", first_of(group))
+                log.warning("cannot deliver the outbox's reports now: %s", first_of(group))
 
     def _pause_s(self) -> float:
         if not self._failed_rounds:
@@ -73,7 +73,7 @@ class Delivery:
         )
 
     async def _round(self, shards: Sequence[int]) -> None:
-        """One look at what is due. Raises: DatabaseError, in a group or alone."""
+        """Deliver what is due. Raises: DatabaseError, in a group or alone."""
         waiting = await self._database.run(partial(outbox.next_reports, shards=shards))
         if not self._sinks:
             ids = [report.id for report in waiting]
@@ -100,7 +100,7 @@ class Delivery:
                 report.tries + 1, first_s=outbox.FIRST_RETRY_S, longest_s=outbox.LONGEST_RETRY_S
             )
             await self._database.run(partial(outbox.failed, id_=report.id, wait_s=wait_s))
-        # What was taken by some receivers, and is another member's to deliver by now, is forgotten.
+        # Forget what some receivers accepted and another member delivers by now.
         if len(self._taken) > outbox.MAX_AT_ONCE * 10:
             self._taken.clear()
 
@@ -113,7 +113,7 @@ class Delivery:
     ) -> None:
         async with limit:
             if self._failed_in_row >= DELIVERIES_AT_ONCE:
-                return  # the receiver is away: the rest is not even tried
+                return  # the receiver is unreachable: do not try the rest
             taken = self._taken.setdefault(report.id, set())
             for sink in self._sinks:
                 if sink.name not in taken and await sink.deliver(report.body):
@@ -132,7 +132,9 @@ class Delivery:
             try:
                 lost = await self._database.run(outbox.forget_old)
             except DatabaseError as exc:
-                log.warning("old reports stay for now: %s", exc)
+                log.warning("cannot remove old reports now: %s", exc)
                 continue
             if lost:
-                log.error("%d reports were given up: no receiver took them for 30 days", lost)
+                log.error(
+                    "%d reports were dropped: not every receiver accepted them within 30 days", lost
+                )

@@ -1,4 +1,4 @@
-"""Whether PostgreSQL can be spoken to: psycopg is an extra, and libpq is not Python's."""
+"""Checks that PostgreSQL's driver is available: psycopg is an extra, and libpq is not part of Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def import_with_libpq(name: str) -> ModuleType:
 
     Raises:
         ModuleNotFoundError: psycopg is not installed.
-        HostError: PostgreSQL's own library is not.
+        HostError: PostgreSQL's own library is not installed.
     """
     try:
         return importlib.import_module(name)

@@ -1,8 +1,8 @@
 """`ek_dir` in a fleet: every member that has one keeps a file for each EK of the whole fleet.
 
-A SPIRE server reads one directory, and VMs may be on any host. So a member takes its own hosts' verdicts
-as they come, and those of all others from the database. A file lives as long as a verdict's proof does,
-counted from the verdict: also while the database is away.
+A SPIRE server reads one directory, and VMs may be on any host. So a member uses its own hosts' verdicts
+as they come, and those of all others from the database. A file lives as long as a verdict's proof,
+counted from the verdict, even while the database is not reachable.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Proof:
     """A host that is trusted now, with the link of its VM's EK proven.
 
     Attributes:
-        digest: of the EK's content in the table of policies.
+        digest: of the EK file, in the table of policies.
         age_s: of the verdict, in seconds.
     """
 
@@ -49,7 +49,7 @@ class Proof:
 
 
 def read_proofs(connection: Connection[Any]) -> list[Proof]:
-    """All hosts with an EK whose verdict is TRUSTED and young enough."""
+    """All hosts with an EK whose verdict is TRUSTED and recent enough."""
     found = connection.execute(
         "select h.name, h.files->>'vm_ek', h.rules,"
         " extract(epoch from fleet_now() - s.verdict_at)::float8"
@@ -82,10 +82,10 @@ class FleetEks:
         self._directory = directory
         self._own = own
         self._names: dict[str, str] = {}  # of EKs, by digest
-        self._others: set[str] = set()  # hosts that others have proven
+        self._others: set[str] = set()  # hosts that other members have proven
 
     def settled(self, settled: Settled) -> None:
-        """A round of one of our hosts is over."""
+        """Note the end of a round of one of this member's hosts."""
         host = self._own().get(settled.host)
         if host is None or host.ek_name is None:
             return
@@ -106,11 +106,11 @@ class FleetEks:
                 try:
                     await self.look()
                 except DatabaseError as exc:
-                    log.warning("ek_dir holds what this member proves itself: %s", exc)
+                    log.warning("ek_dir has only what this member proves itself: %s", exc)
                 await trio.sleep(LOOK_EVERY_S)
 
     async def look(self) -> None:
-        """Take what others have proven. Raises: DatabaseError."""
+        """Read what other members have proven. Raises: DatabaseError."""
         proofs = await self._database.run(read_proofs)
         proven = set()
         for proof in proofs:
@@ -132,7 +132,7 @@ class FleetEks:
         self._others = proven
 
     async def _name_of(self, digest: str) -> str:
-        """What `ek_directory` calls an EK. Raises: DatabaseError, HostError, UsageError."""
+        """The file name of an EK in `ek_directory`. Raises: DatabaseError, HostError, UsageError."""
         if digest not in self._names:
             if not await trio.to_thread.run_sync(self._cache.has, digest):
                 data = await self._database.run(partial(rows.read_policy, digest=digest))

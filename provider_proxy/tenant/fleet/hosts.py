@@ -1,8 +1,8 @@
-"""A host between the watcher's file, the database and a member: rules as JSON, policies by digest.
+"""Converts hosts between the watcher's file, the database and a member: JSON rules, policies by digest.
 
-Policies and pins are in the database, so that every member judges a host alike. What is a member's own
-stays in its file: TLS keys and certificates, webhook, command, metrics. Paths to TLS files in a host's
-rules mean files on each member.
+Policies and pins are in the database, so that every member judges a host the same way. A member's own
+settings stay in its file: TLS keys and certificates, webhook, command, metrics. Paths to TLS files in a
+host's rules name files on each member.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def digest_of(data: bytes) -> str:
 
 
 def rules_as_json(rules: HostRules) -> dict[str, object]:
-    """The keys that differ from their defaults, as TOML would hold them.
+    """The keys that differ from their defaults, as in TOML.
 
-    `FILE_KEYS` are left out, and `registrar`: members take AKs from pins (see `registrars`).
+    `FILE_KEYS` are left out, and `registrar`: members read AKs from pins (see `registrars`).
     """
     found: dict[str, object] = {}
     for field in dataclasses.fields(HostRules):
@@ -85,7 +85,7 @@ def rules_from_json(
     """The rules of a row.
 
     Args:
-        files: where the contents of the policy files lie on this machine, by key.
+        files: where the contents of the policy files are on this machine, by key.
 
     Raises:
         ConfigError: a value is wrong; the message names host and key.
@@ -118,7 +118,7 @@ def read_fleet(config: WatchConfig) -> ImportedFleet:
         pin = b""
         if rules.need_provider_quote:
             label = rules.pin or name
-            pins.load(label)  # says what is wrong with it
+            pins.load(label)  # raises with what is wrong with it
             pin = read_trusted(pins.path_of(label), MAX_PIN_BYTES)
         hosts.append(ImportedHost(name=name, rules=rules_as_json(rules), files=files, pin=pin))
     return ImportedFleet(hosts=tuple(hosts), policies=policies)
@@ -128,7 +128,7 @@ class PolicyCache:
     """Policy contents as files of this member, named by their digests.
 
     Args:
-        folder: this member's own; made where it is missing.
+        folder: this member's own; created if it is missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -136,11 +136,11 @@ class PolicyCache:
         self._known: set[str] = set()
 
     def path_of(self, digest: str) -> Path:
-        """Where a content lies, be it there or not."""
+        """The path of a content, whether it exists or not."""
         return self._folder / digest
 
     def has(self, digest: str) -> bool:
-        """Whether it was put there by this process, or is there and unchanged."""
+        """Whether this process wrote it, or it is there and unchanged."""
         if digest in self._known:
             return True
         try:
@@ -158,20 +158,22 @@ class PolicyCache:
             HostError: it is not the content of that digest, or cannot be written.
         """
         if data is None or digest_of(data) != digest:
-            raise HostError(f"the database holds no policy {digest}; import the host again")
+            raise HostError(
+                f"the database does not have the policy {digest}; import the host again"
+            )
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_private(self.path_of(digest), data)
         self._known.add(digest)
 
 
 class RowAks:
-    """An `AkSource` of the pins that the rows hold."""
+    """An `AkSource` of the pins in the rows."""
 
     def __init__(self) -> None:
         self._known: dict[str, Trust] = {}
 
     def put(self, name: str, pin: bytes) -> None:
-        """Take a row's pin.
+        """Use a row's pin.
 
         Raises:
             HostError: it is damaged.
@@ -179,7 +181,7 @@ class RowAks:
         self._known[name] = parse_trust(name, pin)
 
     def forget(self, name: str) -> None:
-        """A host is no longer this member's."""
+        """Forget a host that is no longer this member's."""
         self._known.pop(name, None)
 
     async def trusted(self, name: str, rules: HostRules, ask_host: AskHost | None = None) -> Trust:
@@ -191,6 +193,6 @@ class RowAks:
 
 
 def parse_trust(name: str, pin: bytes) -> Trust:
-    """Whom a pin's file trusts. Raises: HostError where it is damaged."""
+    """The host that a pin's file trusts. Raises: HostError where it is damaged."""
     host, newest = parse_pin(pin, name)
     return Trust(host=host, newest=newest)

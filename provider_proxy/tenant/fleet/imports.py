@@ -1,7 +1,7 @@
 """What an import would change in the database, and the change itself.
 
-The database is what members watch; a watcher's file is only where hosts come from. So an import shows
-first what it would change, and removes nothing unless it is told to.
+Members watch the hosts in the database; a watcher's file is only their source. So an import first shows
+what it would change, and removes nothing unless it is told to.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from provider_proxy.tenant.fleet import rows, schema
 from provider_proxy.tenant.fleet.hosts import ImportedFleet, ImportedHost, parse_trust
 
 SHOWN_DIGEST_CHARS = 12
-HOSTS_AT_ONCE = 2000  # a statement's: 4 MB; each tells members once that hosts have changed
+HOSTS_AT_ONCE = 2000  # in a statement: 4 MB; each statement notifies members once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +25,8 @@ class Plan:
     """The difference between a file and the database.
 
     Attributes:
-        added, changed, removed: hosts by name; what differs, in words, where they change.
-        same: how many hosts are as they were.
+        added, changed, removed: hosts by name; for changed ones the differences, in words.
+        same: how many hosts are unchanged.
     """
 
     added: tuple[str, ...]
@@ -80,7 +80,7 @@ def apply(connection: Connection[Any], fleet: ImportedFleet, *, remove: bool) ->
         remove: also remove hosts that the file does not have, with all that is known of them.
 
     Returns:
-        What was changed; `removed` names hosts of which only `remove` gets rid.
+        What was changed; `removed` names hosts that only `remove` removes.
     """
     with connection.transaction():
         connection.execute("lock table host in share row exclusive mode")

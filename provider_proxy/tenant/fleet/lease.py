@@ -1,12 +1,12 @@
-"""What a member of a fleet may do by its own clock: the half of the lease rules that asks no database.
+"""What a member of a fleet may do by its own clock: the part of the lease rules without the database.
 
 The database's clock decides between members: a lease ends there, and another member may take the shard
 from then on. A member must stop *before* that. So it counts from the moment before it asked, on a clock
-that goes on while the machine sleeps (CLOCK_BOOTTIME), and takes a margin off for clocks that run apart.
+that also counts while the machine sleeps (CLOCK_BOOTTIME), and subtracts a margin for clock drift.
 
-Every write carries the lease's epoch, and the database refuses one whose lease is gone (`leases`). What
-is sent elsewhere cannot be refused there: a process may be stopped between its look at the clock and the
-send. That is why reports carry host, epoch and sequence, and receivers drop lower ones.
+Every write carries the lease's epoch, and the database refuses one whose lease is gone (`leases`). Other
+receivers cannot refuse: a process may be stopped between its check of the clock and the send. So reports
+carry host, epoch and sequence, and receivers drop lower ones.
 
 Pure: no clock of its own, no database.
 """
@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-DEFAULT_SHARDS = 64  # more than members that one fleet needs; moving one moves 1.6 % of the hosts
+DEFAULT_SHARDS = 64  # more shards than any fleet needs members; moving one moves 1.6 % of the hosts
 
 
-MAX_LEASE_S = 60.0  # one that ends later than this is of a clock that went back since
+MAX_LEASE_S = 60.0  # a later end means that the database's clock went back since
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class LeaseTimes:
     Attributes:
         lease_s: from the grant to its end, on the database's clock.
         renew_s: from one renewal to the next. A lease outlives one renewal that fails.
-        margin_s: how much sooner than the database a member takes its lease for ended.
+        margin_s: how much earlier than the database a member treats its lease as ended.
 
     Raises:
         ValueError: a member could not renew in time.
@@ -41,14 +41,14 @@ class LeaseTimes:
 
     def __post_init__(self) -> None:
         if not 0 < self.renew_s <= (self.lease_s - self.margin_s) / 2:
-            raise ValueError("two renewals must fit into a lease less its margin")
+            raise ValueError("a lease minus its margin must be long enough for two renewals")
         if self.lease_s > MAX_LEASE_S:
-            raise ValueError(f"a lease lasts {MAX_LEASE_S:g} s at most")
+            raise ValueError(f"a lease must last at most {MAX_LEASE_S:g} s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """A shard's lease, as far as its holder knows.
+    """A shard's lease, as its holder knows it.
 
     Attributes:
         epoch: rises each time that the shard is taken; never goes back.
@@ -67,7 +67,7 @@ class Holdings:
         self._held: dict[int, Held] = {}
 
     def granted(self, asked_s: float, epochs: Mapping[int, int]) -> None:
-        """The database's answer to a renewal: these shards are held, and no others.
+        """The database's answer to a renewal: this member holds these shards, and no others.
 
         Args:
             asked_s: CLOCK_BOOTTIME from *before* the question was sent.
@@ -92,5 +92,5 @@ class Holdings:
 
     @property
     def next_end_s(self) -> float | None:
-        """When the first lease ends by the member's own clock; None where nothing is held."""
+        """When the first lease ends by the member's own clock; None without a lease."""
         return min((held.until_s for held in self._held.values()), default=None)

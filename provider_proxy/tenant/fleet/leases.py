@@ -1,8 +1,8 @@
-"""The leases of shards in PostgreSQL: who serves which hosts, by the database's clock.
+"""The leases of shards in PostgreSQL: which member serves which hosts, by the database's clock.
 
-Members find each other in the table `member`. Each renews what it holds, takes a fair share of what
-nobody holds, and gives back what is more than its share. A shard's epoch rises each time that it is
-taken, so that a write under an old one can be told and refused.
+Members find each other in the table `member`. Each renews what it holds, takes a fair share of the
+free shards, and gives back what exceeds its share. A shard's epoch rises each time that it is taken, so
+that a write under an old one is recognised and refused.
 
 Synchronous: runs in the database's worker threads, each call one transaction.
 """
@@ -19,7 +19,7 @@ from psycopg import Connection
 from provider_proxy.tenant.fleet import schema
 from provider_proxy.tenant.fleet.lease import MAX_LEASE_S
 
-# Where the database's clock went back, ends that lie far ahead would keep what the dead held for as long.
+# If the database's clock went back, ends far in the future would keep the shards of dead members locked.
 _CLAMP_LEASES = """
 update lease set until = fleet_now() + make_interval(secs => %(most)s)
 where shard in (
@@ -37,8 +37,8 @@ where id in (
 _LAPSED = """
 select until <= fleet_now() from member where id = %(me)s
 """
-# An epoch that was seen higher than the row's belongs to a database of later than this one: a backup was
-# restored, or a standby took over that had not got everything. A holder learns the new one as it renews.
+# If a higher epoch than the row's was seen, the database is older than before: a backup was restored, or
+# a standby that lacked something took over. A holder gets the new epoch when it renews.
 _RAISE = """
 update lease set epoch = behind.epoch + 1
 from (
@@ -98,7 +98,7 @@ class Member:
     """A process of the fleet. Each start of a process is a member of its own.
 
     Attributes:
-        name: for people: where it runs.
+        name: for people: the machine where it runs.
         lease_s: how long its leases last, in seconds.
     """
 
@@ -108,7 +108,7 @@ class Member:
     lease_s: float
 
     def values(self) -> dict[str, object]:
-        """As the statements take it."""
+        """As the statements need it."""
         return {
             "me": self.id,
             "name": self.name,
@@ -125,13 +125,13 @@ class Share:
 
     Attributes:
         epochs: the shards that the member holds now, with their epochs.
-        fresh: those of them that it did not hold last: what it knows of their hosts may be old.
+        fresh: those of them that it did not hold before: what it knows of their hosts may be old.
         given: shards that it gave back, because others have less.
-        members: how many members serve, this one included unless it drains.
-        free: shards that nobody holds.
+        members: how many members serve, including this one unless it drains.
+        free: shards that no member holds.
         draining: this member was told to give its shards back.
-        lapsed: its time had run out; it has taken only what it held last, and does so for a while.
-        rolled_back: shards whose epoch was lower than this member has had it, and was raised.
+        lapsed: its leases had expired; for a while it takes only what it held before.
+        rolled_back: shards whose epoch was lower than this member had seen, and was raised.
     """
 
     epochs: Mapping[int, int]
@@ -151,16 +151,16 @@ def renew(
     own_only: bool = False,
     seen: Mapping[int, int] | None = None,
 ) -> Share:
-    """Say that the member lives, keep its leases, and move towards a fair share.
+    """Record that the member is alive, renew its leases, and move towards a fair share.
 
-    A lease that has run out is not renewed, even where nobody has taken it: between its end and now
-    somebody may have. It is taken again under a new epoch instead.
+    A lease that has expired is not renewed, even if no member has taken it: between its end and now a
+    member may have. It is taken again under a new epoch instead.
 
     Args:
-        own_only: take only what this member held last. After an outage of the database every lease has
-            run out, and everybody is to have its own again. So does a member that finds that its own
-            time has run out: this very call may have waited while the database stood still.
-        seen: the highest epoch that this member has had of each shard; none is given out again.
+        own_only: take only what this member held before. After an outage of the database every lease has
+            expired, and each member should get its own shards back. A member whose own leases have
+            expired does the same: this very call may have waited while the database was stopped.
+        seen: the highest epoch that this member has seen of each shard; none is given out again.
     """
     values = member.values()
     known = {"seen_shards": list(seen or ()), "seen_epochs": list((seen or {}).values())}
@@ -205,7 +205,7 @@ def renew(
 
 
 def leave(connection: Connection[Any], member: Member) -> None:
-    """Give everything back at once: others need not wait for the leases to end."""
+    """Give everything back at once, so that others need not wait for the leases to end."""
     values = member.values()
     with connection.transaction():
         connection.execute(_MINE, values)
@@ -215,15 +215,13 @@ def leave(connection: Connection[Any], member: Member) -> None:
         connection.execute("delete from member where id = %(me)s", values)
 
 
-RESTORED_STEP = (
-    1 << 32
-)  # epochs that no member can have used up between a backup and its restoration
+RESTORED_STEP = 1 << 32  # more epochs than members can use between a backup and its restoration
 
 
 def restored(connection: Connection[Any]) -> int:
-    """A backup was restored, or a standby took over that may lack something: begin afresh above it.
+    """After a backup was restored, or an incomplete standby took over: start above all earlier epochs.
 
-    Epochs rise above all that were given out meanwhile, and no verdict is shown until a new one is there.
+    Epochs rise above all that were given out since, and no old verdict is shown any more.
 
     Returns:
         How many verdicts are not shown any more.
@@ -241,9 +239,9 @@ def restored(connection: Connection[Any]) -> int:
 
 
 def fenced(connection: Connection[Any], member: Member, epochs: Mapping[int, int]) -> set[int]:
-    """Which of these leases hold now. Call it first in the transaction that writes under them.
+    """Which of these leases are valid now. Call it first in the transaction that writes under them.
 
-    The rows stay locked until that transaction ends: nobody takes the shards before.
+    The rows stay locked until that transaction ends, so no member takes the shards before.
     """
     values = member.values() | {"shards": list(epochs), "epochs": list(epochs.values())}
     return {shard for (shard,) in connection.execute(_FENCE, values)}

@@ -2,14 +2,14 @@
 
     run ─┬─ _renew      keeps the leases, takes and gives back shards; starts and stops hosts
          ├─ hosts       a task a host, as in `watch`
-         ├─ served      starts hosts of new shards, takes up changes that were imported
+         ├─ served      starts hosts of new shards, applies imported changes
          ├─ _write      verdicts, clock states and reports, in batches
          ├─ delivery    the outbox, until every receiver has each report
-         └─ reporter    sinks; reports that no lease covers go there at once
+         └─ reporter    sinks; reports without a lease go there at once
 
-While the database is away nobody can take a shard over, or nobody can say so: the member goes on with
-the hosts that it has, from memory. Its reports say `unfenced` once its own deadline has passed. When the
-database is back every member takes its own shards again before it looks at others'.
+While the database is not reachable, no shard can be taken over, so the member keeps watching its hosts,
+from memory. Its reports say `unfenced` once its own deadline has passed. When the database is back, every
+member takes its own shards again before it takes others.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 WRITE_EVERY_S = 0.2  # a batch; 10,000 hosts at 10 s make 200 verdicts each
 LOOK_EVERY_S = 20.0
-UNREADY_S = 30.0  # of results that are not saved
+UNREADY_S = 30.0  # with unsaved results
 LEASE_LIMIT_S = 3.0  # for a renewal: a slower answer is of no use
 
 
@@ -71,11 +71,11 @@ class FleetMember:
     """One process of a fleet.
 
     Args:
-        config: the watcher's file; its hosts do not count, the database's do.
+        config: the watcher's file; the hosts come from the database instead.
         address: of the database.
         name: for people.
         version: this program's.
-        write: for JSON lines; None for none.
+        write: for JSON lines; None for no output.
         times: how long leases last.
 
     Raises:
@@ -109,16 +109,16 @@ class FleetMember:
         self._holdings = Holdings(self._times)
         self._cache = PolicyCache(config.state_dir / "policies")
         self._eks: FleetEks | None = None
-        self._epochs: dict[int, int] = {}  # the highest that this member has had of each shard
-        self._grace = 0  # renewals left in which only one's own shards are taken
+        self._epochs: dict[int, int] = {}  # the highest that this member has seen of each shard
+        self._grace = 0  # renewals left in which it takes only its own shards
         self._away = True  # until it has answered
         self._draining = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until SIGTERM or SIGINT; give everything back on the way out. SIGHUP begins again.
+        """Serve until SIGTERM or SIGINT; give everything back at the end. SIGHUP reads everything again.
 
         Raises:
-            HostError: the database is away at the start, or nobody reads stdout any more.
+            HostError: the database is not reachable at the start, or stdout was closed.
         """
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             try:
@@ -137,7 +137,7 @@ class FleetMember:
             self._reporter = Reporter(
                 await open_sinks(stack, self._config, self._write_line, rng=self._rng), self.metrics
             )
-            # The outbox tries again by itself, so that an hour without a receiver holds nothing up.
+            # The outbox retries by itself, so an hour without a receiver delays nothing else.
             once = dataclasses.replace(self._config.webhook, max_tries=1)
             sinks = await open_sinks(
                 stack,
@@ -227,15 +227,15 @@ class FleetMember:
         self._reporter.tell_body(body)
 
     def standing(self) -> Standing:
-        """How this member stands."""
+        """The status of this member."""
         unsaved_s = self._writer.oldest_s()
         trouble = None
         if self._away:
-            trouble = "the database is away; hosts are watched from memory"
+            trouble = "the database is not reachable; hosts are watched from memory"
         elif unsaved_s > UNREADY_S:
             trouble = f"results have not been saved for {unsaved_s:.0f} s"
         elif self._draining:
-            trouble = "draining: it was told to give its shards back"
+            trouble = "draining: this member was told to give its shards back"
         return Standing(self._member.name, self._member.version, trouble)
 
     def _metrics_text(self) -> bytes:
@@ -253,7 +253,7 @@ class FleetMember:
         await TenantHttpServer(admin.answer, None).serve(listener)
 
     async def _look(self) -> None:
-        """Look at the fleet as a whole every now and then, for its history and the metrics, for ever."""
+        """Query the whole fleet at an interval, for its history and the metrics, for ever."""
         metrics = self.fleet_metrics
         while True:
             await trio.sleep(LOOK_EVERY_S * self._rng.uniform(0.5, 1))
@@ -263,7 +263,7 @@ class FleetMember:
                 waiting = partial(overview.waiting, shards=self._held())
                 count, age_s = await self._database.run(waiting)
             except DatabaseError as exc:
-                log.warning("the fleet cannot be looked at: %s", exc)
+                log.warning("cannot query the fleet: %s", exc)
                 continue
             metrics.hosts.clear()
             for state, hosts in states.items():
@@ -272,12 +272,12 @@ class FleetMember:
             metrics.outbox_seconds.set(age_s)
 
     async def _leave(self) -> None:
-        """Write what is there, then give the shards back: others need not wait for the leases."""
+        """Write what is unsaved, then give the shards back, so that others need not wait."""
         try:
             await self._write_once()
             await self._database.run(partial(leases.leave, member=self._member), limit_s=5)
         except DatabaseError as exc:
-            log.error("not given back, others wait for the leases to end: %s", exc)
+            log.error("cannot give the shards back, others wait for the leases to end: %s", exc)
 
     async def _renew(self) -> None:
         """Keep the leases, for ever; start and stop hosts as shards come and go."""
@@ -305,7 +305,7 @@ class FleetMember:
 
     @property
     def _grace_renewals(self) -> int:
-        """As many as a lease has: by then everybody has come back."""
+        """As many renewals as a lease lasts: by then every member is back."""
         return 1 + round(self._times.lease_s / self._times.renew_s)
 
     def _held(self) -> list[int]:
@@ -314,9 +314,9 @@ class FleetMember:
 
     def _is_away(self, error: DatabaseError) -> None:
         if not self._away:
-            log.error("%s; watching on from memory", error)
+            log.error("%s; hosts are watched from memory", error)
         self._away = True
-        # After an outage every lease may have run out: first everybody takes back its own.
+        # After an outage every lease may have expired: first every member takes back its own.
         self._grace = self._grace_renewals
         self.fleet_metrics.database_up.set(0)
 
@@ -327,15 +327,15 @@ class FleetMember:
         self.fleet_metrics.database_up.set(1)
 
     def _hold(self, asked_s: float, share: leases.Share) -> None:
-        """Make the hosts that run those of the shards that are held."""
+        """Start and stop hosts so that those of the held shards run."""
         self._holdings.granted(asked_s, share.epochs)
         if share.lapsed:
             self._grace = self._grace_renewals
         if share.rolled_back:
             self.fleet_metrics.rolled_back.inc(share.rolled_back)
             log.error(
-                "the database is older than what this member has seen of it, in %d shards; what was seen "
-                "counts. Was a backup restored? Then run `provider-proxy fleet restored`",
+                "in %d shards the database is older than what this member has seen, which is kept. "
+                "If a backup was restored, run `provider-proxy fleet restored`",
                 share.rolled_back,
             )
         for shard, epoch in share.epochs.items():
@@ -360,7 +360,7 @@ class FleetMember:
             await self._write_once()
         except DatabaseError as exc:
             if not self._away:
-                log.error("not saved yet: %s", exc)
+                log.error("cannot save results yet: %s", exc)
             self._writer.send_overdue()
         self.fleet_metrics.unsaved_seconds.set(self._writer.oldest_s())
         self.fleet_metrics.lost_reports.set(self._writer.dropped_reports)

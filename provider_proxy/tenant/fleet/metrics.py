@@ -1,4 +1,4 @@
-"""What a member of a fleet counts beside the watcher's own metrics."""
+"""The metrics of a fleet's member, besides the watcher's own."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ class FleetMetrics:
         prefix = "provider_proxy_fleet_"
         self.shards = Gauge(prefix + "shards", "Shards that this member holds.", registry=registry)
         self.members = Gauge(
-            prefix + "members", "Members that serve, as the database said last.", registry=registry
+            prefix + "members",
+            "Members that serve, as the database last reported.",
+            registry=registry,
         )
         self.free_shards = Gauge(
             prefix + "free_shards",
-            "Shards that nobody holds: their hosts are not verified.",
+            "Shards that no member holds: their hosts are not verified.",
             registry=registry,
         )
         self.hosts = Gauge(
             prefix + "hosts",
-            "Hosts of the whole fleet, by what is shown of them; as of the last minute.",
+            "Hosts of the whole fleet, by state; updated every minute.",
             ["state"],
             registry=registry,
         )
         self.outbox_reports = Gauge(
             prefix + "outbox_reports",
-            "Reports of this member's shards that no receiver has yet.",
+            "Reports of this member's shards that are not delivered yet.",
             registry=registry,
         )
         self.outbox_seconds = Gauge(
-            prefix + "outbox_seconds", "Age of the oldest of them.", registry=registry
+            prefix + "outbox_seconds",
+            "Age of the oldest report that is not delivered yet, in seconds.",
+            registry=registry,
         )
         self.unfenced_reports = Counter(
             prefix + "unfenced_reports",
@@ -39,7 +43,7 @@ class FleetMetrics:
             registry=registry,
         )
         self.database_up = Gauge(
-            prefix + "database_up", "1 while the database answers.", registry=registry
+            prefix + "database_up", "1 if the database answers.", registry=registry
         )
         self.unsaved_seconds = Gauge(
             prefix + "unsaved_seconds",
@@ -51,7 +55,7 @@ class FleetMetrics:
         )
         self.refused_writes = Counter(
             prefix + "refused_writes",
-            "Batches of a shard that were not written because its lease was lost.",
+            "Batches that were not written because the shard's lease was lost.",
             registry=registry,
         )
         self.rolled_back = Counter(
@@ -61,6 +65,6 @@ class FleetMetrics:
         )
         self.lost_reports = Gauge(
             prefix + "lost_reports",
-            "Reports that found no room while the database was away. Must stay 0.",
+            "Reports lost because too many waited for the database. Must stay 0.",
             registry=registry,
         )

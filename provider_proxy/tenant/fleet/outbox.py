@@ -1,7 +1,7 @@
 """The outbox: reports that were written with their verdicts, until every receiver has them.
 
-A shard's holder delivers its hosts' reports, in order for each host, again and again until they are
-taken: at least once, the same bytes each time. A silence holds a host's reports back until it ends.
+A shard's holder delivers its hosts' reports, in order for each host, and repeats until they are accepted:
+at least once, the same bytes each time. A silence holds a host's reports back until it ends.
 
 Synchronous; runs in the database's worker threads.
 """
@@ -18,7 +18,7 @@ from psycopg import Connection
 MAX_AT_ONCE = 200
 FIRST_RETRY_S = 1.0
 LONGEST_RETRY_S = 300.0
-KEEP_DAYS = 30  # delivered reports, for `fleet reports`; and others, that nobody takes
+KEEP_DAYS = 30  # delivered reports, for `fleet reports`; and those that no receiver accepts
 
 _NEXT = """
 select distinct on (host) r.id, r.host, r.body, r.tries, r.next_try <= fleet_now() as due,
@@ -59,7 +59,7 @@ def next_reports(connection: Connection[Any], shards: Sequence[int]) -> list[Wai
 
 
 def delivered(connection: Connection[Any], ids: Sequence[uuid.UUID]) -> None:
-    """Every receiver has these. True whoever holds the shard by now."""
+    """Mark reports that every receiver has, whether or not this member still holds the shard."""
     connection.execute(
         "update report set delivered = fleet_now() where id = any(%s) and delivered is null",
         (list(ids),),
@@ -67,7 +67,7 @@ def delivered(connection: Connection[Any], ids: Sequence[uuid.UUID]) -> None:
 
 
 def failed(connection: Connection[Any], id_: uuid.UUID, wait_s: float) -> None:
-    """A receiver did not take this one; try again after a while."""
+    """A receiver did not accept this one; try again after a while."""
     connection.execute(
         "update report set tries = tries + 1,"
         " next_try = fleet_now() + make_interval(secs => %s) where id = %s",
@@ -76,9 +76,9 @@ def failed(connection: Connection[Any], id_: uuid.UUID, wait_s: float) -> None:
 
 
 def forget_old(connection: Connection[Any]) -> int:
-    """Remove reports and silences that are over for long.
+    """Remove old reports and old silences.
 
-    Reports that no receiver has taken for as long go, too: the table has an end.
+    Reports that were not delivered for as long are removed, too, so that the table is bounded.
 
     Returns:
         How many reports were removed that had not been delivered.

@@ -1,7 +1,7 @@
-"""What the fleet's page asks the database: the fleet over time, and hosts by search, a page at a time.
+"""The database queries of the fleet's page: the fleet over time, and hosts by search, page by page.
 
-Every question has a limit on the server and every answer one in rows, so that a person who looks around
-costs the members' own work little. Text from a search is data: `%` and `_` in it mean themselves.
+Every query has a time limit on the server and every answer a limit of rows, so that the page does not
+slow the members down. Text from a search is data: `%` and `_` in it are literal.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KEEP_HISTORY_DAYS = 31
 BARS = 120
 HOURS = (1, 24, 168, 720)
 TROUBLE = ("INVALID_QUOTE", "FAILED", views.NOT_VERIFIED, views.NEVER_VERIFIED)
-"""What a person has to look at, the worst first."""
+"""The states that a person must look at, the worst first."""
 _RANK = "array_position(array[" + ", ".join(f"'{state}'" for state in TROUBLE) + "]::text[], state)"
 _HOSTS = (
     f"select h.name, h.shard, {views.STATE} as state, s.verdict_at, s.error, s.reason {views.FROM}"
@@ -37,8 +37,8 @@ class Search:
 
     Attributes:
         text: a part of the name; empty for all.
-        state: shown so; "trouble" for `TROUBLE`; empty for all.
-        after: the last host of the page before, as `HostPage.next` said; empty for the first page.
+        state: their state; "trouble" for `TROUBLE`; empty for all.
+        after: the last host of the page before, from `HostPage.next`; empty for the first page.
     """
 
     text: str = ""
@@ -48,11 +48,11 @@ class Search:
     def __post_init__(self) -> None:
         """Raises: UsageError."""
         if len(self.text) > MAX_SEARCH_CHARS or not self.text.isprintable():
-            raise UsageError(f"q must be printable, of {MAX_SEARCH_CHARS} characters at most")
+            raise UsageError(f"q must be printable, and at most {MAX_SEARCH_CHARS} characters")
         if self.state and not re.fullmatch(r"[A-Za-z_]{1,40}", self.state):
-            raise UsageError("state is no state")
+            raise UsageError("state is not a known state")
         if self.after and not re.fullmatch(r"[0-9]{1,2}:[!-~]{1,255}", self.after):
-            raise UsageError("after must be what `next` said")
+            raise UsageError("after must be a value of `next`")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ class HostPage:
 
 
 def search(connection: Connection[Any], wanted: Search, *, most: int = MAX_PAGE) -> HostPage:
-    """Hosts, those that need a person first, then by name."""
+    """Hosts, those that need a person's attention first, then by name."""
     rank, _, name = wanted.after.partition(":")
     values = {
         "like": "%" + re.sub(r"([\\%_])", r"\\\1", wanted.text) + "%",
@@ -115,7 +115,7 @@ def _states_of(text: str) -> list[str] | None:
 
 
 def remember(connection: Connection[Any]) -> None:
-    """Write down how many hosts are shown how, once a minute in the whole fleet; forget old minutes."""
+    """Record the number of hosts by state, once a minute in the whole fleet; remove old minutes."""
     with connection.transaction():
         (known,) = _row(
             connection,
@@ -135,7 +135,7 @@ def remember(connection: Connection[Any]) -> None:
 
 
 def latest(connection: Connection[Any]) -> dict[str, int]:
-    """Hosts by what is shown of them, as written down last."""
+    """Hosts by state, as last recorded."""
     rows = connection.execute(
         "select state, hosts from history where at = (select max(at) from history)"
     )
@@ -143,7 +143,7 @@ def latest(connection: Connection[Any]) -> dict[str, int]:
 
 
 def waiting(connection: Connection[Any], shards: list[int]) -> tuple[int, float]:
-    """Reports of some shards that no receiver has yet: how many, and the age of the oldest in seconds."""
+    """Undelivered reports of some shards: how many, and the age of the oldest in seconds."""
     count, age_s = _row(
         connection,
         "select count(*), coalesce(extract(epoch from fleet_now() - min(made)), 0)::float8"
@@ -154,9 +154,9 @@ def waiting(connection: Connection[Any], shards: list[int]) -> tuple[int, float]
 
 
 def history(connection: Connection[Any], hours: int) -> list[tuple[float, Mapping[str, int]]]:
-    """How many hosts were shown how, over time: `BARS` parts at most, the oldest first.
+    """Hosts by state, over time: `BARS` parts at most, the oldest first.
 
-    Each part is the minute in it that was the worst, so that a short trouble is seen.
+    Each part shows its worst minute, so that a short problem is visible.
 
     Returns:
         Seconds since the epoch, and hosts by state.

@@ -1,9 +1,8 @@
 """Pins from registrars at an import: `[hosts.NAME] registrar` in a fleet's file.
 
-A watcher asks the registrar again and again, and holds what it says against the pin. A fleet has pins in
-its database, the same for every member, and members ask no registrar. So an import asks. What it is told
-is checked as a watcher does (the AK's attributes, the EK's chain, the pin that is there), and becomes the
-pin.
+A watcher asks the registrar repeatedly, and compares its record with the pin. A fleet has pins in its
+database, the same for every member, and members ask no registrar. So an import asks. It checks the record
+as a watcher does (the AK's attributes, the EK's chain, the existing pin), and makes it the pin.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ async def pin_from_registrars(config: WatchConfig) -> int:
         How many hosts were asked about.
 
     Raises:
-        HostError: of some hosts the record is not to be trusted, or could not be had; names the first.
+        HostError: some hosts' records must not be trusted, or could not be read; names the first.
     """
     wanted = {
         name: rules

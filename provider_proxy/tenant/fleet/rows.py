@@ -1,7 +1,7 @@
 """The hosts and what is known of them, as rows: read when a shard is taken, written under its lease.
 
-Nothing goes back: a clock state is written only where it is not older than the one that is there, and
-every write names the epoch of its shard's lease (`leases.fenced`). Synchronous; runs in the database's
+No state goes back: a clock state is written only if it is not older than the one in the database, and
+every write has the epoch of its shard's lease (`leases.fenced`). Synchronous; runs in the database's
 worker threads.
 """
 
@@ -48,9 +48,9 @@ class Known:
 
     Attributes:
         record: None where nothing was accepted yet.
-        verdict: that was told last; None where none was.
+        verdict: the last reported one; None before the first.
         sequence: of its newest report.
-        damage: what is wrong with the record; None where nothing is.
+        damage: what is wrong with the record; None if nothing is.
     """
 
     record: HostRecord | None = None
@@ -67,8 +67,8 @@ class Outgoing:
     """A report on its way to the outbox.
 
     Attributes:
-        body: the exact bytes that receivers get, however often.
-        was_sent: receivers have been sent it although it is not in the outbox.
+        body: the exact bytes that receivers get, at every delivery.
+        was_sent: it was sent to receivers although it is not in the outbox.
     """
 
     id: uuid.UUID
@@ -79,12 +79,12 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """What is to be written of one host; the parts that are None stay as they are.
+    """What to write of one host; the parts that are None stay as they are.
 
     Attributes:
         made_s: when this was put together, CLOCK_BOOTTIME seconds.
         age_s: how long before that the verdict was reached, in seconds.
-        good_for_s: from then on, how long it may be shown.
+        good_for_s: how long it may be shown from then on.
         waits_s: how long the oldest part of it has waited to be written, in seconds.
         overdue: its reports have been sent, see `Outgoing.was_sent`.
     """
@@ -108,7 +108,7 @@ def shard_of(name: str, shards: int) -> int:
 
 
 def read_hosts(connection: Connection[Any], since: Mapping[int, int]) -> list[HostRow]:
-    """The hosts of some shards that changed after a number, which each shard has of its own."""
+    """The hosts of some shards that changed after a change number, given for each shard."""
     rows = connection.execute(
         "select name, h.shard, rules, files, pin, change from host h"
         " join unnest(%s::int[], %s::bigint[]) as s (shard, since)"
@@ -144,7 +144,7 @@ def read_known(
     Args:
         names: only of these hosts; None for all.
     """
-    # A host that was removed and came back has reports, and no state: its numbers go on.
+    # A host that was removed and came back has reports, and no state: its numbers continue.
     rows = connection.execute(
         "select h.name, s.record, s.verdict, s.error, greatest(s.sequence,"
         " (select max(r.sequence) from report r where r.host = h.name), 0)"
@@ -158,7 +158,7 @@ def read_known(
         try:
             record = None if values is None else parse_record(name, values)
             verdict = None if state is None else Verdict(State(state), error)
-        except (EvidenceFormatError, ValueError) as exc:  # this host's past is not known
+        except (EvidenceFormatError, ValueError) as exc:  # this host's history is not known
             verdict, damage = None, f"the database's record of {name} is damaged: {exc}"
         found[name] = Known(record=record, verdict=verdict, sequence=sequence, damage=damage)
     return found
@@ -179,12 +179,12 @@ def write(
         now: CLOCK_BOOTTIME in seconds.
 
     Returns:
-        The shards whose lease holds. Nothing was written of the others.
+        The shards whose lease is valid. Nothing was written for the others.
     """
     with connection.transaction(), connection.cursor() as cursor:
         good = leases.fenced(connection, member, epochs)
-        # A moment of both clocks, ours read last: a verdict seems older than it is, never younger,
-        # however long any statement takes.
+        # One moment on both clocks, this program's read last: a verdict may seem older than it is, never
+        # younger, however long a statement takes.
         (moment,) = cursor.execute("select fleet_now()").fetchone() or (None,)
         now_s = now()
         mine = [update for update in updates if update.shard in good]

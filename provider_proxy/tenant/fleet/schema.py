@@ -1,10 +1,10 @@
 """The fleet's tables in PostgreSQL, as numbered migrations.
 
 `provider-proxy fleet migrate` applies them, under a role that may create tables; members run under one
-that may not. Tables first, then members one by one: a migration adds (expand), and members of the
-program before go on beside the new ones. What they would miss is taken away by a later migration
-(contract), which `needs` a newer program: it is refused while an older member lives, and an older program
-then refuses the tables. `OLDEST_COMPATIBLE` says which tables are too old for this program.
+that may not. Upgrade the tables first, then members one by one: a migration adds (expand), and members of
+the previous program keep running beside the new ones. A later migration removes what they use (contract)
+and `needs` a newer program: it is refused while an older member is alive, and an older program then
+refuses the tables. `OLDEST_COMPATIBLE` says which tables are too old for this program.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from provider_proxy.errors import HostError, UsageError
 from provider_proxy.tenant.fleet.lease import DEFAULT_SHARDS
 
 MAX_SHARDS = 4096
-LOCK_KEY = 0x70726F7870  # one migration at a time; a number of our own for pg_advisory_xact_lock
+LOCK_KEY = 0x70726F7870  # one migration at a time; an arbitrary number for pg_advisory_xact_lock
 
-# A migration waits behind what runs, and members wait behind it: so it gives up soon, and tries again.
+# A migration waits for running statements, and members wait for it: so it gives up soon, and retries.
 LOCK_WAIT = "1s"
 LOCK_TRIES = 10
 
@@ -32,7 +32,7 @@ class Migration:
     """A step from one version of the tables to the next.
 
     Attributes:
-        needs: the lowest VERSION of a program that can use the tables from here on.
+        needs: the lowest VERSION of a program that can use the tables after this step.
     """
 
     statements: str
@@ -141,7 +141,7 @@ DAILY_TABLES = (
 
 
 def version_of(connection: Connection[Any]) -> int:
-    """The version of the tables; 0 where there are none."""
+    """The version of the tables; 0 if they do not exist."""
     there = connection.execute("select to_regclass('fleet_version') is not null").fetchone()
     if there is None or not there[0]:
         return 0
@@ -150,14 +150,14 @@ def version_of(connection: Connection[Any]) -> int:
 
 
 def check_version(connection: Connection[Any]) -> None:
-    """That this program can use the tables.
+    """Check that this program can use the tables.
 
     Raises:
         HostError: they are missing, too old or too new; the message says what to do.
     """
     found = version_of(connection)
     if found < OLDEST_COMPATIBLE:
-        what = "no tables of a fleet" if not found else f"tables of version {found}"
+        what = "no fleet tables" if not found else f"tables of version {found}"
         raise HostError(f"the database has {what}; run `provider-proxy fleet migrate`")
     row = connection.execute("select max(needs) from fleet_version").fetchone()
     if row is not None and row[0] > VERSION:
@@ -176,14 +176,14 @@ def migrate(
     """Bring the tables to this program's version, in one transaction.
 
     Args:
-        shards: for a new fleet; an existing one keeps its number.
+        shards: for a new fleet; an existing fleet keeps its number.
         migrations: all of them, the applied ones first.
 
     Returns:
         The version before and after.
 
     Raises:
-        UsageError: shards are out of range, or members live whose program could not go on.
+        UsageError: shards are out of range, or live members could not use the new tables.
         HostError: the tables are in use, and could not be locked.
     """
     if not 1 <= shards <= MAX_SHARDS:
@@ -237,13 +237,13 @@ def _demand_newer_members(connection: Connection[Any], number: int, needs: int) 
     if rows:
         names = ", ".join(f"{name} ({version})" for name, version in rows[:5])
         raise UsageError(
-            f"members run a program that could not use tables of version {number}: {names}; "
+            f"members run a program that cannot use tables of version {number}: {names}; "
             "upgrade and restart them first"
         )
 
 
 def grant_daily(connection: Connection[Any], role: str) -> None:
-    """Let a role do the daily work: rows, but no tables."""
+    """Grant a role what members need: rows, but no tables."""
     name = sql.Identifier(role)
     tables = sql.SQL(", ").join(map(sql.Identifier, DAILY_TABLES))
     row = connection.execute("select current_schema").fetchone()

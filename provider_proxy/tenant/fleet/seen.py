@@ -1,8 +1,8 @@
-"""Clock states that a member has seen itself count, whatever the database says later.
+"""Remembers the clock states that a member has seen, in case the database shows an older one later.
 
-A database may be an older one: a backup that was restored, or a standby that had not got everything; and
-what a member found just before it lost a shard was never written. A member that has watched a host before
-does not take an older state of the same AK for the newest.
+A database may be older than before: a restored backup, or a standby that lacked something. And what a
+member found just before it lost a shard was never written. A member that has watched a host before does
+not accept an older state of the same AK as the newest.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from provider_proxy.tenant.watch.store import HostRecord, HostRecords
 
 
 class SeenRecords(HostRecords):
-    """Records whose clocks outlive `forget`: some 300 bytes for each host that was ever watched here."""
+    """Records whose clocks are kept after `forget`: 300 bytes for each host that was watched here."""
 
     def __init__(self) -> None:
         super().__init__()
         self._seen: dict[str, tuple[AkName, ClockState]] = {}
 
     def begin(self, name: str, record: HostRecord | None) -> bool:
-        """Begin with what the database knows of a host, or with what was seen of it where that is newer.
+        """Begin with the database's state of a host, or with the seen one where that is newer.
 
         Returns:
-            Whether the database's state was older than what was seen; it is written again then.
+            Whether the database's state was older than the seen one, which is then written again.
         """
         self.put(name, record)
         seen = self._seen.get(name)
         if seen is None or (record is not None and seen[0] != record.ak_name):
             return False
-        if record is None:  # it was removed and came back: the same chip's clock goes on
+        if record is None:  # it was removed and came back: the same chip's clock continues
             record = HostRecord(ak_name=seen[0], newest=None, first_use={})
         if record.newest is not None and record.newest >= seen[1]:
             return False
@@ -40,7 +40,7 @@ class SeenRecords(HostRecords):
         return True
 
     def forget(self, name: str) -> None:
-        """A host is somebody else's now; its clock stays known."""
+        """Another member has the host now; its clock is kept."""
         known = self.newest(name)
         if known is not None:
             self._seen[name] = known

@@ -1,8 +1,8 @@
-"""The hosts of the shards that a member holds: read from the database, started, stopped, renewed.
+"""The hosts of the shards that a member holds: read from the database, started, stopped, updated.
 
-Reading and starting tens of thousands of hosts takes seconds, and leases are renewed every second: so it
-is a task of its own, a few shards at a time, and lets others run in between. A shard that is lost
-meanwhile is not started any more.
+Reading and starting tens of thousands of hosts takes seconds, and leases are renewed every second. So
+this is a separate task that handles a few shards at a time and lets others run in between. A shard that
+is lost meanwhile is not started.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 
 REFRESH_EVERY_S = 2.0
 SHARDS_AT_ONCE = 4
-HOSTS_AT_ONCE = 20  # are started before others may run: some 5 ms
-AGAIN_S = 1.0  # where the hosts of a shard could not be read
+HOSTS_AT_ONCE = 20  # started before other tasks may run: some 5 ms
+AGAIN_S = 1.0  # until hosts that could not be read are read again
 
 
 class Served:
@@ -43,7 +43,7 @@ class Served:
 
     Args:
         write: writes what is known of all hosts; raises DatabaseError.
-        shared: what the hosts share.
+        shared: what the hosts have in common.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class Served:
         self._todo: set[int] = set()  # held, and not served yet
         self._wake = trio.Event()
         self._next_due_s = 0.0
-        self._hosts_change = -1  # of the database's hosts, as it was looked at last
+        self._hosts_change = -1  # of the database's hosts, as last read
         self.hosts: dict[str, HostWatch] = {}
 
     def hold(self, shards: Iterable[int], fresh: Iterable[int]) -> int:
-        """These shards are held now, and no others.
+        """Set the shards that are held now.
 
         Args:
-            fresh: were somebody else's since, or may have been: what is known of their hosts is old.
+            fresh: another member had them since, or may have: what is known of their hosts is old.
 
         Returns:
             How many of them are new.
@@ -103,7 +103,7 @@ class Served:
         self._wake.set()
 
     def lost(self, shards: Iterable[int]) -> None:
-        """These shards are somebody else's: the database refused a write."""
+        """Drop shards that another member has: the database refused a write."""
         self._drop([shard for shard in shards if shard in self._changes])
 
     def _drop(self, shards: Sequence[int]) -> None:
@@ -143,7 +143,7 @@ class Served:
         await self._start(nursery, found, known, of_all=len(found) * waiting / len(shards))
 
     async def _fetch_policies(self, found: Iterable[rows.HostRow]) -> None:
-        """Have the policies of some hosts on this machine. Raises: DatabaseError."""
+        """Make sure that the policies of some hosts are on this machine. Raises: DatabaseError."""
         wanted = {digest for row in found for digest in row.files.values()}
         for digest in sorted(wanted):
             if not await trio.to_thread.run_sync(self._cache.has, digest):
@@ -161,10 +161,10 @@ class Served:
         *,
         of_all: float,
     ) -> None:
-        """Watch these from now on; their beginnings are spread over an interval at most.
+        """Watch these from now on; their first rounds are spread over at most an interval.
 
         Args:
-            of_all: of about how many hosts they are a part that begin now.
+            of_all: about how many hosts begin now, these included.
         """
         files = PolicyFiles()
         self._next_due_s = max(self._next_due_s, trio.current_time())
@@ -217,13 +217,13 @@ class Served:
             self._metrics.forget_host(name)
 
     async def refresh(self, nursery: trio.Nursery) -> None:
-        """Take up what was imported, for ever."""
+        """Apply imported changes, for ever."""
         while True:
             await trio.sleep(REFRESH_EVERY_S)
             try:
                 await self._refresh_once(nursery)
             except DatabaseError as exc:
-                log.warning("changes are not taken up: %s", exc)
+                log.warning("cannot apply imported changes now: %s", exc)
 
     async def _refresh_once(self, nursery: trio.Nursery) -> None:
         """Raises: DatabaseError."""
@@ -235,7 +235,7 @@ class Served:
         changed = await self._database.run(partial(rows.read_hosts, since=since))
         names = await self._database.run(partial(rows.read_names, shards=shards))
         await self._fetch_policies(changed)
-        await self._write()  # what is known of them, before it is read again
+        await self._write()  # save what is known of them, before it is read again
         read = partial(rows.read_known, shards=shards, names=[row.name for row in changed])
         known = await self._database.run(read)
         gone = [n for n, shard in self._shards.items() if shard in since and n not in names]
@@ -243,7 +243,11 @@ class Served:
         await self._start(nursery, changed, known, of_all=len(changed))
         self._hosts_change = change
         if changed or gone:
-            log.info("taken up: %d hosts new or changed, %d removed", len(changed), len(gone))
+            log.info(
+                "applied imported changes: %d hosts new or changed, %d removed",
+                len(changed),
+                len(gone),
+            )
 
 
 async def _within(scope: trio.CancelScope, host: HostWatch, due_s: float) -> None:

@@ -1,6 +1,6 @@
-"""What a fleet needs: cores, members, connections, database. Arithmetic on figures per verdict.
+"""What a fleet needs: cores, members, connections, database. Calculated from figures per verdict.
 
-The figures were measured on two cores that others used, too (PostgreSQL 15, durable, 100,000 hosts with
+The figures were measured on two shared cores (PostgreSQL 15, durable, 100,000 hosts with
 pins of 700 bytes and IMA positions; `bench watch` for the checks). Pure.
 """
 
@@ -10,17 +10,17 @@ import math
 from dataclasses import dataclass
 
 CHECKS_PER_CORE_S = (
-    720.0  # one member's: question, verification, policy; without an IMA list that grows
+    720.0  # of one member: question, verification, policy; with an IMA list that does not grow
 )
 MEMBER_WRITE_S = 62e-6  # a member's CPU for one verdict's rows
 DATABASE_CORE_S = 46e-6  # the server's
 WAL_BYTES = 1_600  # of one verdict, checkpoints' full pages included
 HOST_BYTES = 3_700  # rows of `host` and `host_state` with their indexes
-BLOAT = 2.0  # rows are written anew with each verdict, and vacuum comes later
+BLOAT = 2.0  # rows are rewritten with each verdict, and vacuum comes later
 REPORT_BYTES = 930
 KEEP_DAYS = 30
 HISTORY_BYTES = 31 * 24 * 60 * 5 * 90  # a month of minutes, five states each
-BUSY = 0.7  # of a core: above, questions are late
+BUSY = 0.7  # of a core: above that, questions are late
 DATABASE_BUSY = 0.5  # stalls come before a core is full
 CONNECTIONS = 2  # a member
 
@@ -31,10 +31,10 @@ class FleetSize:
 
     Attributes:
         verdicts_s: a second.
-        members: processes, each on a core of its own; one of them may die.
+        members: processes, each on its own core; one of them may fail.
         connections: to the database.
         database_cores: of the server.
-        wal_mb_s: that the server writes, and sends to each standby, in MB a second.
+        wal_mb_s: WAL that the server writes, and sends to each standby, in MB a second.
         database_gb: on disk, with reports of `KEEP_DAYS`.
     """
 
@@ -49,7 +49,7 @@ class FleetSize:
 
 
 def fleet_size(hosts: int, interval_s: float, *, reports_a_day: float = 1.0) -> FleetSize:
-    """The arithmetic.
+    """Calculate it.
 
     Args:
         reports_a_day: of each host.

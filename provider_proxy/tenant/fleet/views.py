@@ -1,6 +1,6 @@
 """What people see of a fleet, read from its database: members, shards, hosts, reports, silences.
 
-A host is trusted only while its verdict is younger than its bound; after that it is "not verified
+A host is shown as trusted only while its verdict is recent enough; after that it is "not verified
 since", whatever the last verdict was.
 """
 
@@ -19,7 +19,7 @@ NOT_VERIFIED = "NOT_VERIFIED_SINCE"
 NEVER_VERIFIED = "NEVER_VERIFIED"
 NOT_ASKED = "NOT_ASKED"  # a host that is only listed
 MAX_ROWS = 100_000
-AHEAD = "1 s"  # a verdict of later than now by more is from before the database's clock went back
+AHEAD = "1 s"  # a verdict further in the future is from before the database's clock went back
 STATE = f"""
 case when h.rules @> '{{"need_provider_quote": false}}' then '{NOT_ASKED}'
      when s.verdict is null then '{NEVER_VERIFIED}'
@@ -32,7 +32,7 @@ FROM = "from host h left join host_state s on s.name = h.name"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemberView:
-    """A process that lives.
+    """A process that is alive.
 
     Attributes:
         seen_s: how long ago it renewed its leases, in seconds.
@@ -51,8 +51,8 @@ class FleetView:
     """The whole fleet.
 
     Attributes:
-        free_shards: shards that nobody holds: their hosts are not verified now.
-        by_state: hosts by what may be shown of them.
+        free_shards: shards that no member holds: their hosts are not verified now.
+        by_state: hosts by the state that is shown.
         oldest_verdict_s: age of the oldest verdict of a host that is asked, in seconds.
         waiting_reports: of the outbox.
         oldest_report_s: age of the oldest of those, in seconds.
@@ -149,7 +149,7 @@ def host_views(
 
     Args:
         like: SQL's pattern of names, "%" for any characters.
-        state: only hosts that are shown so.
+        state: only hosts in this state.
     """
     rows = connection.execute(
         f"select * from (select h.name, h.shard, {STATE} as state, s.verdict_at, s.error, s.reason"  # noqa: S608
@@ -180,10 +180,10 @@ def report_views(
 
 
 def drain(connection: Connection[Any], name: str) -> int:
-    """Have members give their shards back and take none; by name or id. How many they are.
+    """Make members give their shards back and take none, by name or id. Returns how many.
 
     Raises:
-        UsageError: no such member lives.
+        UsageError: no such member is alive.
     """
     done = connection.execute(
         "update member set draining = true"
@@ -191,7 +191,7 @@ def drain(connection: Connection[Any], name: str) -> int:
         (name, name),
     )
     if not done.rowcount:
-        raise UsageError(f"no member {name!r} lives; see `provider-proxy fleet status`")
+        raise UsageError(f"there is no live member {name!r}; see `provider-proxy fleet status`")
     return done.rowcount
 
 
@@ -204,14 +204,14 @@ def silence(
         hosts: SQL's pattern of names.
 
     Returns:
-        Its id, how many hosts it is about now, and when it ends.
+        Its id, how many hosts it matches now, and when it ends.
 
     Raises:
-        UsageError: it is about no host.
+        UsageError: it matches no host.
     """
     (count,) = _row(connection, "select count(*) from host where name like %s", (hosts,))
     if not count:
-        raise UsageError(f"no host is called like {hosts!r}")
+        raise UsageError(f"no host matches {hosts!r}")
     id_ = uuid.uuid4()
     (ends,) = _row(
         connection,
@@ -223,7 +223,7 @@ def silence(
 
 
 def silence_views(connection: Connection[Any], *, most: int = 1000) -> list[SilenceView]:
-    """Silences that hold now, the first to end first."""
+    """Silences that are active now, the first to end first."""
     rows = connection.execute(
         "select id, hosts, why, ends from silence"
         " where begins <= fleet_now() and ends > fleet_now() order by ends, id limit %s",
@@ -236,7 +236,7 @@ def end_silence(connection: Connection[Any], id_: str) -> None:
     """End a silence now; what it held back is delivered.
 
     Raises:
-        UsageError: none of that id holds.
+        UsageError: no silence with that id is active.
     """
     done = connection.execute(
         "update silence set ends = fleet_now() where id::text = %s and ends > fleet_now()"
@@ -244,7 +244,7 @@ def end_silence(connection: Connection[Any], id_: str) -> None:
         (id_,),
     )
     if not done.rowcount:
-        raise UsageError(f"no silence {id_!r} holds; see `provider-proxy fleet silences`")
+        raise UsageError(f"there is no active silence {id_!r}; see `provider-proxy fleet silences`")
 
 
 def _row(connection: Connection[Any], statement: str, values: tuple[object, ...] = ()) -> Any:

@@ -1,10 +1,10 @@
 """Collects what a member finds and writes it in batches, each under the leases of its shards.
 
-A verdict and its report go into one transaction, so that neither is there without the other. While the
-database is away everything waits here, the newest state of each host alone; reports are bounded. What
-waits for a shard that is somebody else's by now is dropped: its new holder finds it again.
+A verdict and its report are written in one transaction, so that neither exists without the other. While
+the database is not reachable everything waits here, only the newest state of each host; reports are
+bounded. What waits for a shard that another member now has is dropped: its new holder finds it again.
 
-No clock of its own: the caller says what time it is (CLOCK_BOOTTIME seconds).
+It reads no clock: the caller gives the time (CLOCK_BOOTTIME seconds).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ UNFENCED = "unfenced"
 
 @dataclass(slots=True)
 class _Waiting:
-    """What is not written yet of one host."""
+    """The unwritten results of one host."""
 
     shard: int
     since_s: float
@@ -45,7 +45,7 @@ class Writer:
 
     Args:
         now: CLOCK_BOOTTIME in seconds.
-        unfenced: told of each report that cannot get into the outbox now: made while no lease is held
+        unfenced: called with each report that cannot get into the outbox now: made without a lease
             for its shard, or not written for `overdue_s`. It is sent at once.
         overdue_s: how long a report may wait for the outbox, in seconds.
     """
@@ -73,11 +73,11 @@ class Writer:
         self.dropped_reports = 0
 
     def begin(self, host: str, sequence: int) -> None:
-        """A host is this member's from now on; `sequence` is that of its newest report."""
+        """Begin to collect for a host; `sequence` is that of its newest report."""
         self._sequence[host] = sequence
 
     def forget(self, hosts: Iterable[str]) -> None:
-        """Hosts are somebody else's now."""
+        """Forget hosts that another member has now."""
         for host in hosts:
             self._sequence.pop(host, None)
             gone = self._waiting.pop(host, None)
@@ -116,7 +116,9 @@ class Writer:
             self._unfenced(body)
         if self._reports >= MAX_WAITING_REPORTS:
             self.dropped_reports += 1
-            log.error("%s: a report is lost: %d wait for the database", host, self._reports)
+            log.error(
+                "%s: a report was lost: %d already wait for the database", host, self._reports
+            )
             return
         self._reports += 1
         made = Outgoing(
@@ -125,9 +127,9 @@ class Writer:
         place.reports.append(made)
 
     def send_overdue(self) -> None:
-        """Send what has waited for too long for the outbox: leases may be held, and writes fail.
+        """Send what has waited too long for the outbox: leases may be held while writes fail.
 
-        The bytes are those that are written later, so that a receiver knows them again.
+        The same bytes are written later, so that a receiver recognises them.
         """
         now = self._now()
         for place in self._waiting.values():
@@ -143,11 +145,11 @@ class Writer:
         return self._reports
 
     def oldest_s(self) -> float:
-        """For how long the oldest update has waited, in seconds; 0 where none waits."""
+        """How long the oldest update has waited, in seconds; 0 where none waits."""
         return max((self._now() - place.since_s for place in self._waiting.values()), default=0.0)
 
     def take(self) -> tuple[Mapping[int, int], list[Update]]:
-        """What can be written now, with the epochs that it is written under."""
+        """What can be written now, with the epochs for it."""
         for host, record in self._records.take_changed().items():
             self._place(host).record = record
         now = self._now()
@@ -162,7 +164,7 @@ class Writer:
         return {shard: epoch for shard, epoch in epochs.items() if shard in used}, updates
 
     def put_back(self, updates: Iterable[Update]) -> None:
-        """These were not written: the database did not answer. What came since is newer, and stays."""
+        """Take back what was not written, because the database did not answer; newer results are kept."""
         for update in updates:
             if update.host not in self._sequence:
                 continue  # forgotten meanwhile

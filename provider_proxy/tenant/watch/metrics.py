@@ -1,6 +1,6 @@
-"""What the watcher counts, for Prometheus: an object handed in, written as a text file.
+"""The watcher's metrics, for Prometheus: an object that is passed in, written as a text file.
 
-prometheus-client is behind it, with a registry of its own. The file is replaced as a whole, so that
+It uses prometheus-client with its own registry. The file is replaced as a whole, so that
 node_exporter's textfile collector never reads half of it.
 """
 
@@ -40,37 +40,37 @@ class WatchMetrics:
         )
         self.host_trusted = Gauge(
             prefix + "host_trusted",
-            "1 while a host's last verdict is TRUSTED.",
+            "1 if a host's last verdict is TRUSTED.",
             ["host"],
             registry=self.registry,
         )
         self.host_verified = Gauge(
             prefix + "host_verified_timestamp_seconds",
-            "When a host's evidence last verified, seconds since the epoch.",
+            "When a host's evidence was last verified, seconds since the epoch.",
             ["host"],
             registry=self.registry,
         )
         self.lateness = Histogram(
             prefix + "lateness_seconds",
-            "From when a host was due until it was asked.",
+            "Delay from when a host was due until it was asked, in seconds.",
             buckets=LATENESS_BUCKETS,
             registry=self.registry,
         )
         self.reports = Counter(
             prefix + "reports",
-            "Reports, by where they go and whether they got there.",
+            "Reports, by receiver and result.",
             ["sink", "outcome"],
             registry=self.registry,
         )
         self.not_after = Gauge(
             prefix + "not_after_seconds",
-            "When a certificate or a CA ends to be valid, in seconds since the epoch.",
+            "When a certificate or a CA expires, in seconds since the epoch.",
             ["what"],
             registry=self.registry,
         )
         self.save_failures = Counter(
             prefix + "save_failures",
-            "Saves of the state that failed. Must stay 0.",
+            "Failed saves of the state. Must stay 0.",
             registry=self.registry,
         )
 
@@ -83,7 +83,7 @@ class WatchMetrics:
             self.hosts.labels(state.value).set(count)
 
     def show_dates(self, dates: Iterable[Dated]) -> None:
-        """Say when each ends to be valid; those that were said before are forgotten."""
+        """Set when each expires; earlier values are removed."""
         show_dates(self.not_after, dates)
 
     def forget_host(self, name: str) -> None:
@@ -98,7 +98,7 @@ class WatchMetrics:
 
 
 def write_now(metrics: WatchMetrics, table: MetricsTable, states: Iterable[State]) -> None:
-    """Write the text file, where one is configured; what fails is logged."""
+    """Write the text file, if one is configured; an error is logged."""
     if table.textfile is None:
         return
     metrics.count_states(states)
@@ -111,7 +111,7 @@ def write_now(metrics: WatchMetrics, table: MetricsTable, states: Iterable[State
 async def write_often(
     metrics: WatchMetrics, table: MetricsTable, states: Callable[[], Iterable[State]]
 ) -> None:
-    """Write the text file at its interval, for ever; return where none is configured."""
+    """Write the text file at its interval, for ever; return if none is configured."""
     while table.textfile is not None:
         write_now(metrics, table, states())
         await trio.sleep(table.interval_s)

@@ -177,7 +177,7 @@ async def test_an_agent_that_nobody_added_is_said_with_the_command(
 async def test_a_verifier_without_push_mode_is_said(autojump_clock: Jumping, push: Any) -> None:
     pushed = await push()
     pushed.verifier.answers["sessions"] = [(404, {})]
-    with pytest.raises(NotSupportedError, match=r"takes Keylime 7\.14\.3"):
+    with pytest.raises(NotSupportedError, match=r"needs Keylime 7\.14\.3"):
         await pushed.api.offer(OFFER)
 
 

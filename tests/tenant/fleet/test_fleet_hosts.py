@@ -132,7 +132,7 @@ def test_addresses(text: str) -> None:
     [
         ("postgresql://u:secret@h/db", "passfile"),
         ("postgresql:///db?password=secret", "passfile"),
-        ("postgresql://h/db?nonsense=1", "not an address"),
+        ("postgresql://h/db?nonsense=1", "not a PostgreSQL address"),
     ],
 )
 def test_wrong_addresses(text: str, message: str) -> None:

@@ -235,7 +235,7 @@ def test_nothing_is_wider_than_the_window(page: Page, width: int) -> None:
 
 
 def test_a_member_in_trouble_says_so(page: Page) -> None:
-    page.site.trouble = "the database is away; hosts are watched from memory"
+    page.site.trouble = "the database is not reachable; hosts are watched from memory"
     try:
         page.open()
         said = f"This member: {page.site.trouble}."
