@@ -46,7 +46,7 @@ def read_public(path: Path) -> bytes:
     try:
         parse_public(data)
     except EvidenceFormatError as exc:
-        raise UsageError(f"{path} is no TPM2B_PUBLIC: {exc}") from exc
+        raise UsageError(f"{path} is not a TPM2B_PUBLIC: {exc}") from exc
     return data
 
 
@@ -60,7 +60,7 @@ def read_quote(path: Path) -> Quote:
     try:
         return parse_quote(read_file(path, MAX_QUOTE_STRING).decode("ascii").strip())
     except (EvidenceFormatError, UnicodeDecodeError) as exc:
-        raise UsageError(f"{path} holds no quote: {exc}") from exc
+        raise UsageError(f"{path} does not hold a quote: {exc}") from exc
 
 
 def load_ak(ak_tpm: Path | None, insecure_pem: Path | None) -> AttestationKey:
@@ -68,11 +68,11 @@ def load_ak(ak_tpm: Path | None, insecure_pem: Path | None) -> AttestationKey:
 
     Args:
         ak_tpm: a TPM2B_PUBLIC, raw or base64.
-        insecure_pem: a PEM, whose attributes nobody has checked.
+        insecure_pem: a PEM, whose attributes were not checked.
 
     Raises:
         UntrustedAkError: a key, but not an attestation key.
-        UsageError: no TPM2B_PUBLIC.
+        UsageError: not a TPM2B_PUBLIC.
     """
     if ak_tpm is not None:
         return parse_ak(read_public(ak_tpm))
@@ -83,7 +83,7 @@ def load_ak(ak_tpm: Path | None, insecure_pem: Path | None) -> AttestationKey:
 def add_pins_argument(parser: argparse.ArgumentParser) -> None:
     """`--pins`, for `--pinned`."""
     parser.add_argument(
-        "--pins", type=Path, metavar="DIR", help="directory of the pins that --pinned is in"
+        "--pins", type=Path, metavar="DIR", help="directory of the pins, for --pinned"
     )
 
 
@@ -120,28 +120,30 @@ agent_id = option(addresses.parse_agent_id, addresses.MUST_AGENT_ID)
 def add_tls_arguments(parser: argparse.ArgumentParser) -> None:
     """`URL`, and how to speak TLS with it."""
     parser.add_argument(
-        "url", type=safe_url, metavar="URL", help="the proxy, https://host:8890 for example"
+        "url", type=safe_url, metavar="URL", help="the proxy's URL, for example https://host:8890"
     )
     parser.add_argument("--ca", type=Path, metavar="FILE", help="CA of the proxy's certificate")
-    parser.add_argument("--cert", type=Path, metavar="FILE", help="own certificate, PEM")
+    parser.add_argument("--cert", type=Path, metavar="FILE", help="your certificate, PEM")
     parser.add_argument("--key", type=Path, metavar="FILE", help="its private key, PEM")
     add_tls_name_argument(parser, "--tls-name", "the proxy's")
 
 
 def add_tls_name_argument(parser: argparse.ArgumentParser, option: str, whose: str) -> None:
-    """The name that a certificate is for, where a server is reached by another."""
+    """The name in a server's certificate, if its URL has another one."""
     parser.add_argument(
         option,
         type=host_name,
         metavar="NAME",
-        help=f"what {whose} certificate is for, where that is not the URL's host",
+        help=f"the name in {whose} certificate, if it is not the URL's host",
     )
 
 
 def add_registrar_arguments(parser: argparse.ArgumentParser) -> None:
-    """What goes with `--registrar URL`: its TLS, the host's id there, who vouches for the EK."""
-    parser.add_argument("--registrar-ca", type=Path, metavar="FILE", help="CA of the registrar")
-    parser.add_argument("--registrar-cert", type=Path, metavar="FILE", help="own certificate, PEM")
+    """What goes with `--registrar URL`: its TLS, the host's id there, what vouches for the EK."""
+    parser.add_argument(
+        "--registrar-ca", type=Path, metavar="FILE", help="CA of the registrar's certificate"
+    )
+    parser.add_argument("--registrar-cert", type=Path, metavar="FILE", help="your certificate, PEM")
     parser.add_argument("--registrar-key", type=Path, metavar="FILE", help="its private key, PEM")
     add_tls_name_argument(parser, "--registrar-tls-name", "the registrar's")
     parser.add_argument(
@@ -154,12 +156,12 @@ def add_registrar_arguments(parser: argparse.ArgumentParser) -> None:
         "--ek-tpm",
         type=Path,
         metavar="FILE",
-        help="its EK: TPM2B_PUBLIC; you vouch for it, and its certificate is not looked at",
+        help="its EK, TPM2B_PUBLIC; you confirm that it is the host's; its certificate is not checked",
     )
     parser.add_argument(
         "--ek-sha256",
         metavar="HEX",
-        help="SHA-256 of its EK's public key (SubjectPublicKeyInfo); you vouch for it",
+        help="SHA-256 of its EK's public key (SubjectPublicKeyInfo); you confirm that it is the host's",
     )
     parser.add_argument(
         "--ek-cert",
@@ -178,12 +180,12 @@ def add_registrar_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--insecure-virtual-ek",
         action="store_true",
-        help="virtual TPMs whose CAs are in --ek-ca pass, too: root on their machine has their keys",
+        help="also accept virtual TPMs whose CAs are in --ek-ca: root on their machine has their keys",
     )
     parser.add_argument(
         "--insecure-no-ek",
         action="store_true",
-        help="check no EK certificate; a TPM of software then passes for the host's",
+        help="do not check the EK certificate; a software TPM can then pass for the host's",
     )
 
 
@@ -199,18 +201,18 @@ def add_log_arguments(parser: argparse.ArgumentParser) -> None:
         "--runtime-policy-key",
         type=Path,
         metavar="FILE",
-        help="PEM of the key that must have signed it",
+        help="PEM public key; the policy must be signed with its private key",
     )
     parser.add_argument(
         "--ima-violations",
         choices=[choice.value for choice in Violations],
         default=Violations.REFUSE.value,
-        help="a file that was written to while IMA measured it (default: %(default)s)",
+        help="what to do with a file that was written to while IMA measured it (default: %(default)s)",
     )
 
 
 def with_ima_list(logs: HostLogs, path: Path | None) -> HostLogs:
-    """Logs with the host's whole IMA list, of a file, in the place of an answer's part of it.
+    """Logs with the host's whole IMA list, from a file, in place of the part in an answer.
 
     Args:
         path: None for the logs as they are.
@@ -295,7 +297,9 @@ def parse_pcr_list(text: str) -> int:
 
 def add_timeout_argument(parser: argparse.ArgumentParser) -> None:
     """`--timeout-ms`, for `parse_timeout_ms`."""
-    parser.add_argument("--timeout-ms", type=int, metavar="N", help="how long the proxy may take")
+    parser.add_argument(
+        "--timeout-ms", type=int, metavar="N", help="how long the proxy may take, in milliseconds"
+    )
 
 
 def parse_timeout_ms(args: argparse.Namespace) -> int | None:
@@ -313,7 +317,8 @@ def add_max_age_argument(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=DEFAULT_MAX_AGE_S,
         metavar="SECONDS",
-        help=f"how old the nonce may be at the reply, in seconds (default: {DEFAULT_MAX_AGE_S:g})",
+        help="maximum age of the nonce when the reply arrives, in seconds "
+        f"(default: {DEFAULT_MAX_AGE_S:g})",
     )
 
 

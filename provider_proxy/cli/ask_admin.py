@@ -1,6 +1,6 @@
 """How commands reach a running daemon: its admin listener, on loopback or a unix socket.
 
-What comes back is bounded and read as untrusted: whoever holds that port may say anything.
+The answer is bounded and read as untrusted: any program can listen at that address.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from provider_proxy.errors import HostError, ReplyError, UsageError
 from provider_proxy.evidence.strict_json import parse_own_json
 from provider_proxy.host.config.load import load_config
 
-TIMEOUT_S = 5.0  # the daemon answers in milliseconds, or is too busy to be asked
+TIMEOUT_S = 5.0  # the daemon answers in milliseconds, unless it is overloaded
 MAX_STATUS_BYTES = 4 * 1024 * 1024  # 240 batches and 100 tenants with long names make some 200 kB
 VERSION = 1
 
@@ -34,14 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that say where the daemon is."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--admin", metavar="ADDRESS", help="its admin listener: 127.0.0.1:8895 or unix:/path"
+        "--admin",
+        metavar="ADDRESS",
+        help="the daemon's admin listener: 127.0.0.1:8895 or unix:/path",
     )
     where.add_argument(
         "--config",
         type=Path,
         default=DEFAULT_CONFIG,
         metavar="FILE",
-        help=f"its configuration, which names the listener (default: {DEFAULT_CONFIG})",
+        help=f"the daemon's configuration, which names that listener (default: {DEFAULT_CONFIG})",
     )
 
 
@@ -49,7 +51,7 @@ def open_client(args: argparse.Namespace) -> AdminClient:
     """A client by the arguments of `add_arguments`.
 
     Raises:
-        UsageError: the address is none, or not of this machine.
+        UsageError: the address is not valid, or not of this machine.
         HostError: the configuration cannot be read.
     """
     return AdminClient(args.admin or configured(args.config), called="--admin")
@@ -63,7 +65,7 @@ class AdminClient:
         called: what messages call the address.
 
     Raises:
-        UsageError: the address is none, or not of this machine.
+        UsageError: the address is not valid, or not of this machine.
     """
 
     def __init__(self, address: str, *, called: str = "admin.address") -> None:
@@ -91,8 +93,8 @@ class AdminClient:
             limit: of the answer, in bytes.
 
         Raises:
-            HostError: nobody answers there, or we may not ask.
-            ReplyError: what answers is no daemon.
+            HostError: nothing answers there, or this user may not ask.
+            ReplyError: the program that answers is not the daemon.
         """
         connection = _connection(self.address)
         try:
@@ -139,9 +141,9 @@ def configured(path: Path) -> str:
     """
     addresses = load_config(path).admin.address
     if not addresses:
-        raise UsageError(f"{path} has no admin.address: set it, and restart the daemon")
+        raise UsageError(f"{path} does not set admin.address: set it, and restart the daemon")
     if not addresses[0].startswith("unix:") and split_address(addresses[0])[1] == 0:
-        raise UsageError("admin.address has port 0: name the real one with --admin")
+        raise UsageError("admin.address has port 0: give the real address with --admin")
     return addresses[0]
 
 
@@ -160,5 +162,7 @@ def check_status(results: dict[str, Any]) -> dict[str, Any]:
     """Raises: ReplyError where it is not a status of the version that this program reads."""
     version = results.get("version")
     if version != VERSION:
-        raise ReplyError(f"the status has version {version!r}, and this program reads {VERSION}")
+        raise ReplyError(
+            f"the status has version {version!r}, and this program reads version {VERSION}"
+        )
     return results

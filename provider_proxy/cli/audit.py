@@ -30,18 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     proof = actions.add_parser("prove", help="prove that a nonce is in a batch of the log")
-    proof.add_argument("--nonce", required=True, metavar="TEXT", help="the nonce, as it was sent")
+    proof.add_argument(
+        "--nonce", required=True, metavar="TEXT", help="the nonce, as it was sent to the proxy"
+    )
     proof.add_argument("--mask", metavar="MASK", help="the requested mask, 0x and hex digits")
     proof.add_argument("--bank", metavar="BANK", help="the requested bank")
-    proof.add_argument("--vm", metavar="UUID", help="the VM that the request named, if it did")
+    proof.add_argument("--vm", metavar="UUID", help="the VM that the request named, if any")
     proof.add_argument(
         "--evidence",
         type=Path,
         metavar="FILE",
-        help="the reply; its quote must be over the recorded root",
+        help="the saved reply; its quote must sign the recorded root",
     )
     show = actions.add_parser("show", help="show the records")
-    show.add_argument("--tenant", metavar="NAME", help="of this tenant alone")
+    show.add_argument("--tenant", metavar="NAME", help="show only records of this tenant")
     show.add_argument("--last", type=_count, metavar="N", help="show only the newest N records")
     for action, act in ((proof, _prove), (show, _show)):
         action.add_argument(
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """Do what was asked.
 
     Raises:
-        ParameterError: nonce, mask, bank or UUID is ill-formed.
+        ParameterError: nonce, mask, bank or UUID is not valid.
         EvidenceFormatError: the evidence file holds no evidence.
         HostError: a file cannot be read.
     """
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Damage:
-    """Warns of each line that is no record, and counts them."""
+    """Warns of each line that is not a record, and counts them."""
 
     count = 0
 
@@ -111,7 +113,7 @@ def _prove(args: argparse.Namespace) -> int:
 
 def _in_words(proof: Proof | None, damaged: int, *, with_evidence: bool) -> list[str]:
     if proof is None:
-        skipped = f" (damaged lines that were skipped: {damaged})" if damaged else ""
+        skipped = f" (skipped {damaged} damaged lines)" if damaged else ""
         return [f"not in this log{skipped}"]
     record, leaf = proof.record, proof.record.leaf
     if proof.problem is not None or leaf is None:
@@ -123,9 +125,9 @@ def _in_words(proof: Proof | None, damaged: int, *, with_evidence: bool) -> list
         f"  a quote over this root has the qualifying data {proof.qualifying.decode('ascii')}",
     ]
     if with_evidence:
-        lines.append("  the evidence's quote has it; that the AK signed it, `verify` checks")
+        lines.append("  the evidence's quote has it; `verify` checks that the AK signed it")
     else:
-        lines.append("  that a TPM signed such a quote, the evidence alone can show")
+        lines.append("  only the evidence can show that a TPM signed such a quote")
     return lines
 
 
@@ -169,5 +171,5 @@ def _parse_vm(text: str) -> uuid.UUID:
 def _count(text: str) -> int:
     """For argparse, which names the option when this raises. Raises: ValueError."""
     if not 1 <= int(text) <= sys.maxsize:
-        raise argparse.ArgumentTypeError("must be a number from 1")
+        raise argparse.ArgumentTypeError("must be a number, 1 or more")
     return int(text)

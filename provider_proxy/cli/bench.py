@@ -63,18 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline",
         action="store_true",
-        help="quotes: only the CPU a request, against a bare h11 server answering a constant",
+        help="quotes: measure only the CPU time per request, against a bare h11 server",
     )
     parser.add_argument(
         "--chip",
         choices=sorted(CHIPS),
-        help="quotes: a vendor's median chip instead of one of 100 ms",
+        help="quotes: use a vendor's median chip instead of 100 ms per quote",
     )
     parser.add_argument(
         "--plot",
         type=Path,
         metavar="DIR",
-        help="plan: measure more, and draw it as PNG and SVG (needs the extra plot)",
+        help="plan: measure more, and write plots as PNG and SVG to DIR (needs the extra plot)",
     )
     parser.add_argument(
         "--seed",
@@ -93,11 +93,11 @@ def run(args: argparse.Namespace) -> int:
         VerificationError: an answer did not verify.
     """
     if args.baseline and args.suite != "quotes":
-        raise UsageError("--baseline goes with quotes")
+        raise UsageError("--baseline is an option of quotes only")
     if args.chip and args.suite != "quotes":
-        raise UsageError("--chip goes with quotes")
+        raise UsageError("--chip is an option of quotes only")
     if args.plot and args.suite != "plan":
-        raise UsageError("--plot goes with plan")
+        raise UsageError("--plot is an option of plan only")
     if args.plot:
         from provider_proxy.bench import plots
     measure = quotes.run_baseline if args.baseline else SUITES[args.suite]
@@ -137,7 +137,7 @@ def _print_points(figures: dict[str, object]) -> None:
     """A row a point: what was measured, and how far that is from what was predicted."""
     table = Table(
         title="provider-proxy bench plan",
-        caption="measured, and how far that is from the prediction; ms, CPU of one core",
+        caption="measured, and the difference from the prediction; ms, CPU of one core",
         box=box.SIMPLE,
         pad_edge=False,
     )

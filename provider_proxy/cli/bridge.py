@@ -1,7 +1,7 @@
-"""`provider-proxy bridge`: hosts as agents of one's own, unmodified Keylime.
+"""`provider-proxy bridge`: present hosts as agents to your own, unmodified Keylime.
 
-`run` is the service. `status` asks it how each host stands, `reactivate` lets the verifier ask a host
-again that it has given up, and `make-keys` makes keys for a systemd credential.
+`run` is the service. `status` shows the state of each host, `reactivate` makes the verifier ask a host
+again after it has stopped, and `make-keys` makes keys for a systemd credential.
 """
 
 from __future__ import annotations
@@ -40,16 +40,24 @@ FILES_A_HOST = 4  # its port, the connection to its proxy, and polls
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    serve = actions.add_parser("run", help="be the hosts' agents, until SIGTERM")
-    show = actions.add_parser("status", help="how each host stands; exit code 1: one is refused")
+    serve = actions.add_parser(
+        "run", help="run the bridge: answer as the hosts' agents, until SIGTERM"
+    )
+    show = actions.add_parser(
+        "status", help="show the state of each host; exit code 1 if one is refused"
+    )
     show.add_argument("--json", action="store_true", help="one JSON object as the last line")
     again = actions.add_parser(
-        "reactivate", help="let your verifier ask hosts again that it has given up"
+        "reactivate", help="make your verifier ask hosts again after it has stopped asking"
     )
-    again.add_argument("hosts", nargs="+", metavar="HOST", help="name of the host in the file")
+    again.add_argument("hosts", nargs="+", metavar="HOST", help="name of a host in the file")
     for action, act in ((serve, _run), (show, _status), (again, _reactivate)):
         action.add_argument(
-            "--config", type=Path, required=True, metavar="FILE", help="the hosts and [bridge]"
+            "--config",
+            type=Path,
+            required=True,
+            metavar="FILE",
+            help="the file with the hosts and [bridge]",
         )
         action.set_defaults(act=act)
     keys = actions.add_parser("make-keys", help="make the bridge's keys, for a systemd credential")
@@ -61,7 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file for the keys; it must not exist yet",
     )
     keys.add_argument(
-        "--ip", required=True, metavar="IP", help="where your verifier reaches the agents"
+        "--ip",
+        required=True,
+        metavar="IP",
+        help="the address at which your verifier reaches the agents",
     )
     keys.set_defaults(act=_make_keys)
 
@@ -139,11 +150,11 @@ def _reactivate(args: argparse.Namespace) -> int:
     pushed = [name for name in args.hosts if config.hosts[name].mode == "push"]
     if pushed:
         raise UsageError(
-            f"{pushed[0]} is in mode push, where Keylime knows no reactivation: delete the agent at the "
+            f"{pushed[0]} is in push mode, where Keylime has no reactivation: delete the agent at the "
             "verifier and add it again"
         )
     if bridge.verifier_url is None:
-        raise UsageError("bridge.verifier_url is missing: which verifier?")
+        raise UsageError("bridge.verifier_url is not set: set it to the URL of your verifier")
     keys = keys_of(config)
     ids = {name: agent_id_of(keys.ek_public, name) for name in args.hosts}
     asyncio.run(_ask_verifier(config, ids))
@@ -165,7 +176,7 @@ async def _ask_verifier(config: WatchConfig, ids: Mapping[str, str]) -> None:
 
 def _make_keys(args: argparse.Namespace) -> int:
     if is_there(args.out):
-        raise UsageError(f"{args.out} is there already; keys are not replaced")
+        raise UsageError(f"{args.out} exists already; keys are not replaced")
     try:
         data = make_keys(args.ip)
     except ValueError as exc:

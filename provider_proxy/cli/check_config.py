@@ -1,8 +1,8 @@
 """`provider-proxy check-config`: every value that the daemon would use, and where it came from.
 
 Reads what the program reads, in the same way, and starts nothing. What it prints is TOML again. Then it
-opens every file that the configuration names, and says what a start would say: wrong files, pairs that do
-not fit, dates, addresses in use. Secrets appear as the paths that the configuration names them by.
+opens every file that the configuration names, and reports what a start would report: wrong files, keys
+that do not match certificates, dates, addresses in use. Secrets appear as the paths that name them.
 """
 
 from __future__ import annotations

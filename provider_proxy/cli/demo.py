@@ -1,7 +1,7 @@
 """`provider-proxy demo`: many tenants at once on this machine, every answer verified.
 
 Starts the real daemon (`provider-proxy serve`) with an embedded swtpm on loopback, in a directory that
-goes in the end, and asks through the real HTTP server. The tenants are the library's `ProxyClient`.
+is removed at the end, and asks through the real HTTP server. The tenants are the library's `ProxyClient`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
 
     def quantile_ms(self, share: float) -> float:
-        """A quantile of the latencies; 0 where there is none."""
+        """A quantile of the latencies; 0 without answers."""
         ordered = sorted(self.latencies_ms)
         return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0.0
 
@@ -68,7 +68,11 @@ class Outcome:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "--tenants", type=int, default=200, metavar="N", help="how many ask at once (default: 200)"
+        "--tenants",
+        type=int,
+        default=200,
+        metavar="N",
+        help="how many tenants ask at once (default: 200)",
     )
     parser.add_argument(
         "--seed", type=int, default=1, help="seed of the tenants' masks (default: %(default)s)"
@@ -76,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chip",
         choices=sorted(CHIPS),
-        help="slow the swtpm down to the median of a vendor's chips",
+        help="slow the swtpm down to the median speed of a vendor's chips",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
@@ -85,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 only where every answer verified.
 
     Raises:
-        UsageError: a number of tenants that makes no sense.
+        UsageError: the number of tenants is out of range.
         HostError: swtpm is missing, or the daemon did not start.
     """
     if not 1 <= args.tenants <= MAX_TENANTS:
@@ -164,7 +168,7 @@ async def _tenants(url: str, count: int, seed: int, console: Console) -> Outcome
         async with AsyncExitStack() as clients:
             tenants = []
             for _ in range(count):
-                # A client each: they are strangers, and one pool of 200 is slow.
+                # A client each, as separate tenants have; and one pool of 200 is slow.
                 http = http_client(None, read_limit_s=ANSWER_LIMIT_S)
                 client = ProxyClient(await clients.enter_async_context(http), url)
                 tenants.append(_Tenant(client, _choose_mask(masks)))

@@ -1,6 +1,6 @@
-"""`provider-proxy ek-ca`: what a store of TPM makers' CAs is good for, and what it says of one chip.
+"""`provider-proxy ek-ca`: show a store of TPM makers' CAs, and check one chip's certificate against it.
 
-Needs nothing but files: no chip, no registrar, no network.
+Needs only files: no chip, no registrar, no network.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ MAX_CHAIN_FILE_BYTES = 256 * 1024
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="list what a store holds, and what in it is not used")
+    show = actions.add_parser(
+        "show", help="list the CAs in a store, and the files in it that are not used"
+    )
     show.add_argument(
         "paths",
         nargs="+",
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the store: directories, PEM bundles or certificates",
     )
     show.set_defaults(act=_show)
-    check = actions.add_parser("check", help="judge one EK certificate by a store")
+    check = actions.add_parser("check", help="check one EK certificate against a store")
     check.add_argument(
         "--cert", type=Path, required=True, metavar="FILE", help="the EK certificate, PEM or DER"
     )
@@ -64,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="CAs between the certificate and the store's, PEM or DER, not trusted; may be repeated",
+        help="intermediate CAs, PEM or DER, not trusted by themselves; may be repeated",
     )
     check.add_argument(
         "--ek-tpm",
@@ -72,7 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the EK that the certificate must be for: TPM2B_PUBLIC, raw or base64",
     )
-    check.add_argument("--insecure-virtual-ek", action="store_true", help="virtual TPMs pass, too")
+    check.add_argument(
+        "--insecure-virtual-ek", action="store_true", help="also accept virtual TPMs"
+    )
     check.set_defaults(act=_check)
     for action in (show, check):
         action.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -89,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load(paths: Sequence[Path]) -> LoadedStore:
-    """A store that is of no use is the environment's fault, as a file that is missing."""
+    """A store that cannot be used is an error of the environment, as a missing file is."""
     try:
         return load_store(paths)
     except UsageError as exc:
@@ -167,20 +171,20 @@ def _notes(anchor: Anchor, anchors: Anchors, now: datetime) -> list[str]:
     notes = []
     parsed = anchor.certificate.parsed
     if anchor.why_virtual is not None:
-        notes.append(f"vouches for no host: {anchor.why_virtual}")
+        notes.append(f"not accepted for hosts: {anchor.why_virtual}")
     if parsed.not_valid_after_utc < now:
-        notes.append("expired: chips under it are refused")
+        notes.append("expired: chips that it certifies are refused")
     elif parsed.not_valid_after_utc < now + SOON:
         notes.append("expires soon: look for the maker's new CA")
     if parsed.not_valid_before_utc > now:
-        notes.append("not valid yet: chips under it are refused")
+        notes.append("not valid yet: chips that it certifies are refused")
     weakness = weakness_of(anchor.certificate)
     if weakness is not None:
-        notes.append(f"chips under it are refused: {weakness}")
+        notes.append(f"chips that it certifies are refused: {weakness}")
     below = anchors.below(anchor)
     if below:
         notes.append(
-            f"{len(below)} CAs below it are anchors themselves: taking this one out leaves them"
+            f"{len(below)} CAs below it are anchors too: they stay trusted if this one is removed"
         )
     return notes
 
@@ -226,10 +230,10 @@ def _check(args: argparse.Namespace, now: datetime) -> int:
         return EXIT_GOOD
     print(f"good: a TPM of {verdict.maker} ({_chip(verdict.chain[0])}), until {values['until']}")
     for helper in verdict.chain[1:]:
-        print(f"  under {helper.name} (handed out with it, trusted nothing)")
+        print(f"  under {helper.name} (given with the certificate, not trusted by itself)")
     print(f"  under {verdict.anchor.certificate.name} ({verdict.anchor.source})")
     for anchor in also:
-        print(f"  and still under {anchor.certificate.name} ({anchor.source}) without that one")
+        print(f"  also good under {anchor.certificate.name} ({anchor.source})")
     return EXIT_GOOD
 
 

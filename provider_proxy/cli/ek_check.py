@@ -1,7 +1,7 @@
 """`provider-proxy ek-check`: Keylime's `ek_check_script`, and what it prints is in the tenant's log.
 
 It has no arguments there, so all comes from Keylime's environment variables, which are hostile, and
-from the tenant's own file at its usual place, which must be nobody else's to change, nor what it names.
+from the tenant's own file at its usual place; other users must not be able to change it or what it names.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         VerificationError: refused.
-        ReplyError: a host that decides gave no answer in time.
+        ReplyError: a host that is needed gave no answer in time.
         UsageError, HostError: the file or what it names is wrong, missing, or others can change it.
     """
     agent_id, ek = read_environment(os.environ)
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _demand_ours(known: LinkMap, agent_id: str) -> None:
-    """What decides is as much the tenant's own as the file is."""
+    """The files that decide must be the tenant's own, as its file is."""
     pins = PinStore(known.pins)
     demand_ours(known.pins)
     for host in known.agent(agent_id).hosts:
@@ -107,15 +107,15 @@ def _show(good: GoodAgent, *, as_json: bool) -> None:
     names = ", ".join(proven.host.name for proven in good.hosts)
     print(
         f"NOT linked: nothing proves that the VM {entry.vm} runs on {names}: "
-        f'{"it is" if len(good.hosts) == 1 else "they are"} marked claims = "never", and judged by '
-        "state alone"
+        f'{"it is" if len(good.hosts) == 1 else "they are"} marked claims = "never"; '
+        "only the state was checked"
     )
 
 
 def _state_line(proven: ProvenHost) -> str:
     host = proven.host
     if host.insecure_any_state:
-        return f"{host.name}: answered with a fresh quote; its state was not judged"
+        return f"{host.name}: answered with a fresh quote; its state was not checked"
     pcrs = ", ".join(map(str, proven.quote.pcrs))
     files = (host.tpm_policy, host.logs.runtime_policy, host.logs.boot_policy)
     names = " and ".join(path.name for path in files if path is not None)

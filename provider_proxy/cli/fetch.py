@@ -1,7 +1,7 @@
 """`provider-proxy fetch`: ask a proxy with a fresh nonce; save the question and the answer.
 
-The request file is written before the question is sent: it is the tenant's own word on nonce, mask
-and time, which `verify` relies on. Nothing is judged here.
+The request file is written before the question is sent: it is the tenant's own record of nonce,
+mask and time, on which `verify` relies. Nothing is judged here.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vtpm-quote",
         type=Path,
         metavar="FILE",
-        help="deep quote: take a nonce that this quote of the VM's vTPM is part of; with --vm",
+        help="deep quote: derive the nonce from this quote of the VM's vTPM; with --vm",
     )
     parser.add_argument(
         "--vtpm-nonce",
         metavar="TEXT",
-        help="your nonce that the vTPM quoted over; with --vtpm-quote",
+        help="the nonce in the vTPM's quote; with --vtpm-quote",
     )
     arguments.add_timeout_argument(parser)
     parser.add_argument(
@@ -48,19 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("evidence.json"),
         metavar="FILE",
-        help="where the answer goes (default: evidence.json)",
+        help="file for the answer (default: evidence.json)",
     )
     parser.add_argument(
         "--request",
         type=Path,
         default=Path("request.json"),
         metavar="FILE",
-        help="where the question goes (default: request.json)",
+        help="file for the request (default: request.json)",
     )
     parser.add_argument(
         "--pinned",
         metavar="HOST",
-        help="write how far this pinned host's clock had come into the request file",
+        help="record the TPM clock of this pinned host in the request file",
     )
     arguments.add_pins_argument(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")

@@ -1,16 +1,16 @@
 """`provider-proxy fleet`: hosts that several processes watch together, on PostgreSQL.
 
-migrate   makes or upgrades the tables
-import    makes the database's hosts those of a watcher's file; shows first what would change
+migrate   creates or upgrades the tables
+import    changes the database's hosts to those of a watcher's file; shows first what would change
 status    members, shards, hosts by state, the outbox
 hosts     hosts, one a line
 reports   what was reported, and what waits
 silence   holds the reports of some hosts back for a while
-silences  the silences that hold
+silences  the silences in force
 unsilence ends one
 drain     has a member give its shards back
 size      what so many hosts need
-restored  begins above what was given out before a backup was restored
+restored  raises epochs above those from before a backup was restored
 """
 
 from __future__ import annotations
@@ -44,49 +44,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         return part
 
-    made = add("migrate", "make or upgrade the tables of a fleet")
+    made = add("migrate", "create or upgrade the tables of a fleet")
     made.add_argument(
         "--shards",
         type=int,
         default=DEFAULT_SHARDS,
         help="parts that a new fleet is divided into (default: %(default)s); 1 for active and standby",
     )
-    made.add_argument("--grant", metavar="ROLE", help="let this role do the daily work")
-    made = add("import", "make the database's hosts those of the file")
+    made.add_argument(
+        "--grant", metavar="ROLE", help="grant this role the rights for the daily work"
+    )
+    made = add("import", "change the database's hosts to those of the file")
     made.add_argument(
         "--apply",
         action="store_true",
         help="change the database; without it, only show what would change",
     )
-    made.add_argument("--remove", action="store_true", help="remove hosts that the file has not")
+    made.add_argument("--remove", action="store_true", help="remove hosts that are not in the file")
     made = add("status", "show members, shards, hosts by state, and the outbox")
     made.add_argument("--json", action="store_true", help="one JSON object as the last line")
     made = add("hosts", "list hosts as they may be shown now")
     made.add_argument(
         "--like", default="%", metavar="PATTERN", help="names; %% stands for any characters"
     )
-    made.add_argument("--state", metavar="STATE", help="only hosts that are shown so")
+    made.add_argument("--state", metavar="STATE", help="only hosts that are shown in this state")
     made.add_argument("--json", action="store_true", help="one JSON object as the last line")
     made = add("reports", "show reports, the newest last")
     made.add_argument(
         "--like", default="%", metavar="PATTERN", help="hosts; %% stands for any characters"
     )
-    made.add_argument("--waiting", action="store_true", help="only those that wait for a receiver")
-    made = add("silence", "hold the reports of some hosts back for a while")
+    made.add_argument(
+        "--waiting", action="store_true", help="only reports that are not delivered yet"
+    )
+    made = add("silence", "hold back the reports of some hosts for a while")
     made.add_argument(
         "--like", required=True, metavar="PATTERN", help="hosts; %% stands for any characters"
     )
-    made.add_argument("--minutes", type=float, required=True, help="until it ends by itself")
-    made.add_argument("--why", required=True, help="the reason, for others")
+    made.add_argument(
+        "--minutes", type=float, required=True, help="minutes until it ends by itself"
+    )
+    made.add_argument("--why", required=True, help="the reason, which others see")
     made = add("drain", "have a member give its shards back and take none")
     made.add_argument("member", metavar="MEMBER", help="its name or id")
-    add("silences", "list the silences that hold")
-    made = add("unsilence", "end a silence; what it held back is delivered")
+    add("silences", "list the silences in force")
+    made = add("unsilence", "end a silence; the reports that it held back are delivered")
     made.add_argument("id", metavar="ID", help="as `fleet silences` lists it")
     made = parts.add_parser(
         "size",
-        help="say what a fleet needs",
-        description="Say what a fleet needs: members, connections, database. Arithmetic; it asks nobody.",
+        help="compute what a fleet needs",
+        description="Compute what a fleet needs: members, connections, database. It connects to nothing.",
     )
     made.add_argument("--hosts", type=int, required=True, help="how many")
     made.add_argument(
@@ -96,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how often each is asked (default: %(default)g)",
     )
     made.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    add("restored", "after a backup was restored: raise epochs, show old verdicts no more")
+    add("restored", "after a backup was restored: raise epochs, and stop showing old verdicts")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UsageError: the file names no database, or an option is wrong.
-        HostError: the database is away, or has no tables.
+        HostError: the database cannot be reached, or has no tables.
     """
     if args.part == "size":
         return _size(args)
@@ -123,7 +129,7 @@ def _size(args: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(size)))
         return 0
     print(f"{size.verdicts_s:,.0f} verdicts a second")
-    print(f"members      {size.members}, a core each; one of them may die")
+    print(f"members      {size.members}, a core each; one of them may fail")
     print(f"connections  {size.connections}")
     print(f"database     {size.database_cores} cores, {size.database_gb:.1f} GB")
     print(f"its WAL      {size.wal_mb_s:.1f} MB/s")

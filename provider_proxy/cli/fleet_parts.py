@@ -44,7 +44,7 @@ def _migrate(args: argparse.Namespace) -> int:
         print(
             f"tables of version {after}" + ("" if before == after else f", were of {before}")
             if before
-            else f"made the tables, version {after}, {schema.shards_of(connection)} shards"
+            else f"created the tables, version {after}, {schema.shards_of(connection)} shards"
         )
         return 0
 
@@ -65,7 +65,7 @@ def _import(args: argparse.Namespace) -> int:
         for line in _plan_lines(plan, remove=args.remove):
             print(line)
         if not args.apply:
-            print("nothing is changed; add --apply")
+            print("nothing was changed; add --apply to change it")
         return 0
 
     return _with_database(args, work)
@@ -99,7 +99,7 @@ def _status(args: argparse.Namespace) -> int:
             own = f" ({member.id})" if names[member.name] > 1 else ""
             draining = ", draining" if member.draining else ""
             print(f"  {member.name}{own}  {member.shards} shards, {member.version}{draining}")
-        print(f"shards   {view.shards}, {view.free_shards} of them held by nobody")
+        print(f"shards   {view.shards}, {view.free_shards} of them without a member")
         print(f"hosts    {sum(view.by_state.values())}")
         for state, count in sorted(view.by_state.items()):
             print(f"  {state}  {count}")
@@ -173,7 +173,7 @@ def _unsilence(args: argparse.Namespace) -> int:
     def work(connection: Connection[Any], _: WatchConfig) -> int:
         schema.check_version(connection)
         views.end_silence(connection, args.id)
-        print("ended; what it held back is delivered now")
+        print("ended; the reports that it held back are delivered now")
         return 0
 
     return _with_database(args, work)
@@ -183,7 +183,9 @@ def _restored(args: argparse.Namespace) -> int:
     def work(connection: Connection[Any], _: WatchConfig) -> int:
         schema.check_version(connection)
         count = leases.restored(connection)
-        print(f"epochs are raised; {count} hosts are shown as not verified until they are again")
+        print(
+            f"epochs are raised; {count} hosts are shown as not verified until their next verdict"
+        )
         return 0
 
     return _with_database(args, work)

@@ -1,4 +1,4 @@
-"""`provider-proxy identity`: what a proxy says of its host's keys. Unsigned, and said so."""
+"""`provider-proxy identity`: show what a proxy says about its host's keys, without a signature."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ReplyError: the proxy gave no identity.
-        UntrustedAkError: what it calls its AK is none.
+        UntrustedAkError: the key that it gives is not an AK.
     """
     return asyncio.run(_run(args))
 
@@ -53,15 +53,15 @@ async def _run(args: argparse.Namespace) -> int:
     ak = parse_ak(identity.ak_public)
     text = base64.b64encode(identity.ak_public).decode("ascii")
     print(
-        "this is the proxy's own word: compare ak_name with your registrar's record before you "
-        "trust it",
+        "this is what the proxy claims: compare ak_name with your registrar's record before "
+        "you trust it",
         file=sys.stderr,
     )
     if args.save_ak is not None:
         write_private(args.save_ak, text.encode("ascii") + b"\n")
     if args.save_ek is not None:
         if identity.ek_cert is None:
-            raise VerificationError("the proxy shows no EK certificate: there is nothing to save")
+            raise VerificationError("the proxy has no EK certificate: there is nothing to save")
         write_private(args.save_ek, b"".join(map(_pem, (identity.ek_cert, *identity.ek_chain))))
     values: dict[str, object] = {
         "ak_name": ak.name.hex(),
@@ -86,12 +86,14 @@ async def _run(args: argparse.Namespace) -> int:
 def _in_words(identity: ClaimedIdentity) -> dict[str, str]:
     """What yes, no and none mean, and what to do about them."""
     return {
-        "software": "yes: not a hardware TPM, it proves nothing" if identity.software else "no",
+        "software": "yes: it is not a hardware TPM and proves nothing"
+        if identity.software
+        else "no",
         "ek_cert": "yes: see ek-check"
         if identity.ek_cert is not None
-        else "none: the chip carries no certificate. Compare ek_sha256 on another way, then pin it: "
+        else "none: the chip has no certificate. Compare ek_sha256 by another way, then pin it: "
         "pin add --ek-sha256",
-        "ek_chain": f"{len(identity.ek_chain)} CAs beside it",
+        "ek_chain": f"{len(identity.ek_chain)} CAs with it",
         "ek_sha256": _ek_sha256(identity.ek_public) or "the EK cannot be read",
     }
 

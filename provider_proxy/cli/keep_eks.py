@@ -69,7 +69,7 @@ def linked_eks(results: Mapping[str, object]) -> Mapping[str, str]:
     """The names of EKs that are confirmed of VMs that run, by VM and number.
 
     Raises:
-        ReplyError: these are no results of `GET /vms`.
+        ReplyError: these are not results of `GET /vms`.
     """
     found = {}
     try:

@@ -1,9 +1,9 @@
-"""`provider-proxy keylime-check`: two judges, one verdict.
+"""`provider-proxy keylime-check`: our checks, then your Keylime verifier.
 
 The registrar says which AK is the host's, and `bindings` checks what that is worth. Our checks find the
 nonce in the quote, and the selection in what was signed. Only then is the tenant's own, unmodified
-verifier asked, with the tenant's policies. The verdict is good where both are content; where one of
-them said nothing there is none.
+verifier asked, with the tenant's policies. The verdict is good if both accept; without an answer from
+both there is no verdict.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pinned",
         metavar="HOST",
         required=True,
-        help="your name of the host; its EK and AK are pinned under it at first trust",
+        help="your name for the host; its EK and AK are pinned under this name at first trust",
     )
     parser.add_argument(
         "--pins", type=Path, required=True, metavar="DIR", help="directory of the pins"
@@ -73,10 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=arguments.safe_url,
         required=True,
         metavar="URL",
-        help="your own Keylime verifier, https://…:8881, which judges what our checks have accepted",
+        help="your own Keylime verifier, https://…:8881, which judges a host after our checks",
     )
     parser.add_argument("--verifier-ca", type=Path, metavar="FILE", help="CA of the verifier")
-    parser.add_argument("--verifier-cert", type=Path, metavar="FILE", help="own certificate, PEM")
+    parser.add_argument("--verifier-cert", type=Path, metavar="FILE", help="your certificate, PEM")
     parser.add_argument("--verifier-key", type=Path, metavar="FILE", help="its private key, PEM")
     arguments.add_tls_name_argument(parser, "--verifier-tls-name", "the verifier's")
     for name, what in (
@@ -123,7 +123,7 @@ def _word_of(error: ProviderProxyError) -> Word:
 
 @dataclass(slots=True, kw_only=True)
 class Verdict:
-    """Both judges' words; good only where both said so."""
+    """What both judges say; good only where both say so."""
 
     ours: Word = Word(state=NOT_ASKED)
     keylime: Word = Word(state=NOT_ASKED)
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     """Judge; prints the verdict, which the exit code says, too.
 
     Raises:
-        UsageError, HostError: an option or a file is wrong; nobody was asked.
+        UsageError, HostError: an option or a file is wrong; no server was asked.
     """
     policies = _load_policies(args)
     verdict = asyncio.run(_judge(args, policies))

@@ -27,8 +27,8 @@ EXIT_ENVIRONMENT = 3
 
 SUBCOMMANDS = {
     "serve": "run the daemon",
-    "vtpm-helper": "look at this host's vTPMs for the daemon; its unit is provider-proxy-vtpm",
-    "support-bundle": "collect what a helper needs to see, without secrets",
+    "vtpm-helper": "inspect this host's vTPMs for the daemon; its unit is provider-proxy-vtpm",
+    "support-bundle": "collect diagnostic data without secrets, for those who help",
     "check-config": "show every setting and the file and line that it came from",
     "status": "show what a running daemon does: its TPM, queue, batches, tenants",
     "top": "show the status live in the terminal",
@@ -37,23 +37,23 @@ SUBCOMMANDS = {
     "policy": "make, merge, judge and explain policies of a host's logs",
     "verify-link": "verify that a VM with its vTPM runs on a host",
     "keylime-check": "have your own Keylime verifier judge a host, after our checks",
-    "ek-check": "Keylime's ek_check_script: is the host under an agent's VM good",
+    "ek-check": "Keylime's ek_check_script: verify the host of an agent's VM",
     "vtpm-ca": "get and check the CA that certifies a host's vTPMs",
     "ek-ca": "show a store of TPM makers' CAs; judge an EK certificate by it",
-    "identity": "show what a proxy says of its host's keys",
-    "watch": "verify hosts again and again",
-    "bridge": "hosts as agents of one's own, unmodified Keylime",
-    "fleet": "hosts that several watchers share, on PostgreSQL",
-    "pki": "make a small CA, a server's and tenants' certificates",
+    "identity": "show what a proxy says about its host's keys",
+    "watch": "verify hosts continuously, and report changes",
+    "bridge": "present hosts as agents to your own, unmodified Keylime",
+    "fleet": "let several watchers share hosts, through PostgreSQL",
+    "pki": "make a small CA, and certificates for a server and tenants",
     "audit": "prove that a nonce was in a batch of the audit log",
-    "pin": "say which AK is trusted for which host",
-    "tpm": "look at the host's TPM and its attestation key",
+    "pin": "pin the AK that is trusted for a host",
+    "tpm": "examine the host's TPM and its attestation key",
     "register": "register the host in its tenants' registrars once, step by step",
-    "registrations": "show how the registrations of a running daemon stand",
+    "registrations": "show the state of a running daemon's registrations",
     "vms": "list the VMs whose vTPMs this host has registered",
-    "plan": "predict latency and duty for so many tenants, and the window to set",
-    "demo": "200 tenants, one TPM, on this machine",
-    "bench": "measure on this machine",
+    "plan": "predict latency and duty for a number of tenants, and the window to set",
+    "demo": "show 200 tenants on one TPM, on this machine",
+    "bench": "measure the performance of this machine",
 }
 EXTRA_OF = {
     "httpx": "client",
@@ -79,7 +79,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--log-level",
         choices=log.LEVELS,
-        help="what goes to stderr (default: info; for serve, what log.level says)",
+        help="lowest level of messages on stderr (default: info; for serve, log.level)",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {program_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -24,7 +24,7 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         OPTION,
         metavar="FILE",
-        help="a TOML file with options of this command, by their names without dashes; "
+        help="a TOML file with options of this command, named without dashes; "
         "the command line overrides it",
     )
 
@@ -38,7 +38,7 @@ def expanded(
         parser: the command's; None where there is no such command.
 
     Raises:
-        HostError: the file cannot be read, or anybody could have written it.
+        HostError: the file cannot be read, or everybody can write it.
         ConfigError: it is not TOML, or has an unknown key or a wrong value; the message names its line.
     """
     if parser is None or OPTION not in parser._option_string_actions:
@@ -65,7 +65,7 @@ def _words(parser: argparse.ArgumentParser, document: Document, folder: Path) ->
             action = actions.get(key)
             if action is None:
                 known = ", ".join(sorted(actions))
-                raise ConfigError(f"{key} is not an option; known are {known}", key=key)
+                raise ConfigError(f"{key} is not an option; the known options are {known}", key=key)
             yield from _words_of(action, key, value, folder)
         except ConfigError as exc:
             raise document.located(exc) from exc

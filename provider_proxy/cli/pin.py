@@ -1,4 +1,4 @@
-"""`provider-proxy pin`: which AK is trusted for which host."""
+"""`provider-proxy pin`: pin the AK that is trusted for a host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     add = actions.add_parser("add", help="trust an AK for a host")
-    add.add_argument("label", metavar="HOST", help="your name of the host")
+    add.add_argument("label", metavar="HOST", help="your name for the host")
     key = add.add_mutually_exclusive_group(required=True)
     key.add_argument(
         "--ak-tpm",
@@ -40,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pin this AK and EK in place of others; you know why they changed",
     )
     inventory = actions.add_parser(
-        "import-eks", help="say which EK each host has: an inventory of digests"
+        "import-eks", help="import an inventory: the digest of each host's EK"
     )
     inventory.add_argument(
         "file",
         type=Path,
         metavar="FILE",
-        help="lines of HOST and the SHA-256 of its EK's public key, hex; - is stdin",
+        help="a line for each host: HOST and the SHA-256 of its EK's public key, hex; - is stdin",
     )
     inventory.add_argument(
         "--replace",
@@ -54,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="replace digests that differ; you know why they changed",
     )
     show = actions.add_parser("list", help="show the pinned hosts")
-    remove = actions.add_parser("remove", help="forget a host")
-    remove.add_argument("label", metavar="HOST", help="your name of the host")
+    remove = actions.add_parser("remove", help="remove a host's pin")
+    remove.add_argument("label", metavar="HOST", help="your name for the host")
     acts = ((add, _add), (inventory, _import_eks), (show, _list), (remove, _remove))
     for action, act in acts:
         action.add_argument(
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         PinChangedError: another AK or EK is pinned for this host.
-        VerificationError: what file or registrar hold is no attestation key, or nobody vouches for it.
+        VerificationError: the key of the file or registrar is not an attestation key, or not vouched for.
         ReplyError: the registrar gave no answer.
         UsageError, HostError: a label or a file is wrong.
     """

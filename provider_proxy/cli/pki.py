@@ -2,7 +2,7 @@
 
     DIR/  ca.crt  ca.key  server.crt  server.key  crl.pem  tenants/NAME.crt  tenants/NAME.key
 
-What the commands were told is checked here, names above all: they become files and identities.
+The arguments are checked here, names above all: they become files and identities.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands: dict[str, argparse.ArgumentParser] = {}
     action("init", _init, "make a CA and the certificate of a server")
     action("tenant", _tenant, "make the certificate of a tenant")
-    action("revoke", _revoke, "put a tenant's certificate on the CRL")
-    action("crl", _crl, "sign the CRL anew before it runs out")
+    action("revoke", _revoke, "revoke a tenant's certificate: put it on the CRL")
+    action("crl", _crl, "sign the CRL again before it expires")
     action("show", _show, "list the certificates")
     commands["init"].add_argument(
         "--host",
@@ -62,17 +62,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how tenants reach the server: DNS name or IP address; may be given more than once",
     )
     for name in ("tenant", "revoke"):
-        commands[name].add_argument("name", metavar="NAME", help="of the tenant, and of its files")
+        commands[name].add_argument(
+            "name", metavar="NAME", help="name of the tenant, and of its files"
+        )
     for name in ("revoke", "crl"):
         commands[name].add_argument(
             "--out",
             type=Path,
             metavar="FILE",
-            help="write the CRL to FILE, too, where the daemon's user can read it (listen.client_crl)",
+            help="also write the CRL to FILE, where the daemon's user can read it (listen.client_crl)",
         )
     default = "spiffe://provider-proxy/tenant/NAME"
     for option, metavar, help_text in (
-        ("--spiffe", "URI", f"SPIFFE ID as identity (where none of the three is given: {default})"),
+        ("--spiffe", "URI", f"SPIFFE ID as identity (if none of the three is given: {default})"),
         ("--dns", "NAME", "DNS name as identity"),
         ("--email", "ADDR", "e-mail address as identity"),
     ):
@@ -83,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             type=int,
             default=days,
             metavar="N",
-            help=f"how long the certificate is good (default: {days})",
+            help=f"how long the certificate is valid (default: {days})",
         )
 
 
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     """Do what was asked.
 
     Raises:
-        UsageError: a name is none, or a file is there already.
+        UsageError: a name is not valid, or a file exists already.
         HostError: a file is missing, damaged, or cannot be written.
     """
     code: int = args.act(args)
@@ -230,7 +232,7 @@ def _load_issued(path: Path, ca: x509.Certificate) -> x509.Certificate:
     try:
         certificate.verify_directly_issued_by(ca)
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as exc:
-        raise HostError(f"{path} is not of the CA in {pki.CA_CERT}") from exc
+        raise HostError(f"{path} was not signed by the CA in {pki.CA_CERT}") from exc
     return certificate
 
 
@@ -253,7 +255,7 @@ def check_name(text: str) -> str:
     """A tenant's name, which is a file's name too. Raises: UsageError."""
     if not NAME_RE.fullmatch(text) or ".." in text:
         raise UsageError(
-            "a tenant's NAME is letters, digits, '.', '_' and '-', 63 at most, without '..'"
+            "a tenant's NAME has up to 63 letters, digits, '.', '_' and '-', without '..'"
         )
     return text
 
@@ -262,7 +264,7 @@ def parse_dns(option: str, text: str) -> x509.DNSName:
     """A DNS name without wildcards. Raises: UsageError."""
     name = text.lower()
     labels = name.split(".")
-    good = text.isascii() and len(name) <= MAX_DNS_CHARS  # before lower(): U+212A is no "k"
+    good = text.isascii() and len(name) <= MAX_DNS_CHARS  # before lower(): U+212A is not a "k"
     good = good and all(LABEL_RE.fullmatch(label) for label in labels)
     if not good or labels[-1].isdecimal():  # "10.0.0.256" is a slip, not a name
         raise UsageError(f"{option} must be a DNS name, not {text!r}")

@@ -1,4 +1,4 @@
-"""`provider-proxy plan`: what a chip and a crowd of tenants come to, and the window to set.
+"""`provider-proxy plan`: predict latency and duty of a chip with many tenants, and the window to set.
 
 Opens no TPM unless `--measure` asks for it. The figures are of a simulation
 (`provider_proxy.host.batching.simulation`), which `bench plan` holds against the daemon.
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=DEFAULT_INTERVAL_S,
         metavar="S",
-        help="each polls once in so many seconds (default: %(default)g)",
+        help="seconds between two polls of a verifier (default: %(default)g)",
     )
     chip = parser.add_mutually_exclusive_group(required=True)
     chip.add_argument(
@@ -66,14 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chip.add_argument(
         "--measure",
         action="store_true",
-        help="take ten quotes with the TPM of --config; makes its keys if they are not there",
+        help="measure ten quotes with the TPM of --config; makes its keys if they are missing",
     )
     parser.add_argument(
         "--readings",
         type=_not_negative,
         default=0.0,
         metavar="N",
-        help="PCR_Read commands a quote: 1 where PCRs that are asked for move (default: %(default)g)",
+        help="PCR_Read commands per quote: 1 where requested PCRs change (default: %(default)g)",
     )
     parser.add_argument(
         "--extends-per-s",
@@ -85,14 +85,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ima",
         action="store_true",
-        help="an IMA policy is active: cap the duty by tpm.ima_wait_ms, as the daemon does",
+        help="limit the duty by tpm.ima_wait_ms, as the daemon does with an active IMA policy",
     )
     parser.add_argument(
         "--deadline-ms",
         type=_positive,
         default=DEFAULT_DEADLINE_MS,
         metavar="MS",
-        help="99 of 100 answers must come within it (default: %(default)g)",
+        help="deadline of an answer, which 99 of 100 must keep, in ms (default: %(default)g)",
     )
     parser.add_argument(
         "--keys",

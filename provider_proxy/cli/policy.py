@@ -1,4 +1,4 @@
-"""`provider-proxy policy`: for those who write policies of logs. No TPM and no network.
+"""`provider-proxy policy`: write, merge and test policies for logs. No TPM and no network.
 
     make      from verified evidence of one or several golden hosts
     merge     old or new, for the days of an update
@@ -48,15 +48,23 @@ BLOCK_LINES = 4096  # of a list, judged at a time
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    _add_make(actions.add_parser("make", help="from verified evidence of golden hosts"))
-    merged = actions.add_parser("merge", help="accept what one of some policies accepts")
-    merged.add_argument("policies", nargs="+", type=Path, metavar="POLICY", help="of one kind")
+    _add_make(
+        actions.add_parser("make", help="make policies from verified evidence of golden hosts")
+    )
+    merged = actions.add_parser(
+        "merge", help="merge policies: the result accepts what any of them accepts"
+    )
+    merged.add_argument(
+        "policies", nargs="+", type=Path, metavar="POLICY", help="policies of one kind"
+    )
     merged.add_argument(
         "--out", type=Path, metavar="FILE", help="file for the merged policy (default: stdout)"
     )
     merged.set_defaults(act=_merge)
-    _add_judge(actions.add_parser("judge", help="which lines or events a policy refuses, and why"))
-    words = actions.add_parser("explain", help="what a policy demands, in words")
+    _add_judge(
+        actions.add_parser("judge", help="show which lines or events a policy refuses, and why")
+    )
+    words = actions.add_parser("explain", help="explain in words what a policy demands")
     for name, what in (
         ("--runtime-policy", "Keylime's runtime policy"),
         ("--boot-policy", "digests that may be extended into a PCR"),
@@ -79,7 +87,7 @@ def _add_make(make: argparse.ArgumentParser) -> None:
     )
     for name, what in (
         ("--request", "its request file, as `fetch` saved it"),
-        ("--ak-tpm", "its AK: TPM2B_PUBLIC, raw or base64; the same for all where given once"),
+        ("--ak-tpm", "its AK: TPM2B_PUBLIC, raw or base64; if given once, it is used for all"),
     ):
         make.add_argument(
             name, type=Path, action="append", required=True, metavar="FILE", help=what
@@ -89,7 +97,7 @@ def _add_make(make: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         metavar="FILE",
-        help="the host's whole IMA list, where the answer holds a part of it; as often as --evidence",
+        help="the host's whole IMA list, if the answer holds only a part of it; as often as --evidence",
     )
     for name, what in (
         ("--tpm-policy", "write the PCRs' values here"),
@@ -108,7 +116,7 @@ def _add_make(make: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="names that the runtime policy does not judge, a regular expression; may be repeated",
+        help="regular expression of names that the runtime policy does not judge; may be repeated",
     )
     make.set_defaults(act=_make)
 
@@ -123,7 +131,7 @@ def _add_judge(judge: argparse.ArgumentParser) -> None:
         "--ima-violations",
         choices=[choice.value for choice in Violations],
         default=Violations.REFUSE.value,
-        help="a file that was written to while IMA measured it (default: %(default)s)",
+        help="what to do with a file that was written to while IMA measured it (default: %(default)s)",
     )
     _add_bank(judge)
     judge.add_argument(
@@ -139,13 +147,16 @@ def _add_key(parser: argparse.ArgumentParser) -> None:
         "--runtime-policy-key",
         type=Path,
         metavar="FILE",
-        help="PEM of the key that must have signed the runtime policy",
+        help="PEM public key; the runtime policy must be signed with its private key",
     )
 
 
 def _add_bank(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--bank", default=HashAlg.SHA256.label, metavar="BANK", help="of the PCRs (default: sha256)"
+        "--bank",
+        default=HashAlg.SHA256.label,
+        metavar="BANK",
+        help="bank of the PCRs (default: sha256)",
     )
 
 
@@ -175,7 +186,9 @@ class _Golden:
 def _make(args: argparse.Namespace) -> int:
     wanted = (args.tpm_policy, args.boot_policy, args.runtime_policy)
     if not any(wanted):
-        raise UsageError("which policy? --tpm-policy, --boot-policy or --runtime-policy FILE")
+        raise UsageError(
+            "name a policy to write: --tpm-policy, --boot-policy or --runtime-policy FILE"
+        )
     uefi = arguments.parse_uefi_pcrs(args) or DEFAULT_UEFI_PCRS
     policy = LogPolicy(
         ima=args.runtime_policy is not None, uefi_mask=uefi if args.boot_policy else 0
@@ -200,7 +213,7 @@ def _per_host(args: argparse.Namespace) -> Iterator[tuple[Path, Path, Path, Path
     aks = args.ak_tpm * count if len(args.ak_tpm) == 1 else args.ak_tpm
     lists = args.ima_list or [None] * count
     if not count == len(args.request) == len(aks) == len(lists):
-        raise UsageError("--request, --ak-tpm and --ima-list must be there as often as --evidence")
+        raise UsageError("give --request, --ak-tpm and --ima-list as often as --evidence")
     return zip(args.evidence, args.request, aks, lists, strict=True)
 
 
@@ -242,7 +255,7 @@ def _tpm_mask(args: argparse.Namespace, hosts: Sequence[_Golden]) -> int:
     if args.pcrs is not None:
         mask = arguments.parse_pcr_list(args.pcrs)
         if mask >> IMA_PCR & 1:
-            raise UsageError("PCR 10 has no lasting value: a runtime policy judges it")
+            raise UsageError("PCR 10 changes with each new program: use a runtime policy for it")
     else:
         mask = ~policy_making.MOVING_PCRS
     for host in hosts:
@@ -277,7 +290,7 @@ def _merge(args: argparse.Namespace) -> int:
         data = read_file(path, MAX_RUNTIME_POLICY_BYTES)
         values = parse_own_json(data, str(path))
         if "payload" in values:
-            raise UsageError(f"{path} is signed: merge what was signed, and sign the outcome")
+            raise UsageError(f"{path} is signed: merge the unsigned policies, and sign the result")
         if policy_making.is_runtime(values):
             parse_runtime_policy(data)
         read.append(values)
@@ -384,7 +397,7 @@ def _explain(args: argparse.Namespace) -> int:
         _say(policy_making.explain_tpm(values, bank))
         said = True
     if not said:
-        raise UsageError("which policy? --runtime-policy, --boot-policy or --tpm-policy FILE")
+        raise UsageError("name a policy: --runtime-policy, --boot-policy or --tpm-policy FILE")
     return EXIT_GOOD
 
 

@@ -1,6 +1,6 @@
 """Takes secrets and names out of text that leaves the host: a support bundle.
 
-Secrets do not get into the log or the configuration, which names them by path. This looks for them
+Secrets do not get into the log or the configuration, which names them by path. They are searched for
 all the same, in every part, because an operator may have put one where it does not belong. Tenants'
 names become "tenant-1" and so on, the same in all parts, so that one can still be followed.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from provider_proxy.common.log import escaped
 
 HIDDEN = "[hidden]"
-# Every repetition has a bound: the text may be a stranger's.
+# Every repetition has a bound: the text may come from outside.
 _PEM = re.compile(
     r"-----BEGIN (?P<what>[A-Z0-9 ]{0,40}PRIVATE KEY[A-Z0-9 ]{0,40})-----"
     r".*?(?:-----END (?P=what)-----|\Z)",

@@ -27,7 +27,10 @@ SAID_NO = frozenset((State.CONFLICT, State.UNREAD, State.REFUSED, State.WRONG_CH
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "name", nargs="?", metavar="NAME", help="of [registrars.NAME]; all of them without it"
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="name of a [registrars.NAME] table; without it, all of them",
     )
     add_config_argument(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")

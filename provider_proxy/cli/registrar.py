@@ -36,13 +36,13 @@ def read_record(
     """The host's record at the registrar that the options name.
 
     Args:
-        by_hand: takes the EK that a person vouches for; None where nobody does.
+        by_hand: accepts the EK that a person confirms; None without one.
 
     Returns:
-        The record, and the chain that vouches for its EK; None where no certificate does.
+        The record, and the certificate chain of its EK; None without a certificate.
 
     Raises:
-        VerificationError: no record, no AK, or an EK that nobody vouches for.
+        VerificationError: no record, not an AK, or an EK that nothing vouches for.
         ReplyError: the registrar gave no answer.
         UsageError, HostError: an option or a file is wrong.
     """
@@ -72,11 +72,11 @@ async def open_bindings(
 
 def _judge(args: argparse.Namespace, by_hand: EkJudge | None) -> EkJudge:
     if args.insecure_virtual_ek and not args.ek_ca:
-        raise UsageError("--insecure-virtual-ek goes with --ek-ca")
+        raise UsageError("--insecure-virtual-ek needs --ek-ca")
     if sum((by_hand is not None, bool(args.ek_ca), args.insecure_no_ek)) != 1:
         raise UsageError(
-            "--registrar needs one of --ek-ca, --ek-tpm, --ek-sha256 and --insecure-no-ek: who vouches "
-            "for the EK?"
+            "--registrar needs one of --ek-ca, --ek-tpm, --ek-sha256 and --insecure-no-ek: it decides "
+            "whether the EK is the host's"
         )
     if by_hand is not None:
         return by_hand

@@ -1,4 +1,4 @@
-"""`provider-proxy registrations`: how a running daemon's registrations stand, from its admin listener."""
+"""`provider-proxy registrations`: a running daemon's registrations, from its admin listener."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask the daemon and show; 1 where a person must act: a registrar says no.
+    """Ask the daemon and show; 1 where a person must act, because a registrar refuses.
 
     Raises:
         UsageError: the configuration names no admin listener.

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     """Ask once, and show it; 3 where the daemon takes no requests now.
 
     Raises:
-        UsageError: the address is none, or not of this machine.
+        UsageError: the address is not valid, or not of this machine.
         HostError, ReplyError: no daemon answers there.
     """
     status = ask_admin.open_client(args).status()
@@ -35,7 +35,7 @@ def show_once(status: ask_admin.Values) -> None:
     """Print a status to stdout, whatever that is.
 
     Raises:
-        ReplyError: the status has not the keys that it must have.
+        ReplyError: the status lacks required keys.
     """
     console = Console(highlight=False)
     console.print(status_view.render(status, batches=10, tenants=10, width=console.width))

@@ -1,7 +1,7 @@
 """A status as people read it in a terminal, in colour or not, wide or narrow.
 
 Names that tenants chose are shown with control characters escaped and never as markup. Nothing here
-asks anybody.
+uses the network.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SEALED_BY = {
     "full": "full",
     "drain": "stopping",
 }
-# In the words of the status page; a test holds the two against each other.
+# In the words of the status page; a test compares the two.
 REASONS = {
     "TenantLimitError": "over a limit of its own",
     "OverloadedError": "the queue was full, or the answer would have come too late",
@@ -69,7 +69,7 @@ def render(
         problem: why the last look failed; what is shown is older then.
 
     Raises:
-        ReplyError: the status has not the keys that it must have.
+        ReplyError: the status lacks required keys.
     """
     try:
         parts: list[RenderableType] = [
@@ -84,7 +84,7 @@ def render(
             _tenants(status, tenants),
         ]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, OSError) as exc:
-        raise ReplyError("the status lacks something, or holds something strange") from exc
+        raise ReplyError("the status lacks a key, or holds an unexpected value") from exc
     if footer:
         parts += [Text(), Text(footer, style="dim")]
     return Group(*parts)
@@ -141,7 +141,8 @@ def _facts(status: Mapping[str, Any], width: int) -> Table:
     duty.append(f"  busy {chip['duty']:.0%} of the last 10 s, at most {chip['max_duty']:.0%}")
     grid.add_row("chip", duty)
     quote = (
-        f"a quote takes {_ms(chip['learnt_quote_ms'])} (learnt), and {_ms(chip['rest_ms'])} rest"
+        f"a quote takes {_ms(chip['learnt_quote_ms'])} (learnt), and the pause after it "
+        f"{_ms(chip['rest_ms'])}"
     )
     if chip["in_flight_ms"]:
         quote += f"; a command has run for {_ms(chip['in_flight_ms'])}"
@@ -188,7 +189,7 @@ def _dates(dates: list[Mapping[str, Any]]) -> Text:
     if not warnings:
         first = datetime.fromtimestamp(dates[0]["not_after"]).strftime("%Y-%m-%d")
         return Text(
-            f"all certificates are good; the first to expire is {dates[0]['what']}, {first}"
+            f"all certificates are valid; the first to expire is {dates[0]['what']}, {first}"
         )
     text = Text(overflow="fold")
     for number, one in enumerate(warnings):

@@ -1,7 +1,7 @@
-"""The process's stdin, stdout and stderr as the commands need them, whatever the caller made of them.
+"""The process's stdin, stdout and stderr, made usable whatever the caller did to them.
 
 A result that cannot be written to stdout (a full disk, a closed descriptor, a reader that has gone)
-is no result: the command ends with exit code 3. A message that cannot be written to stderr is
+does not count: the command ends with exit code 3. A message that cannot be written to stderr is
 dropped: the exit code says the result. A descriptor that the caller closed is opened on /dev/null, so
 that no socket and no file of ours gets its number.
 """
@@ -19,7 +19,7 @@ STDIN, STDOUT, STDERR = 0, 1, 2
 
 
 class OutputLostError(Exception):
-    """What a command wrote to stdout did not get there. Its text is the system's reason."""
+    """What a command wrote to stdout was lost. Its text is the system's reason."""
 
 
 class _Out(io.FileIO):

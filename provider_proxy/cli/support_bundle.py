@@ -1,6 +1,6 @@
-"""`provider-proxy support-bundle`: what those who help want to see, in one archive without secrets.
+"""`provider-proxy support-bundle`: collect diagnostic data in one archive without secrets.
 
-Every part is text. A part that cannot be had holds the reason in its place. Nothing is sent anywhere: the
+Every part is text. A part that is not available holds the reason instead. Nothing is sent anywhere: the
 operator looks through the archive and passes it on.
 """
 
@@ -69,12 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--with-names",
         action="store_true",
-        help="keep the names of tenants, registrars and VMs; without it they become tenant-1 and so on",
+        help="keep the names of tenants, registrars and VMs; otherwise they become tenant-1 and so on",
     )
     parser.add_argument(
         "--no-tpm",
         action="store_true",
-        help="do not examine the TPM, which takes some seconds of it",
+        help="do not examine the TPM, which keeps it busy for some seconds",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
 
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{out}: {', '.join(made)}")
     for name, why in missing.items():
         print(f"  {name} has only the reason: {why}")
-    print("look through it before you pass it on")
+    print("check its contents before you pass it on")
     return 0
 
 
@@ -134,7 +134,7 @@ def _collect(
             if name == "log.txt" and not names_known:
                 raise UsageError(
                     "the configuration, which says what names to hide, cannot be read; "
-                    "mend it, or give --with-names"
+                    "repair it, or give --with-names"
                 )
             text = make()
         except (ProviderProxyError, OSError, subprocess.SubprocessError) as exc:

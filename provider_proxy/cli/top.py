@@ -1,7 +1,7 @@
 """`provider-proxy top`: what a running daemon does, live in the terminal, until q.
 
 Without a terminal it prints once and ends, as `status` does; `--json` writes a line each refresh, for
-programs, until the reader goes. A daemon that restarts is waited for.
+programs, until the reader goes. It waits for a daemon that restarts.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="S",
-        help="seconds between looks (default: 1)",
+        help="seconds between two refreshes (default: 1)",
     )
     parser.add_argument(
-        "--json", action="store_true", help="no screen: one JSON object a line, a line each look"
+        "--json", action="store_true", help="no screen: one line with a JSON object at each refresh"
     )
 
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Look until q.
 
     Raises:
-        UsageError: the address is none, or not of this machine; a bad interval.
+        UsageError: the address is not valid, or not of this machine; a bad interval.
         HostError, ReplyError: no daemon answers there at the first look.
     """
     if not LEAST_INTERVAL_S <= args.interval <= MOST_INTERVAL_S:

@@ -41,14 +41,16 @@ EXIT_ENVIRONMENT = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    what = actions.add_parser("doctor", help="what chip this is, and what follows")
+    what = actions.add_parser(
+        "doctor", help="show what chip this is, what follows from that, and what to do"
+    )
     _add_config(what)
     what.add_argument(
         "--tcti", metavar="TCTI", help="the TPM, a tpm2-tss string, instead of the configuration's"
     )
     ak = actions.add_parser("ak", help="the attestation key")
     steps = ak.add_subparsers(dest="step", required=True, metavar="STEP")
-    show = steps.add_parser("show", help="show it; makes nothing")
+    show = steps.add_parser("show", help="show it, and make nothing")
     create = steps.add_parser("create", help="find it, or make it and the EK")
     export = steps.add_parser("export", help="write its public part to a file")
     export.add_argument(
@@ -61,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="TPM2B_PUBLIC as base64 or raw, or a PEM, which has no attributes",
     )
     renewing = steps.add_parser(
-        "renew", help="after a compromise: the same key, worthless to whoever knew its secrets"
+        "renew", help="after a compromise: keep the same key, and make its old secrets useless"
     )
     renewing.add_argument(
         "--endorsement-auth",
@@ -169,7 +171,7 @@ def _show_report(report: doctor.Report) -> None:
     console = Console()
     console.print(table)
     for title, sentences in (
-        ("NV indices that were passed over", report.ek_passed_over),
+        ("NV indices that were skipped", report.ek_passed_over),
         ("What failed", report.failures),
         ("What follows", report.consequences),
         ("What to do", report.todo),
@@ -207,7 +209,7 @@ def _public(config: Config) -> bytes:
     try:
         parse_ak(public)
     except VerificationError as exc:
-        raise HostError(f"tpm.ak_handle holds a key that is no AK: {exc}") from exc
+        raise HostError(f"tpm.ak_handle holds a key that is not an AK: {exc}") from exc
     return public
 
 
@@ -240,9 +242,9 @@ def _renew(args: argparse.Namespace, config: Config) -> int:
     if args.json:
         print(json.dumps(values))
         return 0
-    print(f"AK {done.ak_name.hex()}: the same key, with an authValue that nobody knows")
+    print(f"AK {done.ak_name.hex()}: the same key, with a new secret authValue")
     if done.ca_key:
-        print("vTPM CA's key: likewise")
+        print("vTPM CA's key: the same key, with a new secret authValue")
     for handle in done.copies:
         print(f"handle {handle:#x} held a copy, which was removed")
     print("endorsement hierarchy: it has the new authValue; no old private part loads any more")

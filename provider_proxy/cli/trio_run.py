@@ -1,4 +1,4 @@
-"""Runs what `serve` and `vtpm-helper` are made of, and says in one error why it ended."""
+"""Runs the tasks of `serve` and `vtpm-helper`, and reports in one error why they ended."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`provider-proxy verify`: judge saved evidence. No TPM, no network, `cryptography` alone.
 
-Nonce, mask, bank and time come from the tenant's own request file. Offline nothing remembers which
-nonces were spent: each run judges the pair of files that it is given. Where the evidence carries claims
+Nonce, mask, bank and time come from the tenant's own request file. No record is kept of used
+nonces: each run judges the pair of files that it is given. Where the evidence carries claims
 about a VM, `--vm` and `--ek` say what the tenant wants of its link.
 """
 
@@ -66,7 +66,7 @@ def add_judging_arguments(parser: argparse.ArgumentParser) -> None:
         "--insecure-ak-pem",
         type=Path,
         metavar="FILE",
-        help="a PEM instead; nothing then says that a TPM holds the key",
+        help="a PEM instead; nothing then proves that a TPM holds the key",
     )
     key.add_argument(
         "--pinned",
@@ -84,14 +84,14 @@ def add_judging_arguments(parser: argparse.ArgumentParser) -> None:
     policy.add_argument(
         "--insecure-any-state",
         action="store_true",
-        help="accept whatever the PCRs hold; proves only that the host's TPM answered",
+        help="accept any PCR values; this proves only that the host's TPM answered",
     )
     arguments.add_log_arguments(parser)
     parser.add_argument(
         "--ima-list",
         type=Path,
         metavar="FILE",
-        help="the host's whole IMA list, where the evidence holds a part of it",
+        help="the host's whole IMA list, if the evidence holds only a part of it",
     )
     parser.add_argument(
         "--ima", action="store_true", help="the IMA list must lead to PCR 10, whatever it holds"
@@ -119,7 +119,7 @@ def add_link_arguments(parser: argparse.ArgumentParser, *, required: bool) -> No
         "--least",
         choices=STATES,
         default=STATES[0],
-        help="the least that the host must know of the EK; confirmed: read from the VM's vTPM",
+        help="the least that the host must know about the EK; confirmed: read from the VM's vTPM",
     )
     parser.add_argument(
         "--ek-issuer",
@@ -160,7 +160,7 @@ def load_judging(args: argparse.Namespace) -> Judging:
         and rules == LogRules(violations=rules.violations)
     ):
         raise UsageError(
-            "what must the host be? --tpm-policy, --runtime-policy, --ima, --boot-policy or --uefi-pcrs "
+            "name a policy: --tpm-policy, --runtime-policy, --ima, --boot-policy or --uefi-pcrs "
             "(or --insecure-any-state)"
         )
     record = parse_request(read_file(args.request, MAX_BYTES))
@@ -189,7 +189,7 @@ def _load_policies(
 ) -> tuple[Policy, AnswerLogs | None]:
     demanded = unguarded_files().logs(rules, bank).policy
     if args.ima_list is not None and not demanded.wants_ima:
-        raise UsageError("--ima-list is judged with --ima or --runtime-policy only")
+        raise UsageError("--ima-list needs --ima or --runtime-policy")
     found = arguments.with_ima_list(evidence.logs, args.ima_list)
     logs = AnswerLogs(demanded, found) if demanded.needed_mask else None
     if args.tpm_policy is None and not args.insecure_any_state:
@@ -203,7 +203,7 @@ def link_of(args: argparse.Namespace) -> VtpmLink | None:
     """The link that the options demand; None where they demand none.
 
     Raises:
-        UsageError: half of it, or no UUID.
+        UsageError: half of it, or not a UUID.
     """
     if args.vm is None and args.ek is None and args.least == STATES[0] and args.ek_issuer is None:
         return None
@@ -259,7 +259,7 @@ def load_policy(path: Path | None, *, any_state: bool, bank: HashAlg, of: str = 
     if any_state or path is None:
         assert any_state  # argparse, or the reader of the hosts' file, demands one of the two
         option = "--insecure-any-state" if of == "host" else "--insecure-any-vtpm-state"
-        print(f"warning: {option}: every state of the {of} passes", file=sys.stderr)
+        print(f"warning: {option}: any state of the {of} passes", file=sys.stderr)
         return UnsafeAcceptAny()
     values = parse_own_json(read_file(path, MAX_POLICY_BYTES), f"the policy {path}")
     return parse_tpm_policy(values, bank=bank)

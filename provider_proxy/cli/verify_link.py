@@ -1,6 +1,6 @@
 """`provider-proxy verify-link`: does this VM, with this EK, run on that host now?
 
-`files` judges saved evidence, with `--vtpm-quote` both quotes of a deep one. Asks nobody.
+`files` judges saved evidence, with `--vtpm-quote` both quotes of a deep one. Uses no network.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from provider_proxy.evidence.verify import Verifier
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    saved = actions.add_parser("files", help="judge saved evidence, offline")
+    saved = actions.add_parser("files", help="verify saved evidence, offline")
     add_judging_arguments(saved)
     add_link_arguments(saved, required=True)
     saved.add_argument(
         "--vtpm-quote",
         type=Path,
         metavar="FILE",
-        help="deep quote: the vTPM's own quote, a Keylime string, which the host's must come after",
+        help="deep quote: the vTPM's own quote, a Keylime string; the host's quote must come after it",
     )
-    saved.add_argument("--vtpm-nonce", metavar="TEXT", help="the nonce that the vTPM quoted over")
+    saved.add_argument("--vtpm-nonce", metavar="TEXT", help="the nonce in the vTPM's quote")
     saved.add_argument(
         "--vak", type=Path, metavar="FILE", help="the vTPM's AK: TPM2B_PUBLIC, raw or base64"
     )

@@ -22,7 +22,7 @@ from provider_proxy.tenant.watch.ek_directory import EkDirectory
 
 MAX_LIST_BYTES = 128 * 1024 * 1024  # vtpm.max_vms at its most, at 700 bytes each
 COLUMNS = ("VM", "state", "EKs, SHA-256", "made")
-FILE_WIDTH = 160  # where nobody looks at lines: no UUID is broken
+FILE_WIDTH = 160  # for a reader that is not a terminal: no UUID is broken
 SHOWN_HEX = 16
 INTERVAL_S, MAX_INTERVAL_S = 2.0, 600.0
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ek-dir",
         type=Path,
         metavar="DIR",
-        help="keep an empty file there for each EK that is confirmed of a VM that runs; until ended",
+        help="keep an empty file in DIR for each confirmed EK of a running VM, until SIGTERM",
     )
     parser.add_argument(
         "--interval-s",
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Ask and show.
 
     Raises:
-        HostError: nobody answers there.
+        HostError: nothing answers there.
         ReplyError: the answer is not a daemon's.
         UsageError: an option is out of bounds.
     """
@@ -87,14 +87,14 @@ def run(args: argparse.Namespace) -> int:
 def _vms(results: Mapping[str, object]) -> list[Mapping[str, object]]:
     vms = results["vms"]
     if not isinstance(vms, list):
-        raise TypeError("vms is no list")
+        raise TypeError("vms is not a list")
     return vms
 
 
 def _row(vm: Mapping[str, object]) -> tuple[str, ...]:
     eks, registered = vm["eks"], vm["registered_at"]
     if not isinstance(eks, list) or not isinstance(registered, int):
-        raise TypeError("a VM is not as it must be")
+        raise TypeError("a VM in it has wrong values")
     state = str(vm["state"] if eks else "no EK known") if vm["running"] else "stopped"
     made = f"generation {vm['generation']}, issuer {vm['issuer']}"
     if registered:

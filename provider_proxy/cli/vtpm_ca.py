@@ -26,7 +26,7 @@ from provider_proxy.evidence.vtpm_ca import VtpmCa, check_ca_certificate, check_
 from provider_proxy.tenant.client import ProxyClient
 
 MAX_FILE_BYTES = 64 * 1024
-PEM_MODE = 0o644  # a certificate is no secret, and Keylime runs as another user
+PEM_MODE = 0o644  # a certificate is not secret, and Keylime runs as another user
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="where the certificate goes, PEM: a file in Keylime's tpm_cert_store",
+        help="file for the certificate, PEM, in Keylime's tpm_cert_store",
     )
     fetch.set_defaults(act=_fetch)
     check = actions.add_parser("check", help="check saved certificates, offline")
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UntrustedCaError, EkCertificateError: refused.
-        ReplyError: the proxy gave none.
+        ReplyError: the proxy gave no certificate.
         UsageError, HostError: a file or an option is wrong or missing.
     """
     code: int = args.act(args)
@@ -147,6 +147,6 @@ def _show(args: argparse.Namespace, ca: VtpmCa, more: dict[str, str]) -> None:
     print(f"verified: {ca.subject}")
     print(f"  its key {ca.name.hex()} is in the TPM of the trusted AK")
     if "vm" in more:
-        print(f"  the certificate is its own, about this EK, for VM {more['vm']}")
+        print(f"  the certificate was signed by it, for this EK and VM {more['vm']}")
     if "out" in more:
         print(f"  written to {more['out']}")

@@ -1,7 +1,7 @@
 """`provider-proxy vtpm-helper`: provider-proxy-vtpm, which looks at vTPMs for the daemon.
 
 A process of its own, for it may read every file: no network, no TPM, no keys. Its unit is
-systemd/provider-proxy-vtpm.service. What it is told stands on its command line, for its unit has to
+systemd/provider-proxy-vtpm.service. Its settings are on its command line, because its unit has to
 bind the same folders.
 """
 
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--socket",
         type=Path,
         metavar="PATH",
-        help="a unix socket to make, where systemd hands over none",
+        help="unix socket to listen on, if systemd passes none",
     )
 
 

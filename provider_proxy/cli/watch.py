@@ -1,7 +1,7 @@
-"""`provider-proxy watch`: verify the hosts under one's VMs, again and again.
+"""`provider-proxy watch`: verify the hosts under your VMs continuously.
 
 Reports go to stdout as JSON lines, the log to stderr. With `--once` every host is asked once, and the
-exit code says what came of it: 0 all are trusted, 1 one was refused, 3 one could not be judged.
+exit code gives the result: 0 all are trusted, 1 one was refused, 3 one could not be judged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ OTHER_FILES = 100  # state, policies, webhook, commands
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "--config", type=Path, required=True, metavar="FILE", help="the hosts and their policies"
+        "--config",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the file with the hosts and their policies",
     )
     parser.add_argument(
         "--once", action="store_true", help="ask every host once; the exit code says the result"
@@ -66,10 +70,10 @@ def _as_member(config: WatchConfig, *, once: bool) -> int:
 
     Raises:
         UsageError: the address is wrong, or `--once` was asked for.
-        HostError: the database is away, or has no tables.
+        HostError: the database cannot be reached, or has no tables.
     """
     if once:
-        raise UsageError("--once is for a file without state: a fleet's hosts have their members")
+        raise UsageError("--once cannot be used with state: a fleet's members ask its hosts")
     # Needs psycopg, which a watcher without a database does not.
     member_module = import_with_libpq("provider_proxy.tenant.fleet.member")
     assert config.state is not None

@@ -450,7 +450,9 @@ async def site(request: pytest.FixtureRequest, tmp_path: Path, certs: Certs) -> 
 
 
 async def test_identity_fetch_verify(site: Site) -> None:
-    done = expect(await site.run("identity", "--save-ak", "ak", "--json"), GOOD, "own word")
+    done = expect(
+        await site.run("identity", "--save-ak", "ak", "--json"), GOOD, "what the proxy claims"
+    )
     assert last_object(done) == {
         "ak_name": site.quoter.ak.name.hex(),
         "sign_alg": "ecdsa",

@@ -59,7 +59,7 @@ def test_a_value_that_begins_with_a_dash_is_a_value(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("registar = 1", "host-17.toml:12: registar is not an option; known are "),
+        ("registar = 1", "host-17.toml:12: registar is not an option; the known options are "),
         ("options = 'x'", "host-17.toml:12: options is not an option"),
         ("help = true", "host-17.toml:12: help is not an option"),
         ("insecure-no-ek = 1", "insecure-no-ek must be true or false"),

@@ -61,7 +61,7 @@ def test_what_an_operator_sees() -> None:
     text = shown(busy())
     assert re.match(r" READY   provider-proxy 0\.1\.0 on host 0ddba11c-\S+ up ", text)
     assert "busy 31% of the last 10 s, at most 50%" in text
-    assert "a quote takes 188 ms (learnt), and 188 ms rest" in text
+    assert "a quote takes 188 ms (learnt), and the pause after it 188 ms" in text
     assert "14 waiting in 2 lines, the first for 131 ms; room for 8192" in text
     assert "50 ms, then when the chip is ready; 1024 requests at most" in text
     assert re.search(r"4060 +\d\d:\d\d:\d\d +\d+ +\d+ ms +\d+ ms +(chip ready|window over)", text)
@@ -192,7 +192,7 @@ def test_the_configuration_names_the_listener(site: Site, tmp_path: Path) -> Non
     config.write_text(plain)
     done = run_here("status", "--config", config, cwd=tmp_path)
     assert done.returncode == 2
-    assert "has no admin.address" in done.stderr
+    assert "does not set admin.address" in done.stderr
     config.write_text(f'{plain}[admin]\naddress = "127.0.0.1:0"\n')
     assert run_here("status", "--config", config, cwd=tmp_path).returncode == 2
 

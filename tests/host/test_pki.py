@@ -1074,7 +1074,7 @@ def test_a_tenant_of_another_ca_is_not_revoked(site: Site, tmp_path: Path) -> No
     other.tenant("acme")
     shutil.copy(other.ca / "tenants/acme.crt", site.ca / "tenants/acme.crt")
     for words in (("revoke", "acme"), ("show",)):
-        expect(site.run(*words), EXIT_ENVIRONMENT, "acme.crt is not of the CA in ca.crt")
+        expect(site.run(*words), EXIT_ENVIRONMENT, "acme.crt was not signed by the CA in ca.crt")
     assert len(site.crl()) == 0
 
 

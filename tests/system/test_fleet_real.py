@@ -159,7 +159,7 @@ def test_what_is_imported_is_taken_up(fleet: Fleet) -> None:
     fleet.until(lambda: fleet.trusted() == HOSTS, "all hosts trusted")
     fleet.source = fleet.config("import", hosts=HOSTS + 3, flipped=0)
     shown = fleet.cli("import")
-    assert "nothing is changed; add --apply" in shown
+    assert "nothing was changed; add --apply" in shown
     assert f"3 new, {FLIPPED} changed, 0 removed, {HOSTS - FLIPPED} the same" in shown
     assert fleet.view().by_state == {"TRUSTED": HOSTS}
     fleet.cli("import", "--apply")

@@ -345,10 +345,10 @@ async def test_without_both_words_there_is_no_verdict(tenant: Tenant, tmp_path: 
         code, lines = await checked.run(checked.url, ca=str(other))
         assert code == ENVIRONMENT
         assert lines[-3].startswith("ours:    good")
-        assert "its certificate is not good" in lines[-2]
+        assert "its certificate is not valid" in lines[-2]
         assert lines[-1] == "verdict: none"
         code, lines = await checked.run(checked.url, "--ek-ca", "pins")
-        assert (code, "who vouches for the EK?" in lines[-1]) == (USAGE, True)
+        assert (code, "it decides whether the EK is the host's" in lines[-1]) == (USAGE, True)
 
 
 # --- ek-check -----------------------------------------------------------------------------------------

@@ -908,8 +908,8 @@ def test_a_pin_from_the_registrar(real: RealBook, tmp_path: Path) -> None:
     for words, code, text in (
         (["--ek-ca", "cas"], 1, "UntrustedEkError: the registrar has no EK certificate"),
         (["--ek-ca", "nowhere"], 3, "nowhere"),
-        ([], 2, "who vouches for the EK?"),
-        (["--ek-ca", "cas", "--insecure-no-ek"], 2, "who vouches for the EK?"),
+        ([], 2, "it decides whether the EK is the host's"),
+        (["--ek-ca", "cas", "--insecure-no-ek"], 2, "it decides whether the EK is the host's"),
     ):
         done = pin("soft.example", *tls, *words)
         assert (done.returncode, text in done.stderr) == (code, True), done.stderr

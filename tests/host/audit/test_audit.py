@@ -1149,7 +1149,7 @@ def test_the_command_proves_in_words(folder: Folder) -> None:
         f"in batch {SCENE.records[0].batch} under root {leaf.root.hex()} "
         f"at index {leaf.proof.leaf_index} of 8\n"
     )
-    assert "the evidence alone can show" in out
+    assert "only the evidence can show" in out
 
 
 def test_the_command_proves_a_request_with_a_vm_and_its_evidence(folder: Folder) -> None:
@@ -1171,7 +1171,7 @@ def test_the_command_finds_nothing_with_exit_1(
     with folder.log.open("ab") as file:
         file.write(b"damage\n")
     code, out, _ = folder.run(*other)
-    assert (code, out) == (1, "not in this log (damaged lines that were skipped: 1)\n")
+    assert (code, out) == (1, "not in this log (skipped 1 damaged lines)\n")
     assert "audit.jsonl:4 is skipped" in caplog.text
 
 
