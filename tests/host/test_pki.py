@@ -507,7 +507,7 @@ def test_good_names(site: Site, name: str) -> None:
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_bad_names(site: Site, action: str, name: str) -> None:
     before = site.contents()
-    expect(site.run(action, "--", name), EXIT_USAGE, "NAME is letters")
+    expect(site.run(action, "--", name), EXIT_USAGE, "NAME has up to 63 letters")
     assert site.contents() == before
 
 
