@@ -1,31 +1,31 @@
-# make install   everything that is missing: Debian packages, then Python packages into .venv
-# make demo      200 tenants, one TPM (a swtpm), every answer verified; installs only what that needs
-# make test      the tests (fetches a Chromium and promtool for them where they can be fetched)
-# make keylime   the real Keylime that the tests talk to, into .venv-keylime
+# make install   installs what is missing: Debian packages, then Python packages into .venv
+# make demo      200 tenants on one TPM (a swtpm), every answer verified; installs only what it needs
+# make test      the tests (fetches Chromium and promtool for them, if it can)
+# make keylime   installs the real Keylime that the tests use, into .venv-keylime
 # make keylime-trial  that Keylime's registrar and verifier, in keylime-trial/ until Ctrl-C, to try the bridge with
 # make check     format, lint, types, tests, wheel
 # make test-bare make demo and make test in a minimal Debian with an empty environment (as root);
 #                RELEASE=trixie, BARE_USER=1 for an ordinary user with sudo, BARE="deb test-deb" for other targets
-# make mutants   breaks the pure core on purpose, and looks whether a test notices (SAMPLE=130 for some; JOBS=2)
-# make docs      docs/api.md, docs/reference.md and the comments of the example file, from the program
-# make picture   docs/img/status-page.png: the status page of a daemon under load
-# make messages  every text that a person may see, to be read (WORDS="…" for those with a word)
-# make bench     the figures of this machine
-# make man       the manual pages and the shells' completion, into build/
-# make deb       the Debian package and its SBOM, into dist/, looked at by lintian
-# make bundle    one archive for other systemd hosts, with its SBOM, into dist/
-# make lock      the lock files of all Python packages, from pyproject.toml and packaging/locks/*.in
+# make mutants   breaks the pure core on purpose, and checks that a test fails (SAMPLE=130 for some; JOBS=2)
+# make docs      writes docs/api.md, docs/reference.md, docs/mistakes.md and the example file's comments
+# make picture   writes docs/img/status-page.png: the status page of a daemon under load
+# make messages  prints every text that a person may see (WORDS="…" for those with a word)
+# make bench     measures this machine
+# make man       writes the manual pages and the shells' completion into build/
+# make deb       builds the Debian package and its SBOM into dist/, and checks it with lintian
+# make bundle    builds one archive for other systemd hosts, with its SBOM, into dist/
+# make lock      writes the lock files of all Python packages, from pyproject.toml and packaging/locks/*.in
 #
-# Tests that take long, alone or all together with `make test-slow` (as root):
+# Long tests, one by one or all with `make test-slow` (as root):
 # make test-libvirt    5 min  the vTPM link with a real libvirt and guests that boot; installs libvirt, QEMU
-# make test-deb        4 min  the package installed, started, asked, upgraded and purged, in a copy of this system
-# make test-upgrade    5 min  the last release's package, used, and then this one over it: nothing is lost
-# make test-bundle     2 min  the bundle installed without a network, started, asked and removed, likewise
-# make test-reproducible 10 min  package and bundle built twice: the same bytes
-# make test-kvm       20 min  the package in a virtual machine with a TPM, IMA and systemd; rebooted, its kernel updated
+# make test-deb        4 min  installs, starts, queries, upgrades and purges the package in a copy of this system
+# make test-upgrade    5 min  installs and uses the last release's package, then upgrades it: nothing is lost
+# make test-bundle     2 min  installs the bundle without a network, starts, queries and removes it, likewise
+# make test-reproducible 10 min  builds package and bundle twice: both have the same bytes
+# make test-kvm       20 min  the package in a virtual machine with a TPM, IMA and systemd; with reboot and new kernel
 # make test-keylime-bridge   15 min  the bridge with Keylime 7.14.3 and 7.13.1: policies, lies, restarts, 100 hosts
 # make test-keylime-releases  5 min  what each release of Keylime can do, as docs/keylime-releases.md says
-# make soak           30 min  faults of the chip, attacks on the doors, hostile hosts: SOAK_SECONDS=600 each
+# make soak           30 min  faults of the chip, attacks on the listeners, hostile hosts: SOAK_SECONDS=600 each
 #
 # sudo is used only where this is not root and a Debian package is missing.
 
@@ -40,20 +40,20 @@ WHEEL_VENV := .venv-wheel
 # For the daemon, and for tpm2-pytss, which has to be compiled.
 DEBIAN := swtpm libtss2-dev gcc libc6-dev pkg-config python3-dev python3-venv
 DEBIAN_TESTS := swtpm-tools tpm2-tools libefivar1 libpq5 util-linux openssl systemd systemd-container man-db
-# PostgreSQL for a fleet, fronts, a browser for the status page, and what reads manuals and completions. Where one
-# cannot be installed, its tests are skipped.
+# PostgreSQL for a fleet, fronts, a browser for the status page, and programs that check manuals and completions. If
+# one cannot be installed, its tests are skipped.
 DEBIAN_OPTIONAL := postgresql haproxy nginx libnginx-mod-stream chromium chromium-driver mandoc zsh fish git
 DEBIAN_BUILD := build-essential debhelper dpkg-dev fakeroot lintian
-# What a host of the bundle has, beside the TPM libraries, and what brings up the loopback of its test.
+# What a host of the bundle needs beside the TPM libraries, and iproute2 for the loopback of its test.
 DEBIAN_BUNDLE := systemd procps iproute2
 DEBIAN_KVM := e2fsprogs mmdebstrap ovmf qemu-system-x86
 # For test-libvirt alone.
 DEBIAN_LIBVIRT := libvirt-daemon-system libvirt-clients qemu-system-x86 iproute2
 GUEST := .guest/.unpacked
 PROMTOOL := .promtool/usr/bin/promtool
-# Tests that may be skipped, beside those of a program of DEBIAN_OPTIONAL or promtool that cannot be installed. What
-# test-slow runs is skipped, and what needs material that is not in this repository; an ordinary user may not run
-# those of the vTPM, either.
+# How many tests may be skipped, beside those of a program of DEBIAN_OPTIONAL or promtool that cannot be installed:
+# the tests of test-slow, and those that need material outside this repository; for an ordinary user those of the
+# vTPM, too.
 MAX_SKIPPED ?= $(shell [ "$$(id -u)" = 0 ] && echo 30 || echo 50)
 SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
@@ -71,14 +71,14 @@ system-tests: system
 	@packaging/system-packages.sh $(DEBIAN_TESTS)
 	@packaging/system-packages.sh --optional "the tests that need it" $(DEBIAN_OPTIONAL)
 
-# Checks the alert rules. Taken out of its package: to install that would start a Prometheus here.
+# Checks the alert rules. It is unpacked, not installed: the package would start a Prometheus here.
 promtool: | system
 	@[ -x $(PROMTOOL) ] || packaging/unpack-promtool.sh .promtool
 
 libvirt:
 	@packaging/system-packages.sh $(DEBIAN_LIBVIRT)
 
-# What the guests of test-libvirt boot, taken out of its packages: a kernel, and busybox.
+# What the guests of test-libvirt boot, unpacked from Debian packages: a kernel and busybox.
 guest: $(GUEST)
 
 $(GUEST): | system
@@ -101,7 +101,7 @@ $(DEV): $(HOST) $(LOCKS)/dev.txt
 	@packaging/venv.sh $(PYTHON) $(VENV) $(LOCKS)/dev.txt
 	@touch $@
 
-# The real Keylime for the tests; its dependencies must not meet ours. The last agent in Python is older.
+# The real Keylime for the tests, apart from our dependencies. The last agent in Python is older.
 keylime: $(KEYLIME_VENV)/.installed $(KEYLIME_VENV)-agent/.installed
 
 $(KEYLIME_VENV)/.installed: tests/system/keylime/requirements.txt | system
@@ -139,7 +139,7 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-# The wheel as a tenant gets it, built from the source distribution: nothing but cryptography beside it.
+# The wheel as a tenant gets it, built from the source distribution, with cryptography alone.
 wheel: install
 	rm -rf dist/*.whl dist/*.tar.gz $(WHEEL_VENV)
 	$(BIN)/python -m build --no-isolation --outdir dist . >/dev/null
@@ -150,7 +150,7 @@ wheel: install
 
 check: format lint types test wheel
 
-# libvirtd, QEMU and this project's hooks in a mount namespace of their own; as root. It tells what it does.
+# libvirtd, QEMU and this project's hooks in a mount namespace of their own; as root. It prints what it does.
 test-libvirt: install keylime libvirt guest
 	@[ "$$(id -u)" = 0 ] || { echo "test-libvirt needs root"; exit 3; }
 	TEST_LIBVIRT=1 unshare --mount --propagation private $(BIN)/python -m pytest -q -s tests/system/test_vtpm_libvirt.py \
@@ -160,7 +160,7 @@ test-libvirt: install keylime libvirt guest
 keylime-trial: install keylime
 	@PYTHONPATH=tests/support $(BIN)/python tests/system/keylime_trial.py keylime-trial
 
-# Everything of the bridge that takes longer, beside what `make test` runs of it.
+# The long tests of the bridge; `make test` runs the others.
 test-keylime-bridge: install keylime system-tests $(KEYLIME_VENV)-7.13.1/.installed
 	TEST_KEYLIME_BRIDGE=1 $(BIN)/python -m pytest -q -s tests/system/test_keylime_bridge.py tests/system/test_keylime_push.py
 
@@ -235,7 +235,7 @@ test-bundle: bundle
 system-kvm:
 	@packaging/system-packages.sh $(DEBIAN_KVM)
 
-# The first time it fetches a Debian by this machine's apt sources, into build/kvm.
+# The first run fetches a Debian into build/kvm, through this machine's apt sources.
 test-kvm: install system-kvm deb
 	$(SUDO) $(BIN)/python tests/system/test_kvm.py dist/provider-proxy_*.deb
 

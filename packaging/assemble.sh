@@ -16,7 +16,7 @@ trap 'rm -rf "$tools"' EXIT
 "$tools/venv/bin/python" -m pip --disable-pip-version-check --python "$app/bin/python3" \
     install -q --no-compile --no-index --no-deps "$wheels"/*.whl
 
-# The one command is the launcher's; what else there is would have this machine's paths.
+# The launcher is the only command; the others would hold this machine's paths.
 rm -rf "$app/include" "$app/share" "$app"/lib64 "$app/.gitignore"
 find "$app/bin" -mindepth 1 -delete
 ln -s "$python" "$app/bin/python3"
@@ -31,8 +31,8 @@ find "$site" \( -name '*.c' -o -name '*.h' -o -name '*.pyx' \) -delete
 find "$site" -type f -name '*.py' -exec sed -i '1{/^#!/s/.*/#/}' {} +  # modules, not programs
 find "$site" -type f -exec chmod 644 {} +
 find "$site" -type f -name '*.so*' -exec strip --strip-unneeded --remove-section=.comment {} +
-# Nothing may run by itself when Python starts.
+# No code may run by itself when Python starts.
 if find "$site" -name '*.pth' | grep .; then echo "assemble.sh: a .pth file would run code at every start" >&2; exit 3; fi
-# Read-only for the daemon, so compiled now: by content, not by time, and by names that are the host's.
+# The daemon cannot write here, so compile now: checked by content, not by time, with the host's paths.
 (cd "$site" && "$app/bin/python3" -m compileall -q -j 1 --invalidation-mode unchecked-hash \
     -s . -p "/usr/lib/provider-proxy/lib/$(basename "$(dirname "$site")")/site-packages" .)

@@ -23,7 +23,7 @@ mkdir -p "$tree" "$out"
 packaging/wheels.sh "$python" "$tree/wheels"
 build/tools/bin/python -m pip --disable-pip-version-check download -q --require-hashes --no-deps \
     -d "$tree" -r packaging/locks/pip.txt
-# What its own programs write: manual pages, completion, the list of components.
+# Written by its own programs: manual pages, completion, the list of components.
 # The interpreter itself: what $python names may be a link, a script or a virtual environment's.
 interpreter=$("$python" -Ic 'import os, sys; print(os.path.realpath(sys._base_executable))')
 packaging/assemble.sh "$interpreter" "$tree/wheels" $work/app

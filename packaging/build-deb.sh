@@ -1,8 +1,8 @@
 #!/bin/sh
 # build-deb.sh OUT [REVISION]: builds the Debian package of these sources, as a copy in build/deb, and its SBOM.
 #
-# Two builds of one commit give the same package: times are the commit's. What needs a network, the Python
-# packages, comes first, each checked against its hash; the package itself is built from what is here then.
+# Two builds of one commit give the same package: times are the commit's. The Python packages
+# are downloaded first, each checked against its hash; the package itself is built without a network.
 set -eu
 cd "$(dirname "$0")/.."
 out=$1
@@ -12,7 +12,7 @@ SOURCE_DATE_EPOCH=$(packaging/source-date.sh)
 export SOURCE_DATE_EPOCH
 umask 022
 
-# What was built from this very commit need not be built again.
+# A package of this commit need not be built again.
 built=$out/.deb-commit
 commit=$(git -c safe.directory='*' rev-parse HEAD 2>/dev/null || true)
 [ -z "$(git -c safe.directory='*' status --porcelain 2>/dev/null)" ] || commit=

@@ -1,5 +1,5 @@
-"""Looks at what `python -m build` made: the wheel, built from the source distribution, has the package
-and nothing else; the source distribution has every file of the checkout and nothing of the machine's.
+"""Checks what `python -m build` made: the wheel, built from the source distribution, has only the package;
+the source distribution has every file of the checkout and no other file of this machine.
 
     python packaging/check_dists.py DIRECTORY
 """
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def files_of_checkout() -> dict[str, bytes]:
-    """What git knows; without git, what lies there of the package."""
+    """The files that git knows; without git, the files of the package."""
     done = subprocess.run(
         ["git", "ls-files", "-z"],  # noqa: S607
         cwd=ROOT,

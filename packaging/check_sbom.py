@@ -1,4 +1,4 @@
-"""Holds a list of components against the lock that they were installed from.
+"""Compares a list of components with the lock that they were installed from.
 
     python packaging/check_sbom.py SBOM LOCK
 

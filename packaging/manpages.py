@@ -1,4 +1,4 @@
-"""Writes the manual pages: a page a command from its parser, and one of the configuration's keys.
+"""Writes the manual pages: one for each command from its parser, and one for the configuration's keys.
 
     python packaging/manpages.py DIRECTORY
 
@@ -39,12 +39,12 @@ ESCAPES = {
 }
 EXIT_STATUS = (
     ("0", "good"),
-    ("1", "refused: the evidence, the host or the record is not good"),
+    ("1", "refused: the evidence, the host or the record did not pass a check"),
     ("2", "usage: a wrong option, file content or configuration"),
     (
         "3",
         "environment: no TPM, no reply, a file missing, an extra not installed, a bug, or output that "
-        "cannot be written (a full disk, a closed stdout; nothing is said where its reader has gone)",
+        "cannot be written (a full disk, a closed stdout; without a message if its reader has gone)",
     ),
 )
 

@@ -33,7 +33,7 @@ HEAD = """\
 COMMANDS_HEAD = """\
 ## Commands
 
-`--log-level` stands before the name of the command. Results go to stdout, the log and messages to stderr.
+`--log-level` comes before the name of the command. Results go to stdout, the log and messages to stderr.
 """
 WORDS = {
     values.read_flag: "`true` or `false`",

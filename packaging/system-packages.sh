@@ -13,7 +13,7 @@ if [ "${1:-}" = --optional ]; then
 fi
 
 if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
-    echo "not a Debian system; these packages, or what they are called here, have to be there: $*"
+    echo "not a Debian system; install these packages, or what they are called here: $*"
     exit 0
 fi
 
@@ -30,7 +30,7 @@ if [ "$(id -u)" != 0 ]; then
 fi
 apt() { $sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 "$@"; }
 
-# Nothing that is installed here is to run as a service: Debian's way to say so, for as long as this takes.
+# No installed package may start a service: a policy-rc.d forbids it while this script runs.
 policy=/usr/sbin/policy-rc.d
 if [ ! -e $policy ]; then
     $sudo sh -c "printf '#!/bin/sh\nexit 101\n' >$policy && chmod 755 $policy"
@@ -38,7 +38,7 @@ if [ ! -e $policy ]; then
 fi
 
 echo "installing Debian packages:$missing"
-apt update || echo "apt-get update failed; going on with the package lists that are here" >&2
+apt update || echo "apt-get update failed; continuing with the package lists of this machine" >&2
 if [ -z "$why" ]; then
     # shellcheck disable=SC2086  # words
     apt install -y --no-install-recommends $missing </dev/null >/dev/null || {

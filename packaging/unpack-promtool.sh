@@ -1,8 +1,8 @@
 #!/bin/sh
 # unpack-promtool.sh DIRECTORY: takes promtool out of its Debian package, into DIRECTORY/usr/bin.
 #
-# Debian 12 has it in prometheus, Debian 13 in a package of its own. The tests that need it are skipped where
-# it cannot be fetched, so that is told in a line and is no failure.
+# Debian 12 has it in prometheus, Debian 13 in a package of its own. If it cannot be fetched, the tests that
+# need it are skipped: then this prints a line and does not fail.
 set -u
 mkdir -p "$1" && cd "$1" || exit 3
 unpack() {

@@ -20,10 +20,10 @@ if cat "$@" | grep -q '^tpm2-pytss=='; then
     wanted=$(cat "$@" | sed -n 's/^tpm2-pytss==\([^ ]*\).*/\1/p' | head -1)
     if [ "$(tss)" != "$wanted" ]; then
         for program in cc pkg-config; do
-            command -v $program >/dev/null || { echo "tpm2-pytss has to be built, and $program is missing" >&2; exit 3; }
+            command -v $program >/dev/null || { echo "tpm2-pytss must be built, and $program is missing: install it" >&2; exit 3; }
         done
         pkg-config --exists tss2-esys || {
-            echo "tpm2-pytss has to be built, and the TPM library's headers are missing (libtss2-dev)" >&2
+            echo "tpm2-pytss must be built, and the TPM library's headers are missing: install libtss2-dev" >&2
             exit 3
         }
         echo "tpm2-pytss $wanted has no wheel and is built from source; this takes about 20 s of one core"
@@ -35,7 +35,7 @@ for lock in "$@"; do
         --require-hashes --no-deps --no-build-isolation -r "$lock" || exit 3
 done
 if [ -n "${wanted:-}" ]; then
-    # Without cffi or the headers its build passes and leaves the library out.
+    # Without cffi or the headers the build succeeds, but leaves the library out.
     "$venv/bin/python" -c 'import tpm2_pytss' || { echo "tpm2-pytss was built without the TPM library" >&2; exit 3; }
 fi
 echo "Python packages are in $venv after $(($(date +%s) - start)) s"

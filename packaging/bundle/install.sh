@@ -2,8 +2,8 @@
 # install.sh: installs provider-proxy from this archive, or upgrades it. Asks nothing and needs no network.
 #
 # As root, on a host with systemd and the Python that the archive's name says. A configuration that is there is
-# kept, and so is the state in /var/lib/provider-proxy. Nothing is enabled or started; a daemon that runs is
-# restarted. PYTHON names another interpreter. Exit codes: 0 installed, 3 nothing was changed, and why.
+# kept, and so is the state in /var/lib/provider-proxy. Nothing is enabled or started; a running daemon is
+# restarted. PYTHON names another interpreter. Exit codes: 0 installed, 3 nothing was changed (stderr says why).
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 app=/usr/lib/provider-proxy
@@ -12,15 +12,15 @@ umask 022
 
 fail() { echo "install.sh: $*" >&2; exit 3; }
 
-# --- is everything here that it needs ---
+# --- check that everything it needs is here ---
 
 [ "$(id -u)" = 0 ] || fail "run this as root"
 (cd "$here" && sha256sum --quiet -c SHA256SUMS) >&2 || fail "a file of this archive is damaged; unpack it again"
 . "$here/target" # PYTHON_VERSION, MACHINE, GLIBC
-command -v systemctl >/dev/null || fail "there is no systemd here"
+command -v systemctl >/dev/null || fail "this host has no systemd"
 systemd=$(systemctl --version | sed -n '1s/^systemd \([0-9]*\).*/\1/p')
 [ "${systemd:-0}" -ge 250 ] || fail "systemd 250 or newer is needed; this is ${systemd:-unknown}"
-[ -x /bin/kill ] || fail "there is no /bin/kill, which the units call to reload; install procps (or util-linux)"
+[ -x /bin/kill ] || fail "/bin/kill is missing, which the units need to reload; install procps (or util-linux)"
 if command -v dpkg >/dev/null && dpkg -S /usr/bin/provider-proxy >/dev/null 2>&1; then
     fail "the Debian package provider-proxy is installed; upgrade that, or remove it first"
 fi
@@ -37,9 +37,9 @@ for candidate in ${PYTHON:-"/usr/bin/python$PYTHON_VERSION" /usr/bin/python3}; d
         break
     fi
 done
-[ -n "$python" ] || fail "this archive is for Python $PYTHON_VERSION on $MACHINE with glibc $GLIBC or newer, which is not here"
+[ -n "$python" ] || fail "this archive needs Python $PYTHON_VERSION on $MACHINE with glibc $GLIBC or newer, which this host does not have"
 
-# --- the environment, beside the old one until it works ---
+# --- build the environment beside the old one, and replace that when it works ---
 
 rm -rf "$app.new" "$app.old"
 trap 'rm -rf "$app.new"' EXIT

@@ -1,15 +1,15 @@
 #!/bin/sh
 # uninstall.sh [--purge]: removes what install.sh installed.
 #
-# Configuration and state stay. With --purge they go, too: the state holds the authValue of the attestation key,
-# without which the key in the TPM is of no use any more. The user stays, for files elsewhere may be its own.
+# Configuration and state stay. --purge removes them, too: the state holds the authValue of the attestation key,
+# without which the key in the TPM cannot be used any more. The user stays, because it may own files elsewhere.
 set -eu
 app=/usr/lib/provider-proxy
 [ "$(id -u)" = 0 ] || { echo "uninstall.sh: run this as root" >&2; exit 3; }
-[ -f $app/installed-files ] || { echo "uninstall.sh: install.sh has installed nothing here" >&2; exit 3; }
+[ -f $app/installed-files ] || { echo "uninstall.sh: nothing to remove: install.sh was not used on this host" >&2; exit 3; }
 
 if [ -d /run/systemd/system ]; then
-    # The socket first: a tenant's question must not start the daemon again.
+    # The socket first: a tenant's request must not start the daemon again.
     for unit in $(sed -n 's/.*\/\(provider-proxy[^/]*\.socket\)$/\1/p' $app/installed-files) \
         $(sed -n 's/.*\/\(provider-proxy[^/]*\.service\)$/\1/p' $app/installed-files); do
         case "$unit" in

@@ -48,22 +48,14 @@ BLOCK_LINES = 4096  # of a list, judged at a time
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    _add_make(
-        actions.add_parser("make", help="make policies from verified evidence of golden hosts")
-    )
-    merged = actions.add_parser(
-        "merge", help="merge policies: the result accepts what any of them accepts"
-    )
-    merged.add_argument(
-        "policies", nargs="+", type=Path, metavar="POLICY", help="policies of one kind"
-    )
+    _add_make(actions.add_parser("make", help="make policies from evidence of golden hosts"))
+    merged = actions.add_parser("merge", help="make a policy that accepts what any of these does")
+    merged.add_argument("policies", nargs="+", type=Path, metavar="POLICY", help="of one kind")
     merged.add_argument(
         "--out", type=Path, metavar="FILE", help="file for the merged policy (default: stdout)"
     )
     merged.set_defaults(act=_merge)
-    _add_judge(
-        actions.add_parser("judge", help="show which lines or events a policy refuses, and why")
-    )
+    _add_judge(actions.add_parser("judge", help="show what a policy refuses in a log, and why"))
     words = actions.add_parser("explain", help="explain in words what a policy demands")
     for name, what in (
         ("--runtime-policy", "Keylime's runtime policy"),
@@ -186,9 +178,7 @@ class _Golden:
 def _make(args: argparse.Namespace) -> int:
     wanted = (args.tpm_policy, args.boot_policy, args.runtime_policy)
     if not any(wanted):
-        raise UsageError(
-            "name a policy to write: --tpm-policy, --boot-policy or --runtime-policy FILE"
-        )
+        raise UsageError("name a policy: --tpm-policy, --boot-policy or --runtime-policy FILE")
     uefi = arguments.parse_uefi_pcrs(args) or DEFAULT_UEFI_PCRS
     policy = LogPolicy(
         ima=args.runtime_policy is not None, uefi_mask=uefi if args.boot_policy else 0
