@@ -1,5 +1,5 @@
-"""Checks what `python -m build` made: the wheel, built from the source distribution, has only the package;
-the source distribution has every file of the checkout and no other file of this machine.
+"""Checks what `python -m build` made: the wheel, built from the source distribution, has the package
+only; the source distribution has every file of the checkout and no other file of this machine.
 
     python packaging/check_dists.py DIRECTORY
 """
