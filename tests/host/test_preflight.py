@@ -166,11 +166,11 @@ def test_why_a_device_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.Monke
     assert device.problem("swtpm:path=/x") is None
     assert device.problem("embedded") is None
     missing = device.problem(f"device:{tmp_path}/tpmrm0") or ""
-    assert "tpmrm0 is not there: is a TPM enabled in the firmware" in missing
+    assert "tpmrm0 does not exist: is a TPM enabled in the firmware" in missing
     assert device.problem("device:/dev/null") is None
     real = os.open
     for number, words in (
-        (13, "must not be opened by the user"),
+        (13, "may not open"),
         (16, "in use by another program"),
     ):
 

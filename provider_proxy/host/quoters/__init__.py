@@ -1,1 +1,1 @@
-"""What signs quotes for the batcher."""
+"""The quoters, which sign quotes for the batcher."""

@@ -1,8 +1,8 @@
-"""Whose AK a Keylime agent quotes with: the word of the provider's own registrar, judged and pinned.
+"""Which AK a Keylime agent quotes with: the record of the provider's own registrar, checked and pinned.
 
-Asked at the start and while the circuit is open, never for a quote. The record's AK must be one, its EK
-must lead to a CA of the provider's, both must be those that were pinned at first trust; its TLS
-certificate is the one that the agent must show.
+The registrar is asked at the start and while the circuit is open, never for a quote. The record's AK must
+be valid, its EK must lead to a CA that the provider trusts, and both must be those that were pinned at
+first. The agent must show the record's TLS certificate.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ async def open_quoter(
     """The agent that the configuration describes, for as long as the context lasts.
 
     Args:
-        banks: that the daemon offers; an agent quotes its AK's alone.
+        banks: that the daemon offers; an agent quotes only the bank of its AK's hash.
         max_duty, ima_wait_s: see `Pace`.
 
     Raises:
-        HostError: the registrar does not vouch for the agent, or the agent gives no quote.
+        HostError: the registrar's record is not valid, or the agent gives no quote.
     """
     judge = _judge(settings)
 
@@ -66,7 +66,9 @@ async def open_quoter(
         bound = await _bind(settings, state_dir / PINS, judge, host_uuid)
         if banks != (bound.ak.signature_hash,):
             bank = bound.ak.signature_hash.label
-            raise HostError(f"tpm.banks: the agent quotes the bank {bank} alone")
+            raise HostError(
+                f'tpm.banks: the agent quotes the bank {bank} only; set tpm.banks = ["{bank}"]'
+            )
         return bound
 
     async with keylime_agent.open_quoter(
@@ -88,9 +90,9 @@ async def _bind(
 
     Raises:
         AkChangedError: AK or EK are not the pinned ones.
-        HostError: no answer, no record, or one that is not good.
+        HostError: no answer, no record, or a record that is not valid.
     """
-    assert settings.registrar_url is not None  # config demands the three
+    assert settings.registrar_url is not None  # config requires all three
     assert settings.agent_id is not None
     assert settings.url is not None
     try:
@@ -113,7 +115,7 @@ async def _bind(
             ek_public=binding.ek_public,
             ek_cert=binding.ek_cert,
             host_uuid=host_uuid or uuid_of_ek(binding.ek_public),
-            software=settings.insecure_no_ek,  # or so it may be: nobody vouches for the chip
+            software=settings.insecure_no_ek,  # it may be software: the EK is not checked then
         ),
         client=AgentClient(settings.url, _agent_context(settings, binding)),
     )

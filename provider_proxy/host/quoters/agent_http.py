@@ -1,12 +1,12 @@
 """Speaks to a Keylime agent: version negotiation and `quotes/integrity`, one request at a time.
 
-What comes back is untrusted: bounded, parsed strictly, and judged by the quoter. Every failure is an
-`AgentError` with its rung of the ladder. Source: Keylime's agent API 2.0 to 2.6.
+Answers are untrusted: bounded, parsed strictly, and checked by the quoter. Every failure is an
+`AgentError` with the step to take (see `tpm.response_codes`). Source: Keylime's agent API 2.0 to 2.6.
 
-    AGAIN   408, 500 and 502: the agent did not get a quote out of its TPM this time
-    CLEAN   no connection, a broken or garbled answer, an API version that it no longer speaks
+    AGAIN   408, 500 and 502: the agent's TPM gave no quote this time
+    CLEAN   no connection, a broken or garbled answer, an API version that the agent no longer supports
     SLOW    429 and 503: it asks for fewer requests
-    FATAL   any other refusal: no retry can help before somebody does something
+    FATAL   any other refusal: a retry cannot help until an operator changes something
 """
 
 from __future__ import annotations
@@ -26,14 +26,22 @@ from provider_proxy.evidence.strict_json import Fields, parse_json_object
 from provider_proxy.evidence.wire import parse_quote
 from provider_proxy.host.tpm.response_codes import Step
 
-API_VERSIONS = ("2.6", "2.5", "2.4", "2.3", "2.2", "2.1", "2.0")  # best first; alike in what we ask
+API_VERSIONS = (
+    "2.6",
+    "2.5",
+    "2.4",
+    "2.3",
+    "2.2",
+    "2.1",
+    "2.0",
+)  # best first; the same for our requests
 MAX_VERSION_BYTES = 64 * 1024
 MAX_QUOTE_BYTES = 160 * 1024 * 1024  # the whole IMA list once, escaped
 MAX_QUOTE_CHARS = 64 * 1024  # a quote string; 24 PCRs and RSA-4096 are 4 kB
 MAX_UEFI_BYTES = 1024 * 1024
 MAX_IMA_ENTRIES = 10_000_000
 CONNECT_S = 5.0
-ANSWER_S = 60.0  # for all of it; Keylime's own request_timeout: a slow TPM with a queue before it
+ANSWER_S = 60.0  # for the whole answer; Keylime's request_timeout: a slow TPM may have a queue
 STEP_OF_STATUS = {
     408: Step.AGAIN,
     500: Step.AGAIN,
@@ -49,7 +57,7 @@ class AgentError(HostError):
     """The agent gave no usable quote.
 
     Attributes:
-        step: what to do about it.
+        step: what to do next.
         cause: for metrics, from a bounded set of names.
     """
 
@@ -80,7 +88,7 @@ class AgentClient:
     Args:
         url: "https://127.0.0.1:9002".
         context: see `pinned_context`; None for a plaintext agent on loopback.
-        transport: what carries requests; tests put an agent of theirs there.
+        transport: sends requests; tests pass one with an agent of their own.
     """
 
     def __init__(
@@ -104,11 +112,11 @@ class AgentClient:
         """Ask for a quote over the AK's bank.
 
         Args:
-            nonce: what becomes the quote's qualifying data; letters and digits, 64 at most.
-            ima_entry: the first entry of the IMA list that is wanted.
+            nonce: becomes the quote's qualifying data; at most 64 letters and digits.
+            ima_entry: the first wanted entry of the IMA list.
 
         Raises:
-            AgentError: there is none.
+            AgentError: the agent gave none.
         """
         version = self._version or await self._negotiate()
         status, body = await self._get(
@@ -122,7 +130,7 @@ class AgentClient:
             return _parse_reply(body)
         except EvidenceFormatError as exc:
             raise AgentError(
-                f"the agent's answer is no quote: {exc}", step=Step.CLEAN, cause="UNREADABLE"
+                f"the agent's answer is not a quote: {exc}", step=Step.CLEAN, cause="UNREADABLE"
             ) from exc
 
     async def _negotiate(self) -> str:
@@ -133,14 +141,18 @@ class AgentClient:
             spoken = _parse_versions(body)
         except EvidenceFormatError as exc:
             raise AgentError(
-                f"the agent does not say its version: {exc}", step=Step.CLEAN, cause="UNREADABLE"
+                f"the agent did not tell its API version: {exc}",
+                step=Step.CLEAN,
+                cause="UNREADABLE",
             ) from exc
         for version in API_VERSIONS:
             if version in spoken:
                 self._version = version
                 return version
         raise AgentError(
-            "the agent speaks no API version that we know", step=Step.FATAL, cause="VERSION"
+            f"the agent supports none of the API versions {API_VERSIONS[-1]} to {API_VERSIONS[0]}",
+            step=Step.FATAL,
+            cause="VERSION",
         )
 
     def _refusal(self, status: int, body: bytes) -> AgentError:
@@ -160,13 +172,17 @@ class AgentClient:
                     body = await read_body(response, limit, "the agent")
         except trio.TooSlowError as exc:
             raise AgentError(
-                f"no whole answer from the agent within {ANSWER_S:g} s", step=Step.CLEAN, cause="IO"
+                f"no complete answer from the agent within {ANSWER_S:g} s",
+                step=Step.CLEAN,
+                cause="IO",
             ) from exc
         except ReplyError as exc:
             raise AgentError(str(exc), step=Step.FATAL, cause="TOO_LARGE") from exc
         except NO_ANSWER as exc:
-            self._version = None  # another agent may come up in its place
-            is_stranger = is_certificate_refused(exc)  # only the registrar can tell who it is now
+            self._version = None  # another agent may start in its place
+            is_stranger = is_certificate_refused(
+                exc
+            )  # only the registrar knows its new certificate
             raise AgentError(
                 f"no answer from the agent: {why(exc)}",
                 step=Step.FATAL if is_stranger else Step.CLEAN,
@@ -180,7 +196,7 @@ def _parse_versions(body: bytes) -> set[str]:
     spoken = {results.text("supported_version", 16)}
     if "supported_versions" in results:
         listed = parse_json_object(body, "version")["results"]
-        assert isinstance(listed, dict)  # `fields` has looked
+        assert isinstance(listed, dict)  # `fields` has checked it
         versions = listed["supported_versions"]
         if not isinstance(versions, list):
             raise EvidenceFormatError("version.results.supported_versions is not a list")
@@ -206,7 +222,7 @@ def _parse_reply(body: bytes) -> AgentReply:
 
 
 def _reason(body: bytes) -> str:
-    """The envelope's status, fit for a log: one short printable line."""
+    """The envelope's status, made safe for a log: one short printable line."""
     try:
         text = Fields(parse_json_object(body[:MAX_VERSION_BYTES], "refusal"), "refusal").text(
             "status", 1000

@@ -1,8 +1,8 @@
 """The authValue and name of the AK, or of the vTPM CA's key, kept 0600 in the state directory.
 
-The authValue is what keeps others who may open the TPM device from using the key; the name is how a
-later start notices that the TPM has been cleared or replaced. Written before the key is made, so that
-no crash leaves a key in the TPM whose authValue nobody has.
+The authValue keeps other programs that may open the TPM device from using the key; by the name a later
+start notices that the TPM has been cleared or replaced. Written before the key is made, so that a crash
+cannot leave a key in the TPM whose authValue is unknown.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from provider_proxy.errors import EvidenceFormatError, HostError
 from provider_proxy.evidence.strict_json import Fields, parse_json_object
 
 MAX_PART_BYTES = 2048  # of a key's public or private part
-AUTH_BYTES = 32  # as long as the AK's name algorithm: the most that a TPM keeps of an authValue
+AUTH_BYTES = 32  # the length of the AK's name hash: the longest authValue that a TPM keeps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,14 +37,14 @@ class AkStore:
     """`ak.json` in the state directory, or another key's file.
 
     Args:
-        key: what the key is to people.
+        key: the key's name for people.
         handle: the configuration key of its handle.
         file: its name.
-        after: what has to be done once a new key was made.
+        after: what has to be done after a new key was made.
 
     Attributes:
-        renewal: one that has begun and not ended; the key at the handle may be the old one, the new
-            one, or missing.
+        renewal: one that has started and not finished; the handle may hold the old key, the new one,
+            or none.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class AkStore:
         key: str = "AK",
         handle: str = "tpm.ak_handle",
         file: str = "ak.json",
-        after: str = "tenants must then pin the host anew",
+        after: str = "tenants must then pin the host again",
     ) -> None:
         self._path = state_dir / file
         self._key = key
@@ -82,14 +82,14 @@ class AkStore:
             raise HostError(f"{self._path} is damaged: {exc}") from exc
 
     def auth_for(self, is_new: bool) -> bytes:
-        """The authValue of the key that is there, or that is about to be made.
+        """The authValue of the existing key, or of the one that is about to be made.
 
         Raises:
-            HostError: a key is there that we have no authValue for, or ours has gone.
+            HostError: the handle holds a key whose authValue we do not have, or our key has gone.
         """
         if self.renewal is not None:
             raise HostError(
-                f"the renewal of the {self._key}'s authValue did not come to its end: run "
+                f"the renewal of the {self._key}'s authValue was not finished: run "
                 "`provider-proxy tpm ak renew` again"
             )
         if is_new and self._name:
@@ -103,36 +103,36 @@ class AkStore:
         if not self._auth:
             raise HostError(
                 f"{self._handle} holds a key, but {self._path} with its authValue is missing; "
-                f"choose another {self._handle} or evict that key"
+                f"restore this file, choose another {self._handle}, or evict that key"
             )
         return self._auth
 
     @property
     def known(self) -> tuple[bytes, bytes] | None:
-        """The key's authValue and name; None where it never signed."""
+        """The key's authValue and name; None if it has never signed."""
         return (self._auth, self._name) if self._auth and self._name else None
 
     def begin(self, renewal: Renewal) -> None:
-        """Remember a renewal, so that it can be ended whatever happens. Raises: HostError."""
+        """Store a renewal, so that it can be finished whatever happens. Raises: HostError."""
         self.renewal = renewal
         self._save()
 
     def finish(self) -> None:
-        """The new authValue is the key's. Raises: HostError."""
+        """Make the new authValue the key's. Raises: HostError."""
         if self.renewal is not None:
             self._auth, self.renewal = self.renewal.auth, None
             self._save()
 
     def confirm(self, name: bytes) -> None:
-        """Remember the key's name; the first time that it has signed.
+        """Store the key's name once it has signed for the first time.
 
         Raises:
-            HostError: it is not the key that was there before.
+            HostError: it is not the key that was used before.
         """
         if self._name and self._name != name:
             raise HostError(
                 f"{self._handle} holds the {self._key} {name.hex()}, but it was {self._name.hex()} "
-                f"before; it was left as it is. If this is meant, remove {self._path}"
+                f"before; it was left unchanged. If this change is intended, remove {self._path}"
             )
         if not self._name:
             self._name = name

@@ -1,7 +1,7 @@
 """Signs for the vTPM CA with its key in the host's TPM, behind the same gate as the quotes.
 
 Each signature is one command of the chip: it waits for its turn, counts in the duty, and is retried.
-Knows nothing of certificates; `vtpm.ca` makes them. The key's authValue lies beside the AK's.
+Knows nothing of certificates; `vtpm.ca` makes them. The key's authValue is stored beside the AK's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from provider_proxy.host.quoters.tpm_opener import LOCK_POLL_S, OPEN_LOCK
 from provider_proxy.host.tpm import ca_key, keys
 
 KEY_FILE = "vtpm-ca-key.json"
-OPEN_LIMIT_S = 120.0  # an EC key is made within a second or two, behind whoever uses the chip
+OPEN_LIMIT_S = 120.0  # making an EC key takes a second or two, after other users of the chip
 
 
 class CaSigner:
@@ -38,7 +38,7 @@ class CaSigner:
         """A TPMT_SIGNATURE over a SHA-256 digest; cancel it at your deadline.
 
         Raises:
-            QuoteError, HostError: there is none to be had now.
+            QuoteError, HostError: it is not available now.
         """
         return await self._quoter.on_chip(lambda chip: ca_key.sign(chip, self._key, digest))
 
@@ -46,7 +46,7 @@ class CaSigner:
         """TPM2_Certify of the key by the AK: TPMS_ATTEST and TPMT_SIGNATURE.
 
         Raises:
-            QuoteError, HostError: there is none to be had now.
+            QuoteError, HostError: it is not available now.
         """
         return await self._quoter.on_chip(lambda chip: ca_key.certify(chip, self._key, qualifying))
 
@@ -58,7 +58,7 @@ def ca_key_store(state_dir: Path) -> AkStore:
         key="vTPM CA's key",
         handle="vtpm.ca_handle",
         file=KEY_FILE,
-        after="tenants must then trust the new CA",
+        after="tenants must then trust the new vTPM CA",
     )
 
 
@@ -78,9 +78,9 @@ async def open_ca_signer(
     waits_for = f"another process holds {state_dir / OPEN_LOCK}"
     try:
         with trio.fail_after(OPEN_LIMIT_S):
-            while not lock.take():  # noqa: ASYNC110  # of another process
+            while not lock.take():  # noqa: ASYNC110  # another process holds it
                 await trio.sleep(LOCK_POLL_S)
-            waits_for = "the TPM gives no answer, or other programs hold it"
+            waits_for = "the TPM does not answer, or other programs are using it"
             # Read under the lock: another start may just have made the key.
             store = ca_key_store(state_dir)
             key = await quoter.on_chip(
@@ -89,7 +89,7 @@ async def open_ca_signer(
             store.confirm(key.name)
     except trio.TooSlowError as exc:
         raise HostError(
-            f"gave up after {OPEN_LIMIT_S:g} s of waiting for the vTPM CA's key: {waits_for}"
+            f"gave up waiting for the vTPM CA's key after {OPEN_LIMIT_S:g} s: {waits_for}"
         ) from exc
     except QuoteError as exc:
         raise HostError(f"the vTPM CA's key: {exc.__cause__ or exc}") from exc

@@ -1,6 +1,6 @@
-"""The circuit of a quoter: open while no quote can be had, closed again by a probe that succeeds.
+"""The circuit breaker of a quoter: open while quotes fail, closed again by a probe that succeeds.
 
-While it is open nobody waits for a quote that will not come: tenants are told at once.
+While it is open, tenants get an error at once and do not wait for a quote that will not come.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from provider_proxy.host.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-PROBE_S = 1.0  # between two looks at what failed: service is back soon after it is
+PROBE_S = 1.0  # between two probes: service resumes soon after the fault is gone
 
 
 class Circuit:
     """Open or closed, and why.
 
     Args:
-        what: what quotes, for the log and for tenants: "the TPM".
+        what: the quoter's name for the log and for tenants: "the TPM".
 
     Attributes:
-        why: what tenants are told while it is open; None while it is closed.
+        why: the reason that tenants get while it is open; None while it is closed.
     """
 
     def __init__(self, metrics: Metrics, what: str) -> None:
@@ -37,7 +37,7 @@ class Circuit:
     def open(self, cause: str) -> None:
         """Refuse tenants from now on."""
         if self.why is None:
-            log.critical("%s is out of order, tenants get 503: %s", self._what, cause)
+            log.critical("%s is out of order; tenants get 503: %s", self._what, cause)
             self._metrics.tpm_circuit_open.set(1)
             self.why = f"{self._what} is out of order"
             self._opened.set()
@@ -46,7 +46,7 @@ class Circuit:
         """Probe while it is open, until cancelled.
 
         Args:
-            probe: returns when a quote can be had again; raises `HostError` while none can.
+            probe: returns when quotes work again; raises `HostError` while they do not.
         """
         while True:
             await self._opened.wait()
@@ -57,7 +57,7 @@ class Circuit:
                 level = logging.CRITICAL if isinstance(exc, AkChangedError) else logging.WARNING
                 log.log(level, "%s is still out of order: %s", self._what, exc)
                 continue
-            log.warning("%s is in order again", self._what)
+            log.warning("%s works again", self._what)
             self._metrics.tpm_circuit_open.set(0)
             self.why = None
             self._opened = trio.Event()

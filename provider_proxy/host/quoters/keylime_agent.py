@@ -1,11 +1,11 @@
-"""A Keylime agent as the quoter: the host already runs one, and it owns the chip.
+"""A Keylime agent as the quoter, for a host that already runs one, which owns the chip.
 
-Every answer is verified before it is taken, with the AK that the provider's registrar vouches for and
-that stays the same for as long as the daemon runs. Failures climb the same ladder as the chip's; a fatal
-one opens the circuit until the agent is well again and still has this AK.
+Every answer is verified before use, with the AK from the provider's registrar, which stays the same for
+as long as the daemon runs. Failures are handled with the same steps as the chip's (AGAIN, CLEAN, SLOW,
+FATAL); a fatal one opens the circuit until the agent works again and still has this AK.
 
-What such an agent signs is not ours alone: it also signs raw nonces, for whoever may ask it. So nothing
-may rest on "only the proxy has this signed": a host with this quoter makes no claims about VMs.
+Such an agent also signs raw nonces for any client that may use it. So "only the proxy can have this
+signed" is not true here: a host with this quoter makes no claims about VMs.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ log = logging.getLogger(__name__)
 WHOLE_LIMIT_S = (
     180.0  # registrar, version and quote, with retries: at the start, and for each probe
 )
-OPEN_TRIES = 10  # some four seconds of an agent that is busy, or just coming up
+OPEN_TRIES = 10  # about four seconds, for an agent that is busy or just starting
 BOOT_MASK = 1  # PCR 0, which makes an agent send the firmware's log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentBinding:
-    """What the provider's registrar says of the agent, checked.
+    """The agent's record at the provider's registrar, checked.
 
     Attributes:
         identity: of the host whose TPM the agent owns.
-        client: speaks to the agent, whose certificate is the record's.
+        client: talks to the agent, which must show the record's certificate.
     """
 
     ak: AttestationKey
@@ -65,16 +65,16 @@ class AgentBinding:
 
 
 Bind = Callable[[], Awaitable[AgentBinding]]
-"""Asks the provider's registrar. Raises `HostError` where it does not vouch for the agent."""
+"""Asks the provider's registrar. Raises `HostError` if the agent's record is missing or not valid."""
 
 
 class AgentLogs:
-    """The host's logs as the agent sends them along with quotes; a `batcher.LogSource`.
+    """The host's logs, as the agent sends them with quotes; a `batcher.LogSource`.
 
-    The list is kept, so that a window brings its new lines only: in a file without a name.
+    The list is kept in a file without a name, so that each quote brings only new lines.
 
     Args:
-        directory: where that file is made.
+        directory: of that file.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -82,26 +82,26 @@ class AgentLogs:
         self.forget()
 
     def forget(self) -> None:
-        """Begin from the start: what is kept is another boot's.
+        """Start again from the beginning: the kept list is of an earlier boot.
 
-        A part of the old list may be on its way just now: its file goes with the last who reads it.
+        A part of the old list may be in use now: its file is removed with its last reader.
         """
         self._list: ImaList | None = None
-        self._lost = 0  # lines of a list that is not kept
+        self._lost = 0  # number of lines of a list that is not kept
         self._missing: str | None = None
         self._uefi: bytes | None = None
 
     def close(self) -> None:
-        """Forget all."""
+        """Forget everything."""
         self.forget()
 
     @property
     def next_entry(self) -> int:
-        """Which part of the list to ask the agent for."""
+        """The first entry to ask the agent for."""
         return self._lost if self._list is None else self._list.lines
 
     def take(self, reply: AgentReply) -> bool:
-        """Add what an answer brought; False where its lines do not join those that we have.
+        """Add an answer's lines; False if they do not continue those that we have.
 
         Blocks where the list is long.
         """
@@ -109,13 +109,13 @@ class AgentLogs:
             self._uefi = reply.uefi
         if reply.ima is None:
             return True
-        if reply.ima_entry == 0 != self.next_entry:  # all of it, once more
+        if reply.ima_entry == 0 != self.next_entry:  # the whole list again
             self._list, self._lost, self._missing = None, 0, None
         if reply.ima_entry != self.next_entry:
             return False
-        text = reply.ima[: reply.ima.rfind("\n") + 1]  # half a line is what a limit has left
+        text = reply.ima[: reply.ima.rfind("\n") + 1]  # a size limit may have cut the last line
         lines = reply.ima_entry + text.count("\n")
-        if self._missing is not None:  # it is not asked for from its beginning each time
+        if self._missing is not None:  # only counted, so as not to fetch all of it each time
             self._lost = lines
             return True
         try:
@@ -126,7 +126,7 @@ class AgentLogs:
             self._missing = TOO_LONG if isinstance(exc, TooLongError) else UNREADABLE
             self._list, self._lost = None, lines
             log.warning(
-                "the agent's IMA list is not kept, answers go without it: %s", self._missing
+                "the agent's IMA list is not kept, so answers do not contain it: %s", self._missing
             )
         return True
 
@@ -165,11 +165,11 @@ class AgentQuoter:
 
     @property
     def state(self) -> ChipState:
-        """How the agent does now. Nothing hangs: a request to it has a deadline of its own."""
+        """The agent's state now. Never reports a hang: each request to it has a deadline."""
         return self._pace.state(time.monotonic(), trouble=self._circuit.why)
 
     async def ready(self) -> None:
-        """Return when the agent is free and its TPM has rested, or in trouble."""
+        """Return when the agent is free and its TPM has rested, or when there is trouble."""
         while self._circuit.why is None:
             rest = self._rest_until - time.monotonic()
             if self._turn.locked():
@@ -182,15 +182,15 @@ class AgentQuoter:
         await trio.lowlevel.checkpoint()
 
     async def quote(self, qualifying: bytes, bank: HashAlg, mask: int) -> Quote:
-        """Have the PCRs quoted; cancel it at your deadline.
+        """Get a quote of the PCRs; cancel it at your deadline.
 
-        The quote holds PCR 16 too, whatever the mask: agents put a key of theirs there.
+        The quote also covers PCR 16, whatever the mask: agents put one of their keys there.
 
         Raises:
-            QuoteError: no quote can be had now.
+            QuoteError: the agent gives no quote now.
         """
         if bank is not self.ak.signature_hash:
-            raise QuoteError("an agent quotes the bank of its AK's hash alone")
+            raise QuoteError("a Keylime agent quotes only the bank of its AK's hash")
         tries = 0
         while self._circuit.why is None:
             try:
@@ -207,10 +207,10 @@ class AgentQuoter:
         raise QuoteError(self._circuit.why, retry_after_s=PROBE_S)
 
     async def _ask(self, qualifying: bytes, mask: int) -> Quote:
-        """One request, alone and after the rest; its answer judged.
+        """One request at a time, after the rest; checks the answer.
 
         Raises:
-            AgentError: there is no usable quote.
+            AgentError: the agent gave no usable quote.
         """
         async with self._turn:
             rest = self._rest_until - time.monotonic()
@@ -221,7 +221,7 @@ class AgentQuoter:
                 reply = await self._client.quote(
                     qualifying.decode("ascii"), mask, self.logs.next_entry
                 )
-            finally:  # cancelled or not: the chip was at work
+            finally:  # also if cancelled: the chip has worked
                 took = time.monotonic() - begin
                 self._rest_until = begin + took + self._pace.rest_after(took)
                 self._pace.worked(begin, begin + took)
@@ -230,23 +230,23 @@ class AgentQuoter:
         if not await trio.to_thread.run_sync(self.logs.take, reply):
             self.logs.forget()
             raise AgentError(
-                "the agent's IMA list does not go on where it ended",
+                "the agent's IMA list does not continue where it ended before",
                 step=Step.CLEAN,
                 cause="IMA_ENTRY",
             )
         return reply.quote
 
     def _check(self, quote: Quote, qualifying: bytes, mask: int) -> None:
-        """Take nothing for a quote that a tenant would refuse.
+        """Refuse everything that a tenant would refuse.
 
         Raises:
-            AgentError: it is not signed by our AK, not over this, or not of these PCRs.
+            AgentError: it is not signed by this AK, over other data, or of other PCRs.
         """
         try:
             attest = attestation.check_quote(quote, self.ak)
-        except PcrDigestError as exc:  # a PCR moved between reading and quoting
+        except PcrDigestError as exc:  # a PCR changed between reading and quoting
             raise AgentError(
-                f"the agent's PCR values are not those quoted: {exc}",
+                f"the agent's PCR values do not match its quote: {exc}",
                 step=Step.AGAIN,
                 cause="PCRS",
             ) from exc
@@ -256,7 +256,7 @@ class AgentQuoter:
             ) from exc
         if attest.extra_data != qualifying or attest.mask & mask != mask:
             raise AgentError(
-                "the agent quoted something else than it was asked for",
+                "the agent's quote is over other data or PCRs than requested",
                 step=Step.FATAL,
                 cause="UNVERIFIED",
             )
@@ -265,22 +265,22 @@ class AgentQuoter:
             self._reset_count = reset_count
             self.logs.forget()
             raise AgentError(
-                "the host has rebooted; its logs begin anew", step=Step.AGAIN, cause="REBOOT"
+                "the host has rebooted; its logs start again", step=Step.AGAIN, cause="REBOOT"
             )
         self._reset_count = reset_count
 
     async def run(self) -> None:
-        """Probe an open circuit until the agent quotes again, for ever."""
+        """While the circuit is open, probe until the agent quotes again; runs until cancelled."""
         await self._circuit.run(self.probe)
 
     async def probe(self) -> None:
-        """Ask the registrar and the agent anew.
+        """Ask the registrar and the agent again.
 
         Raises:
-            AkChangedError: the agent has another AK now: nothing may be served under the old name.
-            HostError: there is no quote.
+            AkChangedError: the agent has another AK now: it must not serve under the old AK's name.
+            HostError: the agent gives no quote.
         """
-        with _whole("the agent did not come back"):
+        with _whole("the agent did not answer again"):
             await self._probe()
 
     async def _probe(self) -> None:
@@ -295,10 +295,10 @@ class AgentQuoter:
         await self.try_quote()
 
     async def try_quote(self) -> None:
-        """A quote for nobody, of PCR 0.
+        """A test quote of PCR 0.
 
         Raises:
-            AgentError: there is none.
+            AgentError: the agent gave none.
         """
         await self._ask(secrets.token_hex(16).encode("ascii"), BOOT_MASK)
 
@@ -316,22 +316,22 @@ async def open_quoter(
     *,
     ima_wait_s: float | None = None,
 ) -> AsyncIterator[AgentQuoter]:
-    """Find the agent and have a first quote, for as long as the context lasts.
+    """Find the agent and take a first quote; the quoter is open as long as the context.
 
     Args:
         max_duty: share of the chip's time that our requests may take.
-        directory: where the copy of the host's IMA list is made.
-        ima_wait_s: bound on what the host's IMA waits for us on average; None for no bound.
+        directory: for the copy of the host's IMA list.
+        ima_wait_s: limit of IMA's mean wait for our requests; None for no limit.
 
     Raises:
-        HostError: the registrar does not vouch for the agent, or the agent gives no quote.
+        HostError: the registrar's record is not valid, or the agent gives no quote.
     """
     began = trio.current_time()
-    with _whole("the agent's record at the registrar did not come", began):
+    with _whole("did not get the agent's record from the registrar", began):
         bound = await bind()
     quoter = AgentQuoter(bound, bind, Pace(max_duty, ima_wait_s), metrics, directory)
     try:
-        with _whole("the agent gave no first quote", began):
+        with _whole("the agent did not give a first quote", began):
             await _first_quote(quoter)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(quoter.run)
@@ -344,11 +344,11 @@ async def open_quoter(
 
 @contextmanager
 def _whole(what: str, began: float | None = None) -> Iterator[None]:
-    """Bound a procedure of several steps, each of which waits for somebody else.
+    """Bound a procedure of several steps, each of which waits for another program.
 
     Args:
-        what: has happened where it takes too long.
-        began: when, where the procedure goes over several such blocks.
+        what: the error's text if it takes too long.
+        began: the start, if the procedure has several such blocks.
 
     Raises:
         HostError: it took longer than `WHOLE_LIMIT_S`.
@@ -362,10 +362,10 @@ def _whole(what: str, began: float | None = None) -> Iterator[None]:
 
 
 async def _first_quote(quoter: AgentQuoter) -> None:
-    """Learn its time, and the firmware's log, before the first tenant asks.
+    """Learn the time of a quote and get the firmware's log, before the first request.
 
     Raises:
-        HostError: it gives none.
+        HostError: the agent gives no quote.
     """
     for tries in range(1, OPEN_TRIES + 1):
         try:

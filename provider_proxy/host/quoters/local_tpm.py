@@ -1,9 +1,9 @@
-"""The host's TPM as a quoter: every command through the gate, every failure up the ladder.
+"""The host's TPM as a quoter: every command goes through the gate, every failure is handled by its step.
 
-A transient code is tried again; a broken connection or an exhausted chip is opened anew and tried again;
-both inside the deadline of whoever waits (the caller cancels). A fatal one opens the circuit: from then
-on everybody is told at once, and `run` probes until the same AK quotes again. No restart is needed.
-A command that never returns keeps the gate shut; `state.trouble` says so.
+After a transient code the command is tried again; after a broken connection, or on an exhausted chip, the
+chip is reopened first; both within the caller's deadline (the caller cancels). After a fatal code the
+circuit opens: from then on every request is refused at once, and `run` probes until the same AK quotes
+again. No restart is needed. A command that never returns keeps the gate closed; `state.trouble` says so.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-OPEN_TRIES = 10  # some four seconds of a chip that is busy when the daemon starts
-LEARNING_QUOTES = 1  # so that the first tenant's estimate is this chip's
-CLOSE_LIMIT_S = 2.0  # for the command in flight when the daemon ends
+OPEN_TRIES = 10  # about four seconds, for a chip that is busy when the daemon starts
+LEARNING_QUOTES = 1  # so that the first estimate is this chip's
+CLOSE_LIMIT_S = 2.0  # for the running command when the daemon ends
 
 
 class EsysQuoter:
@@ -54,13 +54,13 @@ class EsysQuoter:
 
     @property
     def state(self) -> ChipState:
-        """How the chip does now."""
+        """The chip's state now."""
         return self._gate.pace.state(
             time.monotonic(), trouble=self._circuit.why, since=self._gate.in_flight_since
         )
 
     async def ready(self) -> None:
-        """Return when the chip is free and rested, or in trouble."""
+        """Return when the chip is free and rested, or when there is trouble."""
         if self._circuit.why is None:
             await self._gate.ready()
         else:
@@ -70,7 +70,7 @@ class EsysQuoter:
         """Read and quote the PCRs; cancel it at your deadline.
 
         Raises:
-            QuoteError: no quote can be had now.
+            QuoteError: the TPM gives no quote now.
         """
         quote = await self._climb(
             lambda opened: self._opener.quote(opened, qualifying, bank, mask), learn=True
@@ -79,9 +79,9 @@ class EsysQuoter:
         return quote
 
     async def activate_credential(self, credential: bytes, secret: bytes) -> bytes:
-        """TPM2_ActivateCredential: proves that EK and AK live in one TPM.
+        """TPM2_ActivateCredential: proves that EK and AK are in one TPM.
 
-        Needs two sessions; where others hold them all it waits its turn. Leaves none behind,
+        Needs two sessions, and waits while other programs hold them all. Leaves none behind,
         cancelled or not. A batch waits for one of these at most. Cancel it at your deadline.
 
         Args:
@@ -92,22 +92,22 @@ class EsysQuoter:
             The secret that was wrapped for this AK.
 
         Raises:
-            QuoteError: the TPM refuses, because the credential is not for these keys for example.
+            QuoteError: the TPM refuses, for example because the credential is not for these keys.
         """
         return await self.on_chip(lambda opened: opened.activate_credential(credential, secret))
 
     async def on_chip(self, command: Callable[[chip.Chip], T]) -> T:
-        """Run another command on the chip: through the gate, counted in the duty, up the ladder.
+        """Run another command on the chip: through the gate, counted in the duty, with retries.
 
-        What fails for good opens no circuit: quotes may still be had. Gives way to quotes: a batch waits
-        for one such command at most. Cancel it at your deadline.
+        A fatal failure does not open the circuit, because quotes may still work. Gives way to quotes: a
+        batch waits for one such command at most. Cancel it at your deadline.
 
         Args:
             command: runs in the gate's thread, again after a transient failure; raises `TpmError`.
 
         Raises:
-            QuoteError: the TPM refuses, or is out of order.
-            HostError: what else `command` raises.
+            QuoteError: the TPM refuses, or the circuit is open.
+            HostError: other errors of `command`.
         """
         return await self._climb(command, breaks_circuit=False, gives_way=True)
 
@@ -144,10 +144,10 @@ class EsysQuoter:
         raise QuoteError(self._circuit.why, retry_after_s=PROBE_S)
 
     def _fresh(self, reopen: bool) -> chip.Chip:
-        """The open chip, opened anew where asked (in the gate's thread).
+        """The open chip, reopened if `reopen` is set (in the gate's thread).
 
         Raises:
-            _ReopenError: it cannot be opened.
+            _ReopenError: it cannot be reopened.
         """
         if self._chip is not None and not reopen:
             return self._chip
@@ -156,7 +156,7 @@ class EsysQuoter:
             self._chip = self._opener.reopen()
         except HostError as exc:
             if isinstance(exc, TpmError) and is_busy(exc):
-                raise  # it is there, and busy: the next try opens it
+                raise  # the chip is busy: the next try opens it
             raise _ReopenError(str(exc)) from exc
         return self._chip
 
@@ -167,27 +167,27 @@ class EsysQuoter:
             self._chip = None
 
     async def run(self) -> None:
-        """Probe an open circuit until the TPM quotes again, for ever."""
+        """While the circuit is open, probe until the TPM quotes again; runs until cancelled."""
         await self._circuit.run(lambda: self._gate.run(self._probe))
 
     def _probe(self) -> None:
-        """Open anew, find the same AK, quote (in the gate's thread)."""
+        """Reopen, find the same AK, quote (in the gate's thread)."""
         self._close_chip()
         self._chip = self._opener.reopen()
         nonce = secrets.token_hex(16).encode("ascii")
         self._opener.quote(self._chip, nonce, HashAlg.SHA256, 1)
 
     async def close(self) -> None:
-        """Close the chip after the command in flight; give up on one that hangs."""
+        """Close the chip after the running command; give up on one that hangs."""
         with trio.move_on_after(CLOSE_LIMIT_S) as scope:
             await self._gate.close()
             self._close_chip()
         if scope.cancelled_caught:
-            log.critical("a TPM command has not returned; ending without it")
+            log.critical("a TPM command has not returned; ending without waiting for it")
 
 
 class _ReopenError(TpmError):
-    """The TPM cannot be opened anew; the cause says why."""
+    """The TPM cannot be reopened; the cause says why."""
 
 
 @asynccontextmanager
@@ -203,11 +203,11 @@ async def open_quoter(
     """Open the TPM, with its EK and AK, for as long as the context lasts.
 
     Args:
-        ima_wait_s: bound on what the host's IMA waits for us on average; None for no bound.
-        open_context: opens a tpm2-tss string; tests and benchmarks put a disturbed one there.
+        ima_wait_s: limit of IMA's mean wait for our commands; None for no limit.
+        open_context: opens a tpm2-tss string; tests and benchmarks pass a disturbed one.
 
     Raises:
-        HostError: no TPM, no keys, a wrong authorisation; the message says which.
+        HostError: no TPM, no keys or a wrong authorisation; the message says which.
     """
     gate = Gate(settings.max_duty, ima_wait_s)
     opener = TpmOpener(
@@ -234,7 +234,7 @@ async def open_quoter(
 
 
 async def _begin(opener: TpmOpener, gate: Gate, metrics: Metrics, settings: Tpm) -> EsysQuoter:
-    """Open the chip, and learn what a quote takes.
+    """Open the chip, and learn the time of a quote.
 
     Raises:
         HostError: no chip, no keys, no quote.
@@ -248,13 +248,13 @@ async def _begin(opener: TpmOpener, gate: Gate, metrics: Metrics, settings: Tpm)
     except trio.TooSlowError as exc:
         raise HostError(
             f"the TPM gave no quote within {settings.hang_limit_s:g} s (tpm.hang_limit_s): it is busy "
-            "all the time; see the warnings before this"
+            "all the time; see the warnings before this message"
         ) from exc
     return quoter
 
 
 async def _within(limit_s: float, work: Callable[[], Awaitable[T]]) -> T:
-    """Await work on the chip; say what it waits for, and give up on a step that takes too long.
+    """Await work on the chip; log the step that it waits for, and give up on one that takes too long.
 
     Raises:
         HostError: a step took longer than `limit_s`; its thread is left behind.
@@ -289,7 +289,7 @@ async def _within(limit_s: float, work: Callable[[], Awaitable[T]]) -> T:
 
 
 async def _open(opener: TpmOpener, gate: Gate) -> chip.Chip:
-    """Open for the first time; a chip that is busy is asked again, one that is not there is not.
+    """Open for the first time; tries again if the chip is busy, but not if it is missing.
 
     Raises:
         HostError: see `TpmOpener.open`.
@@ -300,6 +300,6 @@ async def _open(opener: TpmOpener, gate: Gate) -> chip.Chip:
         except TpmError as exc:
             if not is_busy(exc):
                 raise
-            log.warning("TPM: %s; opening it again", exc)
+            log.warning("TPM: %s; trying again to open it", exc)
             await trio.sleep(wait_s(step_for(exc), tries))
     return await gate.run(opener.open)

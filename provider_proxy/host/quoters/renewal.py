@@ -1,8 +1,8 @@
-"""`tpm ak renew`: after a compromise, the same keys under authValues that nobody has read.
+"""`tpm ak renew`: after a compromise, gives the same keys new authValues.
 
-Changes the authValues of the AK, of the vTPM CA's key where there is one, and of the endorsement
-hierarchy, without which no old private part loads. What has begun is in the key's file before the TPM
-changes anything: whenever this ends before its time, the next run goes on. No daemon may serve meanwhile.
+Changes the authValues of the AK, of the vTPM CA's key if there is one, and of the endorsement hierarchy,
+which is needed to load an old private part. Each step is written to the key's file before the TPM changes
+anything: if a run is interrupted, the next one continues. No daemon may serve meanwhile.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from provider_proxy.host.quoters.tpm_opener import TpmOpener
 from provider_proxy.host.tpm import chip, keys, renewal
 from provider_proxy.host.tpm.ek import OwnFiles, find_or_make_ek
 
-MIN_ENDORSEMENT_BYTES, MAX_ENDORSEMENT_BYTES = 16, 32  # nobody guesses it; every TPM takes it
+MIN_ENDORSEMENT_BYTES, MAX_ENDORSEMENT_BYTES = 16, 32  # not guessable; every TPM accepts it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Renewed:
-    """What was done.
+    """The result.
 
     Attributes:
-        ak_name: as before.
-        copies: handles from which the same keys were removed.
-        ca_key: whether the vTPM CA's key was there.
+        ak_name: the AK's name, unchanged.
+        copies: handles from which copies of the keys were removed.
+        ca_key: whether there was a vTPM CA's key.
     """
 
     ak_name: bytes
@@ -46,20 +46,22 @@ def renew(
     """Renew; blocks for as long as the TPM takes.
 
     Args:
-        endorsement: the hierarchy's authValue from now on.
+        endorsement: the hierarchy's new authValue.
 
     Raises:
-        UsageError: it is too short or too long, or what it is already.
-        HostError: a key is missing or another one's; the TPM refuses.
+        UsageError: it is too short, too long, or the present one.
+        HostError: a key is missing or not ours, or the TPM refuses.
     """
     if not MIN_ENDORSEMENT_BYTES <= len(endorsement) <= MAX_ENDORSEMENT_BYTES:
         raise UsageError(
             f"the endorsement hierarchy's new authValue must have {MIN_ENDORSEMENT_BYTES} to "
-            f"{MAX_ENDORSEMENT_BYTES} bytes, for example of `openssl rand -hex 16`"
+            f"{MAX_ENDORSEMENT_BYTES} bytes; make one with `openssl rand -hex 16`"
         )
     before = read_secret("tpm.endorsement_auth_file", settings.endorsement_auth_file)
     if before == endorsement:
-        raise UsageError("the new authValue is that of tpm.endorsement_auth_file: make another one")
+        raise UsageError(
+            "the new authValue is already in tpm.endorsement_auth_file: make another one"
+        )
     owner = read_secret("tpm.owner_auth_file", settings.owner_auth_file)
     context = opener.connect()
     try:
@@ -77,7 +79,7 @@ def renew(
             ]
             if now != endorsement:
                 renewal.change_endorsement(context, now, endorsement)
-            # Only now: before, a new copy could be loaded.
+            # Only now: before this, a new copy could be loaded.
             copies = [
                 copy
                 for name, (_, handle, _) in zip(names, stores, strict=True)
@@ -91,20 +93,20 @@ def renew(
 
 
 def _endorsement_now(context: ESAPI, before: bytes, after: bytes) -> bytes:
-    """Which of the two the hierarchy has: an earlier run may have changed it. Raises: HostError."""
+    """Which of the two authValues is set; an earlier run may have changed it. Raises: HostError."""
     for auth in (before, after):
         if renewal.takes_endorsement(context, chip.EkAuth(endorsement=auth)):
             return auth
     raise HostError(
-        "the endorsement hierarchy has another authValue than tpm.endorsement_auth_file says; where "
-        "nobody knows it, tpm2_clear takes it away, and the AK with it"
+        "the endorsement hierarchy's authValue is not the one in tpm.endorsement_auth_file. If it is "
+        "lost, `tpm2_clear` resets it, which also destroys the AK"
     )
 
 
 def _ek(context: ESAPI, handle: int, auths: keys.Auths) -> keys.EkInfo:
-    """Raises: HostError where there is none, or one that this is no help for."""
+    """Raises: HostError if there is no EK, or one for which a renewal does not help."""
     if keys.find(context, handle) is None:
-        raise HostError(f"there is no EK at tpm.ek_handle {handle:#x}, so no AK was made under it")
+        raise HostError(f"tpm.ek_handle {handle:#x} holds no EK, so no AK was made under it")
     ek = find_or_make_ek(context, handle, auths, OwnFiles())
     renewal.demand_policy(ek)
     return ek
@@ -121,7 +123,7 @@ def _renew_key(
     """The key's name. Raises: HostError."""
     if store.known is None:
         raise HostError(
-            f"there is no {what} to renew: no file in state_dir names one that has signed"
+            f"there is no {what} to renew: state_dir has no file of one that has signed"
         )
     auth, name = store.known
     found = keys.find(context, handle)
@@ -130,7 +132,7 @@ def _renew_key(
     begun = store.renewal
     if begun is not None and found is not None:
         if renewal.change_auth(context, found, ek.handle, begun.auth, begun.auth) is None:
-            begun = None  # the handle still has the old one: begin again
+            begun = None  # the handle still has the old one: start again
     elif begun is not None:
         renewal.keep(context, handle, ek, auths, begun.public, begun.private)
     if begun is None:
@@ -140,7 +142,7 @@ def _renew_key(
         private = renewal.change_auth(context, found, ek.handle, auth, new)
         if private is None:
             raise HostError(
-                f"the {what} does not take the authValue in state_dir: somebody has changed it. Make a "
+                f"the {what} does not accept the authValue in state_dir: it was changed. Make a "
                 "new key"
             )
         begun = Renewal(auth=new, public=keys.read_public(context, found), private=private)

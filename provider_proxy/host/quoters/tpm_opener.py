@@ -1,7 +1,7 @@
-"""Opens a TPM with its EK and AK, and proves with a quote of its own that they work.
+"""Opens a TPM with its EK and AK, and proves with a test quote that they work.
 
-Synchronous: it runs in the gate's thread, once at the start (where it may make keys, and take a
-minute) and again whenever the connection to the chip has to be opened anew (where it makes none).
+Synchronous: runs in the gate's thread, once at the start (when it may make keys, which can take a minute)
+and again whenever the connection to the chip has to be reopened (when it makes none).
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ MAX_EK_FILE_BYTES = 256 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostIdentity:
-    """What `GET /verifier/identity` tells of the host's TPM. Unsigned: a tenant pins, or asks its
+    """The facts of the host's TPM in `GET /verifier/identity`. Unsigned: a tenant pins them, or asks its
     registrar.
 
     Attributes:
         ak_public, ek_public: TPM2B_PUBLIC.
-        ek_cert: DER; None where the TPM has none.
-        ek_chain: CAs for it that the chip or the operator has; untrusted helpers.
-        software: True where the TPM is a program.
+        ek_cert: DER; None without a certificate.
+        ek_chain: CAs above it, from the chip or the operator; untrusted.
+        software: True if the TPM is software.
     """
 
     ak_public: bytes
@@ -64,16 +64,16 @@ class HostIdentity:
 
 
 def is_software(tcti: str) -> bool:
-    """True where a tpm2-tss string leads to a TPM that is a program."""
+    """True if a tpm2-tss string leads to a software TPM."""
     return tcti == EMBEDDED or tcti.startswith(("swtpm", "mssim"))
 
 
 class TpmOpener:
-    """Knows how to reach the TPM, first and again.
+    """Opens the TPM for the first time and again.
 
     Args:
-        open_context: opens a tpm2-tss string; tests and benchmarks put a disturbed one there.
-        count: told each command that a quote takes.
+        open_context: opens a tpm2-tss string; tests and benchmarks pass a disturbed one.
+        count: called with each command of a quote.
 
     Attributes:
         ak: known after `open`.
@@ -103,15 +103,15 @@ class TpmOpener:
         self._ek_auth = chip.EkAuth()
         if settings.tcti == EMBEDDED:
             log.warning(
-                "the TPM is an embedded swtpm: software, NOT a hardware TPM; for trials only"
+                "the TPM is an embedded swtpm: software, NOT a hardware TPM; use it for trials only"
             )
             self._embedded = EmbeddedTpm(state_dir / "swtpm")
 
     def connect(self) -> ESAPI:
-        """Open a context; the embedded TPM is started where it does not run.
+        """Open a context; starts the embedded TPM if it does not run.
 
         Raises:
-            HostError: no TPM is there.
+            HostError: there is no TPM.
         """
         tcti = self._settings.tcti
         if self._embedded is not None:
@@ -120,7 +120,7 @@ class TpmOpener:
         return self._open_context(tcti)
 
     def stop(self) -> None:
-        """Stop the embedded TPM, where there is one."""
+        """Stop the embedded TPM, if there is one."""
         if self._embedded is not None:
             self._embedded.stop()
 
@@ -128,16 +128,16 @@ class TpmOpener:
         """Open the TPM; find its keys or make them, one process of this state directory at a time.
 
         Raises:
-            HostError: no TPM, no PCR bank, a foreign key at a handle, a wrong authorisation.
+            HostError: no TPM, no PCR bank, another key at a handle, or a wrong authorisation.
         """
         with progress.announced("opening the TPM"):
             context = self.connect()
         try:
-            with chip.tss_errors("looking at the PCR banks"):
+            with chip.tss_errors("reading the PCR banks"):
                 active = capabilities.banks(context)
             _check_banks(active, self._settings.banks)
             with self.alone():
-                # Another process may just have made the key, and written its authValue.
+                # Another process may just have made the key and stored its authValue.
                 self._store = AkStore(self._state_dir)
                 return self._open(context)
         except HostError:
@@ -146,10 +146,10 @@ class TpmOpener:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """The one process of this state directory that finds, makes or changes keys.
+        """A lock: only one process of this state directory may find, make or change keys at a time.
 
         Raises:
-            HostError: another process does not let the lock go.
+            HostError: another process does not release the lock.
         """
         lock = FileLock(self._state_dir / OPEN_LOCK)
         with progress.announced(f"another process holds {self._state_dir / OPEN_LOCK}"):
@@ -195,17 +195,17 @@ class TpmOpener:
         self._store.confirm(ak.key.name)
         for copy in renewal.copies_of(context, settings.ak_handle, ak.key.name):
             log.error(
-                "handle %#x holds the same AK, perhaps with an authValue of somebody else's, who then "
-                "signs for this host: see `provider-proxy tpm ak renew`",
+                "handle %#x holds a copy of the AK. If others know that copy's authValue, they can "
+                "sign for this host: see `provider-proxy tpm ak renew`",
                 copy,
             )
         return opened
 
     def read_ak_public(self) -> bytes | None:
-        """TPM2B_PUBLIC at the AK's handle; None where nothing is. Makes nothing.
+        """TPM2B_PUBLIC at the AK's handle; None if it is empty. Makes nothing.
 
         Raises:
-            HostError: no TPM is there.
+            HostError: there is no TPM.
         """
         context = self.connect()
         try:
@@ -219,11 +219,11 @@ class TpmOpener:
         return self._ak_auth
 
     def reopen(self) -> chip.Chip:
-        """Open the TPM anew and find the very same keys.
+        """Open the TPM again and find the same keys.
 
         Raises:
-            AkChangedError: another key, or none, is at the AK's handle: nothing may be served.
-            TpmError: the TPM is not there, or refuses.
+            AkChangedError: the AK's handle is empty or holds another key: nothing may be served.
+            TpmError: the TPM cannot be opened, or refuses.
         """
         context = self.connect()
         try:
@@ -243,7 +243,7 @@ class TpmOpener:
         return chip.Chip(context, ek=ek, ak=ak, ek_auth=self._ek_auth, count=self._count)
 
     def quote(self, opened: chip.Chip, qualifying: bytes, bank: HashAlg, mask: int) -> Quote:
-        """Quote, and check that what came over the bus is what was signed.
+        """Quote, and check that the answer was not damaged on the bus.
 
         Raises:
             TpmError: the chip failed, or its answer does not verify.
@@ -252,31 +252,31 @@ class TpmOpener:
         try:
             attest = attestation.check_quote(quote, self.ak)
         except VerificationError as exc:
-            opened.forget_pcrs()  # what nobody signed is not kept
-            raise TpmError(f"TPM2_Quote gave an answer that does not verify: {exc}") from exc
+            opened.forget_pcrs()  # values without a valid signature are not kept
+            raise TpmError(f"TPM2_Quote returned a quote that does not verify: {exc}") from exc
         if attest.extra_data != qualifying:
-            raise TpmError("TPM2_Quote gave an answer over other data than it was given")
+            raise TpmError("TPM2_Quote returned a quote over other data than requested")
         return quote
 
     def _try_quote(self, opened: chip.Chip, bank: HashAlg) -> None:
-        """Quote PCR 0 before the first tenant asks.
+        """Quote PCR 0 before the first request.
 
         Raises:
-            HostError: it cannot be done; a wrong authValue says so.
+            HostError: the quote failed; the message names a wrong authValue.
         """
         try:
             self.quote(opened, secrets.token_hex(16).encode("ascii"), bank, 1)
         except TpmError as exc:
             if keys.is_auth_error(exc):
                 raise HostError(
-                    "the AK does not take the authValue in the state directory: another key is at "
+                    "the AK does not accept the authValue in the state directory: another key is at "
                     "tpm.ak_handle"
                 ) from exc
             raise
 
 
 def _read_own(key: str, path: Path | None) -> bytes | None:
-    """A file with certificates that the operator fetched. Raises: HostError."""
+    """A file of the operator's with certificates. Raises: HostError."""
     if path is None:
         return None
     try:
@@ -286,10 +286,10 @@ def _read_own(key: str, path: Path | None) -> bytes | None:
 
 
 def _check_banks(active: Collection[str], wanted: Collection[HashAlg]) -> None:
-    """Before any key is made: the PCR banks that are to be offered are active.
+    """Check, before any key is made, that the PCR banks to offer are active.
 
     Raises:
-        HostError: one is not; the message says what can be done.
+        HostError: one is not; the message says what to do.
     """
     missing = [bank.label for bank in wanted if bank.label not in active]
     if not missing:
@@ -302,16 +302,16 @@ def _check_banks(active: Collection[str], wanted: Collection[HashAlg]) -> None:
     )
     good = [label for label in usable if label != "sha1"]
     if good:
-        text += f'; or offer what is there: tpm.banks = ["{good[0]}"]'
+        text += f'; or offer an active bank: tpm.banks = ["{good[0]}"]'
     elif "sha1" in usable:
         text += (
-            "; SHA-1 alone is too weak to prove a state, and is served with "
-            'tpm.insecure_sha1_bank = true and tpm.banks = ["sha1"] only'
+            "; SHA-1 alone is too weak to prove a state, and is served only with "
+            'tpm.insecure_sha1_bank = true and tpm.banks = ["sha1"]'
         )
     raise HostError(text)
 
 
 def uuid_of_ek(ek_public: bytes) -> uuid.UUID:
-    """A host id that follows from the EK alone: the same after a reinstallation."""
+    """A host id derived from the EK alone: the same after a reinstallation."""
     digest = hashlib.sha256(ek_public).hexdigest()
     return uuid.uuid5(uuid.NAMESPACE_OID, "provider-proxy/host/1/" + digest)

@@ -1,7 +1,7 @@
 """The vTPM CA's signing key in the host's TPM: found at its persistent handle, or made there once; used.
 
-P-256, ECDSA with SHA-256, made under the EK as the AK is, but not restricted: it signs digests that come
-from outside, and is for certificates alone. Not subject to the dictionary-attack lockout, with a random
+P-256, ECDSA with SHA-256, made under the EK like the AK, but not restricted: it signs outside digests
+and is used for certificates only. Not subject to the dictionary-attack lockout, with a random
 authValue of its own. A handle that holds something else is refused, never overwritten. Synchronous: only
 the gate's thread may call it. Needs no session to sign, and leaves no transient object.
 Source: TPM 2.0 Part 3, sections 18.2 (TPM2_Certify) and 20.2 (TPM2_Sign).
@@ -52,10 +52,10 @@ class CaKeyAt:
 def find_or_make(
     chip: Chip, handle: int, auths: keys.Auths, auth_for: Callable[[bool], bytes]
 ) -> CaKeyAt:
-    """The key at `handle`; made under the EK where none is.
+    """The key at `handle`; made under the EK if the handle is empty.
 
     Args:
-        auth_for: gives the key's authValue; called with True where the key is about to be made.
+        auth_for: gives the key's authValue; called with True before the key is made.
 
     Raises:
         HostError: the handle holds another kind of key.
@@ -79,12 +79,14 @@ def find_or_make(
     try:
         parsed = tpm_keys.parse_public(public)
     except EvidenceFormatError as exc:
-        raise HostError(f"handle {handle:#x} holds no RSA or EC key: {exc}") from exc
+        raise HostError(f"handle {handle:#x} does not hold an RSA or EC key: {exc}") from exc
     wanted = sum(CA_MUST_HAVE.values())
     unwanted = tpm_keys.RESTRICTED | tpm_keys.DECRYPT
     is_ours = parsed.attributes & (wanted | unwanted) == wanted
     if not is_ours or parsed.scheme != tpm_keys.TPM_ALG_ECDSA:
-        raise HostError(f"handle {handle:#x} holds a key that is no CA's; it was left as it is")
+        raise HostError(
+            f"handle {handle:#x} holds a key that is not a vTPM CA's; it was left unchanged"
+        )
     return CaKeyAt(handle=handle, public=public, name=parsed.name, auth=auth)
 
 
@@ -119,7 +121,7 @@ def certify(chip: Chip, key: CaKeyAt, qualifying: bytes) -> tuple[bytes, bytes]:
 
 
 def _find_again(context: ESAPI, key: CaKeyAt) -> ESYS_TR:
-    """The key in a context that may have been opened anew since it was found."""
+    """Find the key again, in a context that may have been reopened since."""
     found = keys.find(context, key.handle)
     if found is None or keys.name_of(context, found) != key.name:
         raise AkChangedError(f"handle {key.handle:#x} no longer holds the vTPM CA's key")

@@ -1,4 +1,4 @@
-"""What a TPM says of itself: TPM2_GetCapability, a bounded number of times whatever it answers."""
+"""A TPM's properties: TPM2_GetCapability, called a bounded number of times whatever it answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIRST_NV = 0x01000000
 
 
 def properties(context: ESAPI) -> dict[int, int]:
-    """Property tags to values, the fixed ones and the variable ones. Call it inside `tss_errors`."""
+    """Property tags to values, fixed and variable ones. Call it inside `tss_errors`."""
     found: dict[int, int] = {}
     for group in (FIXED_PROPERTIES, VARIABLE_PROPERTIES):
         start, more = group, True
@@ -37,7 +37,7 @@ def one_property(context: ESAPI, tag: int, default: int) -> int:
 
 
 def algorithms(context: ESAPI) -> tuple[str, ...]:
-    """Those that matter here, by their names. Call it inside `tss_errors`."""
+    """The algorithms that matter here, by their names. Call it inside `tss_errors`."""
     _, data = context.get_capability(TPM2_CAP.ALGS, 0, ALL_PROPERTIES)
     numbers = {int(entry.alg) for entry in data.data.algorithms}
     names = {0x0001: "rsa", 0x0023: "ecc", 0x0014: "rsassa", 0x0018: "ecdsa"}
@@ -46,7 +46,7 @@ def algorithms(context: ESAPI) -> tuple[str, ...]:
 
 
 def handles(context: ESAPI, first: int) -> tuple[int, ...]:
-    """All handles of one kind, from the first one's on. Call it inside `tss_errors`."""
+    """All handles of one kind, starting at `first`. Call it inside `tss_errors`."""
     found: list[int] = []
     more = True
     while more:

@@ -1,8 +1,8 @@
 """One open TPM: reads PCRs and quotes. Synchronous; only the gate's thread may call it.
 
-Never creates a key (that is `keys`, before serving starts) and leaves no transient object. A quote
-needs no session: it needs the persistent AK and a plain password alone (TPM 2.0 Part 3, 18.4), so that
-others who hold every session of the chip cannot stop it. While the PCRs rest it needs one command.
+Never creates a key (`keys` does, before serving starts) and leaves no transient object. A quote needs no
+session, only the persistent AK and a plain password (TPM 2.0 Part 3, 18.4), so that programs that hold
+all sessions of the chip cannot stop it. While the PCRs do not change it takes one command.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from provider_proxy.host.tpm import device, progress
 from provider_proxy.host.tpm.known_pcrs import KnownPcrs
 from provider_proxy.host.tpm.response_codes import Step, hint_for, step_for, wait_s
 
-RC_VALUE = 0x84  # TPM_RC_VALUE: what the chip says to a parameter out of range
-PCR_READS = 8  # rounds until a selection must be covered: 24 PCRs at 8 a call need 3
+RC_VALUE = 0x84  # TPM_RC_VALUE: a parameter is out of range
+PCR_READS = 8  # calls after which a selection must be covered: 24 PCRs at 8 a call need 3
 FLUSH_TRIES = 8  # about two seconds
 QUOTE_TRIES = 5  # IMA extends PCR 10 between read and quote; Keylime's agent tries 5 times too
 
@@ -50,7 +50,7 @@ def tss_errors(doing: str) -> Iterator[None]:
     """The boundary to tpm2_pytss: its errors become `TpmError`.
 
     Raises:
-        TpmError: with the response code and what was being done.
+        TpmError: with the response code and the step that failed.
     """
     with progress.announced(doing):
         try:
@@ -62,9 +62,9 @@ def tss_errors(doing: str) -> Iterator[None]:
 
 
 def flush(context: ESAPI, handle: ESYS_TR) -> None:
-    """Flush a session or a transient object; a chip that is busy is asked again.
+    """Flush a session or a transient object; tries again while the chip is busy.
 
-    Never raises: where the chip does not know the handle there is nothing left to flush.
+    Never raises: if the chip does not know the handle, nothing is left to flush.
     """
     for tries in range(1, FLUSH_TRIES + 1):
         try:
@@ -83,10 +83,10 @@ class EkAuth:
     """How an EK is authorised.
 
     Attributes:
-        by_policy: with PolicySecret(endorsement), as templates of the low range have it; without, with
-            its empty authValue, as those of the high range allow.
+        by_policy: True for PolicySecret(endorsement), as in templates of the low range; False for the
+            EK's empty authValue, as in those of the high range.
         name_alg: the hash of its policy.
-        endorsement: the authValue of the endorsement hierarchy, which its policy asks for.
+        endorsement: the authValue of the endorsement hierarchy, which its policy needs.
     """
 
     by_policy: bool = True
@@ -101,15 +101,15 @@ def ek_auth_of(key: TpmPublic, what: str, endorsement: bytes = b"") -> EkAuth:
         endorsement: the authValue of the endorsement hierarchy.
 
     Raises:
-        HostError: its policy is none that we can fulfil.
+        HostError: its policy is not supported.
     """
     name_alg = HashAlg(int.from_bytes(key.name[:2], "big"))
     if key.attributes & USER_WITH_AUTH:
         return EkAuth(False, name_alg)
     if key.auth_policy != endorsement_policy(name_alg):
         raise HostError(
-            f"{what} has a policy of its own ({key.auth_policy.hex()[:16]}…), which this program "
-            "cannot fulfil; set tpm.ek_handle to a free handle: an EK of the profile is made there"
+            f"{what} has a policy ({key.auth_policy.hex()[:16]}…) that this program does not "
+            "support; set tpm.ek_handle to a free handle, where an EK of the TCG profile is made"
         )
     return EkAuth(True, name_alg, endorsement)
 
@@ -124,9 +124,9 @@ def endorsement_policy(name_alg: HashAlg) -> bytes:
 
 @contextlib.contextmanager
 def ek_session(context: ESAPI, auth: EkAuth) -> Iterator[ESYS_TR]:
-    """A session that may use the EK.
+    """A session that is allowed to use the EK.
 
-    The TPM ends a policy session with its first use; where it was not used it is flushed.
+    The TPM ends a policy session at its first use; an unused session is flushed.
     """
     if not auth.by_policy:
         yield ESYS_TR.PASSWORD
@@ -139,12 +139,12 @@ def ek_session(context: ESAPI, auth: EkAuth) -> Iterator[ESYS_TR]:
         TPM2_ALG(auth.name_alg),
     )
     try:
-        # Each time: a context that was opened anew has forgotten it.
+        # Each time, because a reopened context does not have it.
         context.tr_set_auth(ESYS_TR.ENDORSEMENT, auth.endorsement)
         context.policy_secret(ESYS_TR.ENDORSEMENT, session, b"", b"", b"", 0)
         yield session
     finally:
-        flush(context, session)  # its first use has ended it already, where it came so far
+        flush(context, session)  # does nothing if the session was used
 
 
 def close_context(context: ESAPI) -> None:
@@ -161,7 +161,7 @@ def open_context(tcti: str) -> ESAPI:
     """Open a tpm2-tss connection ("device:/dev/tpmrm0", "swtpm:path=…").
 
     Raises:
-        TpmError: there is no such TCTI, or no TPM behind it.
+        TpmError: the TCTI is unknown, or no TPM answers.
     """
     problem = device.problem(tcti)
     if problem is not None:
@@ -176,18 +176,18 @@ def open_context(tcti: str) -> ESAPI:
 
 
 CountCommand = Callable[[str], None]
-"""Told each command that a quote takes: "TPM2_Quote" or "TPM2_PCR_Read". Called in the gate's thread."""
+"""Called with each command of a quote, "TPM2_Quote" or "TPM2_PCR_Read", in the gate's thread."""
 
 
 class Chip:
-    """An open TPM whose AK is known.
+    """An open TPM with its EK and AK.
 
     Args:
         context: an open ESAPI context; the chip closes it.
         ek: ESYS_TR of the persistent EK.
         ak: ESYS_TR of the persistent AK, its authValue set.
         ek_auth: how the EK is used.
-        count: told each command that a quote takes.
+        count: called with each command of a quote.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class Chip:
 
     @property
     def context(self) -> ESAPI:
-        """The open context, for `ca_key` and in the gate's thread alone."""
+        """The open context, for `ca_key`, in the gate's thread only."""
         return self._context
 
     @property
@@ -226,17 +226,17 @@ class Chip:
         close_context(self._context)
 
     def activate_credential(self, credential: bytes, secret: bytes) -> bytes:
-        """TPM2_ActivateCredential. The one session that it needs is flushed, whatever happens.
+        """TPM2_ActivateCredential. The session that it needs is flushed, whatever happens.
 
         Raises:
-            TpmError: the credential is not for these keys, no session is free, the chip failed.
+            TpmError: the credential is not for these keys, no session is free, or the chip failed.
         """
         with tss_errors("TPM2_ActivateCredential"):
             try:
                 blob, _ = TPM2B_ID_OBJECT.unmarshal(credential)
                 wrapped, _ = TPM2B_ENCRYPTED_SECRET.unmarshal(secret)
             except (ValueError, RuntimeError) as exc:
-                raise TpmError(f"not a credential: {exc}", code=RC_VALUE) from exc
+                raise TpmError(f"not a valid credential: {exc}", code=RC_VALUE) from exc
             with ek_session(self._context, self.ek_auth) as session:
                 return bytes(
                     self._context.activate_credential(
@@ -250,13 +250,13 @@ class Chip:
                 )
 
     def read_pcrs(self, bank: HashAlg, mask: int) -> tuple[PcrValues, int]:
-        """TPM2_PCR_Read, again until the mask is covered: a call returns at most 8 PCRs.
+        """TPM2_PCR_Read, repeated until the mask is covered: a call returns at most 8 PCRs.
 
         Returns:
             The values, and the pcrUpdateCounter of the last call.
 
         Raises:
-            TpmError: the chip failed, has not the bank, or its PCRs move without end.
+            TpmError: the chip failed, does not have the bank, or its PCRs change all the time.
         """
         counter = -1
         values: dict[int, bytes] = {}
@@ -266,47 +266,47 @@ class Chip:
             with tss_errors("TPM2_PCR_Read"):
                 seen, selection, digests = self._context.pcr_read(_selection(bank, left))
             if seen != counter and values:
-                values = {}  # the PCRs moved between two calls: the parts belong to two states
+                values = {}  # PCRs changed between two calls: the parts belong to different states
             elif len(selection) == 1 and int(selection[0].hash) == bank:
                 got = pcrs_of(int.from_bytes(bytes(selection[0].pcrSelect)[:3], "little"))
                 if len(got) != len(digests):
-                    raise TpmError("TPM2_PCR_Read answered more or fewer values than PCRs")
+                    raise TpmError("TPM2_PCR_Read returned a wrong number of values")
                 values.update(zip(got, (bytes(digest) for digest in digests), strict=True))
             counter = seen
             if all(pcr in values for pcr in pcrs_of(mask)):
                 try:
                     return PcrValues(bank=bank, values=tuple(sorted(values.items()))), counter
                 except EvidenceFormatError as exc:
-                    raise TpmError(f"TPM2_PCR_Read answered nonsense: {exc}") from exc
+                    raise TpmError(f"TPM2_PCR_Read returned invalid values: {exc}") from exc
             if not values and seen == counter and not len(digests):
-                raise TpmError(f"the TPM has no PCRs in its {bank.label} bank")
-        raise TpmError("the PCRs moved during every attempt to read them")
+                raise TpmError(f"the TPM has no active PCRs in the {bank.label} bank")
+        raise TpmError("the PCRs changed during every attempt to read them")
 
     def quote(self, qualifying: bytes, bank: HashAlg, mask: int, signature_hash: HashAlg) -> Quote:
         """Quote some PCRs, with the values that were quoted.
 
-        Values that earlier quotes confirmed are used again where they hash to the digest that
-        this quote signs. PCRs that are not known or moved lately are read before the quote. Where
-        the digest differs, those that were not read before it are read; then the others once more;
-        then the quote is taken again.
+        Values that earlier quotes confirmed are used again if they hash to the digest that this
+        quote signs. PCRs that are unknown or changed lately are read before the quote. If the digest
+        differs, the PCRs that were not read before the quote are read, then the others again; then
+        the quote is repeated.
 
-        Does not check: the signature; call `forget_pcrs` where it is bad.
+        Does not check: the signature; call `forget_pcrs` if it is not valid.
 
         Raises:
-            TpmError: the chip failed, or the PCRs moved at every try.
+            TpmError: the chip failed, or the PCRs changed during every attempt.
         """
         fresh = self._known.to_read(bank, mask)  # read since the last quote
         values = self._known.values(bank, mask) | self._read(bank, fresh)
         for _ in range(QUOTE_TRIES):
             quoted, signature, digest = self._take_quote(qualifying, bank, mask)
-            for part in (0, mask & ~fresh, fresh):  # as long as the digest differs
+            for part in (0, mask & ~fresh, fresh):  # until the digest matches
                 values |= self._read(bank, part)
                 pcrs = PcrValues(bank=bank, values=tuple(sorted(values.items())))
                 if signature_hash.digest(pcrs.concatenated()) == digest:
                     self._known.learn(pcrs)
                     return Quote(attest=quoted, signature=signature, pcrs=pcrs)
             fresh = mask
-        raise TpmError("the PCRs moved during every quote")
+        raise TpmError("the PCRs changed during every quote")
 
     def forget_pcrs(self) -> None:
         """Read all PCRs again before the next quote."""
@@ -326,7 +326,7 @@ class Chip:
             TPMS_ATTEST, TPMT_SIGNATURE, and the pcrDigest.
 
         Raises:
-            TpmError: the chip failed, or its answer is no quote.
+            TpmError: the chip failed, or its answer is not a quote.
         """
         self._count("TPM2_Quote")
         with tss_errors("TPM2_Quote"):
@@ -337,7 +337,7 @@ class Chip:
         try:
             digest = attestation.parse_attest(quoted).pcr_digest
         except VerificationError as exc:
-            raise TpmError(f"TPM2_Quote answered something that is no quote: {exc}") from exc
+            raise TpmError(f"TPM2_Quote did not return a valid quote: {exc}") from exc
         return quoted, signature.marshal(), digest
 
     def manufacturer(self) -> str:

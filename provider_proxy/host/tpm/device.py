@@ -1,4 +1,4 @@
-"""Why a TPM's device cannot be opened, in words that say what to do: tpm2-tss says "IO failure"."""
+"""Why a TPM's device cannot be opened, and what to do about it: tpm2-tss only says "IO failure"."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ DEVICE = "device:"
 
 
 def problem(tcti: str) -> str | None:
-    """Why the device of a tpm2-tss string cannot be opened; None where it can, or is none.
+    """Why the device of a tpm2-tss string cannot be opened; None if it can, or without a device.
 
-    Opens it for a moment, which disturbs nobody but another one that wants /dev/tpm0 alone.
+    Opens it for a moment, which disturbs only a program that wants /dev/tpm0 exclusively.
     """
     path = Path(tcti.removeprefix(DEVICE))
     if not tcti.startswith(DEVICE) or not path.is_absolute():
@@ -31,18 +31,18 @@ def _words(path: Path, exc: OSError) -> str:
     match exc.errno:
         case errno.ENOENT | errno.ENODEV | errno.ENXIO:
             return (
-                f"{path} is not there: is a TPM enabled in the firmware, and its driver loaded "
-                "(ls /dev/tpm*)? A container must be given the device"
+                f"{path} does not exist: is a TPM enabled in the firmware, and is its driver loaded "
+                "(ls /dev/tpm*)? In a container, pass the device to it"
             )
         case errno.EACCES | errno.EPERM:
-            return f"{path} must not be opened by {_user()}: {_remedy(path)}"
+            return f"{_user()} may not open {path}: {_remedy(path)}"
         case errno.EBUSY:
             return (
-                f"{path} is in use by another program, which has it alone: use the kernel's resource "
+                f"{path} is in use by another program, exclusively: use the kernel's resource "
                 'manager, tcti = "device:/dev/tpmrm0"'
             )
         case errno.EISDIR:
-            return f"{path} is a folder"
+            return f"{path} is a directory"
         case _:
             return f"{path} cannot be opened: {exc.strerror}"
 
@@ -58,5 +58,5 @@ def _remedy(path: Path) -> str:
     try:
         group = grp.getgrgid(path.stat().st_gid).gr_name
     except (OSError, KeyError):
-        return "see ls -l"
-    return f"it is for the group {group} (usermod -aG {group}, or SupplementaryGroups= in the unit)"
+        return "see `ls -l`"
+    return f"add it to the group {group} (usermod -aG {group}, or SupplementaryGroups= in the unit)"

@@ -1,7 +1,7 @@
-"""Looks at a TPM and says what follows for the proxy: its make, limits, handles, and how fast it quotes.
+"""Examines a TPM for the proxy: its make, limits, handles, speed of quotes, and what follows.
 
-Reads only, but for two transient keys in the NULL hierarchy, which are measured and flushed; nothing
-persistent changes and no authorisation is needed. An RSA key takes a hardware TPM many seconds to make.
+Reads only, except that it makes, measures and flushes two transient keys in the NULL hierarchy; nothing
+persistent changes and no authorisation is needed. A hardware TPM needs many seconds to make an RSA key.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ PT = {
 """Property tags: TPM 2.0 Library Part 2, section 6.13."""
 SHOWN_OTHERWISE = ("family", "revision", "manufacturer", "vendor_1", "firmware_1", "firmware_2")
 DEFAULT_EK_HANDLE = 0x81010001
-SOFTWARE = "IBM"  # who wrote the software TPM that swtpm is
-SLOW_MS = 150.0  # slower than this, the other kind of AK is worth a look
+SOFTWARE = "IBM"  # the author of libtpms, the software TPM of swtpm
+SLOW_MS = 150.0  # above it, consider the other kind of AK
 RC_COMMAND_CODE = 0x143
 FORMAT_ONE = range(0x80, 0xC0)  # codes about a parameter: Part 2, section 6.6.2
 SMALL_GAP = 255  # 10 of 11 AMD fTPMs, 6 of 33 Nuvotons (TPMScan)
@@ -68,20 +68,20 @@ SMALL_GAP = 255  # 10 of 11 AMD fTPMs, 6 of 33 Nuvotons (TPMScan)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What was found.
+    """The results.
 
     Attributes:
-        command_ms: the median times of small commands, see `measure_small_commands`.
+        command_ms: median times of small commands, see `measure_small_commands`.
         quote_ms: key kind ("ecc", "rsa") to the median time of a quote; absent where the chip
             has no such keys.
         pcr_banks: active banks.
         ek_certificates: kinds of EK that have a certificate in NV.
-        ek_passed_over: NV indices that hold no certificate that can be used, and why.
-        ek_chain: certificates of the chip's own chain in NV.
+        ek_passed_over: NV indices without a usable certificate, and why.
+        ek_chain: number of certificates in the chip's own chain in NV.
         ek_sha256: SHA-256 of the EK's SubjectPublicKeyInfo, hex; None where there is no EK yet.
-        failures: what could not be found out, and why.
+        failures: steps that failed, and why.
         consequences: what follows for a configuration, in sentences.
-        todo: what to do, in sentences.
+        todo: what to do next, in sentences.
     """
 
     manufacturer: str
@@ -106,14 +106,14 @@ class Report:
 def examine(
     context: ESAPI, ek_handle: int = DEFAULT_EK_HANDLE, settings: Tpm | None = None
 ) -> Report:
-    """Examine an open TPM: all that can be found out, although some of it fails.
+    """Examine an open TPM; a step that fails does not stop the others.
 
     Args:
-        ek_handle: where the EK is, or is to be.
-        settings: of the daemon on this host, for what IMA waits; the defaults where None.
+        ek_handle: the handle of the EK, which may be empty.
+        settings: of the daemon on this host, to predict IMA's wait; the defaults where None.
 
     Raises:
-        TpmError: it answers nothing at all.
+        TpmError: it does not answer at all.
     """
     failures: list[str] = []
 
@@ -197,7 +197,7 @@ def _key_at(context: ESAPI, handle: int) -> PublicKey | None:
 
 
 def _bank_to_measure(banks: Collection[str]) -> HashAlg | None:
-    """SHA-256 where it is active; another one otherwise, for a quote takes as long over it."""
+    """SHA-256 if it is active; otherwise another one, because a quote takes as long over it."""
     usable = [bank for bank in HashAlg if bank.label in banks]
     return HashAlg.SHA256 if HashAlg.SHA256 in usable else next(iter(usable), None)
 
@@ -209,11 +209,11 @@ def advice(
     ek: PublicKey | None,
     failures: Collection[str],
 ) -> Iterator[str]:
-    """What to do, in sentences; never nothing.
+    """What to do, in sentences; at least one.
 
     Args:
         banks: None where they could not be read.
-        ek: the key at tpm.ek_handle; None where there is none yet.
+        ek: the key at tpm.ek_handle; None if the handle is empty.
     """
     if banks is not None and "sha256" not in banks:
         yield "Activate the SHA-256 bank: tpm2_pcrallocate sha256:all, then reboot."
@@ -229,9 +229,9 @@ def advice(
         yield "Make the EK and the AK: provider-proxy tpm ak create."
     yield from _advice_for_ek(manufacturer, certificates, ek)
     if certificates.passed_over:
-        yield "Look at the NV indices that were passed over."
+        yield "Check the NV indices that were skipped, listed above."
     if failures:
-        yield "Look at what failed, above; where the chip answers nothing, switch the host off and on."
+        yield "Check the failures above; if the chip does not answer at all, power the host off and on."
 
 
 def _advice_for_ek(
@@ -244,7 +244,7 @@ def _advice_for_ek(
             own is None or spki_digest(key) == own
         )
         if is_own:
-            where = " or ".join(issuer_urls(certificate)) or "its maker's pages"
+            where = " or ".join(issuer_urls(certificate)) or "see the TPM maker's web site"
             yield (
                 f"Tenants need the CA {certificate.issuer_name!r} of the EK certificate {kind.name}: "
                 f"{where}."
@@ -255,21 +255,21 @@ def _advice_for_ek(
     url = certificate_url(manufacturer, ek)
     if url is not None:
         yield (
-            f"The chip carries no certificate of its EK, its maker has it: fetch {url}, set "
-            "tpm.ek_cert_file to what comes, and tpm.ek_chain_file to the CAs above it."
+            f"The chip has no certificate of its EK, but its maker publishes it: fetch {url}, set "
+            "tpm.ek_cert_file to that file, and tpm.ek_chain_file to the CAs above it."
         )
     yield (
-        "Where no certificate can be had, tenants vouch for the EK themselves: provider-proxy pin add "
+        "If there is no certificate, tenants vouch for the EK themselves: provider-proxy pin add "
         f"--ek-sha256 {spki_digest(ek).hex()}."
     )
 
 
 class _UnsupportedError(Exception):
-    """The chip has no such keys."""
+    """The chip does not support such keys."""
 
 
 class _NotNowError(Exception):
-    """The chip makes no key now: it is full, busy or locked."""
+    """The chip cannot make a key now: it is full, busy or locked."""
 
 
 def _text(value: int) -> str:
@@ -285,9 +285,9 @@ def _measure(context: ESAPI, kind: str, bank: HashAlg) -> float:
     """Median milliseconds of a quote with a transient key of this kind.
 
     Raises:
-        _UnsupportedError: the chip makes no such key.
-        _NotNowError: it makes none now.
-        TpmError: it makes one, and does not quote with it.
+        _UnsupportedError: the chip does not support such keys.
+        _NotNowError: it cannot make one now.
+        TpmError: it makes one but cannot quote with it.
     """
     template = TPM2B_PUBLIC.parse(AK_TEMPLATES[kind], objectAttributes=AK_ATTRIBUTES)
     try:
@@ -297,7 +297,7 @@ def _measure(context: ESAPI, kind: str, bank: HashAlg) -> float:
         code = int(exc.error)
         if code >> LAYER_SHIFT in SOFTWARE_LAYERS:
             raise TpmError(f"TPM2_CreatePrimary: {exc}", code=code) from exc
-        if code == RC_COMMAND_CODE or code in FORMAT_ONE:  # it says what it does not have
+        if code == RC_COMMAND_CODE or code in FORMAT_ONE:  # the algorithm is not supported
             raise _UnsupportedError from exc
         raise _NotNowError from exc
     times = []
@@ -320,7 +320,7 @@ def _consequences(
     quote_ms: dict[str, float],
     unsupported: Collection[str] = (),
 ) -> Iterator[str]:
-    """What follows; the facts and their sources are in docs/tpm.md."""
+    """What follows from the results; the facts and their sources are in docs/tpm.md."""
     if manufacturer == SOFTWARE:
         yield "This is a software TPM (swtpm): root on this machine can read its keys."
     if "sha256" not in banks:
@@ -334,14 +334,14 @@ def _consequences(
     slowest = max(quote_ms.values(), default=0.0)
     if slowest:
         rate = 1000 / slowest
-        yield f"One by one it quotes {rate:.1f} times a second at the most."
+        yield f"One after the other, it makes at most {rate:.1f} quotes a second."
     if limits.get("context_gap_max", SMALL_GAP + 1) <= SMALL_GAP:
-        yield "A small context gap: a session that is held while others work becomes unusable."
+        yield "A small context gap: a session that is held while others are used becomes unusable."
     if not limits.get("sessions_loaded_free", 1):
-        yield "Every session is taken: quotes work, registrations wait."
+        yield "Every session is in use: quotes work, but registrations wait."
     if not limits.get("transient_free", 1):
-        yield "Every object slot is taken: on a TPM without a resource manager quotes wait."
+        yield "Every object slot is in use: on a TPM without a resource manager, quotes wait."
     if limits.get("lockout_counter", 0) >= limits.get("lockout_limit", 1):
-        yield "The TPM is in lockout; keys that are subject to it cannot be used."
+        yield "The TPM is in lockout: keys that are subject to the lockout cannot be used."
     if limits.get("digest_max_bytes", 64) == HashAlg.SHA256.digest_bytes:
         yield "qualifyingData holds 34 bytes: enough for the 32 characters of the evidence."

@@ -1,9 +1,9 @@
-"""The host's endorsement key: found at its handle or made there, with the certificate that is its own.
+"""The host's endorsement key: found at its handle or made there, with its own certificate.
 
-A chip may have certificates at several NV indices, one for each kind of EK, and at the handle an EK that
-somebody else has made. The certificate that is used is the one for the key at the handle; an index that
-cannot be read, or holds no certificate, is named and passed over. A handle that holds something else is
-refused, never overwritten; no key is made persistent before it was found to be the certificate's.
+A chip may have certificates at several NV indices, one for each kind of EK, and an EK at the handle that
+another program made. The certificate for the key at the handle is used; an index that cannot be read,
+or holds something else, is logged and skipped. A handle that holds something else is refused, never
+overwritten; a new key is made persistent only after it has matched the certificate.
 Source: TCG EK Credential Profile 2.5, sections 2.2.1.4 to 2.2.1.5.2 (indices) and annex B (templates).
 """
 
@@ -58,22 +58,22 @@ EK_KINDS = (
     EkKind("P-521", "EK-HIGH-ECC521", 0x01C00018, "P-521"),
     EkKind("RSA-4096", "EK-HIGH-RSA4096", 0x01C0001E, "RSA-4096"),
 )
-"""In the order in which one is chosen where no EK is there yet: what all registrars know comes first."""
+"""In the order of choice for a new EK: kinds that all registrars support come first."""
 
 EK_HANDLES = range(0x81010001, 0x81010100)  # of EKs: TCG Registry of Reserved TPM 2.0 Handles
-CHAIN_INDICES = range(0x01C00100, 0x01C00200)  # of chips with an issuing CA of their own
-MARSHALLING_LAYER = 0x9  # tpm2-tss could not read a structure: what the index holds is no template
+CHAIN_INDICES = range(0x01C00100, 0x01C00200)  # for chips with an on-chip issuing CA
+MARSHALLING_LAYER = 0x9  # tpm2-tss could not parse a structure: the index does not hold a template
 CURVE_NAMES = {"secp256r1": "P-256", "secp384r1": "P-384", "secp521r1": "P-521"}
 
 
 @dataclass(frozen=True, slots=True)
 class EkCertificates:
-    """What a chip has of EK certificates.
+    """A chip's EK certificates.
 
     Attributes:
         found: kind to certificate, in the order of `EK_KINDS`.
-        passed_over: index to why it is not used.
-        chain: DER of the CAs at the chain's indices.
+        passed_over: skipped index to the reason.
+        chain: the CAs at the chain's indices, DER.
     """
 
     found: Mapping[EkKind, TpmCertificate]
@@ -83,10 +83,10 @@ class EkCertificates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnFiles:
-    """The certificate and chain that the operator has put into files.
+    """The certificate and chain in the operator's files.
 
     Attributes:
-        cert: as the file holds it; None where none is configured.
+        cert: the file's bytes; None if none is configured.
     """
 
     cert: bytes | None = None
@@ -94,7 +94,7 @@ class OwnFiles:
 
 
 def read_ek_certificates(nv: NvReader) -> EkCertificates:
-    """Read all certificates of EKs that are in NV, and the chain.
+    """Read all EK certificates in NV, and the chain.
 
     Raises:
         TpmError: the TPM fails.
@@ -112,14 +112,14 @@ def read_ek_certificates(nv: NvReader) -> EkCertificates:
 
 
 def _read_chain(nv: NvReader, passed_over: dict[int, str]) -> tuple[bytes, ...]:
-    """The CAs of the chip's own chain: one after the other, over as many indices as it takes."""
+    """The CAs of the chip's own chain: concatenated, over as many indices as needed."""
     data = b""
     for index in sorted(nv.defined.intersection(CHAIN_INDICES)):
         try:
             data += nv.read(index) or b""
         except UnreadableIndexError as exc:
             passed_over[index] = f"EK chain: {exc}"
-            break  # what comes after a gap is no certificate
+            break  # bytes after a gap cannot be a certificate
         if len(data) > MAX_HELPER_BYTES:
             break
     found = []
@@ -137,7 +137,7 @@ def fitting(chain: Iterable[bytes]) -> tuple[bytes, ...]:
     kept: list[bytes] = []
     for certificate in chain:
         if len(kept) == MAX_HELPERS or sum(map(len, kept)) + len(certificate) > MAX_HELPER_BYTES:
-            log.warning("the EK's chain has more than tenants take: the rest is left out")
+            log.warning("the EK's chain has more CAs than tenants accept: the others are left out")
             break
         kept.append(certificate)
     return tuple(kept)
@@ -155,16 +155,16 @@ def kind_of_key(key: object) -> str:
 def find_or_make_ek(
     context: ESAPI, handle: int, auths: Auths, files: OwnFiles = OwnFiles()
 ) -> EkInfo:
-    """The EK at `handle`; made from the certificate's template, or the TCG default, where none is.
+    """The EK at `handle`; if empty, made there from the certificate's template or the TCG default.
 
     Raises:
-        HostError: the handle holds something that is no EK, or not the certificate's.
+        HostError: the handle holds something that is not an EK, or not the certificate's.
         TpmError: the TPM refused, because of a wrong authorisation for example.
     """
     nv = NvReader(context, auths.owner)
     certificates = read_ek_certificates(nv)
     for index, why in certificates.passed_over.items():
-        log.warning("NV index %#010x is passed over: %s", index, why)
+        log.warning("skipping NV index %#010x: %s", index, why)
     own = _own_certificate(files)
     found = find(context, handle)
     if found is None:
@@ -173,12 +173,12 @@ def find_or_make_ek(
     try:
         info = _info(found, public, handle, certificates, own, files, auths, made=False)
     except _WrongKeyError as exc:
-        raise HostError(f"{exc}; it was left as it is. {_way_out(context, exc.wanted)}") from exc
+        raise HostError(f"{exc}; it was left unchanged. {_way_out(context, exc.wanted)}") from exc
     return info
 
 
 class _WrongKeyError(HostError):
-    """The key at the handle is none of those that there are certificates for (`wanted`)."""
+    """The key at the handle does not match any of the certificates (`wanted`)."""
 
     def __init__(self, message: str, wanted: Iterable[TpmCertificate]) -> None:
         super().__init__(message)
@@ -186,7 +186,7 @@ class _WrongKeyError(HostError):
 
 
 def _way_out(context: ESAPI, wanted: Collection[TpmCertificate]) -> str:
-    """What tpm.ek_handle to set: where a certificate's key is already, or where nothing is."""
+    """Which tpm.ek_handle to set: one that holds a certificate's key already, or a free one."""
     keys = [certificate.parsed.public_key() for certificate in wanted]
     with tss_errors("looking for the certificate's EK at other handles"):
         taken = capabilities.handles(context, capabilities.FIRST_PERSISTENT)
@@ -199,9 +199,9 @@ def _way_out(context: ESAPI, wanted: Collection[TpmCertificate]) -> str:
         except EvidenceFormatError:
             continue
         if key in keys:
-            return f"The certificate's EK is at {handle:#x}: set tpm.ek_handle to that"
+            return f"The certificate's EK is at {handle:#x}: set tpm.ek_handle to this handle"
     free = next(handle for handle in EK_HANDLES if handle not in taken)
-    return f"Set tpm.ek_handle to a free handle, {free:#x}: the certificate's EK is made there"
+    return f"Set tpm.ek_handle to a free handle, {free:#x}: the certificate's EK will be made there"
 
 
 def _own_certificate(files: OwnFiles) -> TpmCertificate | None:
@@ -211,7 +211,7 @@ def _own_certificate(files: OwnFiles) -> TpmCertificate | None:
     try:
         return parse_certificate(listed[0] if listed else b"")
     except EvidenceFormatError as exc:
-        raise HostError(f"tpm.ek_cert_file is no certificate: {exc}") from exc
+        raise HostError(f"tpm.ek_cert_file does not hold a certificate: {exc}") from exc
 
 
 def _info(
@@ -238,14 +238,14 @@ def _info(
 
 
 def _check_ek(public: bytes, handle: int) -> tpm_keys.TpmPublic:
-    """Raises: HostError where a key is no EK."""
+    """Raises: HostError where a key is not an EK."""
     try:
         key = tpm_keys.parse_public(public)
     except EvidenceFormatError as exc:
-        raise HostError(f"handle {handle:#x} holds no RSA or EC key: {exc}") from exc
+        raise HostError(f"handle {handle:#x} does not hold an RSA or EC key: {exc}") from exc
     wanted = tpm_keys.FIXED_TPM | tpm_keys.RESTRICTED | tpm_keys.DECRYPT
     if key.attributes & wanted != wanted or key.attributes & tpm_keys.SIGN:
-        raise HostError(f"handle {handle:#x} holds a key that is no EK; it was left as it is")
+        raise HostError(f"handle {handle:#x} holds a key that is not an EK; it was left unchanged")
     return key
 
 
@@ -255,10 +255,10 @@ def _certificate_of(
     certificates: EkCertificates,
     own: TpmCertificate | None,
 ) -> TpmCertificate | None:
-    """The certificate that is for this key.
+    """The certificate for this key.
 
     Raises:
-        HostError: there are certificates, and none of them is.
+        HostError: there are certificates, but none is for this key.
     """
     if own is not None:
         if own.parsed.public_key() != key.public_key:
@@ -273,13 +273,13 @@ def _certificate_of(
     if certificates.found:
         kinds = ", ".join(kind.name for kind in certificates.found)
         raise _WrongKeyError(
-            f"handle {handle:#x} holds a key ({kind_of_key(key.public_key)}) that is not the one in the "
+            f"handle {handle:#x} holds a key ({kind_of_key(key.public_key)}) other than the one in the "
             f"TPM's EK certificate ({kinds})",
             certificates.found.values(),
         )
     if certificates.passed_over:
         log.warning(
-            "no EK certificate can be compared with the EK at %#x: tenants get none, and have to "
+            "there is no EK certificate for the EK at %#x: tenants get no certificate, and have to "
             "vouch for the key themselves",
             handle,
         )
@@ -298,7 +298,7 @@ def _make(
     own: TpmCertificate | None,
     files: OwnFiles,
 ) -> EkInfo:
-    """Make the EK of the first certificate whose key comes out, and keep it at the handle."""
+    """Make the EK of the first certificate that a template reproduces, and make it persistent."""
     wrong = []
     for kind, certificate in _candidates(certificates, own):
         template = _template(kind, nv)
@@ -310,7 +310,7 @@ def _make(
             key = _check_ek(public, handle)
             if certificate is not None and certificate.parsed.public_key() != key.public_key:
                 log.warning(
-                    "the EK template does not give the key of the certificate %s", kind.name
+                    "the EK template does not produce the key of the certificate %s", kind.name
                 )
                 wrong.append(kind.name)
                 continue
@@ -319,13 +319,13 @@ def _make(
                 kept = context.evict_control(ESYS_TR.OWNER, primary, handle)
         if kind.key not in ("RSA-2048", "P-256"):
             log.warning(
-                "the EK is %s, for want of a certificate of a more common kind: not every registrar may "
-                "know it (Keylime 7.14 does)",
+                "the EK is %s, because there is no certificate of a more common kind: some registrars do "
+                "not support it (Keylime 7.14 does)",
                 kind.name,
             )
         return _info(kept, public, handle, certificates, own, files, auths, made=True)
     raise HostError(
-        f"no template gives the key of the TPM's EK certificate ({', '.join(wrong)}): nothing was kept. "
+        f"no template produces the key of the TPM's EK certificate ({', '.join(wrong)}): no EK was made. "
         "Read the maker's notes on its EK template, or make the EK yourself at tpm.ek_handle"
     )
 
@@ -333,7 +333,7 @@ def _make(
 def _candidates(
     certificates: EkCertificates, own: TpmCertificate | None
 ) -> list[tuple[EkKind, TpmCertificate | None]]:
-    """Kinds that are worth making, with the certificate that the key must be for."""
+    """The kinds to try, with the certificate that the key must match."""
     if own is not None:
         wanted = kind_of_key(own.parsed.public_key())
         return [(kind, own) for kind in EK_KINDS if kind.key == wanted]
@@ -342,11 +342,13 @@ def _candidates(
 
 
 def _template(kind: EkKind, nv: NvReader) -> TPM2B_PUBLIC:
-    """The template in NV, where there is one that can be read; the profile's otherwise."""
+    """The template in NV, if one can be read; otherwise the profile's."""
 
     def read(index: int) -> bytes:
         if index == kind.cert_index:
-            return b"\0"  # the template alone is wanted, and it is asked whether a certificate is there
+            return (
+                b"\0"  # only the template is wanted, but tpm2-pytss checks for a certificate first
+            )
         data = nv.read(index)
         if data is None:
             raise NoSuchIndex(index)
@@ -360,10 +362,10 @@ def _template(kind: EkKind, nv: NvReader) -> TPM2B_PUBLIC:
         except (UnreadableIndexError, ValueError, RuntimeError, TpmError) as exc:
             if isinstance(exc, TpmError) and exc.code >> LAYER_SHIFT != MARSHALLING_LAYER:
                 raise
-            log.warning("the EK template %s in NV is passed over: %s", kind.name, exc)
+            log.warning("skipping the EK template %s in NV: %s", kind.name, exc)
             continue
         return template
-    raise HostError(f"no template for the EK {kind.name}")
+    raise HostError(f"there is no template for the EK {kind.name}")
 
 
 def _none_but(kind: EkKind, index: int) -> bytes:

@@ -1,7 +1,7 @@
-"""Where the certificates of a chip's EK can be had, for a person to fetch. Nothing here is ever asked.
+"""Where a person can fetch the certificates of a chip's EK. Nothing here opens a connection.
 
-Intel's and AMD's older firmware TPMs carry no certificate: the maker's server has it, under a name that
-is made of the key. Other certificates name the address of their issuer's.
+Intel's and AMD's older firmware TPMs have no certificate in them: the maker's server has it, under a name
+derived from the key. Other certificates name the URL of their issuer's certificate.
 Source: tpm2-tools, tpm2_getekcertificate(1); RFC 5280, section 4.2.2.1.
 """
 
@@ -25,7 +25,7 @@ AMD_RSA, AMD_ECC = bytes.fromhex("00002222"), bytes.fromhex("00004444")
 
 
 def certificate_url(manufacturer: str, key: PublicKey) -> str | None:
-    """Where the maker has the certificate of an EK; None where it has no such server.
+    """The URL of an EK's certificate at its maker; None where the maker has no such server.
 
     Args:
         manufacturer: the TPM's vendor code, "INTC" for example.
@@ -49,7 +49,7 @@ def certificate_url(manufacturer: str, key: PublicKey) -> str | None:
 
 
 def issuer_urls(certificate: TpmCertificate) -> tuple[str, ...]:
-    """Where the certificate of a certificate's issuer is, as it says itself."""
+    """The URLs of a certificate's issuer, as the certificate names them."""
     try:
         access = certificate.parsed.extensions.get_extension_for_class(
             x509.AuthorityInformationAccess

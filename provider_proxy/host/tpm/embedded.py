@@ -1,7 +1,7 @@
-"""A swtpm that this process starts and owns: the embedded TPM of the demo and the tests.
+"""The embedded TPM of the demo and the tests: a swtpm that this process starts and owns.
 
-Not a hardware TPM: whoever is root on the host reads its keys. Its state survives under the state
-directory; its sockets lie in a short directory of their own, for a Unix socket's path has 107 bytes.
+Not a hardware TPM: root on the host can read its keys. Its state survives in the state
+directory; its sockets are in a directory with a short path, because a Unix socket's path has 107 bytes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 START_LIMIT_S = 10.0
 STOP_LIMIT_S = 5.0
 POLL_S = 0.01
-# Asks the kernel for SIGTERM when its parent dies, prctl(2), and becomes another program. setpriv would
-# do as well, but sets capabilities on the way, which the unit's system call filter refuses.
+# Asks the kernel for SIGTERM when its parent dies, prctl(2), and runs another program. setpriv would
+# do the same, but it also sets capabilities, which the unit's system call filter refuses.
 WITH_PARENT = (
     "import ctypes, os, signal, sys; PR_SET_PDEATHSIG = 1; "
     "ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM)); "
@@ -41,7 +41,7 @@ class EmbeddedTpm:
     """A running swtpm. `start` blocks for some milliseconds; call it before serving.
 
     Attributes:
-        tcti: what opens it, a tpm2-tss string.
+        tcti: the tpm2-tss string that opens it.
     """
 
     def __init__(self, state_dir: Path) -> None:
@@ -56,7 +56,7 @@ class EmbeddedTpm:
         return self._process.pid if self._process else None
 
     def ensure_running(self) -> None:
-        """Start swtpm where it does not run: the first time, or because it was killed.
+        """Start swtpm if it does not run: the first time, or after it was killed.
 
         Raises:
             HostError: as `start`.
@@ -64,7 +64,7 @@ class EmbeddedTpm:
         if self._process is not None and not _has_ended(self._process.pid):
             return
         if self._process is not None:
-            log.error("the embedded swtpm has ended; starting it again")
+            log.error("the embedded swtpm has exited; starting it again")
             self.stop()
         self.start()
 
@@ -72,11 +72,11 @@ class EmbeddedTpm:
         """Start swtpm on the state directory and wait for its sockets.
 
         Raises:
-            HostError: swtpm is not installed, or ended (its state is in use, for example).
+            HostError: swtpm is not installed, or it exited (its state is in use, for example).
         """
         swtpm = shutil.which("swtpm")
         if swtpm is None:
-            raise HostError('tpm.tcti = "embedded" needs swtpm: apt install swtpm')
+            raise HostError('tpm.tcti = "embedded" needs swtpm: run `apt install swtpm`')
         try:
             make_private_folder(self._state_dir)
         except OSError as exc:
@@ -84,8 +84,8 @@ class EmbeddedTpm:
         self._sockets = Path(tempfile.mkdtemp(prefix="provider-proxy-"))
         path = self._sockets / "tpm"
         log = self._sockets / "log"
-        # Should we be killed, the swtpm goes too and frees its state. The kernel's signal comes when
-        # the *thread* that forked ends, so a thread of its own keeps watch for as long.
+        # If this process is killed, swtpm ends too and releases its state. The kernel sends the signal
+        # when the *thread* that forked ends, so a thread of its own lives as long as swtpm.
         command = [sys.executable, "-I", "-S", "-c", WITH_PARENT, swtpm, "socket", "--tpm2"]
         command += [
             "--tpmstate",
@@ -95,7 +95,7 @@ class EmbeddedTpm:
         ]
         command += ["--server", f"type=unixio,path={path}"]
         command += ["--ctrl", f"type=unixio,path={path}.ctrl", "--log", f"file={log},level=1"]
-        # A group of its own: a Ctrl-C at the terminal is for the daemon, which drains with its TPM.
+        # A process group of its own: Ctrl-C must reach only the daemon, which drains with its TPM.
         started: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
         threading.Thread(target=_run, args=(command, started), daemon=True).start()
         self._process = started.get(timeout=START_LIMIT_S)
@@ -103,10 +103,12 @@ class EmbeddedTpm:
         while not _answers(path.with_name("tpm.ctrl")):
             if _has_ended(self._process.pid) or time.monotonic() > deadline:
                 text = ""
-                with contextlib.suppress(OSError):  # it may have ended before it wrote a line
+                with contextlib.suppress(OSError):  # it may have exited before it wrote a line
                     text = log.read_text(errors="replace").strip()
                 self.stop()
-                raise HostError(f"swtpm did not start on {self._state_dir}: {text or 'no reason'}")
+                raise HostError(
+                    f"swtpm did not start on {self._state_dir}: {text or 'no reason given'}"
+                )
             time.sleep(POLL_S)
         self.tcti = f"swtpm:path={path}"
 
@@ -126,7 +128,7 @@ class EmbeddedTpm:
 
 
 def _answers(control: Path) -> bool:
-    """True once swtpm answers on its control socket; a socket alone may belong to one that fails."""
+    """True once swtpm answers on its control socket; the socket exists also if swtpm is failing."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(START_LIMIT_S)
         try:
@@ -138,16 +140,16 @@ def _answers(control: Path) -> bool:
 
 
 def _has_ended(pid: int) -> bool:
-    """Asks the kernel: `poll` says nothing while the watching thread has not yet woken."""
+    """Asks the kernel, because `poll` depends on the watching thread."""
     try:
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, pid, options) is not None
     except ChildProcessError:
-        return True  # the thread has seen its end
+        return True  # the thread has collected it
 
 
 def _run(command: list[str], started: queue.SimpleQueue[subprocess.Popen[bytes]]) -> None:
-    """Start a program and stay until it has ended."""
+    """Start a program and wait until it has ended."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0
     )

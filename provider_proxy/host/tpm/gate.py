@@ -1,15 +1,15 @@
-"""The one gate to the chip: one command at a time, in a thread, and never more than its duty.
+"""The gate to the chip: one command at a time, in a thread, within the duty (the allowed share of time).
 
-A TPM is shared with the kernel's IMA, which blocks exec() and open() on the host while it waits. So
-after a command of `t` seconds the gate rests `t * (1/max_duty - 1)`: over any stretch of time all
-our commands together take at most `max_duty` of the chip, plus one command.
+The kernel's IMA uses the same TPM and blocks exec() and open() on the host while it waits. So after a
+command of `t` seconds the gate rests (sends no command) for `t * (1/max_duty - 1)`: over any period all
+our commands together take at most `max_duty` of the chip's time, plus one command.
 
-A command of low rank (a credential's activation) gives way: after one, the next waits until a quote
-has been served or nobody wanted one. So a batch never waits for more than one of them, however many
-registrars there are; and they are not starved, because between two quotes one has its turn.
+A low-priority command (activating a credential) gives way: after one, the next waits until a quote has
+been served or none was wanted. So a batch waits for at most one of them, however many registrars there
+are; and they are not starved, because one may run between two quotes.
 
-A caller that is cancelled returns at once; the command goes on in its thread, and the gate stays
-shut until it is done (a TPM cannot be interrupted).
+A caller that is cancelled returns at once; the command continues in its thread, and the gate stays closed
+until it has ended, because a TPM cannot be interrupted.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Gate:
     """Serialises the chip's commands.
 
     Args:
-        max_duty: share of time that our commands may take, above 0 and at most 1.
-        ima_wait_s: bound on what IMA waits for us on average; None for no bound.
+        max_duty: share of time that our commands may take, > 0 and <= 1.
+        ima_wait_s: limit of IMA's mean wait for our commands; None for no limit.
 
     Attributes:
-        pace: what a quote takes, and the rest that follows.
+        pace: the time of a quote, and the rest after it.
         in_flight_since: `time.monotonic()` when the running command began; None while idle.
     """
 
@@ -52,7 +52,7 @@ class Gate:
 
     @property
     def duty(self) -> float:
-        """Share of the last 10 s in which commands ran, the present one included."""
+        """Share of the last 10 s in which commands ran, the running one included."""
         return self.pace.duty(time.monotonic(), self.in_flight_since)
 
     async def ready(self) -> None:
@@ -75,7 +75,7 @@ class Gate:
 
         Args:
             learn: the command is a quote; its time is learnt.
-            gives_way: it is of low rank, see above.
+            gives_way: it has low priority, see above.
 
         Raises:
             What `command` raises; `trio.Cancelled` at once, while the command may still run.
@@ -99,7 +99,7 @@ class Gate:
             if gives_way:
                 await stack.enter_async_context(self._low_turn)
                 await self._give_way()
-            # Who waits for the rest keeps the others from slipping in after it.
+            # Waiting for the end of the rest while holding the gate keeps other commands out.
             await stack.enter_async_context(self._turn)
             await self.ready()
             self._low_was_last = gives_way
@@ -112,7 +112,7 @@ class Gate:
             )
 
     async def _give_way(self) -> None:
-        """After a command of low rank, return when another has run, or nobody wants to."""
+        """After a low-priority command, return when another has run or none is waiting."""
         while self._low_was_last:
             await self.ready()
             with trio.move_on_after(GIVE_WAY_S):
@@ -129,5 +129,5 @@ class Gate:
         )
 
     async def close(self) -> None:
-        """Take the gate for good, after the command in flight: then the context may be closed."""
+        """Close the gate for ever after the running command; then the context may be closed."""
         await self._limiter.acquire_on_behalf_of(self)

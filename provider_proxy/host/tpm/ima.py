@@ -1,7 +1,7 @@
-"""Whether the host's IMA shares the chip, and how long its extends take because of the kernel.
+"""Whether the host's IMA uses the chip, and how long its extends take because of the kernel.
 
-IMA extends a PCR before a new or changed file is used and holds the program until the TPM has done so.
-Reads files of the kernel alone; a file that cannot be read is told apart from one that is not there.
+IMA extends a PCR before a new or changed file is used, and stops the program until the TPM has done so.
+Reads only the kernel's files; it distinguishes an unreadable file from a missing one.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ MAX_BYTES = 1024 * 1024
 
 
 def is_measuring(folder: Path = IMA_FOLDER) -> bool | None:
-    """True where an IMA policy is active: more was measured than the boot aggregate.
+    """True where an IMA policy is active: more than the boot aggregate was measured.
 
     Returns:
-        None where that cannot be read. Then it is safe to assume that one is.
+        None where that cannot be read; assume an active policy then.
     """
     try:
         if not is_there(folder):
@@ -39,10 +39,10 @@ def is_measuring(folder: Path = IMA_FOLDER) -> bool | None:
 
 
 def wait_bound_s(ima_wait_ms: float, folder: Path = IMA_FOLDER) -> float | None:
-    """The bound on IMA's mean wait for us that holds on this host, in seconds; None for no bound.
+    """The limit of IMA's mean wait for our commands on this host, in seconds; None for no limit.
 
     Args:
-        ima_wait_ms: `tpm.ima_wait_ms`; 0 for no bound.
+        ima_wait_ms: `tpm.ima_wait_ms`; 0 for no limit.
     """
     if not ima_wait_ms or is_measuring(folder) is False:
         return None
@@ -52,11 +52,11 @@ def wait_bound_s(ima_wait_ms: float, folder: Path = IMA_FOLDER) -> float | None:
 def advice(
     settings: Tpm, quote_ms: Mapping[str, float], command_ms: Mapping[str, float]
 ) -> Iterator[str]:
-    """What IMA has to wait on this host, in sentences.
+    """How long IMA waits on this host, in sentences.
 
     Args:
         quote_ms: kind of AK to the time of a quote.
-        command_ms: "extend" to the time of an extend; none where it could not be measured.
+        command_ms: "extend" to the time of an extend; missing if it could not be measured.
     """
     slow = slow_extends()
     if slow is not None:
@@ -65,7 +65,7 @@ def advice(
     if measures is False or "extend" not in command_ms:
         return
     if measures is None:
-        yield "Whether IMA measures files here cannot be read: it is taken to do so."
+        yield "Cannot read whether IMA measures files on this host; assuming that it does."
     bound_s = settings.ima_wait_ms / 1000 or None
     for kind, ms in quote_ms.items():
         duty = capped_duty(settings.max_duty, ms / 1000, bound_s)
@@ -83,10 +83,10 @@ def slow_extends(
     switch: Path = INTEGRITY_SWITCH,
     boot_config: str = BOOT_CONFIG,
 ) -> str | None:
-    """Why this kernel's extends take longer than the chip needs; None where they do not.
+    """Why this kernel's extends take longer than the chip needs; None if they do not.
 
     Args:
-        release: of the kernel; the running one's where None.
+        release: of the kernel; the running one where None.
     """
     release = os.uname().release if release is None else release
     found = re.match(r"(\d+)\.(\d+)", release)
@@ -97,16 +97,16 @@ def slow_extends(
     if _text(switch, "Y") or _text(switch, "1"):
         return None
     slow = (
-        f"Kernel {release} protects each PCR extend by an HMAC session, which costs the TPM several "
-        "commands: IMA waits longer than the time of an extend that is measured here."
+        f"Kernel {release} protects each PCR extend with an HMAC session, which takes several TPM "
+        "commands: IMA waits longer than the extend time measured here."
     )
     if version >= SWITCH_SINCE:
-        return f"{slow} Boot with tpm.disable_pcr_integrity=1 to switch that off."
-    return f"{slow} From 6.12 on tpm.disable_pcr_integrity=1 switches that off."
+        return f"{slow} To turn this off, boot with tpm.disable_pcr_integrity=1."
+    return f"{slow} From kernel 6.12 on, tpm.disable_pcr_integrity=1 turns this off."
 
 
 def _text(path: Path, line: str) -> bool:
-    """True where a file has this line; False where it has not, is not there or cannot be read."""
+    """True if a file has this line; False if it has not, is missing or cannot be read."""
     try:
         return line in read_file(path, MAX_BYTES).decode("utf-8", "replace").splitlines()
     except (HostError, UsageError):

@@ -1,9 +1,9 @@
-"""The host's AK: found at its persistent handle, or made there once; what all keys share.
+"""The host's AK: found at its persistent handle, or made there once; and helpers for all keys.
 
 The AK is made under the EK, as Keylime's agent makes it: restricted, signing, not subject to the
-dictionary-attack lockout (three unclean power-offs would else lock it), with a random authValue, so
-that others who may open the TPM device cannot have a root of their own making signed. A handle that
-holds something else is refused, never overwritten. Runs once, before the daemon serves.
+dictionary-attack lockout (otherwise three unclean power-offs would lock it), with a random authValue, so
+that other programs with access to the TPM device cannot have a forged root signed. A handle that holds
+something else is refused, never overwritten. Runs once, before the daemon serves.
 Source: TPM 2.0 Part 3, sections 12.1 and 28.5.
 """
 
@@ -44,7 +44,7 @@ AK_SIGN_ALG = {"ecc": "ecdsa", "rsa": "rsassa"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Auths:
-    """Authorisation values of the hierarchies; empty where the owner set none."""
+    """Authorisation values of the hierarchies; empty if the owner set none."""
 
     owner: bytes = b""
     endorsement: bytes = b""
@@ -57,9 +57,9 @@ class EkInfo:
     Attributes:
         public: TPM2B_PUBLIC.
         auth: how it is used.
-        cert: its DER certificate, padding and header cut; None where it has none.
-        chain: CAs that the chip or the operator has for it, DER; trusted nothing.
-        made: True where this call made it.
+        cert: its DER certificate without padding and header; None without a certificate.
+        chain: CAs for it from the chip or the operator, DER; not trusted.
+        made: True if this call made it.
     """
 
     handle: ESYS_TR
@@ -72,7 +72,7 @@ class EkInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AkInfo:
-    """The attestation key at its persistent handle; `made` where this call made it."""
+    """The attestation key at its persistent handle; `made` if this call made it."""
 
     handle: ESYS_TR
     public: bytes
@@ -81,7 +81,7 @@ class AkInfo:
 
 
 def find(context: ESAPI, handle: int) -> ESYS_TR | None:
-    """The object at a persistent handle; None where there is none.
+    """The object at a persistent handle; None if the handle is empty.
 
     Raises:
         TpmError: the TPM refused.
@@ -96,16 +96,16 @@ def find(context: ESAPI, handle: int) -> ESYS_TR | None:
 
 
 def name_of(context: ESAPI, handle: ESYS_TR) -> bytes:
-    """An object's name, computed here from its public area.
+    """An object's name, computed from its public area.
 
     Raises:
-        TpmError: the TPM refused, or the object is no RSA or EC key.
+        TpmError: the TPM refused, or the object is not an RSA or EC key.
     """
     public = read_public(context, handle)
     try:
         return tpm_keys.parse_public(public).name
     except EvidenceFormatError as exc:
-        raise TpmError(f"TPM2_ReadPublic gave no RSA or EC key: {exc}") from exc
+        raise TpmError(f"TPM2_ReadPublic did not return an RSA or EC key: {exc}") from exc
 
 
 def set_auth(context: ESAPI, handle: ESYS_TR, auth: bytes) -> None:
@@ -138,11 +138,11 @@ def find_or_make_ak(
     auths: Auths,
     ak_auth: Callable[[bool], bytes],
 ) -> AkInfo:
-    """The AK at `handle`; made under the EK where none is.
+    """The AK at `handle`; made under the EK if the handle is empty.
 
     Args:
         algorithm: "ecc" (P-256, ECDSA) or "rsa" (2048, RSASSA), both with SHA-256.
-        ak_auth: gives the AK's authValue; called with True where the AK is about to be made.
+        ak_auth: gives the AK's authValue; called with True before the AK is made.
 
     Raises:
         HostError: the handle holds another kind of key.
@@ -170,12 +170,12 @@ def find_or_make_ak(
         key = tpm_keys.parse_ak(public)
     except (EvidenceFormatError, UntrustedAkError) as exc:
         raise HostError(
-            f"handle {handle:#x} holds a key that is no AK; it was left as it is ({exc})"
+            f"handle {handle:#x} holds a key that is not an AK; it was left unchanged ({exc})"
         ) from exc
     if key.sign_alg != AK_SIGN_ALG[algorithm]:
         raise HostError(
             f"handle {handle:#x} holds an AK for {key.sign_alg}, but tpm.ak_algorithm is "
-            f"{algorithm!r}; it was left as it is"
+            f"{algorithm!r}; it was left unchanged"
         )
     return AkInfo(handle=found, public=public, key=key, made=made)
 
@@ -212,5 +212,5 @@ def make_under_ek(
 
 
 def is_auth_error(exc: TpmError) -> bool:
-    """True where the TPM says that an authValue is wrong."""
+    """True if the TPM says that an authValue is wrong."""
     return exc.code in (TPM_RC_BAD_AUTH, TPM_RC_AUTH_FAIL)

@@ -20,11 +20,11 @@ DATA = bytes(64)  # an extend hashes two digests of 32 bytes
 def measure_small_commands(context: ESAPI) -> dict[str, float]:
     """Median milliseconds of "pcr_read" (8 PCRs), "extend" and "other".
 
-    TPM2_Hash stands in for an extend, which would change a PCR that somebody quotes. A command that the
-    TPM refuses is left out.
+    TPM2_Hash is measured instead of an extend, which would change a PCR. A command that the TPM refuses
+    is left out.
 
     Raises:
-        TpmError: the TPM has gone.
+        TpmError: the TPM does not answer.
     """
     commands: dict[str, Callable[[], object]] = {
         "pcr_read": lambda: context.pcr_read("sha256:0,1,2,3,4,5,6,7"),

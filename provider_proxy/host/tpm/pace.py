@@ -1,31 +1,31 @@
-"""How long a quote takes here, and how long whoever quotes rests after it.
+"""How long a quote takes on this chip, and how long the quoter rests after it.
 
-A chip is shared with the kernel's IMA, so all our commands together may take at most `max_duty` of its
-time: after a command of `t` seconds comes a rest of `t * (1/max_duty - 1)`. Times are learnt, because
-they differ from chip to chip by a hundredfold and hardly at all on one chip. No clock of its own.
+The kernel's IMA uses the same chip, so all our commands together may take at most `max_duty` of its time:
+after a command of `t` seconds comes a rest of `t * (1/max_duty - 1)`. Times are learnt, because they
+differ a hundredfold between chips and hardly at all on one chip. It has no clock of its own.
 """
 
 from __future__ import annotations
 
 from provider_proxy.host.tpm.state import ChipState
 
-EWMA_WEIGHT = 0.2  # a chip's time varies by percents (TPMScan: p99/p50 = 1.02), so few samples do
+EWMA_WEIGHT = 0.2  # a chip's time varies by percents (TPMScan: p99/p50 = 1.02): few samples suffice
 DUTY_SPAN_S = 10.0  # over which the duty holds
-HANG_FACTOR = 20  # a command of so many times the learnt time hangs; a chip's p99/p50 is 1.02
-HANG_LEAST_S = 5.0  # but no sooner: an RSA key that is made by others takes seconds
-LARGEST_SURPRISE = 3  # one hang must not make all estimates worthless; a slower chip is soon learnt
-LEAST_DUTY = 0.05  # below it tenants of a slow chip would wait for minutes, and IMA gains nothing
-FRESH_S = 0.005  # a state is asked for with each request
+HANG_FACTOR = 20  # a command of this many times the learnt time hangs; a chip's p99/p50 is 1.02
+HANG_LEAST_S = 5.0  # but not earlier: another program's new RSA key takes seconds
+LARGEST_SURPRISE = 3  # one hang must not spoil all estimates; a slower chip is soon learnt
+LEAST_DUTY = 0.05  # less would make tenants of a slow chip wait for minutes, without gain for IMA
+FRESH_S = 0.005  # each request asks for the state
 FIRST_GUESS_S = 0.25  # the median RSA signature of 139 chips, until our own is measured
 
 
 def capped_duty(max_duty: float, quote_s: float, ima_wait_s: float | None) -> float:
-    """The cap that keeps IMA's mean wait for us within its bound, too: duty x quote / 2.
+    """The duty's cap that also keeps IMA's mean wait (duty x quote / 2) within its limit.
 
     Args:
-        max_duty: the cap where IMA does not count.
+        max_duty: the cap without IMA.
         quote_s: the time of a quote, in seconds.
-        ima_wait_s: the bound; None for no bound.
+        ima_wait_s: the limit; None for no limit.
     """
     if ima_wait_s is None:
         return max_duty
@@ -33,7 +33,7 @@ def capped_duty(max_duty: float, quote_s: float, ima_wait_s: float | None) -> fl
 
 
 class BusyTime:
-    """How many seconds of each of the last few were spent on the chip. One thread adds, any reads."""
+    """How much of each of the last seconds the chip was busy for us. One thread adds, any may read."""
 
     def __init__(self) -> None:
         self._seconds = [(0, 0.0)] * (int(DUTY_SPAN_S) + 1)  # which second, and its busy part
@@ -50,21 +50,21 @@ class BusyTime:
             begin = until
 
     def share(self, now: float) -> float:
-        """The busy share of the last `DUTY_SPAN_S`, to a second."""
+        """The busy share of the last `DUTY_SPAN_S`, accurate to a second."""
         oldest = int(now) - DUTY_SPAN_S
         busy = sum(busy for second, busy in tuple(self._seconds) if second > oldest)
         return min(1.0, busy / DUTY_SPAN_S)
 
 
 class Pace:
-    """The learnt time, and what follows from it.
+    """The learnt time, and the values derived from it.
 
     Args:
-        max_duty: share of time that our commands may take, above 0 and at most 1.
-        ima_wait_s: bound on what IMA waits for us on average; None for no bound.
+        max_duty: share of time that our commands may take, > 0 and <= 1.
+        ima_wait_s: limit of IMA's mean wait for our commands; None for no limit.
 
     Attributes:
-        max_duty: the cap, as it follows from the learnt time.
+        max_duty: the cap for the learnt time.
         expected_s: learnt time of a quote, in seconds.
     """
 
@@ -78,7 +78,7 @@ class Pace:
         self._follow()
 
     def _follow(self) -> None:
-        """Set what follows from the learnt time."""
+        """Update the values derived from the learnt time."""
         self.max_duty = capped_duty(self._max_duty, self.expected_s, self._ima_wait_s)
         self._rest_factor = 1 / self.max_duty - 1
         self._longest_rest = DUTY_SPAN_S * (1 - self.max_duty)
@@ -86,19 +86,19 @@ class Pace:
 
     @property
     def pause_s(self) -> float:
-        """The rest that follows a command of the learnt time."""
+        """The rest after a command of the learnt time."""
         return self.expected_s * self._rest_factor
 
     @property
     def hang_s(self) -> float:
-        """A command that runs for longer hangs, in seconds."""
+        """A command that runs longer is taken to hang, in seconds."""
         return max(HANG_LEAST_S, HANG_FACTOR * self.expected_s)
 
     def rest_after(self, seconds: float) -> float:
-        """The rest that a command's time asks for.
+        """The rest after a command of this time.
 
-        After one that hung the chip is not left alone for as long again: only as long as the duty,
-        plus that command, still needs within its span.
+        After a command that hung the rest is bounded: only as long as the duty over its span, plus that
+        command, requires.
         """
         if seconds > self.hang_s:
             return max(self.pause_s, self._longest_rest - seconds)
@@ -110,7 +110,7 @@ class Pace:
         self._state = None
 
     def duty(self, now: float, since: float | None = None) -> float:
-        """Share of the last 10 s in which the chip worked for us.
+        """Share of the last 10 s in which the chip worked for the proxy.
 
         Args:
             since: when the command began that runs now; None while none does.
@@ -122,7 +122,7 @@ class Pace:
         """The chip's state as of `now`, monotonic seconds, or some milliseconds ago.
 
         Args:
-            trouble: why there are no quotes, where somebody knows; a command that hangs is found here.
+            trouble: why there are no quotes, if known; a hanging command is detected here.
             since: when the command began that runs now; None while none does.
         """
         known = self._state

@@ -1,8 +1,8 @@
-"""What is being asked of the chip just now, and for how long: so that no wait is silent or endless.
+"""Which step runs on the chip now, and since when, so that no wait is silent or endless.
 
-Each step on the chip is announced where its errors are translated (`chip.tss_errors`). Whoever started
-the work looks on from another thread: it says what is waited for, and gives up on a step that takes
-longer than the limit. A TPM cannot be interrupted: the thread that hangs is left behind.
+Each step on the chip is announced where its errors are translated (`chip.tss_errors`). The caller
+watches from another thread: it logs the step that it waits for, and gives up on a step that takes longer
+than the limit. A TPM cannot be interrupted, so a thread that hangs is left behind.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-SAY_AFTER_S = 5.0  # a command of a chip that is well takes a second; a new RSA key up to a minute
+SAY_AFTER_S = 5.0  # a command of a healthy chip takes a second; a new RSA key up to a minute
 SAY_AGAIN_S = 15.0
 POLL_S = 0.2
 
 
 class Progress:
-    """The step that runs, written by the thread that works and read by the one that waits."""
+    """The running step, written by the working thread and read by the waiting one."""
 
     def __init__(self) -> None:
         self._step: tuple[str, float] = ("opening the TPM", time.monotonic())
@@ -35,7 +35,7 @@ class Progress:
 
     @contextlib.contextmanager
     def during(self, doing: str) -> Iterator[None]:
-        """While it lasts, this is what is being done; the step around it begins anew afterwards."""
+        """Set the running step inside the block; afterwards the outer step starts again from zero."""
         around = self._step[0]
         self._step = (doing, time.monotonic())
         try:
@@ -44,7 +44,7 @@ class Progress:
             self._step = (around, time.monotonic())
 
     def check(self, limit_s: float) -> None:
-        """Say what is waited for where that takes long.
+        """Log the running step if it takes long.
 
         Raises:
             HostError: the step has taken longer than the limit.
@@ -53,8 +53,8 @@ class Progress:
         now = time.monotonic()
         if now - since > limit_s:
             raise HostError(
-                f"gave up after {limit_s:g} s (tpm.hang_limit_s) of waiting for the TPM: {doing}. Other "
-                "programs may hold it; where a reset of the host does not help, it is out of order"
+                f"gave up waiting for the TPM after {limit_s:g} s (tpm.hang_limit_s): {doing}. Other "
+                "programs may be using it. If a reset of the host does not help, the TPM is defective"
             )
         is_first = self._said_at < since
         if now > (since + SAY_AFTER_S if is_first else self._said_at + SAY_AGAIN_S):
@@ -66,13 +66,13 @@ _current: contextvars.ContextVar[Progress | None] = contextvars.ContextVar("prog
 
 
 def current() -> Progress | None:
-    """The progress that steps are announced to; None where nobody looks on."""
+    """The progress to which steps are announced; None if none is watched."""
     return _current.get()
 
 
 @contextlib.contextmanager
 def announced(doing: str) -> Iterator[None]:
-    """A step on the chip, for whoever looks on."""
+    """Announce a step on the chip to the current progress."""
     progress = _current.get()
     if progress is None:
         yield
@@ -83,7 +83,7 @@ def announced(doing: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def looked_on() -> Iterator[Progress]:
-    """From here on, in this task or thread and in those it starts, steps are announced to this."""
+    """Inside the block, steps of this task or thread, and of those it starts, are announced to this."""
     progress = Progress()
     token = _current.set(progress)
     try:
@@ -110,7 +110,7 @@ def run_within(work: Callable[[], T], limit_s: float) -> T:
         def run() -> None:
             try:
                 results.append(work())
-            except BaseException as exc:  # noqa: BLE001  # raised again where it is waited for
+            except BaseException as exc:  # noqa: BLE001  # raised again in the waiting thread
                 errors.append(exc)
             finally:
                 done.set()

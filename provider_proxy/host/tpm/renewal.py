@@ -1,10 +1,10 @@
-"""Makes worthless what somebody may know of a key in the host's TPM, while the key stays the same.
+"""Makes a leaked authValue of a key in the host's TPM useless, while the key stays the same.
 
-A key's authValue can be changed, but a private part with the old one still loads under the EK. Loading
-needs the authValue of the endorsement hierarchy (policy A of the EK profile): with both changed, neither
-an old authValue nor an old private part is worth anything, and the key has the name that tenants have
-pinned. TPM2_Clear, which needs the lockout's authValue only, gives the hierarchy its empty one back, and
-a secret of its own: what was made under the EK before loads no more, and the key is gone.
+A key's authValue can be changed, but a private part with the old one can still be loaded under the EK.
+Loading needs the authValue of the endorsement hierarchy (policy A of the EK profile): once both are
+changed, an old authValue or private part is useless, and the key keeps the name that tenants have pinned.
+TPM2_Clear, which needs only the lockout's authValue, resets the hierarchy's authValue to empty and gives
+the hierarchy a new secret: keys made under the EK before can no longer be loaded, and the key is lost.
 Synchronous, while no daemon serves. Source: TPM 2.0 Part 3, sections 12.8, 24.6, 24.8 and 28.5.
 """
 
@@ -56,10 +56,10 @@ def change_auth(context: ESAPI, key: ESYS_TR, ek: ESYS_TR, old: bytes, new: byte
 def keep(
     context: ESAPI, handle: int, ek: keys.EkInfo, auths: keys.Auths, public: bytes, private: bytes
 ) -> None:
-    """Put a key at a persistent handle in the place of what is there.
+    """Replace the key at a persistent handle.
 
     Raises:
-        TpmError: the TPM refused. Where it ended in between, the handle is empty.
+        TpmError: the TPM refused. If it failed in between, the handle is empty.
     """
     private_part, _ = TPM2B_PRIVATE.unmarshal(private)
     public_part, _ = TPM2B_PUBLIC.unmarshal(public)
@@ -74,9 +74,9 @@ def keep(
 
 
 def copies_of(context: ESAPI, handle: int, name: bytes) -> tuple[int, ...]:
-    """Other persistent handles with the same key: it may have an authValue of somebody else's there.
+    """Other persistent handles with the same key, where its authValue may be known to others.
 
-    What cannot be looked at is named in the log and passed over.
+    Handles that cannot be read are logged and skipped.
 
     Raises:
         TpmError: the TPM does not list its handles.
@@ -90,7 +90,7 @@ def copies_of(context: ESAPI, handle: int, name: bytes) -> tuple[int, ...]:
             if at is not None and _name_in_tpm(context, at) == name:
                 found.append(other)
         except TpmError as exc:
-            log.warning("handle %#x may hold a copy of a key: %s", other, exc)
+            log.warning("cannot check whether handle %#x holds a copy of the key: %s", other, exc)
     return tuple(found)
 
 
@@ -116,14 +116,14 @@ def change_endorsement(context: ESAPI, old: bytes, new: bytes) -> None:
 
 
 def demand_policy(ek: keys.EkInfo) -> None:
-    """Loading a key under this EK takes the hierarchy's authValue.
+    """Check that loading a key under this EK needs the hierarchy's authValue.
 
     Raises:
         HostError: it does not.
     """
     if not ek.auth.by_policy:
         raise HostError(
-            "the EK at tpm.ek_handle is of the high range: whoever may open the TPM can load old private "
-            'parts under it, so a new authValue ends nothing. Make a new AK instead: see "After a '
+            "the EK at tpm.ek_handle is of the high range: any user of the TPM can load old private "
+            'parts under it, so a new authValue does not help. Make a new AK instead: see "After a '
             'compromise" in operating.md'
         )

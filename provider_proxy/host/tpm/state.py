@@ -1,4 +1,4 @@
-"""What a quoter tells of its chip, as one value: how it does now, and what a quote costs."""
+"""The state of a quoter's chip as one value: whether it works now, and the cost of a quote."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ class ChipState:
     """A quoter's chip at one moment.
 
     Attributes:
-        trouble: why the chip gives no quote now; None while it does.
+        trouble: why the chip cannot quote now; None while it can.
         expected_s: the learnt time of a quote, in seconds.
         pause_s: the rest after a quote, which keeps the duty, in seconds.
-        duty: share of the last 10 s in which the chip worked for us.
+        duty: share of the last 10 s in which the chip worked for the proxy.
         max_duty: the cap of the duty.
-        in_flight_s: for how long the present command has been running, in seconds; 0 while none is.
+        in_flight_s: how long the running command has taken so far, in seconds; 0 without one.
     """
 
     expected_s: float
@@ -28,7 +28,7 @@ class ChipState:
 
     @property
     def turn_s(self) -> float:
-        """From the begin of one quote to the begin of the next, in seconds."""
+        """From the start of one quote to the start of the next, in seconds."""
         return self.expected_s + self.pause_s
 
 

@@ -1,4 +1,4 @@
-"""How long a chip takes for the commands that count here. Pure: opens no TPM."""
+"""How long a chip takes for the commands that matter here. Pure: opens no TPM."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ async def test_the_newest_version_that_both_speak(
 
 async def test_no_version_in_common(agent: FakeAgent) -> None:
     agent.versions = {"supported_version": "1.0", "supported_versions": ["1.0", "9.9"]}
-    with pytest.raises(HostError, match="no API version that we know"):
+    with pytest.raises(HostError, match="supports none of the API versions"):
         async with opened(agent):
             pass
 
@@ -338,7 +338,7 @@ async def test_an_answer_that_trickles_has_a_deadline(
         None,
         transport=httpx.MockTransport(lambda _: httpx.Response(200, stream=Trickle())),
     )
-    with pytest.raises(AgentError, match="no whole answer") as caught:
+    with pytest.raises(AgentError, match="no complete answer") as caught:
         await client.quote("n", 1, 0)
     assert trio.current_time() == agent_http.ANSWER_S
     assert caught.value.step is Step.CLEAN
@@ -368,7 +368,7 @@ async def test_a_probe_has_a_deadline(agent: FakeAgent, monkeypatch: pytest.Monk
     async with opened(agent) as quoter:
         monkeypatch.setattr(keylime_agent, "WHOLE_LIMIT_S", 0.05)
         monkeypatch.setattr(quoter, "_bind", trio.sleep_forever)
-        with pytest.raises(HostError, match="did not come back within"):
+        with pytest.raises(HostError, match="did not answer again within"):
             await quoter.probe()
 
 

@@ -261,7 +261,7 @@ async def test_what_is_refused(host: Host, monkeypatch: pytest.MonkeyPatch) -> N
     context.evict_control(ESYS_TR.OWNER, loaded, AK_HANDLE)
     context.flush_context(loaded)
     context.close()
-    with pytest.raises(HostError, match="does not take the authValue in state_dir"):
+    with pytest.raises(HostError, match="does not accept the authValue in state_dir"):
         host.renew(FIRST)
     assert (host.state_dir / "ak.json").read_bytes() == before
     (host.state_dir / "ak.json").unlink()

@@ -81,7 +81,7 @@ async def test_a_tpm_in_failure_mode_ends_the_start_at_once(
 ) -> None:
     faults.every(Action(code=FAILURE))
     error = await start(chip.tcti, tmp_path / "s", faults)
-    assert "failure mode: switch the host off and on" in str(error)
+    assert "failure mode: power the host off and on" in str(error)
     assert len(faults.seen) < 20
     assert not (tmp_path / "s" / "ak.json").exists()
 
@@ -90,7 +90,7 @@ async def test_a_tpm_in_failure_mode_ends_the_start_at_once(
 @pytest.mark.parametrize(
     ("command", "what"),
     [
-        (CC_GET_CAPABILITY, "looking at the PCR banks"),
+        (CC_GET_CAPABILITY, "reading the PCR banks"),
         (CC_CREATE_PRIMARY, "making the EK, RSA-2048"),
         (CC_EVICT_CONTROL, "keeping the EK at handle 0x81010001"),
         (CC_QUOTE, "TPM2_Quote"),
@@ -105,7 +105,7 @@ async def test_a_command_that_hangs_ends_the_start_at_the_limit(
         error = await start(chip.tcti, tmp_path / "s", faults, limit_s=1.0)
     finally:
         hold.set()
-    assert f"gave up after 1 s (tpm.hang_limit_s) of waiting for the TPM: {what}" in str(error)
+    assert f"gave up waiting for the TPM after 1 s (tpm.hang_limit_s): {what}" in str(error)
 
 
 @pytest.mark.real
@@ -153,7 +153,9 @@ def test_a_command_without_an_event_loop_has_the_limit_too() -> None:
         with tss_errors("reading something"):
             never.wait(LIMIT_S)
 
-    with pytest.raises(HostError, match=r"gave up after 0\.3 s.*reading something"):
+    with pytest.raises(
+        HostError, match=r"gave up waiting for the TPM after 0\.3 s.*reading something"
+    ):
         progress.run_within(hang, 0.3)
     never.set()
     assert progress.run_within(lambda: 7, 1.0) == 7
@@ -193,7 +195,7 @@ def test_commands_end_on_a_tpm_in_failure_mode(tmp_path: Path, words: tuple[str,
             check=False,
         )
     assert done.returncode == 3, done.stderr
-    assert "failure mode: switch the host off and on" in done.stderr
+    assert "failure mode: power the host off and on" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -261,7 +263,7 @@ async def test_hints_of_a_real_chip(
         (CC_EVICT_CONTROL, 0x14B, "NV memory is full"),
         (CC_EVICT_CONTROL, 0x14C, "start again"),
         (CC_CREATE_PRIMARY, 0x921, "in lockout"),
-        (CC_CREATE_PRIMARY, 0x143, "does not have this command"),
+        (CC_CREATE_PRIMARY, 0x143, "does not support this command"),
     ],
 )
 async def test_hints_by_code(

@@ -143,7 +143,7 @@ def test_taken_sessions_are_seen(patient: Patient) -> None:
         patient.other.flush_context(session)
     assert report.limits["sessions_loaded_free"] == 0
     assert set(report.quote_ms) == {"ecc", "rsa"}  # a quote needs none
-    assert any("Every session is taken" in line for line in report.consequences)
+    assert any("Every session is in use" in line for line in report.consequences)
 
 
 @pytest.mark.real
@@ -196,7 +196,7 @@ def test_a_chip_that_goes_meanwhile_is_an_error(patient: Patient, command: int) 
             report = doctor.examine(context)
             assert report.manufacturer == "IBM"
             assert "TPM2_" in report.failures[0]
-            assert "Look at what failed" in report.todo[-1]
+            assert "Check the failures" in report.todo[-1]
     finally:
         close_context(context)
     for handle in handles(
@@ -210,7 +210,7 @@ def test_a_quote_that_fails_leaves_no_key(patient: Patient) -> None:
     patient.faults.next(CC_QUOTE, Action(code=0x101))
     report = patient.examine()
     assert "TPM2_Quote" in report.failures[0]
-    assert "failure mode: switch the host off and on" in report.failures[0]
+    assert "failure mode: power the host off and on" in report.failures[0]
     assert report.todo
 
 
@@ -220,7 +220,7 @@ def test_the_time_of_a_quote_is_measured(patient: Patient) -> None:
     report = patient.examine()
     assert all(20 <= ms < 1000 for ms in report.quote_ms.values())
     slowest = max(report.quote_ms.values())
-    assert f"One by one it quotes {1000 / slowest:.1f} times a second at the most." in (
+    assert f"One after the other, it makes at most {1000 / slowest:.1f} quotes a second." in (
         report.consequences
     )
 
@@ -328,7 +328,7 @@ def consequences(
 def test_a_good_chip_of_medium_speed() -> None:
     assert consequences().splitlines() == [
         'ak_algorithm = "ecc" quotes 2.6 times as fast as "rsa" here.',
-        "One by one it quotes 5.3 times a second at the most.",
+        "One after the other, it makes at most 5.3 quotes a second.",
     ]
 
 
@@ -343,10 +343,10 @@ CASES: dict[str, tuple[Callable[[], str], str, bool]] = {
     "no keys at all": (lambda: consequences(ecc=None, rsa=None), "times a second", False),
     "an AMD fTPM's gap": (lambda: consequences(context_gap_max=255), "context gap", True),
     "a common gap": (lambda: consequences(context_gap_max=0xFFFF), "context gap", False),
-    "no free session": (lambda: consequences(sessions_loaded_free=0), "session is taken", True),
-    "one free session": (lambda: consequences(sessions_loaded_free=1), "session is taken", False),
-    "no free slot": (lambda: consequences(transient_free=0), "slot is taken", True),
-    "one free slot": (lambda: consequences(transient_free=1), "slot is taken", False),
+    "no free session": (lambda: consequences(sessions_loaded_free=0), "session is in use", True),
+    "one free session": (lambda: consequences(sessions_loaded_free=1), "session is in use", False),
+    "no free slot": (lambda: consequences(transient_free=0), "slot is in use", True),
+    "one free slot": (lambda: consequences(transient_free=1), "slot is in use", False),
     "lockout": (lambda: consequences(lockout_counter=32), "in lockout", True),
     "nearly": (lambda: consequences(lockout_counter=31), "in lockout", False),
     "SHA-256 at most": (lambda: consequences(digest_max_bytes=32), "34 bytes", True),
@@ -363,7 +363,7 @@ def test_what_follows(name: str) -> None:
 def test_a_limit_that_the_chip_does_not_tell_is_not_made_up() -> None:
     """Old chips leave properties out."""
     assert list(doctor._consequences("STM", {}, ("sha256",), {"ecc": 49.0})) == [
-        "One by one it quotes 20.4 times a second at the most."
+        "One after the other, it makes at most 20.4 quotes a second."
     ]
 
 
@@ -401,10 +401,10 @@ def test_advice_for_a_chip_with_a_certificate() -> None:
     cert = parse_certificate(ek_certificate(MAKER, rsa_ek()))
     found = EkCertificates({EK_KINDS[0]: cert}, {})
     assert advised(certificates=found) == (
-        "Tenants need the CA 'CN=maker' of the EK certificate RSA-2048: its maker's pages."
+        "Tenants need the CA 'CN=maker' of the EK certificate RSA-2048: see the TPM maker's web site."
     )
     passed = EkCertificates({EK_KINDS[0]: cert}, {0x01C00002: "why"})
-    assert "NV indices that were passed over" in advised(certificates=passed)
+    assert "NV indices that were skipped" in advised(certificates=passed)
     other = EkCertificates({EK_KINDS[0]: parse_certificate(ek_certificate(MAKER, rsa_ek(1)))}, {})
     assert "Tenants need the CA" not in advised(certificates=other)
     issuing = parse_certificate(MAKER.der())
@@ -414,7 +414,7 @@ def test_advice_for_a_chip_with_a_certificate() -> None:
 def test_advice_for_a_chip_without_one() -> None:
     digest = spki_digest(EK).hex()
     assert advised() == (
-        "Where no certificate can be had, tenants vouch for the EK themselves: provider-proxy pin add "
+        "If there is no certificate, tenants vouch for the EK themselves: provider-proxy pin add "
         f"--ek-sha256 {digest}."
     )
     for manufacturer, server in (("INTC", "ekop.intel.com"), ("AMD", "ftpm.amd.com")):
@@ -438,4 +438,4 @@ def test_advice_about_banks(banks: tuple[str, ...], words: tuple[str, ...]) -> N
         assert word in text
     assert "insecure" not in text or banks == ("sha1",)
     assert "tpm2_pcrallocate" not in advised(banks=None, failures=("no answer",))
-    assert "Look at what failed" in advised(banks=None, failures=("no answer",))
+    assert "Check the failures" in advised(banks=None, failures=("no answer",))

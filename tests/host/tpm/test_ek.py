@@ -174,7 +174,7 @@ def test_an_index_that_is_of_no_use_is_named_and_passed_over(
     way.prepare(NO_P384 + script)
     info = way.find()
     assert info.cert is None
-    assert f"NV index {LOW_RSA} is passed over: EK certificate RSA-2048: " in caplog.text
+    assert f"skipping NV index {LOW_RSA}: EK certificate RSA-2048: " in caplog.text
     assert why in caplog.text
     assert "vouch for the key themselves" in caplog.text
 
@@ -218,7 +218,7 @@ def test_a_p_384_certificate_alone_is_said(way: Way, caplog: pytest.LogCaptureFi
     info = way.find()
     assert kind_of(info) == "P-384"
     check_own(info)
-    assert "the EK is P-384, for want of a certificate of a more common kind" in caplog.text
+    assert "the EK is P-384, because there is no certificate of a more common kind" in caplog.text
 
 
 @pytest.mark.real
@@ -237,11 +237,9 @@ def test_an_ek_of_another_kind_at_the_handle_has_its_own_certificate(way: Way) -
 def test_an_ek_that_no_certificate_is_for_is_left_and_the_way_out_is_named(way: Way) -> None:
     way.prepare(NO_EK + f"tpm2_createek -Q -c {HANDLE:#x} -G ecc -u e.pub\n")
     before = way.persistent()
-    with pytest.raises(
-        HostError, match=r"\(P-256\) that is not the one.*RSA-2048, P-384"
-    ) as failed:
+    with pytest.raises(HostError, match=r"\(P-256\) other than the one.*RSA-2048, P-384") as failed:
         way.find()
-    assert "EK is at 0x81010016: set tpm.ek_handle to that" in str(failed.value)
+    assert "EK is at 0x81010016: set tpm.ek_handle to this handle" in str(failed.value)
     way.prepare("tpm2_evictcontrol -Q -C o -c 0x81010016\n")
     with pytest.raises(HostError, match="a free handle, 0x81010002"):
         way.find()
@@ -253,11 +251,11 @@ def test_an_ek_that_no_certificate_is_for_is_left_and_the_way_out_is_named(way: 
 @pytest.mark.parametrize(
     ("script", "match"),
     [
-        ("tpm2_createprimary -Q -C o -c p.ctx\n", "not the one in the TPM's EK certificate"),
+        ("tpm2_createprimary -Q -C o -c p.ctx\n", "other than the one in the TPM's EK certificate"),
         (
             "tpm2_createprimary -Q -C o -c p.ctx -G ecc256:ecdsa -a "
             "'fixedtpm|fixedparent|sensitivedataorigin|userwithauth|sign'\n",
-            "a key that is no EK; it was left",
+            "a key that is not an EK; it was left",
         ),
     ],
     ids=["a storage key", "a signing key"],
@@ -278,7 +276,7 @@ def test_an_ek_with_a_policy_of_its_own(way: Way) -> None:
         "'fixedtpm|fixedparent|sensitivedataorigin|adminwithpolicy|restricted|decrypt'\n"
         f"tpm2_evictcontrol -Q -C o -c p.ctx {HANDLE:#x}\n"
     )
-    with pytest.raises(HostError, match=r"a policy of its own.*free handle"):
+    with pytest.raises(HostError, match=r"has a policy .*free handle"):
         way.find()
 
 
@@ -295,7 +293,7 @@ def test_the_policies_of_the_profile() -> None:
 @pytest.mark.real
 def test_a_template_and_a_nonce_in_nv(way: Way, caplog: pytest.LogCaptureFixture) -> None:
     way.prepare(NO_EK + NO_P384 + "head -c 32 /dev/urandom > n\n" + write_index("0x01c00003", "n"))
-    with pytest.raises(HostError, match=r"no template gives the key.*RSA-2048.*nothing was kept"):
+    with pytest.raises(HostError, match=r"no template produces the key.*RSA-2048.*no EK was made"):
         way.find()  # the certificate was made without this nonce
     assert f"{HANDLE:#x}" not in way.persistent()
     way.prepare(
@@ -304,7 +302,7 @@ def test_a_template_and_a_nonce_in_nv(way: Way, caplog: pytest.LogCaptureFixture
     )
     caplog.clear()
     check_own(way.find())
-    assert "EK template RSA-2048 in NV is passed over" in caplog.text
+    assert "skipping the EK template RSA-2048 in NV" in caplog.text
 
 
 @pytest.mark.real
@@ -356,7 +354,7 @@ def test_a_chain_that_is_too_long_is_cut(caplog: pytest.LogCaptureFixture) -> No
     many = [MAKER.der()] * 9
     assert ek.fitting(many) == tuple(many[:8])
     assert ek.fitting([bytes(9000), bytes(9000)]) == (bytes(9000),)
-    assert "more than tenants take" in caplog.text
+    assert "more CAs than tenants accept" in caplog.text
 
 
 # --- a scripted TPM ---------------------------------------------------------------------------------
@@ -433,7 +431,7 @@ def test_rsa_4096(rsa_4096: rsa.RSAPrivateKey) -> None:
 def test_a_key_that_is_not_the_certificate_s_is_not_kept(rsa_4096: rsa.RSAPrivateKey) -> None:
     cert = ek_certificate(MAKER, rsa_4096)
     chip = ScriptedTpm({0x01C0001E: cert}, rsa_ek(3).public_key())
-    with pytest.raises(HostError, match="nothing was kept"):
+    with pytest.raises(HostError, match="no EK was made"):
         find_or_make_ek(cast(ESAPI, chip), HANDLE, Auths())
     assert chip.kept == []
 

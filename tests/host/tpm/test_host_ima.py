@@ -51,13 +51,13 @@ def test_the_bound_holds_where_ima_measures_or_may(tmp_path: Path) -> None:
     [
         ("6.9.12-amd64", None, None, None),
         ("5.15.0-91-generic", None, None, None),
-        ("6.10.1", None, None, "From 6.12 on"),
-        ("6.11.0-8-generic", None, "CONFIG_TCG_TPM2_HMAC=y\n", "From 6.12 on"),
-        ("6.12.6-amd64", None, None, "Boot with tpm.disable_pcr_integrity=1"),
-        ("6.12.6-amd64", "N\n", None, "Boot with tpm.disable_pcr_integrity=1"),
+        ("6.10.1", None, None, "From kernel 6.12 on"),
+        ("6.11.0-8-generic", None, "CONFIG_TCG_TPM2_HMAC=y\n", "From kernel 6.12 on"),
+        ("6.12.6-amd64", None, None, "boot with tpm.disable_pcr_integrity=1"),
+        ("6.12.6-amd64", "N\n", None, "boot with tpm.disable_pcr_integrity=1"),
         ("6.12.6-amd64", "Y\n", None, None),
         ("6.12.6-amd64", "N\n", "# CONFIG_TCG_TPM2_HMAC is not set\n", None),
-        ("7.0.0", "N\n", None, "Boot with tpm.disable_pcr_integrity=1"),
+        ("7.0.0", "N\n", None, "boot with tpm.disable_pcr_integrity=1"),
         ("unknown", None, None, None),
     ],
 )
@@ -133,7 +133,7 @@ def test_the_doctor_says_what_ima_waits(monkeypatch: pytest.MonkeyPatch) -> None
         "IMA's extend takes 6 ms. Beside quotes of an rsa key at a duty of 0.10 a new program waits "
         "36 ms for it on average, and 606 ms at most.",
     ]
-    assert "cannot be read" in said_of(monkeypatch, None, extend=6.0)[0]
+    assert "Cannot read whether IMA" in said_of(monkeypatch, None, extend=6.0)[0]
 
 
 def test_the_doctor_says_nothing_of_an_ima_that_is_not_there(
