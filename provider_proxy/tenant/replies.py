@@ -23,7 +23,7 @@ def refused(status: int, body: bytes, retry_after: str) -> ReplyError:
 
     Args:
         body: of bounded size; Keylime's envelope where it comes from a proxy.
-        retry_after: the header's value; empty where there is none.
+        retry_after: the header's value; empty without one.
     """
     return ReplyError(
         f"the proxy answered {status}: {status_text(body)}",

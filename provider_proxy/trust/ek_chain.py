@@ -60,7 +60,7 @@ class EndorsementKey:
 
     Attributes:
         public: TPM2B_PUBLIC, of which `key` is the key.
-        cert: what came as its certificate; None where there is none.
+        cert: what came as its certificate; None without one.
         helpers: certificates that may stand between `cert` and an anchor; untrusted, in any order.
         digest: SHA-256 of certificate, helpers and public area; verdicts are remembered by it.
     """
@@ -178,7 +178,7 @@ class _Walk:
     def _up(
         self, child: TpmCertificate, below: tuple[TpmCertificate, ...], until: datetime
     ) -> Verdict | None:
-        """The chain from `child` to an anchor; None where there is none.
+        """The chain from `child` to an anchor; None without one.
 
         Args:
             below: the EK's certificate and the CAs up to `child`, which is the last of them.

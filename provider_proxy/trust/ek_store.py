@@ -74,7 +74,7 @@ class EkStore:
         """Check an EK's certificate; quick where it was found good before.
 
         Raises:
-            UntrustedEkError: it leads to no CA of the store, or there is none.
+            UntrustedEkError: it does not lead to a CA of the store, or is missing.
             HostError, UsageError: the store is no longer readable; every EK is refused.
         """
         if ek.cert is None:

@@ -84,7 +84,7 @@ class ImaEntry:
         template_hash: over it, as the line says; zeros for a violation.
         algorithm, digest: of the file or buffer, "sha256" for example.
         path: the name as the list shows it.
-        extra: the signature, or the buffer; empty where there is none.
+        extra: the signature, or the buffer; empty without one.
         violation: the file was open for writing while it was read: digest and name mean nothing.
     """
 

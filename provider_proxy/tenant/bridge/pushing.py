@@ -54,7 +54,7 @@ Evidence = tuple[tuple[str, Mapping[str, object]], ...]
 """By kind, in the wanted order; Keylime's names."""
 
 ReadPolicy = Callable[[str], Awaitable[Mapping[str, object] | None]]
-"""The runtime policy that the verifier has for an agent; None where there is none."""
+"""The runtime policy that the verifier has for an agent; None without one."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""Tells systemd that a watcher is ready and well: sd_notify(3). Without systemd it is silent.
+"""Tells systemd that a watcher is ready and healthy: sd_notify(3). Without systemd it does nothing.
 
-A watcher that hangs, or whose directory of EKs shows what is no longer proven, is not well: systemd's
-watchdog then ends it, and removes the runtime directory with all that is in it.
+A watcher that hangs, or whose directory of EKs has files that are no longer proven, is not healthy:
+systemd's watchdog then ends it, and removes the runtime directory with everything in it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BEAT_S = 1.0
 
 
 async def beat(is_well: Callable[[], bool] = lambda: True) -> None:
-    """Say READY=1, and WATCHDOG=1 as often as systemd wants to hear it, until cancelled."""
+    """Send READY=1, then WATCHDOG=1 at systemd's interval, until cancelled."""
     systemd.notify("READY=1")
     wanted_s = systemd.watchdog_s()
     try:

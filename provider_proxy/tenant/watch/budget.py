@@ -1,11 +1,11 @@
-"""What all watched hosts share: memory for large answers, and the turn to work through one.
+"""What all watched hosts share: memory for large answers, and the lock to process one.
 
-Nearly all answers are small and hold nothing. A large one has to have room before it is read, as much as
-it may become, so that whoever reads can also finish; what has no room stays with its sender. Each
-provider has a share: its hosts wait for each other, and no other provider's host waits for them.
+Nearly all answers are small and reserve nothing. A large one must reserve memory for its largest possible
+size before it is read, so that a read that begins can finish; otherwise it stays with its sender. Each
+provider has a share: its hosts wait for each other, and not for those of other providers.
 
-Invariants: what is held never exceeds `TOTAL_BYTES`, and of one provider never `SHARE_BYTES`. Waiting for
-a host, its silence and its slowness, holds nothing but the room of its own answer.
+Invariants: what is held never exceeds `TOTAL_BYTES`, and of one provider never `SHARE_BYTES`. A slow or
+silent host holds only the memory of its own answer.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Budget:
     """Room for large answers, over all hosts and for each provider.
 
     Args:
-        in_worker: parses large answers; a thread, but for tests of timing.
+        in_worker: parses large answers; a thread, except in tests of timing.
 
     Attributes:
-        held: bytes for which room is held now.
-        turn: of the one large answer that is parsed and judged.
+        held: bytes that are reserved now.
+        turn: the lock of the one large answer that is parsed and judged.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Budget:
         self.held = 0
 
     def room(self, provider: str) -> Room:
-        """Room for one answer of a provider; none yet. Use it as a context."""
+        """Room for one answer of a provider, empty at first. Use it as a context manager."""
         return Room(self, provider)
 
     async def take(self, provider: str, size: int) -> None:
@@ -73,7 +73,7 @@ class Budget:
         except BaseException:
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
-                self._admit()  # those behind it may have waited for it alone
+                self._admit()  # those behind it may have waited only for it
             else:
                 self.give(provider, waiting.size)
             raise
@@ -88,13 +88,13 @@ class Budget:
         self._admit()
 
     def _admit(self) -> None:
-        """Let in who has waited the longest, as long as there is room; a provider whose share is used
-        up holds up nobody."""
+        """Admit those that have waited the longest, while there is room; a provider whose share is
+        used up does not delay other providers."""
         for waiting in list(self._waiting):
             if self._of[waiting.provider] + waiting.size > self._share:
                 continue
             if self.held + waiting.size > self._total:
-                return  # whoever is behind must not overtake it for ever
+                return  # those behind it must not overtake it for ever
             self._waiting.remove(waiting)
             self.held += waiting.size
             self._of[waiting.provider] += waiting.size
@@ -122,7 +122,7 @@ class Room:
         return self._budget.turn if self._size else contextlib.nullcontext()
 
     async def work(self, parse: Callable[[bytes], T], body: bytes) -> T:
-        """Parse the answer: a large one in a thread, for the event loop is others' as well."""
+        """Parse the answer: a large one in a thread, because other hosts use the event loop as well."""
         if not self._size:
             return parse(body)
         parsed: T = await self._budget.in_worker(parse, body)

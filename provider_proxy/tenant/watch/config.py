@@ -1,4 +1,4 @@
-"""The watcher's file: TOML in, frozen values out, and every complaint names its key.
+"""The watcher's file: TOML in, frozen values out; every error names its key.
 
 Unknown keys are refused. `[defaults]` holds what hosts have in common, `[hosts.NAME]` what is a host's
 own; `hosts.d/*.toml` beside the file adds hosts. `provider_ip`, `provider_port` and
@@ -30,7 +30,7 @@ from provider_proxy.tenant.watch.tables import (
 )
 
 MAX_FLEET_HOSTS = 1_000_000
-MAX_HOSTS = 20_000  # a process on one core holds fewer at any useful interval
+MAX_HOSTS = 20_000  # a process on one core can watch fewer at any useful interval
 LAYOUT = Layout(
     max_bytes=8 * 1024 * 1024,  # 20,000 hosts of ten keys
     adds={"hosts.d": "hosts"},
@@ -55,11 +55,11 @@ def load_watch(path: Path, *, for_bridge: bool = False) -> Loaded[WatchConfig]:
     """Read a file, and the hosts in `hosts.d/*.toml` beside it.
 
     Args:
-        for_bridge: `bridge` is going to use it: `[bridge]` must be whole, and a host needs no policy
+        for_bridge: `bridge` will use it: `[bridge]` must be complete, and a host needs no policy
             here, because Keylime has one.
 
     Raises:
-        HostError: a file or the folder cannot be read, or others could write it.
+        HostError: a file or the directory cannot be read, or others could write it.
         ConfigError: not TOML, or a value is wrong; the message names the file and line.
     """
     parse = partial(parse_watch_config, folder=path.parent, for_bridge=for_bridge)
@@ -89,16 +89,18 @@ def parse_watch_config(
         raise fail("hosts", "tables, [hosts.NAME], one at least")
     most = MAX_HOSTS if config.state is None else MAX_FLEET_HOSTS
     if len(hosts) > most:
-        raise ConfigError(f"hosts are more than {most}")
+        raise ConfigError(f"hosts must be at most {most}")
     if config.admin is not None and config.state is None:
-        raise ConfigError("admin needs state: it shows a fleet; without, there is metrics.textfile")
+        raise ConfigError(
+            "admin needs state, because it shows a fleet; without a fleet use metrics.textfile"
+        )
     found = {}
     for name, table in hosts.items():
         key = f"hosts.{name}"
         found[name] = read_over(config.defaults, table, key + ".", folder=folder)
         _check_host(key, found[name], needs_policy=not for_bridge)
         if found[name].registrar is not None and found[name].registrar not in registrars:
-            raise ConfigError(f"{key}.registrar is no [registrars.NAME]")
+            raise ConfigError(f"{key}.registrar must name a [registrars.NAME]")
     _check_webhook(config.webhook)
     if for_bridge:
         _check_bridge(config.bridge, found, registrars)
@@ -113,23 +115,25 @@ def _read_registrars(
         key = f"registrars.{name}"
         made = found[name] = read_table(RegistrarTable, table, key + ".", TABLES, folder=folder)
         if made.url is None:
-            raise ConfigError(f"{key}.url must be an https URL: it is missing")
+            raise ConfigError(f"{key}.url is missing; set it to the registrar's https URL")
         if bool(made.ek_ca) == made.insecure_no_ek:
-            raise ConfigError(f"{key} needs ek_ca, or else insecure_no_ek: who vouches for EKs?")
+            raise ConfigError(
+                f"{key} needs ek_ca, the CAs that vouch for EKs, or insecure_no_ek = true"
+            )
         needs = (("insecure_virtual_ek", "ek_ca"),)
         check_related(key, made, together=(("cert", "key"),), needs=needs)
     return found
 
 
 def _check_host(key: str, rules: HostRules, *, needs_policy: bool) -> None:
-    """What one key of a host alone cannot tell."""
+    """Checks that need more than one key of a host."""
     if not rules.provider_ip:
         raise ConfigError(f"{key}.provider_ip is missing")
     if rules.insecure_plaintext and not is_loopback(rules.provider_ip):
         raise ConfigError(f"{key}.insecure_plaintext is for proxies on loopback only")
     check_related(key, rules, together=HOST_TOGETHER, needs=HOST_NEEDS)
     if rules.insecure_plaintext and (rules.tls_cert or rules.tls_ca):
-        raise ConfigError(f"{key}.insecure_plaintext must not stand beside TLS files")
+        raise ConfigError(f"{key}.insecure_plaintext must not be set together with TLS files")
     if rules.uefi and not rules.uefi_pcrs:
         raise ConfigError(f"{key}.uefi_pcrs must name at least one PCR")
     judged = rules.tpm_policy or rules.first_use_pcrs or rules.ima or rules.uefi
@@ -139,7 +143,7 @@ def _check_host(key: str, rules: HostRules, *, needs_policy: bool) -> None:
             "or insecure_any_state)"
         )
     if judged and rules.insecure_any_state:
-        raise ConfigError(f"{key}.insecure_any_state must not stand beside a policy")
+        raise ConfigError(f"{key}.insecure_any_state must not be set together with a policy")
     if rules.timeout_s > rules.max_age_s:
         raise ConfigError(f"{key}.timeout_s must be <= max_age_s")
 
@@ -149,13 +153,15 @@ def _check_bridge(
     hosts: Mapping[str, HostRules],
     registrars: Mapping[str, RegistrarTable],
 ) -> None:
-    """What `bridge` needs beyond what `watch` does."""
+    """Checks for what `bridge` needs beyond `watch`."""
     if bridge.registrar not in registrars:
         raise ConfigError("bridge.registrar must name a [registrars.NAME]")
     asked = {name: rules for name, rules in hosts.items() if rules.need_provider_quote}
     pulled = any(rules.mode == "pull" for rules in asked.values())
     if bridge.client_ca is None and (pulled or not asked):
-        raise ConfigError("bridge.client_ca is missing: whose client certificates may ask?")
+        raise ConfigError(
+            "bridge.client_ca is missing; set it to the CA of your verifier's client certificates"
+        )
     if bridge.first_port > bridge.last_port:
         raise ConfigError("bridge.first_port must be <= bridge.last_port")
     check_related("bridge", bridge, together=(("verifier_cert", "verifier_key"),))
@@ -165,11 +171,13 @@ def _check_bridge(
         if rules.mode == "push" and bridge.verifier_url is None:
             raise ConfigError(f"hosts.{name}.mode = push needs bridge.verifier_url")
         if rules.bank is not HashAlg.SHA256:
-            raise ConfigError(f'hosts.{name}.bank must be "sha256": Keylime is shown that bank')
+            raise ConfigError(
+                f'hosts.{name}.bank must be "sha256": the bridge shows Keylime that bank'
+            )
 
 
 def _check_webhook(webhook: Webhook) -> None:
     if webhook.url is None:
         return
     if webhook.secret_file is None:
-        raise ConfigError("webhook.secret_file is missing: reports are signed")
+        raise ConfigError("webhook.secret_file is missing; reports are signed with it")

@@ -1,9 +1,9 @@
-"""A directory with an empty file for each EK that is linked to a trusted host now.
+"""A directory with an empty file for each EK that is now linked to a trusted host.
 
-Named as spire-tpm-plugin names EKs, which reads it as its `hash_path`: `vtpm_link.spire_name`. A file is
-there while a host's last verdict is TRUSTED, with that VM's link proven, and for one interval and an
-answer's time at the most after the proof. All files go when the watcher ends, and at its start those that
-a killed one has left.
+The names are those of spire-tpm-plugin (`vtpm_link.spire_name`), which reads it as its `hash_path`. A
+file exists while a host's last verdict is TRUSTED and that VM's link is proven, and at most for one
+interval and an answer's time after the proof. All files are removed when the watcher ends; at its start
+it removes those that a killed watcher left.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 FILE_MODE = 0o644
 DIRECTORY_MODE = 0o755
 RETRY_S = 1.0
-LATE_S = 3.0  # a file that is there for so long after its time says that something is wrong
+LATE_S = 3.0  # a file that exists this long after its time shows a fault
 _NAME_RE = re.compile(r"[0-9a-f]{64}")
 
 
 def lives_s(rules: HostRules) -> float:
-    """How long a proof counts: by then the next one is there, if there is one."""
+    """How long a proof counts: by then the next one has come, if there is one."""
     return rules.interval_s * (1 + rules.jitter) + rules.timeout_s
 
 
@@ -39,7 +39,7 @@ class EkDirectory:
     """The directory, for as long as the watcher runs.
 
     Args:
-        path: made where it is missing; best in memory, in a directory that goes with the service.
+        path: created if it is missing; best in memory, in a directory that is removed with the service.
         now: `trio.current_time`.
     """
 
@@ -50,7 +50,7 @@ class EkDirectory:
         self._changed = trio.Event()
 
     def open(self) -> None:
-        """Make it, and remove what an earlier watcher left.
+        """Create it, and remove what an earlier watcher left.
 
         Raises:
             HostError: it cannot be made or emptied, or others can change it.
@@ -65,7 +65,7 @@ class EkDirectory:
             raise HostError(f"ek_dir: cannot use {self._path}: {exc.strerror}") from exc
 
     def proven(self, host: str, ek: str, life_s: float) -> None:
-        """A host has just proven the link of this EK, and of no other."""
+        """Note that a host has just proven the link of this EK, and of no other."""
         for other in self._until.keys() - {ek}:
             if host in self._until[other]:
                 self.refuted(host)
@@ -80,13 +80,13 @@ class EkDirectory:
         self._changed = trio.Event()
 
     def refuted(self, host: str) -> None:
-        """A host does not prove any link now."""
+        """Note that a host does not prove any link now."""
         for ek, until in list(self._until.items()):
             if host in until:
                 self._keep(ek, {name: end for name, end in until.items() if name != host})
 
     def is_true(self) -> bool:
-        """False where a file lies there that no host proves any more: it could not be removed in time."""
+        """False where a file exists that no host proves any more: it could not be removed in time."""
         now = self._now()
         ends = (max(until.values(), default=-math.inf) for until in self._until.values())
         return all(end + LATE_S > now for end in ends)
@@ -99,11 +99,11 @@ class EkDirectory:
             (self._path / ek).unlink(missing_ok=True)
         except OSError as exc:
             log.error("ek_dir: cannot remove %s: %s", self._path / ek, exc.strerror)
-            return  # and again at the next look
+            return  # and try again at the next check
         del self._until[ek]
 
     def remove_old(self) -> float:
-        """Remove what was not proven anew in time; when the next one is due."""
+        """Remove what was not proven again in time; returns when the next one is due."""
         now = self._now()
         for ek, until in list(self._until.items()):
             self._keep(ek, {host: end for host, end in until.items() if end > now})

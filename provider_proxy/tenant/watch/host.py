@@ -1,10 +1,10 @@
-"""One watched host: asks at its interval, walks the states of `watch`, tells of changes.
+"""One watched host: asks at its interval, goes through the states of `watch`, reports changes.
 
 A round begins when the host is due and ends with a verdict: TRUSTED, INVALID_QUOTE or FAILED. Each
-attempt has a nonce of its own. What was refused is reported at once; what gave no evidence is retried
-with growing waits first. Nothing that a proxy sends can end the task.
+attempt has its own nonce. A refusal is reported at once; an attempt without evidence is first retried
+with growing waits. Nothing that a proxy sends can end the task.
 
-Invariant: TRUSTED is said only where `HostQuestions.attest` returned in this very round.
+Invariant: TRUSTED is reported only if `HostQuestions.attest` returned in this very round.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Shared:
     """What all hosts of a watcher share.
 
     Attributes:
-        budget: large answers wait for room in it.
-        settled: told of each round's end, with the report where the verdict has changed.
-        tell: told of what happened beside verdicts.
+        budget: large answers wait for memory in it.
+        settled: called at each round's end, with the report if the verdict has changed.
+        tell: called with reports that are not verdicts.
         now: seconds since the epoch, for reports.
     """
 
@@ -63,10 +63,10 @@ class HostWatch:
     """A host's task.
 
     Args:
-        last: the verdict that was told last of this host, by whom ever; None where there is none.
+        last: the last reported verdict of this host, by any process; None before the first.
 
     Attributes:
-        state: where it stands.
+        state: its present state.
         verdict: the last state that a round ended with; None before the first.
         error: why the verdict is not TRUSTED.
     """
@@ -82,7 +82,7 @@ class HostWatch:
         self._progress = Progress()
         self._wake = trio.Event()
         self._next: Setting | None = None
-        self._tried: ProviderProxyError | None = None  # what came of this round's last try
+        self._tried: ProviderProxyError | None = None  # the error of this round's last try
         self._due = math.inf
         self._is_spread = False
         self._clock: ClockState | None = None
@@ -98,21 +98,21 @@ class HostWatch:
 
     @property
     def ek_name(self) -> str | None:
-        """What `ek_directory` calls the EK of its VM; None where there is none."""
+        """The file name of its VM's EK in `ek_directory`; None without one."""
         return self._questions.setting.ek_name
 
     def renew(self, setting: Setting) -> None:
-        """Use another setting from the next round on, which comes soon where the interval is new."""
+        """Use other settings from the next round on, which comes soon if the interval is new."""
         changed = setting.rules.interval_s != self.rules.interval_s
         self._next = setting
         if changed or math.isinf(self._due):
             self._wake.set()
 
     async def run(self, due: float) -> None:
-        """Ask again and again, for ever.
+        """Ask at the interval, for ever.
 
         Args:
-            due: when the first time is, on trio's clock.
+            due: the first time, on trio's clock.
         """
         self._due = due
         try:
@@ -142,13 +142,13 @@ class HostWatch:
         return setting.rules.interval_s * self._shared.rng.uniform(0.1, 1)
 
     def _plan(self) -> None:
-        """When the next round is: the beat is kept, and what was missed is not made up for."""
+        """When the next round is: the rhythm is kept, and missed rounds are not repeated."""
         if self.verdict is State.INVALID_QUOTE and self.rules.on_invalid == "stop":
             self._due = math.inf
             return
         interval_s, jitter = self.rules.interval_s, self.rules.jitter
         step_s = interval_s * (1 + jitter * self._shared.rng.uniform(-1, 1))
-        if not self._is_spread:  # hosts that began together must not go on together
+        if not self._is_spread:  # hosts that began together must not continue together
             step_s, self._is_spread = self._spread_s(), True
         now = trio.current_time()
         self._due += step_s
@@ -165,7 +165,7 @@ class HostWatch:
             self._next = None
 
     async def round(self) -> State:
-        """Ask, with retries, until there is a verdict; the whole of it has a deadline."""
+        """Ask, with retries, until there is a verdict; the whole has a deadline."""
         rules = self.rules
         self._progress = advance(self._progress, Event.DUE, max_retries=rules.max_retries)
         if not math.isinf(self._due):
@@ -210,10 +210,12 @@ class HostWatch:
         try:
             judged = await self._questions.attest()
         except ProviderProxyError as exc:
-            memory.let_go(exc)  # it is kept until the next round, and its frames hold the answer
+            memory.let_go(
+                exc
+            )  # the error is kept until the next round, and its frames refer to the answer
             return _event_of(exc), exc
         except Exception:
-            # A bug that one host's answer meets must not end the watching of all others.
+            # A bug that one host's answer triggers must not end the watching of all others.
             log.exception("%s: an unexpected error", self.name)
             return Event.BROKEN, HostError("an unexpected error; see the log")
         self._clock = judged.quote.clock
@@ -223,7 +225,7 @@ class HostWatch:
         return Event.GOOD, None
 
     def _settle(self, error: ProviderProxyError | None) -> None:
-        """A round is over: count, and tell where something changed."""
+        """End a round: count, and report what has changed."""
         self.verdict, self.error = self.state, error
         last, verdict = (
             self._last,
@@ -281,5 +283,5 @@ def _event_of(error: ProviderProxyError) -> Event:
 
 
 def good_for_s(rules: HostRules) -> float:
-    """How long a verdict may stand for a host, in seconds: by then the next round has ended."""
+    """How long a verdict may be shown for a host, in seconds: by then the next round has ended."""
     return rules.interval_s * (1 + rules.jitter) + rules.round_limit_s

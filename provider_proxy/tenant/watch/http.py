@@ -1,8 +1,9 @@
-"""A kept-alive connection to one proxy: h11 on a trio stream, for a process that asks thousands.
+"""A persistent connection to one proxy: h11 on a trio stream, for a process that asks thousands.
 
-One pool for all hosts costs a millisecond and more a request, and more with each connection in it; here
-a host has its own connection, one request at a time. Nothing that comes back is trusted: head, body and
-time are bounded, redirects are not followed, and any surprise closes the connection.
+A pool for all hosts costs a millisecond or more for each request, and more with each connection in it.
+So each host has its own connection, with one request at a time. Nothing that comes back is trusted:
+head, body and time are bounded, redirects are not followed, and anything unexpected closes the
+connection.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from provider_proxy.tenant.watch.budget import SMALL_BYTES, Room
 
 CONNECT_LIMIT_S = 10.0
 MAX_HEAD_BYTES = 16 * 1024  # the proxy's has 200 bytes
-MAX_INTERIM = 8  # 1xx answers before the answer; the proxy sends none, a front one at most
+MAX_INTERIM = 8  # 1xx answers before the answer; the proxy sends none, a front at most one
 RECEIVE_BYTES = 64 * 1024
 MAX_ERROR_BYTES = 16 * 1024  # Keylime's envelope with one line of text
 
@@ -39,9 +40,9 @@ class Endpoint:
 
     Attributes:
         host: IP address or name.
-        context: of TLS; None for plaintext.
-        server_name: what the certificate must be for.
-        tls: digest of the files that the context was made of: what tells two contexts apart.
+        context: for TLS; None for plaintext.
+        server_name: the name that the certificate must have.
+        tls: digest of the files that the context was made from; it distinguishes contexts.
     """
 
     host: str
@@ -51,7 +52,7 @@ class Endpoint:
     tls: bytes = b""
 
     async def connect(self) -> trio.abc.Stream:
-        """Open a stream; TLS is shaken hands on."""
+        """Open a stream; with TLS including the handshake."""
         stream = await _open_tcp(self.host, self.port)
         if self.context is None:
             return stream
@@ -66,10 +67,10 @@ class Endpoint:
 
 
 async def _open_tcp(host: str, port: int) -> trio.SocketStream:
-    """Connect. An IP address, as nearly all hosts have, needs no tasks and timers to choose among many.
+    """Connect. For an IP address, which nearly all hosts have, no tasks and timers are needed.
 
     Raises:
-        OSError: there is no connection.
+        OSError: the connection failed.
     """
     try:
         is_v6 = ipaddress.ip_address(host).version == 6
@@ -88,7 +89,7 @@ async def _open_by_name(host: str, port: int) -> trio.SocketStream:
     try:
         return await trio.open_tcp_stream(host, port)
     except OSError as exc:
-        # trio's list of what each address said is part of the frames that made it: a cycle.
+        # trio's list of each address's error refers to the frames that made it: a cycle.
         if isinstance(exc.__cause__, BaseExceptionGroup):
             for each in exc.__cause__.exceptions:
                 each.__traceback__ = None
@@ -112,13 +113,13 @@ class ProxyConnection:
     async def get(self, target: str, limit: int, room: Room) -> bytes:
         """The body of a good answer.
 
-        A connection that was kept may have been closed meanwhile: the request is sent once more on a
-        new one where not a byte came back. The caller bounds the time.
+        A kept connection may have been closed meanwhile: if no byte came back, the request is sent once
+        more on a new one. The caller bounds the time.
 
         Args:
             target: path and query.
             limit: of the body, in bytes.
-            room: taken before more than a small part of the body is read.
+            room: reserved before more than a small part of the body is read.
 
         Raises:
             ReplyError: no answer, an HTTP error, or too large an answer.
@@ -175,7 +176,7 @@ class ProxyConnection:
         try:
             response, body = await self._answer(stream, limit, room)
         except h11.RemoteProtocolError as exc:
-            raise ReplyError(f"the proxy's answer is no HTTP: {why(exc)}") from exc
+            raise ReplyError(f"the proxy's answer is not valid HTTP: {why(exc)}") from exc
         if response.status_code != 200:
             retry_after = dict(response.headers).get(b"retry-after", b"")
             raise refused(response.status_code, body, retry_after.decode("ascii", "replace"))
@@ -184,7 +185,7 @@ class ProxyConnection:
     async def _answer(
         self, stream: trio.abc.Stream, limit: int, room: Room
     ) -> tuple[h11.Response, bytes]:
-        """Head and body; the connection is ready for the next request, or will be dropped."""
+        """Head and body; the connection is then ready for the next request, or marked to be closed."""
         http = self._http
         response: h11.Response | None = None
         came = False
@@ -198,7 +199,7 @@ class ProxyConnection:
                 except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
                     if not came:
                         raise _NothingCameError from exc
-                    raise ReplyError("the connection broke within the answer") from exc
+                    raise ReplyError("the connection broke during the answer") from exc
                 if not data and not came:
                     raise _NothingCameError(CLOSED)
                 came = True
@@ -218,7 +219,7 @@ class ProxyConnection:
                     raise ReplyError("the proxy's answer comes in too many pieces")
                 if size > limit:
                     raise ReplyError(f"the proxy's answer is larger than {limit} bytes")
-                if size > SMALL_BYTES:  # chunks, whose sum nobody knows
+                if size > SMALL_BYTES:  # chunks, whose total size is not known
                     await room.take(limit)
             elif isinstance(event, h11.EndOfMessage):
                 assert response is not None
@@ -226,15 +227,15 @@ class ProxyConnection:
                     http.start_next_cycle()
                 return response, b"".join(parts)
             elif not isinstance(event, h11.InformationalResponse):
-                raise ReplyError("the connection ended within the answer")
+                raise ReplyError("the connection ended during the answer")
             else:
                 interim += 1
                 if interim > MAX_INTERIM:
-                    raise ReplyError("the proxy sends interim answers without end")
+                    raise ReplyError("the proxy sends too many interim answers")
 
 
 def _declared_bytes(response: h11.Response) -> int:
-    """Content-Length, which h11 has checked; 0 where there is none."""
+    """Content-Length, which h11 has checked; 0 without one."""
     return int(next((value for name, value in response.headers if name == b"content-length"), 0))
 
 

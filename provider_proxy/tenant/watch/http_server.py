@@ -1,8 +1,8 @@
 """A small HTTP/1.1 server on trio and h11, for the agents' ports and the admin listener.
 
-Keylime's verifier opens a connection with TLS for each poll, so there is nothing to keep. Every wait on a
-client has a deadline, every size a bound, and connections are counted: one more than `MAX_OPEN` of a
-port ends the one that has waited for its client the longest. What it is about is a `Handler`'s.
+Keylime's verifier opens a TLS connection for each poll, so no connection is kept for long. Every wait for
+a client has a deadline, every size a bound, and connections are counted: one more than `MAX_OPEN` on a
+port ends the one that has waited for its client the longest. A `Handler` answers the requests.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from provider_proxy.common.streams import SocketStream
 log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 16 * 1024
-MAX_BODY_BYTES = 2 * 1024 * 1024  # a payload, to be refused, has one
+MAX_BODY_BYTES = 2 * 1024 * 1024  # a payload, which is refused, may have as much
 RECEIVE_BYTES = 64 * 1024
-REQUEST_LIMIT_S = 10.0  # from a connection's begin, or its last answer, to the end of a request
+REQUEST_LIMIT_S = 10.0  # from a connection's start, or its last answer, to the end of a request
 IDLE_LIMIT_S = 30.0
 SEND_LIMIT_S = 60.0
-SEND_BYTES_PER_S = 64 * 1024  # an IMA list of megabytes takes longer
+SEND_BYTES_PER_S = 64 * 1024  # the least; an IMA list of megabytes takes longer
 CLOSE_LIMIT_S = 1.0
 MAX_OPEN = 32  # of one port: a verifier has 10 connections a worker, and one for each agent
 BACKLOG = 64
-ACCEPT_AGAIN_S = 0.1  # where the process has no file left
-# No file left, no memory; and what a connection that is gone already says (accept(2)).
+ACCEPT_AGAIN_S = 0.1  # when the process has no file descriptor left
+# No file descriptor or memory left, and the errors of a connection that is already gone (accept(2)).
 TRANSIENT = (
     errno.EMFILE,
     errno.ENFILE,
@@ -61,7 +61,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What goes back."""
+    """An answer."""
 
     status: int
     body: bytes
@@ -76,7 +76,7 @@ def listen(ip: str, port: int) -> socket.socket:
     """Open a port.
 
     Raises:
-        OSError: it is not to be opened: taken, or an address that is not this machine's.
+        OSError: it cannot be opened: taken, or the address is not this machine's.
     """
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -95,15 +95,17 @@ class TenantHttpServer:
     """Serves one listener.
 
     Args:
-        handler: answers; must raise nothing but cancellation.
-        context: of TLS; None for plaintext.
+        handler: answers requests; must raise nothing but cancellation.
+        context: for TLS; None for plaintext.
     """
 
     def __init__(self, handler: Handler, context: ssl.SSLContext | None) -> None:
         self._handler = handler
         self._context = context
         self._open = 0
-        self._slow: dict[trio.CancelScope, None] = {}  # who waits for its client, the longest first
+        self._slow: dict[
+            trio.CancelScope, None
+        ] = {}  # connections that wait for their client, the longest first
 
     async def serve(self, listener: socket.socket) -> None:
         """Serve until cancelled; closes the listener."""
@@ -118,7 +120,7 @@ class TenantHttpServer:
                     except OSError as exc:
                         if exc.errno not in TRANSIENT:
                             raise
-                        log.error("accepting a connection: %s", exc.strerror)
+                        log.error("cannot accept a connection: %s", exc.strerror)
                         await trio.sleep(ACCEPT_AGAIN_S)
                         continue
                     if self._open >= MAX_OPEN and not self._make_room():
@@ -130,7 +132,7 @@ class TenantHttpServer:
             listener.close()
 
     def _make_room(self) -> bool:
-        """End a connection on which no request has come yet; False where there is none."""
+        """End a connection on which no request has come yet; False without one."""
         scope = next(iter(self._slow), None)
         if scope is None:
             return False
@@ -144,7 +146,7 @@ class TenantHttpServer:
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError) as exc:
             log.debug("a connection ended: %r", exc.__cause__ or exc)
         except Exception:
-            # A bug that one connection meets must not end the service of all others.
+            # A bug that one connection triggers must not end the service of all others.
             log.exception("a connection ended with an unexpected error")
         finally:
             self._open -= 1
@@ -155,7 +157,7 @@ class TenantHttpServer:
 
     async def _converse(self, stream: SocketStream) -> None:
         http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
-        limit_s = REQUEST_LIMIT_S  # for the first request TLS's handshake is in it
+        limit_s = REQUEST_LIMIT_S  # for the first request it includes the TLS handshake
         while True:
             asked: Asked | None = None
             answer: Answer | None = None
@@ -188,10 +190,10 @@ def _is_kept(http: h11.Connection) -> bool:
 
 
 async def _read(http: h11.Connection, stream: SocketStream) -> Asked | None:
-    """A whole request; None where the client has ended.
+    """A complete request; None where the client has closed the connection.
 
     Raises:
-        h11.RemoteProtocolError: it is none, or its body is too large.
+        h11.RemoteProtocolError: it is not a valid request, or its body is too large.
     """
     head: h11.Request | None = None
     body = bytearray()
@@ -204,7 +206,7 @@ async def _read(http: h11.Connection, stream: SocketStream) -> Asked | None:
         elif isinstance(event, h11.Data):
             body += event.data
             if len(body) > MAX_BODY_BYTES:
-                raise h11.RemoteProtocolError("too large a body", error_status_hint=413)
+                raise h11.RemoteProtocolError("the body is too large", error_status_hint=413)
         elif isinstance(event, h11.EndOfMessage) and head is not None:
             hosts = [value for name, value in head.headers if name == b"host"]
             return Asked(

@@ -1,7 +1,7 @@
-"""What a watched host must be: its policy files read once, and one judgement of verified evidence.
+"""The policy for a watched host: its policy files, read once, and the judgement of verified evidence.
 
-PCR values are judged by the `Verifier`; the logs beside the quote are judged here, after it, for they
-mean nothing before the PCRs are verified. Policy files are the tenant's own and trusted.
+PCR values are judged by the `Verifier`; the logs beside the quote are judged here, after it, because
+they prove nothing before the PCRs are verified. Policy files are the tenant's own and trusted.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from provider_proxy.tenant.policies import JudgedLogs, LogRules, PolicyFiles
 from provider_proxy.tenant.watch.store import ImaRecord
 from provider_proxy.tenant.watch.tables import HostRules
 
-ANY_STATE_MASK = 1  # insecure_any_state asks for PCR 0, for a quote needs one
+ANY_STATE_MASK = 1  # insecure_any_state asks for PCR 0, because a quote needs a PCR
 
 
 class FirstUsePolicy:
-    """The PCRs must be what they were at the first answer.
+    """The PCRs must have the values of the first answer.
 
     Args:
         mask: the PCRs.
-        known: their values; None before the first answer, which is accepted whatever it says.
+        known: their values; None before the first answer, which is accepted with any values.
 
     Attributes:
         known: as above; set by `confirm`.
@@ -36,7 +36,9 @@ class FirstUsePolicy:
         self.needed_mask = mask
         self.known: Mapping[int, bytes] | None = None
         self._first: Mapping[int, bytes] = {}
-        if known is not None and mask_of(known) == mask:  # other PCRs: it is first use again
+        if (
+            known is not None and mask_of(known) == mask
+        ):  # other PCRs: the next answer is a first use again
             self.known = dict(known)
 
     def check(self, quote: VerifiedQuote) -> None:
@@ -47,23 +49,25 @@ class FirstUsePolicy:
             return
         for pcr, value in sorted(values.items()):
             if self.known[pcr] != value:
-                raise PolicyError(f"PCR {pcr} is {value.hex()}, which it was not at first use")
+                raise PolicyError(
+                    f"PCR {pcr} is {value.hex()}, which is not its value at first use"
+                )
 
     def confirm(self) -> Mapping[int, bytes]:
-        """The quote that was checked last is good in every other way too: the values are trusted."""
+        """Trust the values of the last checked quote, because it passed every other check too."""
         if self.known is None:
             self.known = self._first
         return self.known
 
 
 class HostPolicy:
-    """All that one host must be.
+    """All policies of one host.
 
     Args:
         rules: the host's own.
         files: where its policy files are read.
-        known: PCR values of the first use, from an earlier run.
-        judged_elsewhere: another verifier has policies for the host, so that it needs none here; an
+        known: PCR values at first use, from an earlier run.
+        judged_elsewhere: another verifier has policies for the host, so none is needed here; an
             IMA list that came with a signed PCR 10 is replayed even where `ima` is not set.
 
         proven: how far the host's IMA list was proven before; counts under the same policy only.
@@ -71,7 +75,7 @@ class HostPolicy:
     Attributes:
         mask: the PCRs that these policies read.
         on_pcrs: what the `Verifier` judges.
-        judged_logs: what is demanded of its logs.
+        judged_logs: the rules for its logs.
 
     Raises:
         UsageError: a policy file is wrong.
@@ -110,7 +114,7 @@ class HostPolicy:
         self.mask = self.on_pcrs.needed_mask | log_mask
 
     def mask_with(self, more: int) -> int:
-        """The PCRs to ask for, where somebody else wants `more`; one at least."""
+        """The PCRs to ask for, if the caller wants `more`; at least one."""
         return self.mask | more or ANY_STATE_MASK
 
     @property
@@ -145,10 +149,10 @@ class HostPolicy:
 
 
 def log_rules(rules: HostRules, *, replays_ima: bool = False) -> LogRules:
-    """What a host's rules say of its logs.
+    """The rules for a host's logs.
 
     Args:
-        replays_ima: its IMA list is replayed, whatever the rules say.
+        replays_ima: its IMA list is replayed in any case.
     """
     return LogRules(
         ima=rules.ima or replays_ima,

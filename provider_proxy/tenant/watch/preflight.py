@@ -1,4 +1,4 @@
-"""What a start of the watcher would say, before it; and the dates of all that its file names."""
+"""Checks before the watcher starts; and the expiry dates of the certificates that its file names."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ def read_dates(config: WatchConfig) -> tuple[Dated, ...]:
 
 
 def _meant(dated: Dated) -> Dated:
-    """With what its end means, where that is not plain."""
+    """With what its expiry means, where that is not obvious."""
     if dated.name == BRIDGE_CLIENT_CA:
         return dataclasses.replace(dated, vital=True, means="no verifier can poll an agent")
     if dated.name.endswith(".tls_cert"):
-        return dataclasses.replace(dated, means="the proxy turns us away")
+        return dataclasses.replace(dated, means="the proxy refuses our connections")
     return dated
 
 
 def find(config: WatchConfig, *, for_bridge: bool) -> Iterator[Finding]:
-    """All that is wrong with what a configuration names. Opens files."""
+    """All problems of the files that a configuration names. Opens files."""
     for files in files_of(config):
         yield from attempt(partial(client_context, files))
     yield from of_dates(partial(read_dates, config))
@@ -82,7 +82,7 @@ def find(config: WatchConfig, *, for_bridge: bool) -> Iterator[Finding]:
         if not rules.need_provider_quote:
             continue
         found = list(attempt(partial(HostPolicy, rules, policies, judged_elsewhere=for_bridge)))
-        if rules.registrar is None:  # the watcher starts, and this host fails
+        if rules.registrar is None:  # the watcher starts all the same, and this host fails
             found += warned(partial(pins.load, rules.pin or name))
         for finding in found:
             yield Finding(level=finding.level, text=f"hosts.{name}: {finding.text}")

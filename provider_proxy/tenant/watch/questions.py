@@ -1,11 +1,11 @@
-"""Asks one host's proxy and judges the answer: the one way of `watch` and of `bridge`.
+"""Asks one host's proxy and judges the answer, for `watch` and `bridge`.
 
 A question has a fresh nonce; its answer passes the `Verifier`'s checks, then the host's policies with the
-replay of its logs. A long IMA list takes several questions. Deadlines for the whole, retries and what
-follows from a verdict are the caller's.
+replay of its logs. A long IMA list takes several questions. The caller sets deadlines for the
+whole and retries, and acts on the verdict.
 
 Invariants: what `attest` returns passed every check in this very call; a clock state that was accepted
-once is the baseline of every later nonce; a nonce that was not answered well is never good again.
+once is the baseline of every later nonce; a nonce without a good answer is never valid again.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ MAX_ASKS = 2 * MAX_PARTS  # of one attempt: an IMA list twice, in parts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trust:
-    """Whom to trust as a host.
+    """The trusted keys of a host.
 
     Attributes:
-        newest: the newest clock state that is known beside our own record.
-        ek_anchor: the CA that vouches for the host's chip; None where a person does, or nobody.
+        newest: the newest clock state that is known from elsewhere.
+        ek_anchor: the CA that vouches for the host's chip; None where a person does, or nothing does.
     """
 
     host: TrustedHost
@@ -65,18 +65,18 @@ class Trust:
 
 
 class AkSource(Protocol):
-    """Says which AK is a host's: `PinnedAks`, or a registrar's record that is checked and pinned."""
+    """Gives a host's AK: `PinnedAks`, or a registrar's record that is checked and pinned."""
 
     async def trusted(self, name: str, rules: HostRules, ask_host: AskHost | None = None) -> Trust:
-        """Asked before every attempt.
+        """Called before every attempt.
 
         Args:
             ask_host: gives the host's own copy of its EK's certificates.
 
         Raises:
             VerificationError: the key must not be trusted (any more).
-            ReplyError: it cannot be found out now.
-            UsageError, HostError: our own side is at fault.
+            ReplyError: the registrar gave no answer.
+            UsageError, HostError: this program or its files are at fault.
         """
         ...
 
@@ -100,11 +100,11 @@ class PinnedAks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """How a host is asked and judged; a reload replaces it as a whole.
+    """How to ask and judge a host; a reload replaces it as a whole.
 
     Attributes:
         endpoint: None for a host that is not asked.
-        ek_name: what `ek_directory` calls the EK of the host's VM; None where there is none.
+        ek_name: the file name in `ek_directory` of the EK of the host's VM; None without one.
     """
 
     rules: HostRules
@@ -116,14 +116,14 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What the caller wants beyond what the host's own policies read.
+    """What the caller wants besides what the host's own policies read.
 
     Attributes:
         mask: PCRs, besides the policies'.
-        ima_ml_entry: the IMA list from this entry on, where `mask` has PCR 10; None for whatever part
+        ima_ml_entry: the IMA list from this entry on, where `mask` has PCR 10; None for the part that
             the replay needs.
         make_nonce: makes each question's nonce; None for a random one.
-        logs: whether the host's logs are wanted, those of PCRs in `mask`.
+        logs: whether the logs of the PCRs in `mask` are wanted.
     """
 
     mask: int = 0
@@ -137,10 +137,10 @@ NOTHING = Wanted()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """An answer that passed everything.
+    """An answer that passed every check.
 
     Attributes:
-        logs: its IMA list from the wanted entry on (or from 0), no line longer than what leads to the
+        logs: its IMA list from the wanted entry on (or from 0), up to the line that leads to the
             signed PCR 10; and the firmware's log, judged only where a policy says so.
         was_reset: the host's TPM was reset since the last answer that was accepted.
     """
@@ -154,8 +154,8 @@ class HostQuestions:
     """One host's questions, one after the other.
 
     Args:
-        budget: shared by all hosts; large answers wait for room in it.
-        judged_elsewhere: another verifier has policies for this host, so that it needs none here; an
+        budget: shared by all hosts; large answers wait for memory in it.
+        judged_elsewhere: another verifier has policies for this host, so none is needed here; an
             IMA list that is asked for is replayed all the same.
 
     Attributes:
@@ -180,7 +180,7 @@ class HostQuestions:
 
     def _take(self, setting: Setting) -> None:
         self.setting = setting
-        self.ak_name: AkName | None = None  # so that the policy is made anew
+        self.ak_name: AkName | None = None  # so that the policy is made again
         self.ek_anchor: str | None = None
         endpoint = setting.endpoint
         self._connection: ProxyConnection | None = None
@@ -200,7 +200,7 @@ class HostQuestions:
         return 0 if self.ak_name is None else self._policy.ima_ml_entry
 
     async def take(self, setting: Setting) -> None:
-        """Use another setting from here on; a connection that it does not change is kept."""
+        """Use other settings from now on; the connection is kept if they do not change it."""
         before = self.setting
         if setting.endpoint == before.endpoint and setting.rules.provider == before.rules.provider:
             self.setting = setting
@@ -215,7 +215,7 @@ class HostQuestions:
             await self._connection.aclose()
 
     async def attest(self, wanted: Wanted = NOTHING) -> Judged:
-        """Ask, as often as the IMA list needs; good where it returns.
+        """Ask, as often as the IMA list needs; returns only for a good host.
 
         Raises:
             VerificationError: the answer was refused, or the AK is not to be trusted.
@@ -238,7 +238,7 @@ class HostQuestions:
                     break
             else:
                 raise LogError("the IMA list has no end")
-        finally:  # refused or not: what is proven need not be proven again
+        finally:  # after a refusal, too: what is proven need not be proven again
             self._store.remember_ima(self._name, ak_name, self._policy.proven)
         if self._policy.first_use is not None:
             self._store.trust_first_use(self._name, ak_name, self._policy.first_use.confirm())
@@ -254,16 +254,16 @@ class HostQuestions:
                     body = await connection.get(IDENTITY_PATH, MAX_IDENTITY_BYTES, room)
                 identity = parse_identity(body)
             except trio.TooSlowError as exc:
-                raise ReplyError(f"no whole identity within {timeout_s:g} s") from exc
+                raise ReplyError(f"no complete identity within {timeout_s:g} s") from exc
             except EvidenceFormatError as exc:
                 raise ReplyError(f"the proxy's identity cannot be read: {exc}") from exc
         return HostCertificates(ek_cert=identity.ek_cert, ek_chain=identity.ek_chain)
 
     def _begin(self, ak_name: AkName) -> None:
-        """Make the policy; what was trusted at first use is of one AK."""
+        """Make the policy; values trusted at first use count for one AK only."""
         if self._store.was_pinned_anew(self._name, ak_name):
             log.warning(
-                "%s is pinned to another AK than before: its history begins afresh", self._name
+                "%s is pinned to another AK than before: its history starts again", self._name
             )
         known = self._store.first_use(self._name, ak_name)
         rules = self.setting.rules
@@ -280,7 +280,7 @@ class HostQuestions:
     async def _ask(
         self, host: TrustedHost, history: HostHistory, wanted: Wanted, tail: ImaTail | None
     ) -> tuple[VerifiedQuote, HostLogs, bool]:
-        """One nonce. Its last part is False where more of the IMA list is needed."""
+        """One question. The last part of the result is False where more of the IMA list is needed."""
         rules, policy = self.setting.rules, self._policy
         connection = self._connection
         assert connection is not None
@@ -313,9 +313,9 @@ class HostQuestions:
                         logs = tail.add(logs, asked=request.ima_ml_entry, replayed=entry)
                     done = await self._judge(quote, logs)
             except trio.TooSlowError as exc:
-                raise ReplyError(f"no whole answer within {rules.timeout_s:g} s") from exc
+                raise ReplyError(f"no complete answer within {rules.timeout_s:g} s") from exc
             finally:
-                history.spend(request.nonce)  # unanswered or refused: never good again
+                history.spend(request.nonce)  # unanswered or refused: never valid again
             if not done or tail is None or evidence.logs.ima is None:
                 return quote, logs, done
             return quote, *tail.whole(logs, policy.ima_ml_entry)

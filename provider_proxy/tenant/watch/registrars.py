@@ -1,8 +1,8 @@
-"""The watcher's AKs from one's own registrars: what they recorded, checked, cached and pinned.
+"""The watcher's AKs from the tenant's registrars: their records, checked, cached and pinned.
 
 `bindings` does the checking: the AK's attributes, the EK's chain to a vendor's CA, both keys against the
-pin, on every call. Here each `[registrars.NAME]` gets one pooled client, and a host that names a
-registrar gets its AK from there; all others have theirs pinned by hand.
+pin, on every call. Here each `[registrars.NAME]` gets one pooled client. A host that names a
+registrar gets its AK from there; the AKs of all others are pinned by hand.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def open_client(*, name: str, table: RegistrarTable) -> httpx.AsyncClient:
 
 
 def registrar_files(name: str, table: RegistrarTable) -> TlsFiles:
-    """The TLS files towards a registrar, by the names of their keys."""
+    """The TLS files for a registrar, by the names of their keys."""
     names = (f"registrars.{name}.ca", f"registrars.{name}.cert", f"registrars.{name}.key")
     return TlsFiles(ca=table.ca, cert=table.cert, key=table.key, names=names)
 
 
 class KnownAks:
-    """An `AkSource`: of a registrar for the hosts that name one, of the pins for the others."""
+    """An `AkSource`: a registrar for the hosts that name one, the pins for the others."""
 
     def __init__(self, registrars: Registrars) -> None:
         self._bindings = registrars.bindings
@@ -92,7 +92,9 @@ class KnownAks:
             anchor = None if verdict is None else verdict.anchor.certificate.name
             if anchor is not None and (known is None or known[1].ek_anchor != anchor):
                 assert verdict is not None
-                log.info("%s: its TPM is %s's, under %s", name, verdict.maker, anchor)
+                log.info(
+                    "%s: the maker of its TPM is %s, proven under %s", name, verdict.maker, anchor
+                )
             trust = Trust(host=binding.host, newest=binding.pinned.newest(), ek_anchor=anchor)
             known = self._bound[name] = (binding, trust)
         return known[1]

@@ -1,11 +1,11 @@
-"""Tells of what changed: JSON lines on stdout, a signed webhook, a command.
+"""Reports changes: JSON lines on stdout, a signed webhook, a command.
 
-Each way has a queue and a task of its own, so that a slow receiver holds up neither the watching nor
-the others. Queues are bounded; what does not fit is counted and logged, and so is what a receiver did
-not take. Reports hold no nonces and no secrets; text from a proxy in them is short and printable.
+Each receiver has its own queue and task, so that a slow receiver delays neither the watching nor the
+others. Queues are bounded; reports that do not fit or that a receiver did not accept are counted and
+logged. Reports contain no nonces and no secrets; text from a proxy in them is short and printable.
 
 A webhook's signature is `v1=` and the hex of HMAC-SHA256 over timestamp, ".", and body, under the
-shared secret. A receiver refuses an old timestamp, and takes an `id` once.
+shared secret. A receiver should refuse an old timestamp, and accept an `id` once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 MAX_QUEUED = 10_000  # about 5 MB; a whole fleet failing at once fits
 MIN_SECRET_BYTES = 16
 MAX_BACKOFF_S = 300.0
-DELIVERY_LIMIT_S = 3600.0  # of one report, tries and waits together
+DELIVERY_LIMIT_S = 3600.0  # of one report, including tries and waits
 MAX_POSTS_AT_ONCE = 8
 DRAIN_LIMIT_S = 5.0  # at the end, for what is still queued
 TIMESTAMP_HEADER = "X-Provider-Proxy-Timestamp"
@@ -52,7 +52,7 @@ Report = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a round ended with.
+    """The result of a round.
 
     Attributes:
         error: the class of the error; None where the host is trusted.
@@ -67,9 +67,9 @@ class Settled:
     """The end of a host's round.
 
     Attributes:
-        reason: of the error, in words.
-        good_for_s: how long the verdict may be shown as the host's, in seconds, where no other follows.
-        report: where the verdict differs from the one before.
+        reason: the error, in words.
+        good_for_s: how long the verdict may be shown, in seconds, if no other follows.
+        report: set if the verdict differs from the one before.
     """
 
     host: str
@@ -80,10 +80,10 @@ class Settled:
 
 
 class Sink(Protocol):
-    """One way to tell.
+    """A receiver of reports.
 
     Attributes:
-        at_once: how many deliveries may go on side by side.
+        at_once: how many deliveries may run at the same time.
         together: how many reports one delivery may have, a line each.
     """
 
@@ -92,15 +92,15 @@ class Sink(Protocol):
     together: int
 
     async def deliver(self, body: bytes) -> bool:
-        """True where the report got there; false where it was given up. Raises: HostError."""
+        """True if the report was delivered; False if it was dropped. Raises: HostError."""
         ...
 
 
 class Reporter:
-    """Hands reports to every sink.
+    """Gives reports to every sink.
 
     Args:
-        sinks: where they go; none is fine.
+        sinks: the receivers; may be empty.
     """
 
     def __init__(self, sinks: Sequence[Sink], metrics: WatchMetrics) -> None:
@@ -120,15 +120,17 @@ class Reporter:
                 send.send_nowait(body)
             except trio.WouldBlock:
                 self._metrics.reports.labels(sink.name, "dropped").inc()
-                log.error("a report was dropped: %d wait for %s already", MAX_QUEUED, sink.name)
+                log.error(
+                    "a report was dropped: %d are already waiting for %s", MAX_QUEUED, sink.name
+                )
 
     def settled(self, settled: Settled) -> None:
-        """Queue what a round's end has to report, if anything."""
+        """Queue a round's report, if it has one."""
         if settled.report is not None:
             self.tell(settled.report)
 
     async def run(self) -> None:
-        """Deliver, until `close` was called and all is told.
+        """Deliver, until `close` was called and every queue is empty.
 
         Raises:
             HostError: a sink can never work again.
@@ -140,7 +142,7 @@ class Reporter:
                 receive.close()
 
     def close(self) -> None:
-        """Nothing more will be told."""
+        """Accept no more reports."""
         for _, send, _ in self._ways:
             send.close()
 
@@ -157,7 +159,7 @@ class Reporter:
 
 
 class LineSink:
-    """JSON lines on a file descriptor's stream. A reader that stalls holds up this sink alone.
+    """JSON lines on a file descriptor's stream. A reader that stalls delays only this sink.
 
     Args:
         write: writes and flushes; runs in a thread.
@@ -165,17 +167,17 @@ class LineSink:
 
     name = "stdout"
     at_once = 1  # lines keep their order
-    together = 1000  # a thread's round trip for each line would be slow for a whole fleet
+    together = 1000  # one thread call for each line would be slow for a whole fleet
 
     def __init__(self, write: Callable[[bytes], object]) -> None:
         self._write = write
 
     async def deliver(self, body: bytes) -> bool:
-        """Raises: HostError where nobody reads any more."""
+        """Raises: HostError if stdout was closed."""
         try:
             await trio.to_thread.run_sync(self._write, body + b"\n", abandon_on_cancel=True)
         except (OSError, ValueError) as exc:
-            raise HostError("cannot write to stdout any more") from exc
+            raise HostError("cannot write to stdout: it was closed") from exc
         return True
 
 
@@ -216,13 +218,13 @@ class WebhookSink:
         self._rng = rng or random.Random()  # noqa: S311  # spreads retries; no secret
 
     async def deliver(self, body: bytes) -> bool:
-        """Post until the receiver says 2xx, or the tries or the time are used up.
+        """Post until the receiver answers 2xx, or the tries or the time are used up.
 
-        Never raises for what a receiver does.
+        Never raises because of a receiver.
         """
         with trio.move_on_after(DELIVERY_LIMIT_S):
             return await self._deliver(body)
-        log.error("webhook: a report was given up: not delivered within %g s", DELIVERY_LIMIT_S)
+        log.error("webhook: a report was dropped: not delivered within %g s", DELIVERY_LIMIT_S)
         return False
 
     async def _deliver(self, body: bytes) -> bool:
@@ -241,11 +243,11 @@ class WebhookSink:
                         rng=self._rng,
                     )
                 )
-        log.error("webhook: a report was given up: %s", problem)
+        log.error("webhook: a report was dropped: %s", problem)
         return False
 
     async def _post(self, body: bytes) -> str:
-        """Why it did not get there; empty where it did."""
+        """Why it was not delivered; empty if it was."""
         timestamp = str(int(self._now()))
         headers = {
             "Content-Type": "application/json",
@@ -254,7 +256,7 @@ class WebhookSink:
         }
         try:
             with trio.fail_after(self._settings.timeout_s):
-                # The answer's body is not read: nothing in it matters, and it has no bound.
+                # The answer's body is not read: it is not needed, and has no bound.
                 async with self._http.stream(
                     "POST", self._url, content=body, headers=headers
                 ) as response:
@@ -269,12 +271,14 @@ def webhook_secret(settings: Webhook) -> bytes:
     """Read the secret. Raises: HostError where it is missing, too short, or open to others."""
     secret = read_secret("webhook.secret_file", settings.secret_file)
     if len(secret) < MIN_SECRET_BYTES:
-        raise HostError(f"webhook.secret_file: less than {MIN_SECRET_BYTES} bytes")
+        raise HostError(
+            f"webhook.secret_file: the secret must have at least {MIN_SECRET_BYTES} bytes"
+        )
     return secret
 
 
 def webhook_client(settings: Webhook) -> httpx.AsyncClient:
-    """A client for the webhook. Raises: HostError where its CA is no PEM file."""
+    """A client for the webhook. Raises: HostError where its CA is not a PEM file."""
     files = TlsFiles(ca=settings.ca, names=("webhook.ca", "", ""))
     return http_client(
         client_context(files), read_limit_s=settings.timeout_s, tls_name=settings.tls_name
@@ -285,7 +289,7 @@ class CommandSink:
     """Starts a program for each report, without a shell, the report on its stdin.
 
     Args:
-        run: `trio.run_process`, or a test's.
+        run: `trio.run_process`, or a test's substitute.
     """
 
     name = "command"
@@ -302,7 +306,7 @@ class CommandSink:
         self.at_once = settings.max_running
 
     async def deliver(self, body: bytes) -> bool:
-        """Run it, for `timeout_s` at most. Never raises for what the program does."""
+        """Run it, for at most `timeout_s`. Never raises because of the program."""
         with trio.move_on_after(self._settings.timeout_s) as scope:
             try:
                 done = await self._run(
@@ -332,11 +336,11 @@ async def open_sinks(
     *,
     rng: random.Random,
 ) -> Sequence[Sink]:
-    """The ways to tell that a configuration names.
+    """The receivers that a configuration names.
 
     Args:
         stack: closes them.
-        write: for JSON lines; None for none.
+        write: for JSON lines; None for no output.
 
     Raises:
         HostError: the webhook's secret or CA is wrong.

@@ -1,4 +1,4 @@
-"""Puts a `StateStore` on disk now and then, and at the end; for `watch` and `bridge`."""
+"""Saves a `StateStore` at an interval, and at the end; for `watch` and `bridge`."""
 
 from __future__ import annotations
 
@@ -35,4 +35,4 @@ async def save_often(
         try:
             await save(store, count_failure)
         except HostError as exc:
-            log.error("the state is not saved: %s", exc)
+            log.error("cannot save the state: %s", exc)

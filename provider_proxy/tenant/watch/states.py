@@ -1,8 +1,8 @@
 """The states of a watched host, as a table: which event leads from which state to which.
 
-The names are those of the plan that the project comes from: GET_PROVIDER_QUOTE and its RETRY stand
-beside Keylime's GET_QUOTE and GET_QUOTE_RETRY. Nothing here asks, waits or knows the time: `watcher`
-does, and tells what happened. A pair of state and event that is not in the table is a bug.
+The names GET_PROVIDER_QUOTE and GET_PROVIDER_QUOTE_RETRY follow Keylime's GET_QUOTE and GET_QUOTE_RETRY.
+This module does not ask, wait or read a clock: `host` does, and passes the events. A pair of state and
+event that is not in the table is a bug.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from provider_proxy.common.backoff import backoff_s
 
-RETRY_AFTER_SPREAD = 0.25  # those who were sent away together must not come back together
+RETRY_AFTER_SPREAD = 0.25  # hosts that were refused together must not come back together
 
 
 class State(enum.StrEnum):
-    """Where a host stands."""
+    """The state of a host."""
 
     START = "START"
     GET_PROVIDER_QUOTE = "GET_PROVIDER_QUOTE"
@@ -31,8 +31,8 @@ class State(enum.StrEnum):
 class Event(enum.Enum):
     """What happened to a host.
 
-    DUE: its time to be asked has come. GOOD: evidence verified, and its policy accepts. REFUSED: a
-    `VerificationError`. UNANSWERED: no evidence came. BROKEN: our own side cannot judge.
+    DUE: it is time to ask it. GOOD: evidence verified, and its policy accepts. REFUSED: a
+    `VerificationError`. UNANSWERED: no evidence came. BROKEN: this program cannot judge.
     """
 
     DUE = enum.auto()
@@ -47,7 +47,7 @@ class Event(enum.Enum):
 _ASKING: Mapping[Event, State] = {
     Event.GOOD: State.TRUSTED,
     Event.REFUSED: State.INVALID_QUOTE,
-    Event.UNANSWERED: State.GET_PROVIDER_QUOTE_RETRY,  # FAILED where no retry is left
+    Event.UNANSWERED: State.GET_PROVIDER_QUOTE_RETRY,  # FAILED if no retry is left
     Event.BROKEN: State.FAILED,
 }
 _RESTING: Mapping[Event, State] = {Event.DUE: State.GET_PROVIDER_QUOTE}
@@ -71,7 +71,7 @@ class Progress:
 
 
 def advance(progress: Progress, event: Event, *, max_retries: int) -> Progress:
-    """What an event makes of a host.
+    """The state of a host after an event.
 
     Raises:
         KeyError: an event that cannot happen in this state.
@@ -94,12 +94,12 @@ def retry_wait_s(
 ) -> float:
     """How long to wait before a retry.
 
-    The common backoff. What the proxy asked for counts where it is longer, up to `longest_s`: a proxy
-    may slow us down, not put us off.
+    The common backoff, or the proxy's Retry-After if it is longer, up to `longest_s`: a proxy may slow
+    the watcher down, and not stop it.
 
     Args:
         retry: 1 for the first.
-        retry_after_s: of the answer; None where it said nothing.
+        retry_after_s: of the answer; None where it gave none.
     """
     wait_s = backoff_s(retry, first_s=base_s, longest_s=longest_s, rng=rng)
     if retry_after_s is not None:

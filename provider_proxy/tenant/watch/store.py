@@ -1,10 +1,10 @@
-"""What the watcher remembers of its hosts over restarts: one file, saved as a whole now and then.
+"""What the watcher remembers of its hosts over restarts: one file, saved as a whole at an interval.
 
-Each accepted clock state counts in memory at once. On disk they come together, at most once in a save
-interval, so that thousands of hosts do not mean hundreds of fsyncs a second. A crash loses the states of
-the last interval and never more: after it a host may go back to what it was at the last save without
-being noticed, but not further; and the pin's own record is a lower bound beside it. A damaged file
-is an error, not a fresh start.
+Each accepted clock state counts in memory at once. They are written to disk together, at most once in a
+save interval, so that thousands of hosts do not cause hundreds of fsyncs a second. A crash loses at most
+the states of the last interval: after it, a rollback of a host to its state at the last save is not
+noticed, but an older one is; the pin's own record is another lower bound. A damaged file is an error, not
+a fresh start.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_STATE_BYTES = 96 * 1024 * 1024  # 20,000 hosts with 24 PCRs of first use mak
 MAX_DIGEST_BYTES = 64
 MAX_ENTRY = 1 << 40
 MAX_KEYS_CHARS = 1024 * 1024
-MAX_PROBLEM_CHARS = 2000  # a name and a digest, shown
+MAX_PROBLEM_CHARS = 2000  # a name and a digest, as text
 _HEAD = b'{"format":"' + FORMAT.encode("ascii") + b'","hosts":{'
 _TAIL = b"}}\n"
 
@@ -41,7 +41,7 @@ class ImaRecord:
     """How far a host's IMA list is proven, and under which policy.
 
     Attributes:
-        digest: of what the verdicts rest on; a replay goes on only under the same.
+        digest: of what the verdicts depend on; a replay continues only under the same.
         state: its keys are those that the host has measured, without the policy's.
     """
 
@@ -51,10 +51,10 @@ class ImaRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostRecord:
-    """What is on disk of one host.
+    """One host's part of the file.
 
     Attributes:
-        ak_name: the AK that it is about; another AK's clock says nothing.
+        ak_name: the AK of the record; another AK's clock does not count.
         newest: None where nothing was accepted yet.
         first_use: PCR values that were trusted at first use; empty for none.
         ima: how far its IMA list is proven; None where it is not.
@@ -67,7 +67,7 @@ class HostRecord:
 
 
 class WatchedHistory(MemoryHistory):
-    """One host's history; says when it has something to save."""
+    """One host's history; reports when it has something to save."""
 
     def __init__(self, records: HostRecords, name: str, newest: ClockState | None) -> None:
         super().__init__(newest)
@@ -83,7 +83,7 @@ class WatchedHistory(MemoryHistory):
 
 
 class HostRecords:
-    """What is known of the hosts, in memory: as it was read, and as it is now. Saves nothing itself.
+    """What is known of the hosts, in memory: as it was read, and as it is now. It does not save.
 
     Attributes:
         is_dirty: something was accepted since the last `take_changed`.
@@ -98,18 +98,18 @@ class HostRecords:
         self.is_dirty = False
 
     def touch(self, name: str) -> None:
-        """A host's record has changed."""
+        """Note that a host's record has changed."""
         self._touched.add(name)
         self.is_dirty = True
 
     def put(self, name: str, record: HostRecord | None) -> None:
-        """Begin with what was saved of a host; what was known of it before is forgotten."""
+        """Begin with the saved record of a host; forget what was known of it before."""
         self.forget(name)
         if record is not None:
             self._records[name] = record
 
     def forget(self, name: str) -> None:
-        """A host is somebody else's now; what was not saved yet is lost."""
+        """Another process has the host now; what was not saved yet is lost."""
         self._records.pop(name, None)
         self._histories.pop(name, None)
         self._first_use.pop(name, None)
@@ -120,7 +120,7 @@ class HostRecords:
         """The history of a host under one AK; the same object as long as the AK is the same.
 
         Args:
-            newest: what the pin knows; counts where it is newer than ours.
+            newest: the pin's state; counts where it is newer than the saved one.
         """
         known = self._histories.get(name)
         if known is not None and known[0] == ak_name:
@@ -145,12 +145,12 @@ class HostRecords:
         return None
 
     def was_pinned_anew(self, name: str, ak_name: AkName) -> bool:
-        """True where what was saved is about another AK."""
+        """True where the saved record is about another AK."""
         record = self._records.get(name)
         return record is not None and record.ak_name != ak_name
 
     def trust_first_use(self, name: str, ak_name: AkName, values: Mapping[int, bytes]) -> None:
-        """Remember PCR values for good."""
+        """Remember PCR values permanently."""
         if self.first_use(name, ak_name) != values:
             self._first_use[name] = (ak_name, dict(values))
             self.touch(name)
@@ -170,7 +170,7 @@ class HostRecords:
             self.touch(name)
 
     def take_changed(self) -> Mapping[str, HostRecord]:
-        """The records that changed since the last time; what is accepted from here on is dirty again."""
+        """The records that changed since the last call; later changes are dirty again."""
         self.is_dirty = False
         changed = {}
         for name in self._touched:
@@ -196,13 +196,13 @@ class StateStore(HostRecords):
         self._parts: dict[str, bytes] = {}  # of the file, a host each
 
     def open(self) -> None:
-        """Lock the directory and read what is there.
+        """Lock the directory and read the file.
 
         Raises:
-            HostError: another watcher has it, or the file is damaged or unreadable.
+            HostError: another watcher uses it, or the file is damaged or unreadable.
         """
         if not self._lock.take():
-            raise HostError(f"{self._directory}: another watcher has this state_dir")
+            raise HostError(f"{self._directory}: another watcher uses this state_dir")
         try:
             self._read()
         except BaseException:
@@ -215,21 +215,21 @@ class StateStore(HostRecords):
             self._parts = {name: encode_record(name, r) for name, r in self._records.items()}
 
     def close(self) -> None:
-        """Let others have the directory. Does not save."""
+        """Unlock the directory. Does not save."""
         self._lock.release()
 
     def snapshot(self) -> bytes:
-        """The file as it should be now; what is accepted from here on is dirty again.
+        """The file as it should be now; later changes are dirty again.
 
-        Only what has changed is encoded: a thousand hosts at once would be felt by all that are due.
-        Hosts that are no longer watched stay in it: one that comes back must not begin afresh.
+        Only changes are encoded: encoding a thousand hosts at once would delay those that are due.
+        Hosts that are no longer watched stay in it, so that one that comes back keeps its history.
         """
         for name, record in self.take_changed().items():
             self._parts[name] = encode_record(name, record)
         return _HEAD + b",".join(self._parts.values()) + _TAIL
 
     def write(self, data: bytes) -> None:
-        """Put a snapshot on disk; may run in a thread of its own.
+        """Write a snapshot to disk; may run in a worker thread.
 
         Raises:
             HostError: it cannot be written.
@@ -263,15 +263,15 @@ def parse_state(data: bytes, path: Path) -> dict[str, HostRecord]:
     try:
         values = parse_json_object(data, "state")
         if Fields(values, "state").text("format", 64) != FORMAT:
-            raise EvidenceFormatError("an unknown format")
+            raise EvidenceFormatError("its format is not known")
         hosts = values.get("hosts")
         if not isinstance(hosts, dict):
-            raise EvidenceFormatError("no hosts")
+            raise EvidenceFormatError("it has no hosts")
         return {name: parse_record(name, record) for name, record in hosts.items()}
     except EvidenceFormatError as exc:
         raise HostError(
-            f"{path} is damaged ({exc}); without it no host's past is known: restore it, or "
-            "remove it where you know why"
+            f"{path} is damaged ({exc}); without it no host's history is known: restore it, or "
+            "remove it if you know why it is damaged"
         ) from exc
 
 
@@ -297,7 +297,7 @@ def parse_record(name: str, record: object) -> HostRecord:
 
 
 def _ima_values(record: ImaRecord) -> dict[str, object]:
-    """Flat, and its keys one text: a file of many hosts has few braces that way."""
+    """Flat, and its keys as one string, which keeps a file of many hosts small."""
     state = record.state
     values: dict[str, object] = {
         "ima_policy": record.digest.hex(),

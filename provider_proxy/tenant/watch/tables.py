@@ -1,7 +1,7 @@
-"""The tables of the watcher's file: a table is a dataclass, a key is a field of it.
+"""The tables of the watcher's file: a table is a dataclass, a key is one of its fields.
 
-A field's metadata says how to read and check the value (`read`) and what it means (`doc`). Nothing is
-read here; `watch_config` does that. docs/watch.md lists the keys; a test holds it against these.
+A field's metadata says how to read and check the value (`read`) and what it means (`doc`). `config`
+reads the file. docs/reference.md is made from these tables.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _read_ip(key: str, value: object) -> str:
 def _read_admin(key: str, value: object) -> str:
     text: str = read_contact(key, value)
     if not is_loopback(split_address(text)[0]):
-        raise fail(key, "an address of loopback and a port")
+        raise fail(key, "a loopback address and a port")
     return text
 
 
@@ -73,16 +73,16 @@ def _read_argv(key: str, value: object) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostRules:
-    """`[defaults]` and `[hosts.NAME]`: one host, its policy and how it is asked."""
+    """`[defaults]` and `[hosts.NAME]`: one host, its policy and how to ask it."""
 
     provider_ip: str = setting(
         read_host, "", "Where the host's proxy answers: IP address or name. Needed."
     )
-    provider_port: int = setting(integer(1, 65535), 8890, "Its port.")
+    provider_port: int = setting(integer(1, 65535), 8890, "The proxy's port.")
     provider: str | None = setting(
         read_label,
         None,
-        "Whose host it is: hosts of one provider share the memory for large answers.",
+        "The host's provider: hosts of one provider share the memory for large answers.",
     )
     mode: str = setting(
         one_of("pull", "push"),
@@ -90,31 +90,31 @@ class HostRules:
         "For `bridge`: your verifier polls the host's agent, or (experimental) the agent posts to it.",
     )
     need_provider_quote: bool = setting(
-        read_flag, True, "Whether the host is asked; without, it is only listed."
+        read_flag, True, "Whether the host is asked; if not, it is only listed."
     )
     uuid: str | None = setting(
-        read_agent_id, None, "The host's id at your registrar; goes into reports."
+        read_agent_id, None, "The host's id at your registrar; reports contain it."
     )
     registrar: str | None = setting(
         read_label,
         None,
-        "A [registrars.NAME]: AK and EK are what it recorded, checked and pinned.",
+        "A [registrars.NAME] that gives the host's AK and EK; they are checked and pinned.",
     )
     pin: str | None = setting(
         read_label, None, "Name of the host's pin; the host's own by default."
     )
     tls_ca: Path | None = setting(
-        read_path, None, "CA of the proxy's certificate, PEM; the system's where there is none."
+        read_path, None, "CA of the proxy's certificate, PEM; the system's CAs by default."
     )
-    tls_cert: Path | None = setting(read_path, None, "Own certificate, PEM.")
-    tls_key: Path | None = setting(read_path, None, "Its private key, PEM.")
+    tls_cert: Path | None = setting(read_path, None, "Client certificate for the proxy, PEM.")
+    tls_key: Path | None = setting(read_path, None, "Private key of tls_cert, PEM.")
     tls_name: str | None = setting(
-        read_host, None, "What the proxy's certificate is for; provider_ip by default."
+        read_host, None, "Name in the proxy's certificate; provider_ip by default."
     )
     insecure_plaintext: bool = setting(read_flag, False, "No TLS. For proxies on loopback only.")
     interval_s: float = setting(number(0.1, 86_400), 10.0, "Seconds from one question to the next.")
     jitter: float = setting(
-        number(0, 0.5), 0.1, "Share of the interval by which each is longer or shorter, by chance."
+        number(0, 0.5), 0.1, "Random variation of the interval, as a share of it."
     )
     timeout_s: float = setting(
         number(0.1, 600), 30.0, "How long a whole answer may take, in seconds."
@@ -122,13 +122,13 @@ class HostRules:
     round_limit_s: float = setting(
         number(0.1, 7200),
         120.0,
-        "How long a round may take with all its questions and retries, in seconds; then FAILED.",
+        "How long a round may take, including all questions and retries, in seconds; then FAILED.",
     )
     max_age_s: float = setting(
-        number(0.1, 3600), 60.0, "How old a nonce may be when its answer is there, in seconds."
+        number(0.1, 3600), 60.0, "How old a nonce may be when its answer comes, in seconds."
     )
     max_retries: int = setting(
-        integer(0, 100), 5, "Retries of a round in which no evidence came, before FAILED."
+        integer(0, 100), 5, "Retries in a round without evidence, before FAILED."
     )
     retry_interval_s: float = setting(
         number(0.1, 3600), 2.0, "Wait before the first retry; it doubles with each, in seconds."
@@ -139,18 +139,18 @@ class HostRules:
     on_invalid: str = setting(
         one_of("continue", "stop"),
         "continue",
-        "After INVALID_QUOTE: ask on at the interval, or no more until SIGHUP.",
+        "After INVALID_QUOTE: continue at the interval, or stop until SIGHUP.",
     )
-    bank: HashAlg = setting(_read_bank, HashAlg.SHA256, "PCR bank that is asked for.")
+    bank: HashAlg = setting(_read_bank, HashAlg.SHA256, "PCR bank to ask for.")
     tpm_policy: Path | None = setting(
         read_path, None, "PCR values in Keylime's tpm_policy JSON; a file."
     )
     insecure_trust_on_first_use: bool = setting(
-        read_flag, False, "Whatever first_use_pcrs hold at the first answer is good from then on."
+        read_flag, False, "Trust the values of first_use_pcrs in the first answer from then on."
     )
-    first_use_pcrs: int = setting(read_pcrs, 0, "PCRs that insecure_trust_on_first_use is about.")
+    first_use_pcrs: int = setting(read_pcrs, 0, "PCRs for insecure_trust_on_first_use.")
     insecure_any_state: bool = setting(
-        read_flag, False, "No policy at all: proves that some state was signed."
+        read_flag, False, "No policy: proves only that some state was signed."
     )
     ima: bool = setting(read_flag, False, "Whether PCR 10 is asked for and the IMA list replayed.")
     runtime_policy: Path | None = setting(
@@ -162,7 +162,7 @@ class HostRules:
     ima_violations: Violations = setting(
         read_choice(Violations),
         Violations.REFUSE,
-        "A file that was written to while IMA measured it: refuse, or count.",
+        "A file that was written to while IMA measured it: refuse or count it.",
     )
     uefi: bool = setting(read_flag, False, "Whether the firmware's event log is replayed.")
     uefi_pcrs: int = setting(read_pcrs, DEFAULT_UEFI_PCRS, "PCRs that the event log must lead to.")
@@ -183,7 +183,7 @@ class HostRules:
 
 
 OWN_KEYS = ("provider_ip", "uuid", "pin", "vm", "vm_ek")
-"""What two hosts cannot have in common, and `[defaults]` therefore not hold."""
+"""Keys that must differ between hosts, so `[defaults]` must not have them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,12 +192,14 @@ class RegistrarTable:
 
     url: str | None = setting(read_safe_url, None, "Its https URL, port 8891 as a rule. Needed.")
     ca: Path | None = setting(
-        read_path, None, "CA of its certificate, PEM; the system's by default."
+        read_path, None, "CA of its certificate, PEM; the system's CAs by default."
     )
-    cert: Path | None = setting(read_path, None, "Own certificate, PEM; it demands one.")
+    cert: Path | None = setting(
+        read_path, None, "Client certificate, PEM; the registrar demands one."
+    )
     key: Path | None = setting(read_path, None, "Its private key, PEM.")
     tls_name: str | None = setting(
-        read_host, None, "What its certificate is for; the URL's host by default."
+        read_host, None, "Name in its certificate; the URL's host by default."
     )
     ek_ca: tuple[Path, ...] = setting(
         read_paths,
@@ -208,31 +210,31 @@ class RegistrarTable:
         ),
     )
     insecure_no_ek: bool = setting(
-        read_flag, False, "Check no EK certificate: a TPM of software passes for a chip."
+        read_flag, False, "Check no EK certificate: a software TPM is accepted as a chip."
     )
     insecure_virtual_ek: bool = setting(
-        read_flag, False, "Accept virtual TPMs whose CAs are in `ek_ca` as a chip."
+        read_flag, False, "Accept virtual TPMs whose CAs are in `ek_ca` as chips."
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Webhook:
-    """`[webhook]`: a URL that is told of each change."""
+    """`[webhook]`: a URL that gets a report of each change."""
 
     url: str | None = setting(
         read_webhook_url, None, "Where reports are posted; http on loopback only."
     )
     secret_file: Path | None = setting(
-        read_path, None, "File with the key of the signature; readable by its owner alone. Needed."
+        read_path, None, "File with the key of the signature; readable only by its owner. Needed."
     )
     ca: Path | None = setting(
-        read_path, None, "CA of its certificate, PEM; the system's by default."
+        read_path, None, "CA of its certificate, PEM; the system's CAs by default."
     )
     tls_name: str | None = setting(
-        read_host, None, "What its certificate is for; the URL's host by default."
+        read_host, None, "Name in its certificate; the URL's host by default."
     )
     timeout_s: float = setting(number(0.1, 120), 10.0, "How long one try may take, in seconds.")
-    max_tries: int = setting(integer(1, 100), 8, "Tries of a report before it is given up.")
+    max_tries: int = setting(integer(1, 100), 8, "Tries of a report before it is dropped.")
     retry_interval_s: float = setting(
         number(0.05, 3600), 1.0, "Wait before the second try; it doubles with each, in seconds."
     )
@@ -243,8 +245,10 @@ class Command:
     """`[command]`: a program that is started for each change, the report on its stdin."""
 
     argv: tuple[str, ...] = setting(_read_argv, (), "Program and arguments; no shell.")
-    timeout_s: float = setting(number(0.1, 3600), 30.0, "After which it is ended, in seconds.")
-    max_running: int = setting(integer(1, 100), 4, "How many run at once.")
+    timeout_s: float = setting(
+        number(0.1, 3600), 30.0, "How long it may run before it is ended, in seconds."
+    )
+    max_running: int = setting(integer(1, 100), 4, "How many may run at once.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,12 +263,12 @@ class MetricsTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BridgeTable:
-    """`[bridge]`: the hosts as agents of your own Keylime; for `bridge` alone."""
+    """`[bridge]`: the hosts as agents of your own Keylime; only for `bridge`."""
 
     registrar: str | None = setting(
         read_label,
         None,
-        "A [registrars.NAME], with cert and key: there the agents register. Needed.",
+        "A [registrars.NAME] with cert and key, where the agents register. Needed.",
     )
     client_ca: Path | None = setting(
         read_path,
@@ -280,17 +284,19 @@ class BridgeTable:
     )
     last_port: int = setting(integer(1, 65535), 29_999, "Last of the agents' ports.")
     state_dir: Path | None = setting(
-        read_path, None, "Where clock states, ports and keys are kept; bridge below state_dir."
+        read_path,
+        None,
+        "Directory for clock states, ports and keys; `bridge` below state_dir by default.",
     )
     keys: Path | None = setting(
         read_path,
         None,
-        "The bridge's keys, from `bridge make-keys`; made in its state_dir by default.",
+        "The bridge's keys, from `bridge make-keys`; by default created in its state_dir.",
     )
     hold_s: float = setting(
         number(0.1, 50),
         3.0,
-        "The longest that a poll is held for a host that answers; then 408, in seconds.",
+        "How long a poll may wait for a host's answer, in seconds; then 408.",
     )
     after_crash: str = setting(
         one_of("accept", "refuse"),
@@ -298,15 +304,15 @@ class BridgeTable:
         "A TPM that lost power may show a clock that is a little behind (safe = 0).",
     )
     admin: str = setting(
-        _read_admin, "127.0.0.1:8897", "Where status, readiness and metrics answer; on loopback."
+        _read_admin, "127.0.0.1:8897", "Address for status, readiness and metrics; on loopback."
     )
     register_interval_s: float = setting(
-        number(10, 86_400), 300.0, "How often the agents' records are looked at, in seconds."
+        number(10, 86_400), 300.0, "How often the agents' records are checked, in seconds."
     )
     register_unread: bool = setting(
         read_flag,
         False,
-        "Register where a record cannot be read first and the registrar would let it be replaced.",
+        "Register even if a record cannot be read first and the registrar would let it be replaced.",
     )
     verifier_url: str | None = setting(
         read_safe_url,
@@ -314,14 +320,16 @@ class BridgeTable:
         "Your verifier, https, port 8881 as a rule: for reactivate, and needed for mode push.",
     )
     verifier_ca: Path | None = setting(
-        read_path, None, "CA of its certificate, PEM; the system's by default."
+        read_path, None, "CA of its certificate, PEM; the system's CAs by default."
     )
     verifier_cert: Path | None = setting(
-        read_path, None, "Own certificate, PEM: for reactivate, and in mode push to see policies."
+        read_path,
+        None,
+        "Client certificate, PEM: for reactivate, and in mode push to read policies.",
     )
     verifier_key: Path | None = setting(read_path, None, "Its private key, PEM.")
     verifier_tls_name: str | None = setting(
-        read_host, None, "What its certificate is for; the URL's host by default."
+        read_host, None, "Name in its certificate; the URL's host by default."
     )
 
 
@@ -330,18 +338,20 @@ class WatchConfig:
     """The whole file."""
 
     state_dir: Path = setting(
-        read_path, Path("/var/lib/provider-proxy-watch"), "Where what was accepted is remembered."
+        read_path, Path("/var/lib/provider-proxy-watch"), "Directory for what was accepted."
     )
     state: str | None = setting(
-        read_text, None, "PostgreSQL of a fleet, postgresql://…; then its hosts are the fleet's."
+        read_text, None, "PostgreSQL of a fleet, postgresql://…; the hosts then come from it."
     )
     member: str | None = setting(
-        read_label, None, "Name of this process in a fleet; the machine's and its id by default."
+        read_label,
+        None,
+        "Name of this process in a fleet; the machine's name and the process id by default.",
     )
     admin: str | None = setting(
         _read_admin,
         None,
-        "Where a fleet's page, readiness and metrics answer; on loopback. Only with state.",
+        "Address for a fleet's page, readiness and metrics; on loopback. Only with state.",
     )
     pins: Path = setting(
         read_path,
@@ -354,7 +364,7 @@ class WatchConfig:
     ek_dir: Path | None = setting(
         read_path,
         None,
-        "Directory with an empty file for each EK that is linked to a trusted host now.",
+        "Directory with an empty file for each EK that is now linked to a trusted host.",
     )
     defaults: HostRules = table_of(HostRules)
     hosts: Mapping[str, HostRules] = field(default_factory=dict)

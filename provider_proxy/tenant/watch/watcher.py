@@ -1,8 +1,9 @@
-"""Watches many hosts in one process: a task a host, and beside them saving, metrics and signals.
+"""Watches many hosts in one process: a task for each host, and saving, metrics and signals.
 
-Beginnings are spread, so that neither this process nor a proxy sees all hosts at once, and again after
-the first question, so that the spread lasts. A reload is made as a whole before any of it is used;
-where a part of it is bad, the old one goes on. On the way out reports are delivered and the state saved.
+First rounds are spread, so that neither this process nor a proxy handles all hosts at once, and spread
+again after the first question, so that it lasts. A reload is prepared as a whole before any of it is
+used; if a part of it is bad, the old configuration stays. At the end reports are delivered and the
+state saved.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from provider_proxy.tenant.watch.tables import HostRules, WatchConfig
 log = logging.getLogger(__name__)
 
 STARTS_PER_S = 200.0  # TLS handshakes with client certificates cost 2 ms each
-COLLECT_YOUNG_S = 1.0  # a full collection walks what 2,000 waiting hosts hold: 100,000 objects
+COLLECT_YOUNG_S = 1.0  # a full collection visits the objects of 2,000 waiting hosts: 100,000
 COLLECT_S = 300.0
 MAX_TLS_BYTES = 4 * 1024 * 1024  # a bundle of every public CA has 250 kB
 Contexts = dict[tuple[Path | None, Path | None, Path | None], tuple[ssl.SSLContext, bytes]]
@@ -70,11 +71,11 @@ def make_settings(
 
     Args:
         judged_elsewhere: see `HostPolicy`.
-        before: the settings so far; policy files that have not changed are not parsed again.
+        before: the settings so far; unchanged policy files are not parsed again.
 
     Raises:
         UsageError: a policy file is wrong.
-        HostError: a file is missing or no PEM.
+        HostError: a file is missing or not PEM.
     """
     files = PolicyFiles(next(iter(before.values())).files if before else None)
     endpoints = Endpoints()
@@ -82,7 +83,7 @@ def make_settings(
     for name, rules in config.hosts.items():
         endpoint = None
         if rules.need_provider_quote:
-            # Reads its files, and says now what is wrong with them.
+            # Reads its files, and raises now if they are wrong.
             HostPolicy(rules, files, judged_elsewhere=judged_elsewhere)
             endpoint = endpoints.of(name, rules)
         ek_name = None if rules.vm_ek is None else spire_name(files.ek(rules.vm_ek))
@@ -105,7 +106,7 @@ class Endpoints:
         if not rules.insecure_plaintext:
             key = (rules.tls_ca, rules.tls_cert, rules.tls_key)
             if key not in self._contexts:
-                # The files first: one that changes meanwhile is then seen at the next reload.
+                # The files first: a change during this is then noticed at the next reload.
                 digest = _digest_of(key)
                 self._contexts[key] = client_context(host_files(name, rules)), digest
             context, tls = self._contexts[key]
@@ -119,7 +120,7 @@ class Endpoints:
 
 
 def _digest_of(paths: Iterable[Path | None]) -> bytes:
-    """Of what some files hold; one that cannot be read is said by whoever needs it."""
+    """A digest of some files; the code that needs an unreadable one reports it."""
     made = hashlib.sha256()
     for path in paths:
         data = b""
@@ -135,8 +136,8 @@ class Watcher:
 
     Args:
         config: as it was read.
-        write: for JSON lines; None for none.
-        rng: spreads beginnings, intervals and retries; no secret comes from it.
+        write: for JSON lines; None for no output.
+        rng: spreads first rounds, intervals and retries; not used for secrets.
 
     Raises:
         UsageError, HostError: as `make_settings`; or the state_dir cannot be used.
@@ -172,7 +173,7 @@ class Watcher:
         """Watch until SIGTERM or SIGINT, or until cancelled; SIGHUP reads the hosts again.
 
         Raises:
-            HostError: nobody reads stdout any more, or the state cannot be saved at the end.
+            HostError: stdout was closed, or the state cannot be saved at the end.
         """
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             if self._eks is not None:
@@ -193,7 +194,7 @@ class Watcher:
         return self.hosts
 
     async def _with_reports(self, body: Callable[..., object], *args: object) -> None:
-        """Run something while reports are delivered; then save, and let them get there."""
+        """Run something while reports are delivered; then save, and deliver the rest."""
         self._store.open()
         try:
             async with AsyncExitStack() as stack:
@@ -236,7 +237,7 @@ class Watcher:
         return host
 
     def _settled(self, settled: Settled) -> None:
-        """A round of a host is over."""
+        """Handle the end of a host's round."""
         assert self._reporter is not None
         self._reporter.settled(settled)
         host = self.hosts.get(settled.host)
@@ -297,24 +298,24 @@ class Watcher:
             due = math.inf
             if setting.endpoint is not None:
                 due = due_s
-                # All of them within one interval, however many there are.
+                # All of them within one interval, for any number of hosts.
                 due_s += min(1 / STARTS_PER_S, setting.rules.interval_s / asked)
             self._scopes[name] = trio.CancelScope()
             nursery.start_soon(_within, self._scopes[name], host, due)
 
     async def _reload(self, nursery: trio.Nursery, read_config: ReadConfig) -> None:
-        """Read the hosts again; what is wrong with them is logged, and nothing changes."""
+        """Read the hosts again; an error is logged, and nothing changes."""
         try:
             config = await trio.to_thread.run_sync(read_config)
             aks = KnownAks(self._registrars)
             for rules in config.hosts.values():
                 if rules.registrar is not None and rules.registrar not in self._config.registrars:
-                    raise ConfigError(f"registrars.{rules.registrar} is new, which takes a restart")
+                    raise ConfigError(f"registrars.{rules.registrar} is new: restart to use it")
             make = functools.partial(make_settings, config, aks, before=self._settings)
             settings = await trio.to_thread.run_sync(make)
             dates = await trio.to_thread.run_sync(read_dates, config)
         except ProviderProxyError as exc:
-            log.error("reload refused, going on as before: %s", exc)
+            log.error("reload failed, the old configuration stays: %s", exc)
             return
         for name in (
             "state_dir",
@@ -327,7 +328,7 @@ class Watcher:
             "save_interval_s",
         ):
             if getattr(config, name) != getattr(self._config, name):
-                log.warning("reload: %s has changed, which takes a restart", name)
+                log.warning("reload: %s has changed: restart to apply it", name)
         self._calendar.replace(dates)
         self._calendar.warn()
         for name in set(self._settings) - set(settings):
@@ -361,7 +362,7 @@ async def _round_and_close(host: HostWatch) -> None:
 
 
 def verdicts(hosts: Mapping[str, HostWatch]) -> tuple[int, int, int]:
-    """How many asked hosts are trusted, refused, and without a verdict on evidence."""
+    """How many asked hosts are trusted, refused, and without evidence."""
     asked = [host for host in hosts.values() if host.verdict is not None]
     trusted = sum(host.verdict is State.TRUSTED for host in asked)
     refused = sum(host.verdict is State.INVALID_QUOTE for host in asked)

@@ -91,7 +91,7 @@ class Record:
 
     Attributes:
         ek_public, ak_public: TPM2B_PUBLIC; empty where the record has none.
-        ek_cert: DER; None where there is none.
+        ek_cert: DER; None without one.
         contact: IP address and port for the tenant's verifier; None where it has none.
         tls_cert: PEM of the certificate that answers at `contact`; None where it has none.
     """

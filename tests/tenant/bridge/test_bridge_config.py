@@ -42,7 +42,7 @@ def test_a_host_needs_no_policy_here_and_one_for_watch() -> None:
         ({"verifier_cert": "x"}, {}, "verifier_cert and verifier_key belong together"),
         ({"verifier_url": "http://127.0.0.1:1"}, {}, "verifier_url must be an https URL"),
         ({"verifier_url": "http://192.0.2.1"}, {}, "verifier_url must be"),
-        ({"admin": "192.0.2.1:8897"}, {}, "admin must be an address of loopback"),
+        ({"admin": "192.0.2.1:8897"}, {}, "admin must be a loopback address"),
         ({"listen_ip": "name.example"}, {}, "listen_ip must be an IP address"),
         ({"hold_s": 0}, {}, "hold_s must be >= 0.1"),
         ({"after_crash": "ignore"}, {}, "after_crash must be one of"),
@@ -56,7 +56,9 @@ def test_what_is_wrong_is_named(bridge: dict[str, Any], host: dict[str, Any], me
 
 
 def test_without_client_ca_nobody_may_ask() -> None:
-    with pytest.raises(ConfigError, match="whose client certificates may ask"):
+    with pytest.raises(
+        ConfigError, match="set it to the CA of your verifier's client certificates"
+    ):
         parse_watch_config(
             {"bridge": {"registrar": "mine"}, "registrars": {"mine": MINE}, "hosts": {"h": HOST}},
             for_bridge=True,

@@ -71,7 +71,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"hosts": {"h": {**HOST, "ip": "x"}}}, "hosts.h.ip is not a key"),
     ({"hosts": {"h": {"insecure_any_state": True}}}, "hosts.h.provider_ip is missing"),
     ({"hosts": {"h": {"provider_ip": "192.0.2.1"}}}, "hosts.h has no policy"),
-    ({"hosts": {"h": {**HOST, "ima": True}}}, "must not stand beside a policy"),
+    ({"hosts": {"h": {**HOST, "ima": True}}}, "must not be set together with a policy"),
     ({"hosts": {"h": {**HOST, "provider_ip": "a b"}}}, "provider_ip must be"),
     ({"hosts": {"h": {**HOST, "provider_ip": ""}}}, "provider_ip must be"),
     ({"hosts": {"h": {**HOST, "provider_port": 0}}}, "provider_port must be >= 1"),
@@ -82,7 +82,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"hosts": {"h": {**HOST, "tls_key": "x"}}}, "belong together"),
     (
         {"hosts": {"h": {**HOST, "provider_ip": "::1", "insecure_plaintext": True, "tls_ca": "x"}}},
-        "beside TLS files",
+        "must not be set together with TLS files",
     ),
     ({"hosts": {"h": {**HOST, "first_use_pcrs": [0]}}}, "belong together"),
     ({"hosts": {"h": {**HOST, "insecure_trust_on_first_use": True}}}, "belong together"),

@@ -174,7 +174,7 @@ async def test_no_log_is_asked_for_and_none_is_read_where_no_policy_reads_one(
     ("answer", "problem"),
     [
         (b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 9000, "pieces"),
-        (b"HTTP/1.1 102 X\r\n\r\n" * 9000, "interim answers without end"),
+        (b"HTTP/1.1 102 X\r\n\r\n" * 9000, "too many interim answers"),
     ],
 )
 async def test_an_answer_that_costs_more_than_its_bytes_is_given_up(
@@ -266,7 +266,7 @@ async def test_the_host_s_certificates_have_a_deadline(autojump_clock: Jumping, 
     rig.proxy.identity = response(200, b"{", length=1000)
     host = rig.host(timeout_s=2.0, max_retries=0, round_limit_s=20.0)
     assert await host.round() is State.FAILED
-    assert str(host.error) == "no whole identity within 2 s"
+    assert str(host.error) == "no complete identity within 2 s"
 
 
 # --- what is left of a bad host's answer ---------------------------------------------------------------

@@ -377,7 +377,7 @@ async def test_first_use_is_remembered(autojump_clock: Jumping, rig: Rig, tmp_pa
     assert await host.round() is State.TRUSTED
     rig.proxy.tpm.extend(0, b"x")
     assert await host.round() is State.INVALID_QUOTE
-    assert "not at first use" in again.reports[-1]["reason"]
+    assert "not its value at first use" in again.reports[-1]["reason"]
     again.store.close()
 
 

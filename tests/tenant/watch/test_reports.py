@@ -120,7 +120,10 @@ async def test_a_receiver_that_hangs_is_left(autojump_clock: trio.abc.Clock) -> 
 
 @pytest.mark.parametrize(
     ("data", "mode", "why"),
-    [(SECRET, 0o644, "must not be readable by others"), (b"short", 0o600, "less than 16 bytes")],
+    [
+        (SECRET, 0o644, "must not be readable by others"),
+        (b"short", 0o600, "the secret must have at least 16 bytes"),
+    ],
 )
 def test_a_bad_secret_is_refused(tmp_path: Path, data: bytes, mode: int, why: str) -> None:
     path = tmp_path / "secret"

@@ -158,7 +158,7 @@ async def test_the_chip_s_own_chain_comes_from_the_host_and_the_report_names_the
     with caplog.at_level(logging.INFO):
         assert await judged(rig, tmp_path) is State.TRUSTED
     assert [report["ek_anchor"] for report in rig.reports[-1:]] == ["CN=vendor"]
-    assert "its TPM is Infineon's, under CN=vendor" in caplog.text
+    assert "the maker of its TPM is Infineon, proven under CN=vendor" in caplog.text
 
 
 async def test_a_registrar_that_is_away_fails_the_host(
@@ -191,13 +191,13 @@ async def test_hosts_without_a_registrar_have_their_pins(
 @pytest.mark.parametrize(
     ("table", "host", "why"),
     [
-        ({"url": None}, {}, "url must be an https URL"),
+        ({"url": None}, {}, "url is missing"),
         ({"url": "http://registrar.example:8891"}, {}, "url must be an https URL"),
-        ({"ek_ca": None}, {}, "who vouches"),
-        ({"insecure_no_ek": True}, {}, "who vouches"),
+        ({"ek_ca": None}, {}, "needs ek_ca, the CAs that vouch for EKs"),
+        ({"insecure_no_ek": True}, {}, "needs ek_ca, the CAs that vouch for EKs"),
         ({"cert": "x"}, {}, "belong together"),
         ({"x": 1}, {}, "is not a key"),
-        ({}, {"registrar": "yours"}, "is no"),
+        ({}, {"registrar": "yours"}, "must name a"),
         ({}, {"registrar": "mine", "uuid": "a/b"}, "uuid must be"),
         ({}, {"vm": VM}, "vm and vm_ek belong together"),
         ({}, {"vm_ek": "x"}, "vm and vm_ek belong together"),
