@@ -1,7 +1,7 @@
 """Clients for `bench hostile`, a process each: attackers, and the good tenants beside them.
 
-`python -m provider_proxy.bench.attackers MODE …` works off a number of connections or seconds, and prints
-one JSON line: what it did and how long it took. Nothing here goes on for longer than `WORK_LIMIT_S`.
+`python -m provider_proxy.bench.attackers MODE …` opens so many connections or runs so many seconds, and
+prints one JSON line: what it did and how long it took. Nothing here runs longer than `WORK_LIMIT_S`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from provider_proxy.bench.tenant_tls import tenant_context
 
 SOURCES = 200  # addresses of loopback that attackers come from: limits for each address do not help
 LIMIT_S = 20.0
-WORK_LIMIT_S = 300.0  # of one process; on a machine that is too slow less is done, and said
+WORK_LIMIT_S = 300.0  # of one process; on a slow machine less is done, and reported
 POLL_S = 0.25  # of a good tenant
 
 
@@ -74,7 +74,7 @@ def close_many(host: str, port: int, count: int, at_once: int) -> dict[str, obje
 
 
 def request_many(host: str, port: int, count: int, ca: str, pem: str) -> dict[str, object]:
-    """Good requests by mutual TLS, each over a connection of its own that is closed behind it."""
+    """Good requests by mutual TLS, each over a connection of its own that is closed afterwards."""
     context = tenant_context(Path(ca), Path(pem))
     left = [count]
     failed = [0]

@@ -2,8 +2,8 @@
 
 Frozen: it shares no code with the daemon's server, so a faster daemon does not make it faster, too. It
 answers every request with the same bytes, and has what h11's own example of a trio server has: h11 for
-both directions and a deadline a request. No limits, TLS or counters. Change it and figures of before and
-after cannot be compared any more.
+both directions and a deadline a request. No limits, TLS or counters. If it changes, figures from before
+and after cannot be compared.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Four ways, 10 clients at once, a full verification each time: (a) a new client and two calls for each
 attestation; (b) a pooled client and a cache of records and of the API version; (c) `RegistrarBindings`;
 (d) no registrar at all. Every round measures (b), (c) and (d), one after the other. (a) makes 600 calls,
-90 s, for 300 attestations; its rate does not depend on their number, so it is taken of fewer. The
+90 s, for 300 attestations; its rate does not depend on their number, so fewer are measured. The
 registrar is a process of its own and speaks plain HTTP: TLS would make (a) and (b) slower still.
 """
 
@@ -63,7 +63,7 @@ Ask = Callable[[], Awaitable[TrustedHost]]
 
 
 def run(seed: int, say: Say) -> dict[str, object]:
-    """Measure; returns the figures. The seed changes nothing here: there is no chance in it.
+    """Measure; returns the figures. The seed changes nothing: nothing here is random.
 
     Raises:
         HostError: the registrar to ask did not start.
@@ -91,7 +91,7 @@ class _Host:
         self.policy: Policy = parse_tpm_policy(values, bank=HashAlg.SHA256)
 
     def record(self) -> dict[str, object]:
-        """As a registrar has it."""
+        """The host's record, as a registrar has it."""
         return {
             "agent_id": AGENT,
             "ek_tpm": base64.b64encode(self.ek_public).decode("ascii"),
@@ -178,7 +178,7 @@ def _slow_registrar(directory: Path, host: _Host) -> Iterator[str]:
     try:
         line = process.stdout.readline()
         if not line:
-            raise HostError("the registrar to be asked did not start")
+            raise HostError("the benchmark's registrar did not start")
         yield f"http://127.0.0.1:{json.loads(line)['port']}"
     finally:
         process.kill()
@@ -295,7 +295,7 @@ class _Bench:
         return await self._measure(count, ask)
 
     async def _pooled_cached(self, count: int) -> _Took:
-        """The source's design: whoever misses asks, and there is no one to wait for."""
+        """The source's design: each client that misses the cache asks; none waits for another."""
         cached: dict[str, object] | None = None
 
         async with httpx.AsyncClient(trust_env=False) as http:

@@ -2,9 +2,9 @@
 
 The bridge is the real command, bound to one core; around it on another: a real daemon over a swtpm, and
 `keylime_load`, which polls as Keylime's verifier does, with a connection and mutual TLS for each poll.
-`polls_per_s` is polls for each second of the bridge's CPU, so that what the load costs is not in it.
-`alone_polls_per_s` is by the clock, beside a load that the other core bears: proxies of software, and
-clients of P-256. It is below what the bridge carries wherever `bridge_busy` is below 1.
+`polls_per_s` is polls per second of the bridge's CPU, so that it does not include the cost of the load.
+`alone_polls_per_s` is by the clock, with the load on the other core: software proxies, and P-256 clients.
+It is below what the bridge can do where `bridge_busy` is below 1.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def run(seed: int, say: Say) -> dict[str, object]:
     Raises:
         HostError: fewer than two cores, no swtpm, or the bridge did not start.
     """
-    del seed  # nothing here is drawn by chance but nonces
+    del seed  # only nonces are random here
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise HostError("bench bridge needs two cores: one is the bridge's")
@@ -94,7 +94,7 @@ async def _measure(directory: Path, core: int, say: Say) -> dict[str, object]:
                 rate, wall = await _burst(verifier, bridge)
                 rates.append(rate)
                 walls.append(wall)
-            # What this machine lets both sides do now, which may be less than the bridge's core carries.
+            # What both sides reach on this machine now, which may be less than the bridge's core can do.
             hosts = min(HOSTS, int(PACE_SHARE * statistics.median(walls) * QUOTE_INTERVAL_S))
             say(f"{hosts} hosts every {QUOTE_INTERVAL_S:g} s")
             late, polls = await _pace(context, bridge.ports[:hosts])
@@ -125,7 +125,7 @@ async def _measure(directory: Path, core: int, say: Say) -> dict[str, object]:
 
 
 async def _alone(site: _Site, context: ssl.SSLContext, core: int, say: Say) -> Mapping[str, object]:
-    """By the clock, with as little beside the bridge as can be."""
+    """By the clock, with as little load beside the bridge as possible."""
     host = SoftHost()
     PinStore(site.directory / "pins").pin("light", host.tpm.ak_public)
     say(f"{HOSTS} hosts of software")
@@ -156,7 +156,7 @@ def _p99(values: Sequence[float]) -> float:
 
 
 async def _burst(verifier: Verifier, bridge: _Bridge) -> tuple[float, float]:
-    """As many polls as its places let it: polls a second of the bridge's CPU, and of time."""
+    """As many polls as its connections allow, per second of the bridge's CPU and per second of time."""
     polls, cpu_s, began = len(verifier.took_s), bridge.cpu_s(), time.monotonic()
     end = began + BURST_S
 
@@ -220,7 +220,7 @@ class _Bridge:
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024 / 1e6
-        raise HostError("the kernel does not tell VmHWM")
+        raise HostError("the kernel does not report VmHWM")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,7 +309,7 @@ class _Site:
 
 
 def _free_range(count: int) -> int:
-    """The first of so many ports below the ephemeral ones that nobody listens at."""
+    """The first of so many free ports below the ephemeral ones."""
     for first in range(20_000, 32_000 - count, count):
         try:
             for port in range(first, first + count):
@@ -336,5 +336,5 @@ async def _until_ready(process: subprocess.Popen[bytes], admin: int) -> None:
             await asyncio.to_thread(_get, f"http://127.0.0.1:{admin}/readyz")
             return
         if process.poll() is not None or time.monotonic() > end:
-            raise HostError("the bridge did not start; see its log above")
+            raise HostError("the bridge did not start: see its log above")
         await asyncio.sleep(0.2)

@@ -50,7 +50,7 @@ def connect(
     for process in processes:
         output, _ = process.communicate()
         if process.returncode:
-            raise HostError("a client that connects ended; see above")
+            raise HostError("a client process ended: see its error above")
         values = json.loads(output)
         if values["good"] != count:
             raise HostError(f"{count - values['good']} of {count} requests were not answered")
@@ -59,7 +59,7 @@ def connect(
 
 
 def measure(directory: Path, config: str, say: Say) -> dict[str, object]:
-    """CPU a connection of the daemon and of the bare loop in turns, and what 10,000 leave behind."""
+    """CPU per connection of the daemon and of the bare loop, alternately; and the memory after 10,000."""
     used: dict[str, list[float]] = {"daemon": [], "bare": []}
     with (
         Target(directory, "fresh", config) as daemon,

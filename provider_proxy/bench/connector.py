@@ -1,5 +1,5 @@
-"""Opens mutual-TLS connections one after the other, a small request each, as a verifier does that keeps
-none.
+"""Opens mutual-TLS connections one after the other, a small request each, as a verifier does that
+keeps none open.
 
 `python -m provider_proxy.bench.connector HOST PORT CA CERT COUNT [--no-nodelay]` prints how many seconds
 it took, and how many were answered.

@@ -1,9 +1,9 @@
-"""`bench contention`: 22 clients who want one TPM in the same moment.
+"""`bench contention`: 22 clients that use one TPM at the same moment.
 
 Three ways: each quote on its own through the daemon (`max_leaves = 1`); tpm2-tools in 22 processes on the
 same bare TPM; and the daemon as it is. On chips of 100 and of 810 ms a quote, with P-256 and RSA-2048.
-A process of tpm2-tools that finds no session free tries again, as the people on the list had to; the
-TPM is bare here (no resource manager of the kernel's), so they find none often.
+A process of tpm2-tools that finds no free session tries again. The TPM is bare here (without the kernel's
+resource manager), so that happens often.
 """
 
 from __future__ import annotations

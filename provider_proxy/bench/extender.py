@@ -1,8 +1,8 @@
 """Extends PCR 10 of a TPM as the kernel's IMA does, and says when.
 
 `python -m provider_proxy.bench.extender TCTI EXTENDS_PER_S OPEN_S SHELL_S SEED` prints one JSON line.
-First extends are asked for at random moments, drawn beforehand; like IMA it sends one at a time, and what
-waits for its turn waits on: "due" and "done" are the moments, as monotonic seconds. Then it is one shell:
+First extends are due at random moments, drawn beforehand; like IMA it sends one at a time, and the others
+wait: "due" and "done" are the moments, as monotonic seconds. Then it is one shell:
 each extend as soon as the last is done. "shell" is when each of those was done.
 """
 

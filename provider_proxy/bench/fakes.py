@@ -3,8 +3,8 @@
 `python -m provider_proxy.bench.fakes` serves two groups of hosts on two ports of loopback, each with a
 `SoftTpm`, which signs a quote for all requests of a window as the daemon does. It prints a JSON line when
 it is up, and answers each line on stdin with one: `flip` changes a PCR of the second group, `take` gives
-what was seen since the last `take`. It says when each connection's questions came, so that the watcher's
-punctuality is measured from outside.
+what was seen since the last `take`. It reports when each connection's requests came, so that the
+watcher's punctuality is measured from outside.
 """
 
 from __future__ import annotations

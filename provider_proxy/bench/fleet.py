@@ -1,8 +1,9 @@
 """`bench fleet`: hosts that two watchers share on a real PostgreSQL, while both and the database fail.
 
 The members are the real command, the hosts `bench.fakes` with real evidence, the database is Debian's,
-made for this run. First punctuality at rest; then members are killed, stopped until another has taken
-over and let go on, and cut off from the database, in random order; then the database stalls, and is away.
+made for this run. First punctuality without faults; then members are killed, stopped until another has
+taken over and then continued, and cut off from the database, in random order; then the database stalls,
+and stops.
 
 What must never happen is counted by the database itself (a trigger looks at each write's lease) and by a
 look at every host's clock and verdict once a second.
@@ -92,7 +93,7 @@ def _measure(fleet: BenchFleet, rng: random.Random, say: Say) -> dict[str, objec
     say("the database stalls")
     stalled = _stall(fleet)
     fleet.until(lambda: fleet.trusted() == fleet.hosts - FLIPPED_HOSTS, "what has changed")
-    say("the database is away")
+    say("the database is stopped")
     saved_s, away, lost = _away(fleet)
     fleet.until(lambda: views.fleet_view(fleet.connection).waiting_reports == 0, "an empty outbox")
     lines = [line for m in (*fleet.ended, *fleet.members.values()) for line in list(m.lines)]

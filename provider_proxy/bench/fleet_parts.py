@@ -1,4 +1,4 @@
-"""What `bench fleet` disturbs: a real PostgreSQL, members as processes, and who watches them."""
+"""What `bench fleet` disturbs: a real PostgreSQL, members as processes, and an observer of both."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class _Seen:
 
 
 class BenchFleet:
-    """Database, members, and who watches them."""
+    """Database, members, and the observer."""
 
     def __init__(self, folder: Path, server: Postgres, fakes: Fakes, hosts: int) -> None:
         self._folder, self.server, self.fakes, self.hosts = folder, server, fakes, hosts
@@ -180,7 +180,7 @@ class BenchFleet:
         while not condition():
             now = time.monotonic()
             if now - begin > LIMIT_S:
-                raise HostError(f"not within {LIMIT_S:g} s: {what}")
+                raise HostError(f"not reached within {LIMIT_S:g} s: {what}")
             if now - looked > 1:
                 self.look()
                 looked = now

@@ -1,4 +1,4 @@
-"""`bench hostile`: what attackers at the servers, and hostile hosts under a watcher, cost everybody else.
+"""`bench hostile`: what attackers of the servers, and hostile hosts of a watcher, cost all others.
 
 The daemon is the real one with mutual TLS, the watcher the real command; attackers, good tenants and
 hosts are processes of their own, bounded in number and time. Latencies are compared within one run,
@@ -57,7 +57,7 @@ def run(seed: int, say: Say) -> dict[str, object]:
     Raises:
         HostError: one of them did not start, or ended.
     """
-    del seed  # nothing here is drawn by chance but nonces
+    del seed  # only nonces are random here
     with tempfile.TemporaryDirectory(prefix="provider-proxy-bench-") as name:
         figures = _daemon(Path(name), say)
     with tempfile.TemporaryDirectory(prefix="provider-proxy-bench-") as name:
@@ -126,7 +126,7 @@ def _settled(target: Target) -> float:
 
 def _p99(values: list[float]) -> float:
     if not values:
-        raise HostError("nobody good was served")
+        raise HostError("no good tenant was served")
     return sorted(values)[int(len(values) * 0.99)]
 
 
@@ -151,7 +151,7 @@ class _Client:
         except subprocess.TimeoutExpired as exc:
             self._process.kill()
             self._process.communicate()
-            raise HostError("a client of the benchmark does not end") from exc
+            raise HostError("a client of the benchmark did not end") from exc
         if self._process.returncode:
             raise HostError("a client of the benchmark ended; see its error above")
         return json.loads(out)
@@ -213,7 +213,7 @@ def _measure(
     say(f"{GOOD_HOSTS} good hosts beside {SILENT_HOSTS} silent and {HOSTILE_HOSTS} hostile ones")
     time.sleep(WATCH_WARM_S)
     if "trickling" not in watcher.seen("TRUSTED"):
-        raise HostError("the host that will trickle is not trusted before")
+        raise HostError("the host that will trickle was not trusted before that")
     fakes.ask("take")
     assert process.stdin is not None
     assert process.stdout is not None

@@ -1,5 +1,5 @@
-"""Hostile hosts for `bench hostile`: proxies that are silent, flood, stall, send costly JSON, crumbs
-of a byte, interim answers without end, or trickle.
+"""Hostile hosts for `bench hostile`: proxies that stay silent, flood, stall, or send costly JSON, pieces
+of one byte, endless interim answers, or one line at a time.
 
 `python -m provider_proxy.bench.hostile_hosts` serves a kind of host a port of loopback, and prints a JSON
 line with the ports when it is up. The trickling host is good until it reads `turn` on stdin: from then on

@@ -1,4 +1,4 @@
-"""`bench ima`: what a host's IMA waits for the chip beside the daemon's quotes, predicted and measured.
+"""`bench ima`: how long a host's IMA waits for the chip because of quotes, predicted and measured.
 
 A daemon quotes for tenants that poll, on a slowed-down swtpm. A process of its own extends PCR 10 of
 the same TPM, as the kernel does when programs start: first at moments that are drawn beforehand,
@@ -7,7 +7,7 @@ the chip took for a quote and for an extend, the tenants, the duty and how many 
 none of the moments and none of the waits.
 
 The waits are the chip's: from the moment when an extend was due, or reached the chip, until the chip had
-done it. What a busy machine adds to that, by waking processes late, is told apart as `machine_ms`.
+done it. What a busy machine adds to that, by waking processes late, is reported apart, as `machine_ms`.
 """
 
 from __future__ import annotations
@@ -104,12 +104,12 @@ def read_round(extends: Extends, commands: Sequence[Command]) -> Round:
         commands: of the time between the first tenant's question and the last one's, in the chip's order.
 
     Raises:
-        HostError: somebody else has extended, or commands are missing.
+        HostError: another program has extended, or commands are missing.
     """
     done = [each for each in commands if each.code == CC_PCR_EXTEND]
     count = len(extends.due)
     if len(done) != count + len(extends.shell) or not count:
-        raise HostError("the chip's extends are not the ones that were asked for")
+        raise HostError("the chip executed other extends than the benchmark sent")
     waits, machine, free = [], [], 0.0
     for due, seen, each in zip(extends.due, extends.done, done, strict=False):
         free = max(free, due) + each.end_s - each.asked_s
@@ -261,7 +261,7 @@ async def _extend(tcti: str, seconds: float, seed: int) -> Extends:
     )
     output, _ = await process.communicate()
     if process.returncode:
-        raise HostError("the process that extends PCRs ended; see above")
+        raise HostError("the process that extends PCRs ended: see its error above")
     return Extends(**json.loads(output))
 
 

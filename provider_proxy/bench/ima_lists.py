@@ -1,4 +1,4 @@
-"""IMA lists for benchmarks: as long as one likes, each line another file, hashed as the kernel does."""
+"""IMA lists of any length for benchmarks: each line another file, hashed as the kernel does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast IMA lines are judged, against Keylime's own judge in its own interpreter, turn by turn."""
+"""How fast IMA lines are judged, compared with Keylime's own code in its own interpreter, alternately."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _turns(
 
     with _keylime(directory, lists, policies) as ask:
         for turn in range(TURNS):
-            say(f"judging: turn {turn + 1} of {TURNS}")
+            say(f"judging: round {turn + 1} of {TURNS}")
             plain, signed = lists
             judge = LineJudge(HashAlg.SHA256, read[0])
             note("unseen", LINES, _replay(plain, judge))
@@ -103,7 +103,7 @@ def _figures(times: dict[str, list[float]]) -> dict[str, object]:
         figures[f"judge_{name}_spread"] = round((max(values) - min(values)) / rates[name], 2)
 
     def ratio(over: str, under: str) -> float | None:
-        """The median of the turns' own ratios: a machine that others use is slow in turns."""
+        """The median of each round's own ratio: a shared machine is slow now and then."""
         if under not in times:
             return None
         pairs = zip(times[over], times[under], strict=True)

@@ -1,6 +1,6 @@
 """A load generator: many tenants on kept-alive connections, as cheap as Python allows.
 
-asyncio's protocols cost a third of what streams do; the generator must not be what is measured.
+asyncio's protocols cost a third of what streams do; the generator itself must not be the bottleneck.
 Answers are kept and verified after the timing. Seeded: the same seed asks the same nonces and masks.
 """
 
@@ -271,7 +271,7 @@ async def polling(
 
 
 async def with_retry_after(host: str, port: int, seed: int, limit_s: float) -> bool:
-    """Ask until served, each time after as long as the proxy said; False where the limit ends it."""
+    """Ask until served, each time after the wait that the proxy names; False when the limit ends it."""
     load = Load()
     answered = asyncio.Event()
     (tenant,) = await _connect(host, port, 1, seed, load, lambda tenant: answered.set())

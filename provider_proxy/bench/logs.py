@@ -1,7 +1,7 @@
-"""`bench logs`: long IMA lists. What they cost those who do not ask for them, and those who do.
+"""`bench logs`: what long IMA lists cost tenants that ask for them, and tenants that do not.
 
 Two daemons over lists of 300,000 and of 1,000 lines are measured in turns: PCR 0 requests at a steady
-pace, beside tenants who fetch the list from its first entry, as they do after a restart. The daemon
+pace, beside tenants that fetch the list from its first entry, as they do after a restart. The daemon
 itself notes by how much its event loop wakes too late. A new line's cost is measured on plain files,
 without a daemon.
 """
@@ -60,7 +60,7 @@ def _daemons(directory: Path, say: Say) -> dict[str, object]:
         write_list(directory / str(lines), 0, lines)
     for turn in range(TURNS):
         for lines in waits:
-            say(f"{lines} lines, turn {turn + 1} of {TURNS}")
+            say(f"{lines} lines, round {turn + 1} of {TURNS}")
             name = f"{lines}-{turn}"
             lag_file = directory / f"{name}.lag"
             config = _config(directory / name, directory / str(lines))

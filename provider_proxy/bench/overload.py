@@ -1,7 +1,7 @@
 """`bench overload`: ten times more than the chip can do, one tenant's flood, and what mutual TLS costs.
 
 A slow chip and small batches set the capacity, so that the generator keeps up. Each ratio is of two
-sides measured in turns within one run; the daemons speak mutual TLS, but where plaintext is the question.
+sides measured in turns within one run; the daemons use mutual TLS, except for plaintext.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def with_tls(text: str, directory: Path) -> str:
 
 
 def _overload(directory: Path, seed: int, say: Say) -> dict[str, object]:
-    """Memory and goodput at capacity and at ten times of it, refusals, and who comes back later."""
+    """Memory and goodput at capacity and at ten times it, refusals, and clients that come back later."""
     settings = {"max_duty": 1.0, "max_leaves": MAX_LEAVES, "max_queue": MAX_QUEUE}
     slow = ("--quote-delay-ms", str(DELAY_MS))
     capacity, goodput, refusals = [], [], []
@@ -152,7 +152,7 @@ def _rate(got: load.Load) -> float:
 
 
 async def _polite(target: Target, flood: int, seed: int) -> int:
-    """How many of some clients are served who wait as long as they are told, amid a flood."""
+    """How many clients that honour Retry-After are served during a flood."""
     noise = asyncio.create_task(
         load.polling(
             target.host,
@@ -176,7 +176,7 @@ async def _polite(target: Target, flood: int, seed: int) -> int:
 
 
 def _fairness(directory: Path, contexts: Contexts, seed: int, say: Say) -> dict[str, object]:
-    """Latency of good tenants with and without one who asks a hundred times its rate."""
+    """Latency of good tenants with and without a tenant that asks a hundred times its rate."""
     config = tls_config(directory, "fair", max_duty=1.0, max_leaves=MAX_LEAVES)
     config = config.replace(
         "rate = 1000\nburst = 1000", f"rate = {FLOOD_RATE}\nburst = {FLOOD_RATE}"

@@ -1,4 +1,4 @@
-"""The bridge's own part of a poll: verify, judge, sign and encode, with the host's answer at hand."""
+"""The bridge's own part of a poll: verify, judge, sign and encode an answer that is in memory."""
 
 from __future__ import annotations
 

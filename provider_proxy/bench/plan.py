@@ -3,7 +3,7 @@
 A calibration comes first: the daemon's CPU a request and a batch on this machine. Then each point is
 measured, and predicted from the calibration and from the time that its chip took for a quote, as
 `plan --measure` has it: a sleep stands for the chip, and a busy machine wakes it late. No other figure
-of a point goes into its prediction. `machine_ms` is by how much a timer beside the load came late.
+of a point goes into its prediction. `machine_ms` is how late a timer beside the load came.
 Tenants draw the moment of each poll again each time, as in the model.
 """
 
@@ -28,7 +28,7 @@ from provider_proxy.testing.disturb import CHIPS
 ALLOWED = 0.15  # how far a figure may be from its prediction
 REQUESTS = 300  # of a round, so that its p99 is not its slowest
 SHORTEST_S, LONGEST_S = 8.0, 45.0
-ROUNDS = 3  # where one is short; the median's machine was not busy with something else
+ROUNDS = 3  # where one is short; the median leaves out rounds in which the machine was busy
 CALIBRATION_S = 10.0
 PLAINTEXT_KB = 25.0  # of a connection; the bench speaks no TLS
 MEMORY_TENANTS = 500
@@ -41,7 +41,7 @@ FIGURES = (
     *("quote_ms", "machine_ms"),
 )
 SHOWN = {"p50_ms": ".0f", "p99_ms": ".0f", "duty": ".2f", "cpu": ".1%"}
-"""The figures that people look at first, and how they read them."""
+"""The figures that are shown first, and their format."""
 
 Say = Callable[[str], None]
 
@@ -192,7 +192,7 @@ def calibrate(directory: Path, seed: int, say: Say, contexts: Contexts | None = 
 
 
 def tls_costs(directory: Path, seed: int, say: Say) -> Costs:
-    """What a plan assumes where nobody has measured: tenants speak mutual TLS."""
+    """What a plan assumes without measurements: tenants use mutual TLS."""
     directory /= "tls"
     directory.mkdir()
     contexts = make_certificates(directory, 1)
@@ -313,7 +313,7 @@ def _host_of(target: Target, contexts: Contexts | None) -> TrustedHost:
 
 
 async def _note_lateness(late_ms: list[float]) -> None:
-    """Write by how much a timer comes late, until cancelled."""
+    """Write how late a timer comes, until cancelled."""
     while True:
         due = time.monotonic() + LATE_EVERY_S
         await asyncio.sleep(LATE_EVERY_S)

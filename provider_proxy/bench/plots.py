@@ -1,7 +1,7 @@
 """Draws the sweeps: PNG to look at, SVG for documents. The only user of matplotlib (extra `plot`).
 
-Colours are Okabe and Ito's, which people with any kind of colour vision tell apart, and no line is told
-by its colour alone. Lines are predictions, marks are measurements.
+Colours are Okabe and Ito's, which people with any kind of colour vision can tell apart, and no line
+differs by its colour alone. Lines are predictions, marks are measurements.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Starts what is measured as a process of its own and reads what the kernel says of it."""
+"""Starts what is measured as a process of its own, and reads the kernel's figures of it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Vitals:
         for line in (self._proc / "status").read_text().splitlines():
             if line.startswith(f"{name}:"):
                 return round(int(line.split()[1]) * 1024 / 1e6, 1)
-        raise HostError(f"the kernel does not tell {name}")
+        raise HostError(f"the kernel does not report {name}")
 
 
 class Target(Vitals):
@@ -78,7 +78,7 @@ class Target(Vitals):
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            raise HostError("the daemon to be measured did not start; see its log above")
+            raise HostError("the daemon to be measured did not start: see its log above")
         host, _, port = json.loads(line)["address"].rpartition(":")
         self.host: str = host
         self.port = int(port)

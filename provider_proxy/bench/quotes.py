@@ -1,4 +1,4 @@
-"""`bench quotes`: what batching gives, and what it costs.
+"""`bench quotes`: what batching gains, and what it costs.
 
 One run of under a minute. The daemon stands on an embedded swtpm whose TPM2_Quote takes 100 ms
 longer; the one-by-one side is the same daemon with `max_leaves = 1`. Every answer is verified after

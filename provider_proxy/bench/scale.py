@@ -177,7 +177,7 @@ backend daemon
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
             if process.poll() is not None or time.monotonic() > end:
-                raise HostError("HAProxy did not start; see above")
+                raise HostError("HAProxy did not start: see its log above")
             time.sleep(0.05)
         yield port
     finally:

@@ -1,6 +1,6 @@
-"""A slowed-down swtpm for several programs, in a process of its own, which tells when it was held.
+"""A slowed-down swtpm for several programs, in a process of its own, which reports when it was in use.
 
-The load generator's process is busy now and then, and a broker inside of it would hand commands on late.
+The load generator's process is busy at times, and a broker inside it would pass commands on late.
 `python -m provider_proxy.bench.slow_chip TCTI CHIP` prints one JSON line with what its clients open,
 then, for each line that it reads, one with all commands since; it ends with its input.
 """
@@ -46,7 +46,7 @@ class SlowChip:
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            raise HostError("the process of the slowed-down chip ended; see above")
+            raise HostError("the process of the slowed-down chip ended: see its error above")
         return line
 
     def take(self) -> list[Command]:

@@ -1,7 +1,7 @@
-"""A process of `bench bindings`: a registrar with one worker that takes its time over every call.
+"""A process of `bench bindings`: a registrar with one worker that needs a fixed time for each call.
 
-It answers `/version`, and one record to whoever asks for an agent, one call after the other however
-many connections there are. Prints its port as a JSON line; ends with its standard input.
+It answers `/version`, and one record to a request for any agent, one call after the other on all
+connections. Prints its port as a JSON line; ends with its standard input.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ async def _run(record: object, call_s: float) -> None:
     server = await asyncio.start_server(_Worker(record, call_s).serve, "127.0.0.1", 0)
     async with server:
         print(json.dumps({"port": server.sockets[0].getsockname()[1]}), flush=True)
-        await asyncio.to_thread(sys.stdin.buffer.read)  # until whoever started us ends
+        await asyncio.to_thread(sys.stdin.buffer.read)  # until the parent process ends
 
 
 if __name__ == "__main__":

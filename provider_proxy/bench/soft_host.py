@@ -1,7 +1,7 @@
 """A host's proxy that costs next to nothing: one signature of P-256 and seven hashes an answer.
 
-Its proofs are those of a batch of 64, so that verifying them costs what it does in operation; the other
-leaves of its trees are always the same ones.
+Its proofs are those of a batch of 64, so that verifying them costs as much as in operation; the other
+leaves of its trees are always the same.
 """
 
 from __future__ import annotations

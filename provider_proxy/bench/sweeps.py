@@ -1,8 +1,8 @@
 """The figures behind the plots: latency against tenants, and what the window changes, predicted and
 measured.
 
-Three rules: one quote a request, a tick that runs freely (predicted only, no daemon does it), and ours;
-all on one chip under one duty. Several daemons are measured at once: their chips sleep, and so do they.
+Three rules: one quote per request, a fixed tick (only predicted, since no daemon has it), and ours;
+all on one chip with one duty. Several daemons are measured at once: their chips sleep, and so do they.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MEASURED_ONE_BY_ONE = (1, 2, 4, 10)
 WINDOWS_MS = (0, 5, 10, 20, 50, 75, 100, 150, 200, 300, 500, 700, 1000)
 MEASURED_WINDOWS_MS = (0, 50, 200, 500, 1000)
 FEW, MANY = 5, 100
-EAGER_S = 0.1  # a pause shorter than a turn; with none, all tenants fall into one step
+EAGER_S = 0.1  # a pause shorter than a batch; without one, all tenants ask in step
 EAGER = 100
 
 

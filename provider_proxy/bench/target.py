@@ -65,7 +65,7 @@ async def _serve_daemon(config: Config, plans: list[Plan], lag_file: Path | None
 
 
 async def _note_lag(path: Path) -> None:
-    """Write by how much the event loop wakes too late, in ms, every few ms until the end."""
+    """Write how late the event loop wakes, in ms, every few ms until the end."""
     lags = []
     try:
         while True:

@@ -1,4 +1,4 @@
-"""`bench watch`: how many hosts one watcher on one core holds, how punctually, and how soon it tells.
+"""`bench watch`: how many hosts a watcher on one core can watch, how punctually, and how soon it reports.
 
 The watcher is the real command, bound to one core; the hosts are `bench.fakes` on another, over loopback
 without TLS. Punctuality is measured by the fakes: the time between two questions of one connection
@@ -34,7 +34,7 @@ DETECTION_S = INTERVAL_S + 5.0
 FULL_SHARE = 0.6  # of the core, for the second stage: what is left is for bursts
 MAX_ERROR_MS = 500.0
 FILES_RESERVE = 200  # open files beside the connections
-MIN_GROWTH = 1.2  # a second stage that is hardly larger says nothing
+MIN_GROWTH = 1.2  # a second stage that is hardly larger shows nothing
 
 Say = Callable[[str], None]
 
@@ -45,7 +45,7 @@ def run(seed: int, say: Say) -> dict[str, object]:
     Raises:
         HostError: fewer than two cores, or the watcher did not hold the hosts.
     """
-    del seed  # nothing here is drawn by chance but nonces
+    del seed  # only nonces are random here
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise HostError("bench watch needs two cores: one is the watcher's")
@@ -173,7 +173,7 @@ class Fakes:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise HostError("the fake proxies ended; see their error above")
+            raise HostError("the fake proxies ended: see their error above")
         return json.loads(line)
 
     def ask(self, word: str) -> Any:

@@ -84,7 +84,7 @@ def test_the_threat_model_has_each_check() -> None:
         for kind in subclasses(errors.VerificationError)
         if kind is errors.LinkError or not issubclass(kind, errors.LinkError)
     }
-    # What a registrar's record lacks is no lie of anybody's.
+    # A field that a registrar's record lacks is not a lie.
     kinds -= {errors.NotRegisteredError, errors.BindingError}
     assert numbers == {kind.__name__: vars(errors)[kind.__name__].check for kind in kinds}
     assert list(numbers.values()) == sorted(numbers.values())

@@ -58,7 +58,7 @@ def test_locks_agree_with_each_other() -> None:
 
 
 def test_every_dependency_is_locked() -> None:
-    """So that whoever adds one runs `make lock`."""
+    """So that a person who adds one runs `make lock`."""
     extras: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
     wanted = {"tenant": PROJECT["project"]["dependencies"], "host": extras["host"]}
     wanted["dev"] = [each for extra in extras.values() for each in extra]

@@ -206,7 +206,7 @@ def make_answer(
 
 
 def logs_in(part: tuple[bytes, ...] | None) -> HostLogs | None:
-    """The logs of an answer's part, as a tenant reads them; None where there is none."""
+    """The logs of an answer's part, as a tenant reads them; None for an answer without logs."""
     if part is None:
         return None
     values = json.loads(b"{" + b"".join(part)[1:] + b"}")
@@ -271,7 +271,7 @@ class Reply:
     head: bytes
 
     def header(self, name: str) -> str | None:
-        """The one value of a header; None where there is none."""
+        """The one value of a header; None without it."""
         values = [value for key, value in self.headers if key.lower() == name.lower()]
         assert len(values) <= 1, f"{name} is there {len(values)} times"
         return values[0] if values else None

@@ -10,7 +10,7 @@ where nothing survives that does not stand there, and nothing stands there that 
 
 No file is changed, and nothing is started for a mutant but a child of this process: one that has the
 tests collected, and whose functions are broken; then, for what is not in a function and for what has
-survived, one that imports the package anew, with the broken source. Outside CI.
+survived, one that imports the package again, with the broken source. Outside CI.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Certificates as chips in the field carry them: signed by their CA in an encoding that is no strict DER.
+"""Certificates as chips in the field carry them: signed by their CA in an encoding that is not strict DER.
 
 A certificate is taken apart, edited, put together and signed again, so that the oddity is inside what
 the CA signed. `ODD` names each kind; OpenSSL reads all of them.
@@ -97,7 +97,7 @@ class Certificate:
         return next(node for node in self.extensions if node.parts[0].value == oid)
 
     def signed(self, key: Key) -> bytes:
-        """Signed anew, by the same algorithm."""
+        """Signed again, by the same algorithm."""
         tbs = self.tbs.encode()
         if isinstance(key, ec.EllipticCurvePrivateKey):
             signature = key.sign(tbs, ec.ECDSA(hashes.SHA256()))

@@ -19,7 +19,7 @@ SYSTEMD = ROOT / "systemd"
 def find_corpus() -> Path | None:
     """Material that others made: `$PROVIDER_PROXY_CORPUS`, or `shared/corpus` beside the checkout.
 
-    None where it is not there; it is no part of the checkout.
+    None where it is missing; it does not belong to the checkout.
     """
     named = os.environ.get("PROVIDER_PROXY_CORPUS")
     candidates = [Path(named)] if named else [up / "shared/corpus" for up in ROOT.parents]

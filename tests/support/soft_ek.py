@@ -174,7 +174,7 @@ def make_credential(ek: rsa.RSAPublicKey, ak_name: bytes, secret: bytes) -> byte
 
 
 def activate(ek: rsa.RSAPrivateKey, ak_name: bytes, blob: bytes) -> bytes:
-    """TPM2_ActivateCredential without a TPM: whoever has the EK in software can say any AK's name."""
+    """TPM2_ActivateCredential without a TPM: with the EK in software one can name any AK."""
     assert blob.startswith(MAGIC)
     size = struct.unpack_from(">H", blob, 8)[0]
     credential, encrypted_seed = blob[10 : 10 + size], blob[12 + size :]

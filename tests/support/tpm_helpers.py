@@ -68,7 +68,7 @@ AK_HANDLE = 0x81000100
 EK_HANDLE = 0x81010001
 NOWHERE = Path("/nonexistent")
 MOST_TAKEN = 100  # a TPM has 64 sessions and 3 slots
-ASK_S = 0.05  # between two questions of somebody who waits: below a tenant's rate
+ASK_S = 0.05  # between two questions while waiting: below a tenant's rate
 SERVICE_BACK_S = 5.0  # after the faults end; a requirement
 
 # TPM_CC: TPM 2.0 Part 2, section 6.5.2
@@ -287,7 +287,7 @@ def tool(tcti: str, *words: str | Path, cwd: Path | None = None) -> str:
 
 
 def tool_bytes(tcti: str, *words: str | Path, cwd: Path | None = None) -> bytes:
-    """As `tool`, for what is no text."""
+    """As `tool`, for output that is not text."""
     done = subprocess.run(
         list(map(str, words)),
         env={**os.environ, "TPM2TOOLS_TCTI": tcti},
@@ -304,7 +304,7 @@ def tool_bytes(tcti: str, *words: str | Path, cwd: Path | None = None) -> bytes:
 
 
 def handles(context: ESAPI, first: int) -> list[int]:
-    """Handles of one kind that the TPM holds, whoever's they are."""
+    """Handles of one kind that the TPM holds, of any owner."""
     _, data = context.get_capability(TPM2_CAP.HANDLES, first, 128)
     return [int(handle) for handle in data.data.handles]
 

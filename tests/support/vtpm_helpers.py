@@ -195,7 +195,7 @@ def status_xml(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Libvirt:
-    """The folders that libvirt has, and what it does with them; run by whoever runs the tests."""
+    """The folders that libvirt has, and what it does with them; run by the user who runs the tests."""
 
     root: Path
 
@@ -331,7 +331,7 @@ def running_helper(
     more: Sequence[str] = (),
     log: Path | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """provider-proxy-vtpm as a process; it answers whoever runs the tests."""
+    """provider-proxy-vtpm as a process; it answers the user who runs the tests."""
     work.mkdir(exist_ok=True)
     words = [*launcher, sys.executable, "-m", "provider_proxy", "vtpm-helper"]
     words += ["--socket", str(socket_path), "--status-root", str(status_root)]

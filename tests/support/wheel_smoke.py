@@ -40,7 +40,7 @@ EVIDENCE = (
 
 
 def verdict_of(test: dict[str, Any], ak: str) -> str:
-    """The name of the error that a vector of evidence ends with; "valid" where there is none."""
+    """The name of the error that a vector of evidence ends with; "valid" without an error."""
     wanted, state = test["request"], test.get("baseline")
     request = QuoteRequest(
         nonce=parse_nonce(wanted["nonce"]),
