@@ -1,4 +1,4 @@
-"""Certificates as chips in the field carry them: signed by their CA in an encoding that is not strict DER.
+"""Certificates as chips in the field carry them: signed by their CA in an encoding that is not DER.
 
 A certificate is taken apart, edited, put together and signed again, so that the oddity is inside what
 the CA signed. `ODD` names each kind; OpenSSL reads all of them.
