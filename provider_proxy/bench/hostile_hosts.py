@@ -138,6 +138,21 @@ class Trickler:
         return b"".join(encoder.encode(proof, logs=logs))
 
 
+async def _until_gone(reader: asyncio.StreamReader, answer: Awaitable[None]) -> None:
+    """Answer; end where the client hangs up, so that a silent host does not collect connections."""
+    answering = asyncio.ensure_future(answer)
+    hung_up = asyncio.ensure_future(reader.read(1))
+    try:
+        await asyncio.wait({answering, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise ConnectionResetError("the client hung up")
+        answering.result()
+    finally:
+        for task in (answering, hung_up):
+            task.cancel()
+        await asyncio.gather(answering, hung_up, return_exceptions=True)
+
+
 async def _converse(
     answer: Answer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
@@ -146,7 +161,7 @@ async def _converse(
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 query = head.split(b" ", 2)[1].partition(b"?")[2].decode("ascii")
-                await answer(writer, parse_quote_query(query))
+                await _until_gone(reader, answer(writer, parse_quote_query(query)))
     finally:
         writer.close()
 

@@ -150,11 +150,15 @@ class Daemon(Vitals):
 
     def tenant(self, number: int = 0) -> ssl.SSLSocket:
         sock = self.connect()
+        tls = self.tenants[number].wrap_socket(
+            sock, server_hostname="localhost", do_handshake_on_connect=False
+        )
         try:
-            return self.tenants[number].wrap_socket(sock, server_hostname="localhost")
+            tls.do_handshake()
         except BaseException:
-            sock.close()
+            tls.close()
             raise
+        return tls
 
 
 class GoodTenant:
