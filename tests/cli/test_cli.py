@@ -460,7 +460,7 @@ async def test_identity_fetch_verify(site: Site) -> None:
         "software": True,
         "ek_cert": False,
         "ek_chain": 0,
-        "ek_sha256": None,  # the fake EK is no key
+        "ek_sha256": None,  # the fake EK is not a key
         "registrations": [],
     }
     expect(await site.run("identity", "--save-ek", "ek.pem"), REFUSED, "nothing to save")

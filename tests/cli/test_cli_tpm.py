@@ -256,7 +256,7 @@ def test_bad_configurations(tmp_path: Path, words: tuple[str, ...]) -> None:
     def run() -> Done:
         return run_here("tpm", *words, "--config", "c.toml", cwd=tmp_path)
 
-    expect(run(), ENVIRONMENT, "c.toml")  # there is none
+    expect(run(), ENVIRONMENT, "c.toml")  # it is missing
     (tmp_path / "c.toml").write_text("[tpm]\nwrong = 1\n")
     expect(run(), USAGE, "tpm.wrong")
 

@@ -300,7 +300,7 @@ def test_top_in_a_terminal_is_live_and_ends_at_q(site: Site) -> None:
         site.status = lambda: busy(chip=TROUBLED)
         terminal.until("TROUBLE")
         site.status = lambda: {"version": 2}
-        terminal.until("asking again")  # what is no status does not end it
+        terminal.until("asking again")  # an answer that is not a status does not end it
         os.write(terminal.master, b"q")
         assert terminal.wait() == 0
         assert termios.tcgetattr(terminal.slave)[3] == terminal.before[3]  # echo, lines

@@ -132,7 +132,7 @@ def test_what_helps_is_in_it(host: Host) -> None:
     assert "ak.json" in parts["files.txt"]
     assert json.loads(parts["status.json"])["version"] == 1
     assert "tenant tenant-1 asked" in parts["log.txt"]
-    assert "the acmes of this world" in parts["log.txt"]  # a part of a word is no name
+    assert "the acmes of this world" in parts["log.txt"]  # a part of a word is not a name
     assert f"nonce={HIDDEN} mask=0x1" in parts["log.txt"]
     assert "unit.txt" in parts["stdout"]
     assert "check its contents" in parts["stdout"]

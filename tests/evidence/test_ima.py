@@ -169,7 +169,7 @@ def test_lines_that_are_known_are_judged_to_the_signed_value() -> None:
 
 
 def refused(replay: ImaReplay, part: str | None, entry: int, quoted: bytes) -> str:
-    """Ask on, with nothing more to be had, until it is refused."""
+    """Ask on, with nothing more available, until it is refused."""
     for _ in range(4):
         now = part if replay.next_entry == entry else ""
         try:

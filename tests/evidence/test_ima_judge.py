@@ -461,7 +461,7 @@ def test_a_key_that_would_cost_too_much_signs_nothing() -> None:
 
 
 def test_keys_are_the_host_s_own() -> None:
-    """One judge serves many hosts: what one has loaded is no other's, remembered or not."""
+    """One judge serves many hosts: what one has loaded does not count for another, remembered or not."""
     _, der = certificate(RSA)
     read = parse_runtime_policy(policy(keyrings={".ima": [hashlib.sha256(der).hexdigest()]}))
     shared = LineJudge(HashAlg.SHA256, read)

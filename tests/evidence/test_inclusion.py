@@ -39,7 +39,7 @@ def inputs(size: int) -> list[bytes]:
 
 
 def test_leaf_input_is_the_documented_bytes() -> None:
-    # Spelled out by hand from the format's text: whoever changes it changes the format.
+    # Spelled out by hand from the format's text: a change here changes the format.
     expected = (
         "70726f76696465722d70726f78792f6c6561662f3100"  # provider-proxy/leaf/1 NUL
         "000102030405060708090a0b0c0d0e0f"

@@ -78,7 +78,7 @@ def test_a_file_has_a_limit() -> None:
 
 
 def test_how_long_the_proxy_might_take_is_not_kept() -> None:
-    # It is no part of the leaf, and nobody judges by it afterwards.
+    # It is not a part of the leaf, and no check uses it afterwards.
     asked = replace(ASKED, request=replace(REQUEST, timeout_ms=500))
     assert parse_request(encode_request(asked)) == ASKED
 

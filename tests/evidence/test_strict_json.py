@@ -1,4 +1,4 @@
-"""JSON is read one way only, whoever wrote it."""
+"""JSON from any writer is read in one way only."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ RUNTIME = f'{{"digests": {{"/bin/sh": ["{BAD}"], "/bin/sh": ["{GOOD}"]}}}}'
 
 
 def test_no_policy_takes_the_last_of_two_equal_keys(tmp_path: Path) -> None:
-    """Keylime's own reader takes the last; whoever reviews the file sees the first."""
+    """Keylime's own reader takes the last; a person who reviews the file sees the first."""
     with pytest.raises(UsageError, match="has the key '0' twice"):
         parse_boot_policy(TPM.encode(), bank=HashAlg.SHA256)
     with pytest.raises(UsageError, match="has the key '/bin/sh' twice"):

@@ -191,7 +191,7 @@ def test_deep(test: dict[str, Any]) -> None:
 def test_rfc9162_inclusion(test: dict[str, Any]) -> None:
     leaf, root = base64.b64decode(test["leafHash"]), base64.b64decode(test["root"])
     try:
-        # Our leaves are hashes by type; what has another length is no leaf and never gets that far.
+        # Our leaves are hashes by type; a value of another length is not a leaf and never gets that far.
         found = len(leaf) == HASH_BYTES and root == root_from_proof(
             LeafHash(leaf),
             InclusionProof(

@@ -248,7 +248,7 @@ def test_a_refused_answer_leaves_the_nonce_open_and_the_history_as_it_was() -> N
         with pytest.raises(VerificationError):
             verifier.verify(body, challenge, HOST, history, now_s=1.0)
         assert history.newest() == old
-    # Whoever sends rubbish first cannot make the tenant refuse the true answer.
+    # A sender of rubbish cannot make the tenant refuse the true answer.
     ANY.verify(batch.body(0), challenge, HOST, history, now_s=2.0)
     assert history.newest() == CLOCK
 

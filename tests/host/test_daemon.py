@@ -403,7 +403,7 @@ async def test_a_new_request_during_the_drain_is_turned_away(tmp_path: Path) -> 
 
 
 async def test_a_drain_has_an_end(tmp_path: Path) -> None:
-    """A chip that does not answer: who waits is refused after drain_ms, and the daemon ends."""
+    """A chip that does not answer: waiting requests are refused after drain_ms, and the daemon ends."""
     tables = f"{ADMIN}{LATE}[limits]\ndrain_ms = 200\n"
     async with serving(tmp_path, plain_toml(tmp_path / "s", tables=tables)) as serve:
         async with tenants(serve, 4) as (asker, wires):

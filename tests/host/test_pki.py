@@ -999,7 +999,7 @@ CRL_DAMAGES = (
 
 @pytest.mark.parametrize("damage", CRL_DAMAGES)
 def test_a_damaged_crl_is_not_begun_afresh(site: Site, damage: Callable[[Path], None]) -> None:
-    """Whoever was revoked would be good again."""
+    """A revoked certificate would be good again."""
     site.tenant()
     damage(site.ca / "crl.pem")
     before = site.contents()

@@ -452,23 +452,23 @@ def test_what_is_at_hand_is_compared_though_the_record_is_cached(
 def test_a_record_that_does_not_fit_any_more_is_asked_for_again_but_not_all_the_time(
     fake: FakeRegistrar, tenant: Tenant, run: Run
 ) -> None:
-    """A host got a new AK and a person pinned it anew, while the old record was cached."""
+    """A host got a new AK and a person pinned it again, while the old record was cached."""
     host = vouched_host()
-    anew = replace(host, tpm=SoftTpm(), ak_public=b"")
+    renewed = replace(host, tpm=SoftTpm(), ak_public=b"")
     register(FakeBook(fake), "host", host)
 
     async def body() -> None:
         judge = with_fake(fake, tenant)
         await judge.get("host")
         fake.handle("DELETE", "/v2.6/agents/host")
-        register(FakeBook(fake), "host", anew)
-        tenant.pins.pin("host", anew.ak_public, ek_public=anew.ek_public, replace=True)
+        register(FakeBook(fake), "host", renewed)
+        tenant.pins.pin("host", renewed.ak_public, ek_public=renewed.ek_public, replace=True)
         tenant.now_s += bindings.LOOK_S
         with pytest.raises(PinChangedError):
             await judge.get("host")
         assert len(fake.calls) == 2
         tenant.now_s += bindings.NEGATIVE_TTL_S
-        assert (await judge.get("host")).host.ak.name == anew.tpm.ak.name
+        assert (await judge.get("host")).host.ak.name == renewed.tpm.ak.name
         assert len(fake.calls) == 3
         with pytest.raises(BindingError):
             await judge.check("host", host.ek_cert, host.ak_public)
@@ -599,7 +599,7 @@ LIES: dict[str, tuple[Callable[[dict[str, object]], object], type[ProviderProxyE
     "a long AK": (lambda v: v.update(aik_tpm="A" * 4000), BindingError),
     "another's record": (lambda v: v.update(agent_id="another"), BindingError),
     "a number as certificate": (lambda v: v.update(ekcert=1), BindingError),
-    "a certificate that is none": (lambda v: v.update(ekcert="AAAA"), UntrustedEkError),
+    "an invalid certificate": (lambda v: v.update(ekcert="AAAA"), UntrustedEkError),
     "half a character": (lambda v: v.update(mtls_cert="\ud800"), BindingError),
     "a number as TLS certificate": (lambda v: v.update(mtls_cert=1), BindingError),
     "no certificate": (lambda v: v.update(ekcert=None), UntrustedEkError),

@@ -127,7 +127,7 @@ def test_the_leader_s_cancellation_loses_nobody(run: Run) -> None:
             await settle()
             assert source.calls == ["a"]
             for number, scope in enumerate(scopes[:3]):
-                scope.cancel()  # the first is the leader; whoever led next may be any of them
+                scope.cancel()  # the first is the leader; the next leader may be any of them
                 await settle()
                 assert len(source.calls) <= number + 2
             assert len(source.calls) >= 2

@@ -1,6 +1,6 @@
-"""Where an EK's certificate comes from: a registrar that encodes it anew, the host's own copy, a person.
+"""Where an EK's certificate comes from: a registrar that encodes it again, the host's own copy, a person.
 
-`reencoded` is what registrars up to Keylime 7.12 store of a certificate that is no strict DER.
+`reencoded` is what registrars up to Keylime 7.12 store of a certificate that is not strict DER.
 """
 
 from __future__ import annotations

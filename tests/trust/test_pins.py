@@ -288,7 +288,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "another format": lambda v: v.update(format="provider-proxy/pin/2"),
     "no format": lambda v: v.pop("format"),
     "no key": lambda v: v.pop("ak_tpm"),
-    "a key that is no base64": lambda v: v.update(ak_tpm="!"),
+    "a key that is not base64": lambda v: v.update(ak_tpm="!"),
     "half a state": lambda v: v["newest"].pop("clock_ms"),
     "a state of text": lambda v: v["newest"].update(clock_ms="5"),
     "a negative clock": lambda v: v["newest"].update(clock_ms=-1),
@@ -430,7 +430,7 @@ def test_a_process_killed_while_it_writes_loses_nothing_accepted(
 def test_several_processes_at_once_keep_the_newest_of_all(
     store: PinStore, file: Path, tpm: SoftTpm
 ) -> None:
-    """Whoever reads meanwhile finds a whole file, and a clock that does not go back."""
+    """A reader meanwhile finds a whole file, and a clock that does not go back."""
     store.pin(LABEL, tpm.ak_public)
     with contextlib.ExitStack() as stack:
         processes = [
@@ -709,7 +709,7 @@ async def test_the_evidence_carries_the_chips_own_counters(tmp_path: Path, chip:
 
 @pytest.mark.real
 async def test_a_tpm_put_back_to_an_old_state_is_refused(tmp_path: Path, chip: Swtpm) -> None:
-    """Same key, good signature, fresh nonce; only the clock tells. Until a person pins anew."""
+    """Same key, good signature, fresh nonce; only the clock tells. Until a person pins again."""
     host = Host(tmp_path, chip)
     await host.pin()
     await host.attest()

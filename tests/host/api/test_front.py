@@ -417,6 +417,4 @@ async def test_a_process_that_is_no_front(tmp_path: Path) -> None:
             assert await reply_of(wire, f"Client-Cert: {header(TENANT)}") == 403
         (away,) = await turned_away(started.admin_addresses[0])
         assert away["reason"] == "only the provider's front may use this listener"
-        assert (
-            away["fingerprint"] is None
-        )  # what one that is no front says of others counts for nothing
+        assert away["fingerprint"] is None  # only a front's word about others counts

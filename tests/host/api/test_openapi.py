@@ -411,7 +411,7 @@ def check_reply(path: str | None, reply: Reply) -> None:
 
 
 class AllLogs:
-    """A host's logs, for whoever asks."""
+    """A host's logs, for any tenant."""
 
     async def read(self, requests: tuple[QuoteRequest, ...]) -> tuple[LogsPart | None, ...]:
         made = encode_logs(HostLogs(ima="10 line\n", ima_entry=2, uefi=b"event log"))

@@ -845,7 +845,7 @@ def test_a_symbolic_link_to_a_good_secret_is_fine(tmp_path: Path) -> None:
 
 
 def test_no_vtpms_beside_a_keylime_agent() -> None:
-    """Whoever asks an agent has a nonce of his own choice signed, and so a claim."""
+    """A client of an agent has a nonce of its own choice signed, and so a claim."""
     config = parse_config(tomllib.loads(PLAIN + "[vtpm]\nenabled = true\n"))
     agent = dataclasses.replace(config.quoter, kind="keylime-agent")
     with pytest.raises(ConfigError, match=r"vtpm\.enabled needs"):

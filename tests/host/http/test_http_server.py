@@ -427,7 +427,7 @@ async def test_a_head_leaves_nothing_to_what_follows(site: Site, after: bytes) -
     assert "bug" not in [reason for _, reason in site.seen]
 
 
-# --- what is no proper request ----------------------------------------------------------------------
+# --- what is not a proper request -------------------------------------------------------------------
 
 BAD = {
     "no host": b"GET /ok HTTP/1.1\r\n\r\n",

@@ -1,4 +1,4 @@
-"""The PROXY protocol: both versions, what is none, and whose connection it is then."""
+"""The PROXY protocol: both versions, invalid headers, and whose connection it is then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The quoter over a Keylime agent: its ladder, its logs, what it refuses; and the real agent's ways."""
+"""The quoter over a Keylime agent: its errors, its logs, what it refuses; and the real agent's ways."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ async def test_another_bank_is_refused_before_it_is_asked_for(agent: FakeAgent) 
     assert agent.paths == []
 
 
-# --- the ladder -------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------
 
 PASSING: dict[str, tuple[Answer | Exception, str, Step]] = {
     "408": (lambda _: envelope(408, "timeout"), "HTTP_408", Step.AGAIN),

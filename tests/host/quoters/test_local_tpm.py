@@ -1,4 +1,4 @@
-"""The ladder, the circuit and opening anew over a real swtpm, with faults put between tpm2-tss and the
+"""Response codes, the circuit and opening again over a real swtpm, with faults between tpm2-tss and the
 chip; and the same as tenants see it, through the daemon's sockets."""
 
 from __future__ import annotations
@@ -387,7 +387,7 @@ DUTY_LIMIT_S = 120.0  # a turn of half a second, on a machine that is busy, rest
 async def test_all_our_commands_together_keep_the_duty(
     tmp_path: Path, faults: Faults, monkeypatch: pytest.MonkeyPatch, duty: float
 ) -> None:
-    """Quotes, retries, opening anew, activations, probes and what nobody waits for any more: over any
+    """Quotes, retries, opening again, activations, probes and what nobody waits for any more: over any
     stretch of time at most that share, and one turn more. Every command is within a turn."""
     turns: list[tuple[float, float]] = []
     monkeypatch.setattr(RecordingGate, "turns", turns)
@@ -508,7 +508,7 @@ async def test_one_hang_is_not_learnt_as_the_chips_pace(monkeypatch: pytest.Monk
 async def test_a_hang_does_not_keep_the_gate_shut_for_as_long_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The duty holds over 10 s; a command that took a minute is no reason to rest for another, and
+    """The duty holds over 10 s; a command that took a minute does not cause a pause of another, and
     service has to be back 5 s after a fault has ended."""
     clock = FakeTime()
     monkeypatch.setattr("provider_proxy.host.tpm.gate.time", clock)
@@ -586,7 +586,7 @@ async def test_a_fatal_state_is_told_and_ends_without_a_restart(
 async def test_a_garbled_answer_does_not_end_the_service(tmp_path: Path, faults: Faults) -> None:
     async with site(plain_config(tmp_path), faults) as at:
         for lie in LIES.values():
-            faults.next(CC_QUOTE, Action(drop=True))  # opened anew, the chip's PCRs are read
+            faults.next(CC_QUOTE, Action(drop=True))  # opened again, the chip's PCRs are read
             faults.next(CC_PCR_READ, pcr_answer(lie))
             assert await until_served(at.wire, at.asker) < SERVICE_BACK_S
             assert faults.pending == 0

@@ -203,7 +203,7 @@ async def test_the_host_id_follows_from_the_ek_or_the_configuration(
     tmp_path: Path, tpm: EmbeddedTpm
 ) -> None:
     async with open_quoter(on(tpm), tmp_path / "s") as opened:
-        assert opened.identity.software  # a swtpm, whoever started it
+        assert opened.identity.software  # a swtpm, started by any program
         assert opened.identity.host_uuid == uuid_of_ek(opened.identity.ek_public)
     given = uuid.uuid4()
     async with open_quoter(on(tpm), tmp_path / "s", host_uuid=given) as opened:
@@ -253,7 +253,7 @@ async def test_other_handles(tmp_path: Path, tpm: EmbeddedTpm) -> None:
 
 @REAL
 async def test_the_aks_auth_is_needed(tmp_path: Path, tpm: EmbeddedTpm) -> None:
-    """Whoever may open the device may not quote with our AK."""
+    """A user who may open the device may not quote with our AK."""
     await identity_of(on(tpm), tmp_path / "s")
     with pytest.raises(AssertionError, match=r"(?i)auth"):
         tool(tpm, "tpm2_quote", "-c", hex(AK_HANDLE), "-l", "sha256:0", "-q", "abcd")
@@ -492,7 +492,7 @@ def copy_state(manufactured: Path, state_dir: Path) -> Path:
 
 @REAL
 async def test_the_ek_of_a_certificate(manufactured: Path, tmp_path: Path) -> None:
-    """Found where the manufacturer put it, or made anew from the certificate's template: the same."""
+    """Found where the manufacturer put it, or made again from the certificate's template: the same."""
     state = copy_state(manufactured, tmp_path / "s")
     eks = set()
     for ek_handle, ak_handle in ((EK_HANDLE, AK_HANDLE), (0x81010042, 0x81000042)):

@@ -167,7 +167,7 @@ async def test_what_a_thief_has_is_worth_nothing_and_the_ak_is_the_same(
 
 
 async def test_clearing_the_tpm_gives_a_thief_nothing(host: Host) -> None:
-    """The lockout's authValue is empty: whoever may open the TPM can clear it."""
+    """The lockout's authValue is empty: any user who may open the TPM can clear it."""
     thief = Thief(host)
     host.renew(FIRST)
     tool(host.chip.tcti, "tpm2_clear", "-c", "lockout")

@@ -286,7 +286,7 @@ def test_hints_are_for_the_chip_s_codes_alone() -> None:
 
 @pytest.mark.real
 async def test_two_first_starts_agree_on_one_key(chip: Swtpm, tmp_path: Path) -> None:
-    """Whoever comes second finds the first one's key, and its authValue in ak.json."""
+    """The second process finds the first one's key, and its authValue in ak.json."""
     state = tmp_path / "s"
     names: list[bytes] = []
 

@@ -221,7 +221,7 @@ def test_through_esys(swtpm: Swtpm) -> None:
             assert rc_of(context) in (IO_ERROR, BAD_SEQUENCE)
     finally:
         context.close()
-    context = FaultyContext(swtpm.tcti, faults)  # opened anew, it works
+    context = FaultyContext(swtpm.tcti, faults)  # opened again, it works
     assert len(context.get_random(8)) == 8
     context.close()
 

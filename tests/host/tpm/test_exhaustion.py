@@ -57,7 +57,7 @@ class Shared:
     """A raw TPM, a quoter on it, and somebody else on it.
 
     Attributes:
-        faults: what happens to commands, whoever's.
+        faults: what happens to commands of any client.
     """
 
     def __init__(self, broker: Broker, quoter: EsysQuoter, other: ESAPI, metrics: Metrics) -> None:
@@ -172,7 +172,7 @@ async def test_a_quote_needs_one_object_slot_and_no_more(at: Shared) -> None:
 
 
 async def test_a_quote_waits_for_an_object_slot(at: Shared) -> None:
-    """The ladder waits, and serves as soon as one is free. Nobody is refused meanwhile."""
+    """The daemon waits, and serves as soon as one is free. No request is refused meanwhile."""
     slots = take_object_slots(at.other)
     before = at.in_use()
     async with trio.open_nursery() as nursery:

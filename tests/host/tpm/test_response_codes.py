@@ -1,4 +1,4 @@
-"""The error ladder: the table of codes, the waits, and the climb over a chip that a script answers for.
+"""Response codes: the table of codes, the waits, and the steps on a chip that a script answers for.
 No threads and no TPM here: trio's mock clock, exact times."""
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class ScriptedTpm:
     Attributes:
         errors: raised by the next commands, first to last.
         always: raised by every command, where set.
-        reopening: raised by the next attempts to open anew.
+        reopening: raised by the next attempts to open again.
     """
 
     def __init__(self) -> None:
@@ -496,7 +496,7 @@ async def test_a_credential_that_is_refused_does_not_open_the_circuit(
     await bench.quote()
 
 
-# --- opening anew -----------------------------------------------------------------------------------
+# --- opening again ----------------------------------------------------------------------------------
 
 
 async def test_a_tpm_that_cannot_be_opened_opens_the_circuit(
@@ -550,7 +550,7 @@ async def test_another_ak_is_not_served_and_said_loudly(
     assert not bench.circuit_is_open()
 
 
-# --- inside the deadline of whoever waits -----------------------------------------------------------
+# --- inside the deadline of waiting requests --------------------------------------------------------
 
 
 @pytest.mark.parametrize("deadline_s", [0.2, 3.0, 30.0])

@@ -587,7 +587,7 @@ def test_what_opens_no_window(vmhook: VmHook, xml: str) -> None:
 
 
 def test_libvirt_never_waits_and_never_hears(vmhook: VmHook) -> None:
-    """An stdin that never ends, a folder that cannot be made, a configuration that is none."""
+    """An stdin that never ends, a folder that cannot be made, an invalid configuration."""
     read, write = os.pipe()
     try:
         vmhook.run("prepare", stdin=read)

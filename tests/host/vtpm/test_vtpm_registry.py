@@ -48,7 +48,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def opened(tmp_path: Path, clock: Clock) -> Iterator[Callable[[], Registry]]:
-    """Opens the registry anew, as after a restart."""
+    """Opens the registry again, as after a restart."""
     made: list[Registry] = []
 
     def open_again() -> Registry:

@@ -118,7 +118,7 @@ class Heard:
 
 
 class AtDoor:
-    """A server whose peers are whoever the test says."""
+    """A server whose peers are the users that the test names."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.heard = Heard()

@@ -247,7 +247,7 @@ class Seen:
 
 
 class AtHelper:
-    """A helper's server whose peer is whoever the test says."""
+    """A helper's server whose peer is the user that the test names."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen = Seen()

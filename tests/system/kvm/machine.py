@@ -180,7 +180,7 @@ class Guest:
         self.until_up()
 
     def until_up(self) -> None:
-        """Wait until its shell speaks; whoever spoke first would fill a terminal that nobody reads."""
+        """Wait until its shell speaks; text sent before would fill a terminal without a reader."""
         try:
             self._read_until(re.compile("@@READY@@"), BOOT_LIMIT_S)
         except GuestError as exc:

@@ -60,7 +60,7 @@ WELL = {
     f'{PREFIX}polls_total{{result="no answer"}}': "0+1x120",
     f'{PREFIX}polls_total{{result="refused"}}': "1x120",
     f'{PREFIX}polls_total{{result="fault"}}': "1x120",
-    # The host was asked long ago, and well: a verifier that has stopped is no host's silence.
+    # The host was asked long ago, and well: a verifier that has stopped does not make a host silent.
     f'{PREFIX}host_verified_timestamp_seconds{{host="h"}}': "6000x120",
     f'{PREFIX}host_good{{host="h"}}': "1x120",
     f'{PREFIX}registrations{{state="registered"}}': "5x120",

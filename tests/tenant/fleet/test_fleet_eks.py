@@ -1,4 +1,4 @@
-"""`ek_dir` in a fleet: the EKs of all hosts, whoever watches them; none longer than its proof lives."""
+"""`ek_dir` in a fleet: the EKs of all hosts of all members; none longer than its proof lives."""
 
 from __future__ import annotations
 

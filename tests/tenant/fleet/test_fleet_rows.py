@@ -86,7 +86,7 @@ def test_a_clock_never_goes_back(connection: psycopg.Connection[Any]) -> None:
     assert known(connection).record == record(clock(2, 500))
     write(connection, record=record(clock(3, 1)))
     assert known(connection).record == record(clock(3, 1))
-    write(connection, record=record(clock(1, 1), OTHER_AK))  # pinned anew: another TPM's clock
+    write(connection, record=record(clock(1, 1), OTHER_AK))  # pinned again: another TPM's clock
     assert known(connection).record == record(clock(1, 1), OTHER_AK)
 
 

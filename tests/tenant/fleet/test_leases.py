@@ -380,7 +380,7 @@ def test_an_older_database_gives_out_no_epoch_again(connection: psycopg.Connecti
     leases.renew(connection, first)
     assert leases.renew(connection, first, seen={1: 7, 2: 1}).rolled_back == 1
     assert leases.renew(connection, first).epochs == {0: 1, 1: 8, 2: 1, 3: 1, 4: 1}
-    # It is held by another one: whoever has seen more raises it, and its holder learns of that.
+    # Another one holds it: a member that has seen more raises it, and the holder learns of that.
     assert leases.renew(connection, second, seen={0: 9}).rolled_back == 1
     with connection.transaction():
         assert leases.fenced(connection, first, {0: 1, 3: 1}) == {3}

@@ -144,7 +144,7 @@ async def test_a_host_that_stalls_within_a_large_answer_holds_its_own_share(
         assert len(bad.proxy.asked) == 50
         assert rig.budget.held == 2 * large
         began = trio.current_time()
-        assert await rig.host(uefi=True).round() is State.INVALID_QUOTE  # judged: it is no log
+        assert await rig.host(uefi=True).round() is State.INVALID_QUOTE  # judged: it is not a log
         assert trio.current_time() == began
         asking.cancel_scope.cancel()
     assert rig.budget.held == 0

@@ -426,7 +426,7 @@ async def test_a_long_list_takes_several_questions(
 async def test_a_long_list_comes_at_the_proxy_s_pace(
     tmp_path: Path, nursery: trio.Nursery, autojump_clock: Jumping
 ) -> None:
-    """A 429 behind a part of it is no retry; one that follows another is."""
+    """A 429 after a part of it is not a retry; a 429 after a 429 is."""
     rig = Rig(tmp_path, proxy=ima_proxy(part=50))
     rig.proxy.serve_in(nursery)
     part, busy = rig.proxy.answer, response(429, encode_envelope(429, "slow", {}), "Retry-After: 3")

@@ -381,7 +381,7 @@ async def test_a_registrar_that_makes_no_sense_is_away(
     registrar.intercept = BAD_ANSWERS[name]
     mine = make(registrar, tpm) if readable else make(registrar, tpm, client_cert=None)
     report = await mine.once()
-    # A record without keys is none of ours: a conflict, not trouble.
+    # A record without keys is not ours: a conflict, not trouble.
     empty = name == "blob" and readable
     assert report.state is (State.CONFLICT if empty else State.AWAY)
     assert tpm.activations == 0
