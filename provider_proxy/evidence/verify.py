@@ -134,7 +134,7 @@ def new_challenge(
 
     Args:
         now_s: the tenant's monotonic clock, in seconds; give `Verifier.verify` the same clock's.
-        nonce: made by the caller, with 128 random bits at least that nobody knew before; None for one
+        nonce: made by the caller, with at least 128 fresh random bits; None for one
             that is made here.
 
     Raises:

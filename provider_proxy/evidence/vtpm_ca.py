@@ -1,7 +1,7 @@
 """The tenant's check of a host's vTPM CA: its key is in the host's TPM, and it signed this certificate.
 
 The CA's certificate carries a TPM2_Certify of its key by the host's AK. A tenant that trusts that AK can
-thus trust the CA without asking anybody; one that puts the certificate into Keylime's `tpm_cert_store`
+thus trust the CA without another source; one that puts the certificate into Keylime's `tpm_cert_store`
 unchecked trusts the sender. A certificate only says how the vTPM was made: on that host a process of
 the swtpm user asked for it. Only the link says that the EK is in the VM's vTPM, and where the VM runs
 now.

@@ -270,7 +270,7 @@ def _stamp_of(path: Path | str) -> object:
     except FileNotFoundError:
         return None
     except OSError as exc:
-        raise HostError(f"cannot read the state of {path}: {exc.strerror}") from exc
+        raise HostError(f"cannot look at {path}: {exc.strerror}") from exc
     return now.st_ino, now.st_mtime_ns, now.st_ctime_ns, now.st_size
 
 

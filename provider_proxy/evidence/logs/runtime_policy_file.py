@@ -44,7 +44,7 @@ def parse_runtime_policy(data: bytes, *, key: bytes | None = None) -> RuntimePol
 
     Args:
         key: PEM, a public key or certificate on an elliptic curve; the policy must then be in an
-            envelope that it has signed. None takes policies that nobody signed.
+            envelope that it has signed. None accepts only unsigned policies.
 
     Raises:
         UsageError: not such a policy, not signed by this key, or it demands what is not judged here.

@@ -217,7 +217,7 @@ class PushVerifier:
             if got.text("evaluation", 32) != "pass":
                 # Keylime's only answer for an agent that it does not know.
                 raise NotEnrolledError(
-                    f"the verifier does not know agent {self._agent_id}: keylime_tenant "
+                    f"the verifier does not know agent {self._agent_id}: add it with keylime_tenant "
                     f"--push-model -c add -u {self._agent_id}"
                 )
             token = got.text("token", MAX_TOKEN_CHARS)
