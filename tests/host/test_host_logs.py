@@ -192,8 +192,8 @@ async def test_a_list_above_the_limit_is_said_to_be_one(
     files = HostLogFiles(ima, uefi)
     for _ in range(3):
         assert await read_one(files, IMA) == HostLogs(ima_missing="too long")
-    assert "longer than is kept" in caplog.text
-    assert caplog.text.count("longer than is kept") == 1
+    assert "longer than the daemon keeps" in caplog.text
+    assert caplog.text.count("longer than the daemon keeps") == 1
     put(ima, LINES[1].encode())
     assert await read_one(files, IMA) == HostLogs(ima=LINES[1])
 

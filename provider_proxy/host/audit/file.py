@@ -1,8 +1,8 @@
 """The audit log's file: records are appended a batch at once, and read back.
 
-Records are written in a worker thread; nothing that befalls the file or its disk reaches the caller.
-What is read back is untrusted bytes: a line that is no record is reported and skipped. Reading needs
-`cryptography` alone, so that a tenant can; trio is imported where records are written.
+Records are written in a worker thread; errors of the file or its disk do not reach the caller.
+Lines that are read back are untrusted: a line that is not a record is reported and skipped. Reading needs
+`cryptography` only, so that a tenant can do it; trio is imported where records are written.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from provider_proxy.host.audit.records import (
     parse_record,
 )
 
-log = logging.getLogger("provider_proxy.audit")  # records without a file go there too
+log = logging.getLogger("provider_proxy.audit")  # without a file, records go there too
 
 DEFAULT_MAX_BYTES = 64 << 20  # some 50,000 records a file
 DEFAULT_KEEP = 8
-MAX_KEEP = 99  # how many names a reader tries; dates behind a dot (.20260101) stay untouched
+MAX_KEEP = 99  # numbers that a reader tries; files with a date (.20260101) are not touched
 WRITE_LIMIT_S = 5.0  # an append takes milliseconds; a disk that hangs must not hold the batches up
 
 
 class AuditLog:
     """Appends records to a file that it rotates, or gives them to the logger.
 
-    The file is opened anew for each batch, so that it may be moved or removed at any time.
+    The file is opened for each batch, so that it may be moved or removed at any time.
 
     Args:
         path: the file; None for the logger "provider_proxy.audit", at INFO.
-        max_bytes: the file grows no further, but for a batch that alone is larger.
-        keep: how many older files stay, `path.1` the youngest.
-        in_worker: runs the append; a thread, but for tests of timing.
-        on_loss: told of each batch that could not be recorded, or not wholly.
+        max_bytes: the file's size limit, except for a single batch that is larger.
+        keep: how many older files are kept; `path.1` is the newest.
+        in_worker: runs the append; a thread, except in tests of timing.
+        on_loss: called with each batch that could not be recorded completely.
 
     Attributes:
-        failures: batches that could not be recorded, or not wholly.
+        failures: batches that could not be recorded completely.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class AuditLog:
         in_worker: Callable[..., Awaitable[Any]] | None = None,
         on_loss: Callable[[], object] = lambda: None,
     ) -> None:
-        import trio  # here and in `write` alone: who reads a log has not got it
+        import trio  # only here and in `write`: a tenant who reads a log may not have it
 
         if max_bytes < 1 or not 1 <= keep <= MAX_KEEP:
             raise ValueError(f"max_bytes must be at least 1, keep 1 to {MAX_KEEP}")
@@ -73,13 +73,13 @@ class AuditLog:
     async def write(self, records: Sequence[AuditRecord]) -> None:
         """Record a batch. Raises nothing for a file or disk that fails: it is logged and counted.
 
-        Not cancelled before its end, so that the last batch at drain is recorded, and back after
-        `WRITE_LIMIT_S` whatever the disk does. No records at all try whether the file opens.
+        It is shielded from cancellation, so that the last batch at drain is recorded, and returns
+        after `WRITE_LIMIT_S` whatever the disk does. Without records it checks that the file opens.
         """
         import trio
 
         if self._hangs and not self._one.available_tokens:
-            self._failed("the last append has not come back")
+            self._failed("the previous write has not returned")
             await trio.lowlevel.checkpoint()
             return
         with trio.CancelScope(deadline=trio.current_time() + WRITE_LIMIT_S, shield=True):
@@ -91,19 +91,21 @@ class AuditLog:
                 self._succeeded()
             return
         self._hangs = True
-        self._failed(f"an append takes longer than {WRITE_LIMIT_S:g} s")
+        self._failed(f"a write takes longer than {WRITE_LIMIT_S:g} s")
 
     def _failed(self, problem: str) -> None:
         self.failures += 1
         self._on_loss()
         self._streak += 1
         if self._streak == 1:
-            log.error("the audit log cannot be written, records are lost: %s", problem)
+            log.error("cannot write the audit log; records are lost: %s", problem)
 
     def _succeeded(self) -> None:
         self._hangs = False
         if self._streak:
-            log.warning("the audit log is written again; batches not in it: %d", self._streak)
+            log.warning(
+                "the audit log can be written again; %d batches are missing from it", self._streak
+            )
             self._streak = 0
 
     def _write(self, records: Sequence[AuditRecord]) -> None:
@@ -119,7 +121,7 @@ class AuditLog:
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             size = os.fstat(fd).st_size
-            if size and os.pread(fd, 1, size - 1) != b"\n":  # torn by a crash, or by a full disk
+            if size and os.pread(fd, 1, size - 1) != b"\n":  # cut off by a crash or a full disk
                 data = b"\n" + data
             is_full = size > 0 and size + len(data) > self._max_bytes
             while data and not is_full:
@@ -131,7 +133,7 @@ class AuditLog:
             self._append(path, data.removeprefix(b"\n"))  # to an empty file, which is never full
 
     def _rotate(self, path: Path) -> None:
-        """Move each file one number up, as far as the first gap: a crash in here leaves one."""
+        """Move each file one number up, as far as the first gap, which a crash in here can leave."""
         gap = next((n for n in range(1, self._keep) if _is_free(_older(path, n))), self._keep)
         for number in range(gap, 1, -1):
             _older(path, number - 1).replace(_older(path, number))
@@ -141,7 +143,7 @@ class AuditLog:
 
 
 def _is_free(path: Path) -> bool:
-    """True where nothing has this name; what cannot be looked at is there. Raises: OSError."""
+    """True if the name is free; a file that cannot be examined counts as existing. Raises: OSError."""
     try:
         path.lstat()
     except FileNotFoundError:
@@ -154,24 +156,24 @@ def _older(path: Path, number: int) -> Path:
 
 
 OnDamage = Callable[[Path, int, str], None]
-"""Told of a line that is no record: file, line number from 1, and why. Never what it holds."""
+"""Called with a line that is not a record: file, line number from 1, and why; never its content."""
 
 
 def warn_of_damage(path: Path, number: int, problem: str) -> None:
     """The usual `OnDamage`."""
-    log.warning("%s:%d is skipped: %s", path, number, problem)
+    log.warning("skipping %s:%d: %s", path, number, problem)
 
 
 def read_records(path: Path, on_damage: OnDamage = warn_of_damage) -> Iterator[AuditRecord]:
     """The records of a log and its older files, oldest first; untrusted bytes.
 
-    May run while the log is rotated: what was there and stays is given, and once.
+    May run while the log is rotated: a record that is kept is returned exactly once.
 
     Raises:
-        HostError: there is no such log, or it cannot be read.
+        HostError: the log does not exist, or cannot be read.
     """
     with contextlib.ExitStack() as stack:
-        # The newest is opened first: what is rotated meanwhile turns up again under the next name.
+        # The newest is opened first: a file rotated meanwhile appears again under the next name.
         files: dict[tuple[int, int], tuple[Path, BinaryIO]] = {}
         try:
             for name in (path, *(_older(path, number) for number in range(1, MAX_KEEP + 1))):
@@ -180,7 +182,7 @@ def read_records(path: Path, on_damage: OnDamage = warn_of_damage) -> Iterator[A
                     stat = os.fstat(file.fileno())
                     files.setdefault((stat.st_dev, stat.st_ino), (name, file))
             if not files:
-                raise HostError(f"cannot read {path}: there is no such file")
+                raise HostError(f"cannot read {path}: No such file or directory")
             for name, file in reversed(files.values()):
                 for number, line in enumerate(_lines(file), 1):
                     try:
@@ -194,7 +196,7 @@ def read_records(path: Path, on_damage: OnDamage = warn_of_damage) -> Iterator[A
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines; of one that is too long its beginning, which is too long as well."""
+    """Lines; of a line that is too long only the beginning, which is still too long."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         rest = line
         while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):

@@ -1,10 +1,10 @@
 """The audit log's records: a line of JSON for each request of a finished batch, and proofs from them.
 
-A record holds what its own tenant needs to show, with its nonce, that the request is a leaf under
-a root that the TPM signed; without the nonce it shows nobody anything. Records are pure values;
-`audit_file` writes and reads them. A line that is read back is untrusted bytes.
+A record holds what its tenant needs, together with its nonce, to show that the request is a leaf under a
+root that the TPM signed; without the nonce a record proves nothing. Records are pure values; `audit.file`
+writes and reads them. A line that is read back is untrusted.
 
-Invariants: a nonce, a VM's name, a PCR value or a claim is never written. docs/audit.md has the
+Invariants: a nonce, a VM's name, a PCR value or a claim is never written. docs/audit.md describes the
 fields, and what they do not prove.
 """
 
@@ -45,21 +45,21 @@ if TYPE_CHECKING:
 FORMAT = "provider-proxy/audit/1"
 REQUEST_LABEL = b"provider-proxy/audit-request/1\x00"
 OK = "ok"
-MAX_LINE_BYTES = 8192  # the longest name, all of it escaped, and a path of 20 make 5.2 kB
+MAX_LINE_BYTES = 8192  # the longest name, fully escaped, and a path of 20 make 5.2 kB
 MAX_TENANT_CHARS = 256  # names of tables have 63, those made of an identity a few more
 MAX_AK_NAME_BYTES = 66  # a SHA-512 name
 MAX_TIME_S = 253402300800.0  # the year 10000, where calendars end
-BATCH_NAME_BYTES = 12  # of 2**40 batches no two have the same one, but for one case in 100,000
+BATCH_NAME_BYTES = 12  # among 2**40 batches two are equal with a probability of 1 in 100,000
 MAX_NAME_CHARS = 96
 _NAME_RE = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_NAME_CHARS}}}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedLeaf:
-    """Where a request stands in a quoted tree.
+    """The place of a request in a quoted tree.
 
     Attributes:
-        claims_sha256: of the reply's claims; of zero bytes where it has none.
+        claims_sha256: of the reply's claims; of zero bytes if it has none.
     """
 
     root: RootHash
@@ -79,12 +79,12 @@ class AuditRecord:
     Attributes:
         time: seconds since the epoch.
         request_hash: see the function `request_hash`.
-        batch: what the records of one batch have in common; drawn at random, so that a tenant cannot tell
-            from two of its own how many batches others had in between.
+        batch: the same for all records of a batch; random, so that a tenant cannot tell
+            from two of its own how many batches there were in between.
         ak_name: of the AK in use; empty where unknown.
         mask, bank: as the tenant asked.
         outcome: "ok", or the name of the error's class.
-        leaf: there exactly if the outcome is "ok".
+        leaf: present exactly if the outcome is "ok".
     """
 
     time: float
@@ -99,7 +99,7 @@ class AuditRecord:
 
     def __post_init__(self) -> None:
         if not 0 <= self.time < MAX_TIME_S:
-            raise EvidenceFormatError("time is outside the calendar")
+            raise EvidenceFormatError("time is not within the years 1970 to 9999")
         if len(self.tenant) > MAX_TENANT_CHARS or len(self.ak_name) > MAX_AK_NAME_BYTES:
             raise EvidenceFormatError("tenant or ak_name is too long")
         if len(self.request_hash) != HASH_BYTES:
@@ -107,13 +107,13 @@ class AuditRecord:
         if not _NAME_RE.fullmatch(self.batch) or not _NAME_RE.fullmatch(self.outcome):
             raise EvidenceFormatError("batch or outcome is not a name")
         if (self.leaf is not None) != (self.outcome == OK):
-            raise EvidenceFormatError("a proof belongs to the outcome ok, and to no other")
+            raise EvidenceFormatError('a record must have a proof exactly if its outcome is "ok"')
 
 
 def request_hash(nonce: Nonce, mask: int, bank: HashAlg, vm: uuid.UUID | None) -> bytes:
-    """What a tenant that kept its nonce finds its record by; to others it says nothing.
+    """The value by which a tenant that kept its nonce finds its record; tells others nothing.
 
-    Does not check: that the nonce has 128 random bits. One with fewer can be guessed from this.
+    Does not check: that the nonce has 128 random bits. With fewer, it can be guessed from this value.
 
     Returns:
         SHA-256(label || u8(len nonce) || nonce || u32(mask) || u16(bank) || u8(len vm) || vm).
@@ -127,7 +127,7 @@ def request_hash(nonce: Nonce, mask: int, bank: HashAlg, vm: uuid.UUID | None) -
 def leaf_hash_of(
     *, salt: bytes, nonce: Nonce, mask: PcrMask, bank: HashAlg, claims_sha256: bytes
 ) -> LeafHash:
-    """A leaf's hash where only the digest of its claims, the end of the leaf input, is known."""
+    """A leaf's hash, from the digest of its claims, which is the end of the leaf input."""
     whole = inclusion.leaf_input(salt=salt, nonce=nonce, mask=mask, bank=bank)
     return inclusion.leaf_hash(whole[:-HASH_BYTES] + claims_sha256)
 
@@ -135,10 +135,10 @@ def leaf_hash_of(
 def records_of(batch: Batch, *, ak_name: AkName, time: float) -> tuple[AuditRecord, ...]:
     """The records of a finished batch: some 5 microseconds a waiter.
 
-    "ok" says that the batch was quoted and checked; its tenant may have gone meanwhile.
+    "ok" means that the batch was quoted and checked; the tenant may have disconnected meanwhile.
 
     Args:
-        batch: its waiters have their errors, or it has its quote and proofs.
+        batch: its waiters have errors, or it has its quote and proofs.
         time: seconds since the epoch.
 
     Raises:
@@ -161,7 +161,7 @@ def records_of(batch: Batch, *, ak_name: AkName, time: float) -> tuple[AuditReco
                 bank=request.bank,
                 claims_sha256=claims,
             )
-            if root is None:  # the self-check has led every proof to the same one
+            if root is None:  # the self-check has verified that all proofs lead to the same root
                 root = inclusion.root_from_proof(leaf_hash, proof)
             leaf = RecordedLeaf(root=root, leaf_hash=leaf_hash, claims_sha256=claims, proof=proof)
         records.append(
@@ -181,12 +181,12 @@ def records_of(batch: Batch, *, ak_name: AkName, time: float) -> tuple[AuditReco
 
 
 def encode_record(record: AuditRecord) -> bytes:
-    """One line of a log, its line feed included; ASCII."""
+    """One line of a log, including its line feed; ASCII."""
     return json.dumps(record_values(record), separators=(",", ":")).encode("ascii") + b"\n"
 
 
 def record_values(record: AuditRecord) -> dict[str, object]:
-    """A record as a JSON object; what is not there is left out."""
+    """A record as a JSON object, without keys that have no value."""
     values: dict[str, object] = {
         "format": FORMAT,
         "time": record.time,
@@ -222,7 +222,7 @@ def parse_record(line: bytes) -> AuditRecord:
         raise EvidenceFormatError(f"the line is longer than {MAX_LINE_BYTES} bytes")
     fields = Fields(parse_json_object(line, "the line"), "record")
     if fields.text("format", len(FORMAT)) != FORMAT:
-        raise EvidenceFormatError("not a record of a format that this version reads")
+        raise EvidenceFormatError("not an audit record in a format that this version reads")
     leaf_keys = ("root", "tree_size", "leaf_index", "leaf_hash", "salt", "claims_sha256", "path")
     has_leaf = any(key in fields for key in leaf_keys)
     try:
@@ -259,10 +259,10 @@ def _parse_leaf(fields: Fields) -> RecordedLeaf:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """A nonce's record, and whether it holds together. Only `prove` makes one.
+    """A nonce's record, and whether it is consistent. Only `prove` makes one.
 
     Attributes:
-        problem: None where the request is a leaf under the recorded root.
+        problem: None if the request is a leaf under the recorded root.
     """
 
     record: AuditRecord
@@ -270,7 +270,7 @@ class Proof:
 
     @property
     def qualifying(self) -> bytes:
-        """What a quote over the recorded root has as qualifying data; empty without a root."""
+        """The qualifying data of a quote over the recorded root; empty without a root."""
         leaf = self.record.leaf
         return inclusion.qualifying_data(leaf.root, leaf.proof.tree_size) if leaf else b""
 
@@ -285,23 +285,23 @@ def prove(
     claims: bytes | None = None,
     evidence: Evidence | None = None,
 ) -> Proof | None:
-    """Find a nonce's record and check that nonce, leaf, path and root belong together.
+    """Find a nonce's record and check that nonce, leaf, path and root match.
 
-    A nonce that was asked with twice has two records: the first that holds is given, else the last.
+    A nonce that was used twice has two records: the first consistent one is returned, or else the last.
 
     Args:
-        mask, bank: as requested; where None, those that each record says.
+        mask, bank: as requested; if None, those of each record.
         vm: the VM that the request named.
-        claims: the reply's exact bytes, empty where it had none; None where they are not at hand.
+        claims: the reply's exact bytes, empty if it had none; None if they are not available.
         evidence: the reply; its quote must be over the recorded root.
 
-    Does not check: time, tenant and batch, which nothing binds; signatures (`Verifier.verify` does).
+    Does not check: time, tenant and batch, which the leaf does not bind; signatures (`Verifier.verify`).
 
     Returns:
-        None where no record is this nonce's.
+        None if no record is for this nonce.
 
     Raises:
-        VerificationError: the evidence has no quote in it.
+        VerificationError: the evidence contains no quote.
     """
     quoted = attestation.parse_attest(evidence.quote.attest).extra_data if evidence else b""
     found = None
@@ -320,13 +320,13 @@ def prove(
         if not is_named and own != leaf.leaf_hash:
             continue
         faults = (
-            (not is_named, "request_hash is not that of this nonce, mask, bank and VM, or no VM"),
-            (own != leaf.leaf_hash, "leaf_hash is not that of nonce, mask, bank, salt and claims"),
+            (not is_named, "request_hash does not match this nonce, mask, bank and VM (or no VM)"),
+            (own != leaf.leaf_hash, "leaf_hash does not match nonce, mask, bank, salt and claims"),
             (asked != (record.mask, record.bank), "mask or bank is not the requested one"),
-            (digest != leaf.claims_sha256, "claims_sha256 is not that of the claims"),
+            (digest != leaf.claims_sha256, "claims_sha256 does not match the claims"),
         )
         fault = next((text for is_wrong, text in faults if is_wrong), None) or _root_fault(leaf)
-        problem = f"the record does not hold together: {fault}" if fault else None
+        problem = f"the record is not consistent: {fault}" if fault else None
         found = Proof(record=record, problem=problem)
         if evidence is not None and problem is None:
             if quoted != found.qualifying:

@@ -28,7 +28,7 @@ KEYLIME_AGENT = "keylime-agent"
 
 
 def read_tcti(key: str, value: object) -> str:
-    """A tpm2-tss string, which begins with the name of a way to the TPM."""
+    """A tpm2-tss string, which begins with the name of a TCTI (a way to reach the TPM)."""
     text = read_text(key, value)
     if text.startswith("/"):
         raise fail(key, f'a tpm2-tss string: write "device:{text}"')

@@ -1,10 +1,10 @@
 """`PROVIDER_PROXY_*`: single keys of the configuration from the environment.
 
 A key's variable is its name in capitals with an underscore for the dot: `batch.window_ms` is
-PROVIDER_PROXY_BATCH_WINDOW_MS. The names are looked up among the known keys, never taken apart, so
-underscores in them mean nothing (a test holds that no two keys share a variable). The environment is
-hostile: an unknown name is refused like an unknown key, and tables with names of the operator's,
-tenants above all, come from files only.
+PROVIDER_PROXY_BATCH_WINDOW_MS. The names are looked up among the known keys and not parsed, so
+underscores in them are no problem (a test checks that no two keys share a variable). The environment is
+untrusted: an unknown name is refused like an unknown key, and tables that the operator names, such as
+tenants, come from files only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_SHOWN_CHARS = 80
 
 
 def known_keys() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    """Each key of the tables with fixed names, "batch.window_ms", and its field."""
+    """Each key of the tables with fixed names, such as "batch.window_ms", and its field."""
     for field in dataclasses.fields(Config):
         if "read" in field.metadata:
             yield field.name, field
@@ -42,7 +42,7 @@ def variable_of(key: str) -> str:
 
 
 def apply_environment(document: Document, environ: Mapping[str, str]) -> Document:
-    """The document with what the environment sets; it wins over every file.
+    """The document with the environment's values, which override those of files.
 
     Raises:
         ConfigError: an unknown name or a wrong value; the message names the variable.
@@ -56,8 +56,8 @@ def apply_environment(document: Document, environ: Mapping[str, str]) -> Documen
             near = difflib.get_close_matches(name[:MAX_SHOWN_CHARS], known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(
-                f"{ascii(name[:MAX_SHOWN_CHARS])[1:-1]} is not a variable of ours "
-                f"(named tables are for files only){hint}"
+                f"{ascii(name[:MAX_SHOWN_CHARS])[1:-1]} is not a known variable "
+                f"(named tables, such as tenants, can be set in files only){hint}"
             )
         key, field = known[name]
         value = parse_value(name, key, ours[name], field.metadata["read"])
@@ -66,20 +66,20 @@ def apply_environment(document: Document, environ: Mapping[str, str]) -> Documen
 
 
 def parse_value(variable: str, key: str, text: str, read: Reader) -> object:
-    """A value as TOML writes it; a text or a path also without quotes.
+    """A value in TOML syntax; a string or a path also without quotes.
 
     Returns:
-        What the key's reader takes.
+        The value for the key's reader.
 
     Raises:
-        ConfigError: neither form is good for the key.
+        ConfigError: neither form is valid for the key.
     """
     if len(text) > MAX_VALUE_CHARS:
         raise ConfigError(f"{variable}: longer than {MAX_VALUE_CHARS} characters")
     if (
         not text.isprintable()
-    ):  # line ends would be more TOML, surrogates are bytes that are no UTF-8
-        raise ConfigError(f"{variable}: {key} must be printable text of one line")
+    ):  # line ends would be more TOML; surrogates are bytes that are not UTF-8
+        raise ConfigError(f"{variable}: {key} must be one line of printable text")
     candidates: list[object] = []
     with contextlib.suppress(tomllib.TOMLDecodeError, RecursionError):  # bare text, or wrong
         candidates.append(tomllib.loads(f"value = {text}")["value"])

@@ -1,8 +1,8 @@
-"""The configuration: TOML in, frozen values out, and every complaint names its key and place.
+"""The configuration: TOML in, frozen values out; every error names its key and place.
 
 `common.settings` reads and merges the files, `environment` the variables; here values are checked.
 Unknown tables and keys are refused: a misspelt limit must not pass for its default. Secrets are named
-by path only; a file that others can read is refused. `config_tables` says which keys there are.
+by path only; a file that others can read is refused. `config.tables` defines the keys.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Loaded[Config]:
     """Read a configuration file, `conf.d` and `tenants.d` beside it, and `PROVIDER_PROXY_*`.
 
     Raises:
-        HostError: a file is missing, cannot be read, or could be written by anybody.
+        HostError: a file is missing, unreadable, or writable by others.
         ConfigError: not TOML, or a value is wrong; the message names the file and line, or the
             variable.
     """
@@ -73,7 +73,7 @@ def parse_config(data: Mapping[str, object]) -> Config:
 def _read_tenants(
     tenants: Mapping[str, Mapping[str, object]], defaults: TenantRules
 ) -> Mapping[str, TenantRules]:
-    """Tenants' tables; what one does not say, the defaults say."""
+    """Tenants' tables; missing keys come from the defaults."""
     found: dict[str, TenantRules] = {}
     owner: dict[str, str] = {}
     for name, table in tenants.items():
@@ -85,16 +85,14 @@ def _read_tenants(
             raise ConfigError(f"{key}.identities must name at least one identity")
         for identity in rules.identities:
             if identity in owner:
-                raise ConfigError(
-                    f"{key}.identities: {identity} belongs to {owner[identity]} already"
-                )
+                raise ConfigError(f"{key}.identities: {identity} is already in {owner[identity]}")
             owner[identity] = name
         found[name] = rules
     return found
 
 
 def _check_whole(config: Config) -> None:
-    """What one key alone cannot tell."""
+    """Check keys against each other."""
     listen = config.listen
     if not listen.address:
         raise ConfigError("listen.address must name at least one address")
@@ -119,12 +117,12 @@ def _check_whole(config: Config) -> None:
     if config.batch.window_ms >= config.limits.default_timeout_ms:
         raise ConfigError("batch.window_ms must be < limits.default_timeout_ms")
     if config.vtpm.enabled and config.quoter.kind != "tpm":
-        # Whoever asks a Keylime agent gets a nonce of his own choice signed: a root, and a claim.
+        # A Keylime agent signs any nonce for its clients, so they could forge a root and with it a claim.
         raise ConfigError('vtpm.enabled needs quoter.kind = "tpm"')
     if HashAlg.SHA1 in config.tpm.banks and not config.tpm.insecure_sha1_bank:
         raise ConfigError(
-            "tpm.banks: sha1 proves nothing, its values can be forged; where the chip has no other "
-            "bank and you know what that means, set tpm.insecure_sha1_bank = true"
+            "tpm.banks: sha1 values can be forged, so they prove nothing; if the chip has no other "
+            "bank and you accept that risk, set tpm.insecure_sha1_bank = true"
         )
     for key in ("ek_cert_file", "ek_chain_file"):
         if getattr(config.tpm, key) is not None and config.quoter.kind != "tpm":
@@ -140,7 +138,7 @@ def _check_whole(config: Config) -> None:
 
 
 def _check_agent(config: Config) -> None:
-    """What a Keylime agent as the quoter needs, and what it cannot do."""
+    """Check the settings that a Keylime agent as the quoter needs or does not support."""
     agent = config.keylime_agent
     for key in ("url", "agent_id", "registrar_url"):
         if not getattr(agent, key):

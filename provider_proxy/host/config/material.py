@@ -1,7 +1,7 @@
-"""What a configuration of the daemon is made of outside of its files: certificates, keys, lists, dates.
+"""Files that a daemon's configuration names: certificates, keys, revocation lists, and their dates.
 
-Needs `cryptography` alone, so that `check-config` can look at all of it where the daemon has no packages
-yet.
+Needs `cryptography` only, so that `check-config` can check all of it before the daemon's packages are
+installed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from provider_proxy.host.config.tables import Config, Listen
 log = logging.getLogger(__name__)
 
 CRL = "listen.client_crl"
-UNKNOWN = "revocation is unknown: who was revoked since then still comes in"
-CLOSED = "listen.crl_strict lets nobody in"
+UNKNOWN = "revocation is unknown: certificates revoked since then are still accepted"
+CLOSED = "listen.crl_strict refuses every client"
 
 
 def read_dates(config: Config) -> tuple[Dated, ...]:
@@ -44,7 +44,7 @@ def listen_files(listen: Listen) -> TlsFiles:
 
 
 def agent_registrar_files(settings: KeylimeAgent) -> TlsFiles:
-    """The TLS files towards the provider's registrar."""
+    """The TLS files for the provider's registrar."""
     key = "keylime_agent.registrar"
     return TlsFiles(
         ca=settings.registrar_ca,
@@ -55,7 +55,7 @@ def agent_registrar_files(settings: KeylimeAgent) -> TlsFiles:
 
 
 def agent_files(settings: KeylimeAgent) -> TlsFiles:
-    """The TLS files towards the agent, whose own certificate the registrar knows."""
+    """The TLS files for the agent, whose own certificate is in the registrar."""
     return TlsFiles(
         cert=settings.client_cert,
         key=settings.client_key,
@@ -64,10 +64,10 @@ def agent_files(settings: KeylimeAgent) -> TlsFiles:
 
 
 def listen_crls(listen: Listen) -> tuple[Crl, ...]:
-    """Who was revoked, of each CA of the tenants; none where no list is named.
+    """The revocation lists of the tenants' CAs; empty if none is configured.
 
     Raises:
-        HostError: the CRL is missing or not the CA's, or has run out and `listen.crl_strict` is set.
+        HostError: the CRL is missing or not the CA's, or has expired and `listen.crl_strict` is set.
     """
     if listen.client_crl is None or listen.client_ca is None:
         return ()
@@ -75,10 +75,12 @@ def listen_crls(listen: Listen) -> tuple[Crl, ...]:
     crls = load_crls(CRL, listen.client_crl, authorities)
     known = {crl.issuer for crl in crls}
     for name in (ca.subject.rfc4514_string() for ca in authorities if key_of(ca) not in known):
-        log.warning("%s has no CRL of %s: what it revokes stays good", CRL, name)
+        log.warning(
+            "%s has no CRL of %s: certificates that it has revoked are still accepted", CRL, name
+        )
     if listen.crl_strict and any(crl.next_update < utc_now() for crl in crls):
         raise HostError(
-            f"{CRL}: {listen.client_crl} has run out, and listen.crl_strict is set: get the CA's newest "
+            f"{CRL}: {listen.client_crl} has expired, and listen.crl_strict is set: get the CA's newest "
             "list (provider-proxy pki crl makes one)"
         )
     return crls

@@ -1,8 +1,8 @@
-"""`[registrars.NAME]`: its keys, what they say together, and the id that the host has in a registrar.
+"""`[registrars.NAME]`: its keys, checks across them, and the id that the host has in a registrar.
 
-Two registrars never share an id: a challenge's answer binds the id alone, so whoever runs the one could
-relay the other's challenge to this host and answer it there. Ids are compared without regard to case,
-because some of the databases behind registrars do so.
+Two registrars must not have the same id: the answer to a challenge binds only the id, so the operator of
+one could relay the other's challenge to this host and answer it there. Ids are compared without regard to
+case, because some registrars' databases do so.
 """
 
 from __future__ import annotations
@@ -115,10 +115,10 @@ def agent_id_of(name: str, table: RegistrarTable, host_uuid: uuid.UUID) -> str:
 def check_registrars(
     registrars: Mapping[str, RegistrarTable], tenants: Mapping[str, object], *, quoter: str
 ) -> None:
-    """What one key of `[registrars.NAME]` cannot tell alone.
+    """Check the keys of `[registrars.NAME]` against each other.
 
     Args:
-        quoter: `quoter.kind`; a Keylime agent registers its own keys, and solves nothing for others.
+        quoter: `quoter.kind`; a Keylime agent registers its own keys and answers no other challenges.
 
     Raises:
         ConfigError: the message names the key.
@@ -143,11 +143,11 @@ def _check_url(key: str, table: RegistrarTable) -> None:
         raise ConfigError(f"{key}.url must be set", key=key)
     if table.url.startswith("https://"):
         if table.insecure_plaintext:
-            raise ConfigError(f"{key}.insecure_plaintext must not stand beside an https:// URL")
+            raise ConfigError(f"{key}.insecure_plaintext must not be set with an https:// URL")
     elif not table.insecure_plaintext:
         raise ConfigError(
             f"{key}.url must begin with https:// (or set {key}.insecure_plaintext: no secret is "
-            "sent, but neither is the record read back, nor known who answers)"
+            "sent, but the record is not read back, and the server is not authenticated)"
         )
     elif table.ca or table.client_cert or table.client_key:
         raise ConfigError(f"{key}.insecure_plaintext must not stand beside TLS files")
@@ -167,6 +167,6 @@ def check_distinct(ids: Mapping[str, str]) -> None:
         other = owner.setdefault(agent_id.lower(), name)
         if other != name:
             raise ConfigError(
-                f"registrars.{name}.agent_id is that of registrars.{other} too; a registrar could "
-                "answer the other's challenge with it"
+                f"registrars.{name}.agent_id is that of registrars.{other} too, so one registrar could "
+                "use this to answer the other's challenge"
             )

@@ -1,7 +1,7 @@
 """The tables of the configuration file: a table is a dataclass, a key is a field of it.
 
-A field's metadata says how to read and check the value (`read`) and what it means (`doc`). Nothing
-is read here; `config` does that. docs/configuration.md lists the keys; a test holds it against these.
+A field's metadata says how to read and check the value (`read`) and what it means (`doc`). No file is
+read here; `config.load` does that. docs/reference.md lists the keys; a test compares the two.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class BatchTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """`[limits]`: what the server bears."""
+    """`[limits]`: the server's limits."""
 
     max_queue: int = setting(
         integer(1, 1_000_000), 8192, "Requests that may wait at once. One more gets 503."

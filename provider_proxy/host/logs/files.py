@@ -1,11 +1,11 @@
 """The host's IMA list and firmware log, read after a quote and shared by its batch.
 
 IMA appends to its list before it extends PCR 10, so a list read after the quote holds at least the
-entries that the quote covers; the tenant replays the prefix that matches. Unsigned, and of no
-meaning without that replay. What a tenant gets is bounded; it asks for the rest by entry. What is not
-there is said as what it is: absent, unreadable, or too long.
+entries that the quote covers; the tenant replays the prefix that matches. The logs are not signed and
+mean nothing without that replay. An answer holds a bounded part; the tenant asks for more by entry. A
+missing log is reported as absent, unreadable, or too long.
 
-Reading and writing happen in worker threads. One reading serves all who wait for one.
+Reading and writing happen in worker threads. One reading serves all requests that wait for one.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from provider_proxy.host.logs.parts import Logs, share_out
 
 log = logging.getLogger(__name__)
 
-MAX_UEFI_BYTES = 1024 * 1024  # samples have 50 kB
+MAX_UEFI_BYTES = 1024 * 1024  # typical ones have 50 kB
 
 
 class HostLogFiles:
-    """Reads the two logs where they are there; a `batcher.LogSource`.
+    """Reads the two logs if they exist; a `batcher.LogSource`.
 
     Args:
-        ima, uefi: paths; a file that is missing is not sent, and said once.
-        directory: where the copy of the IMA list is made.
+        ima, uefi: paths; a missing file is not sent, and is logged once.
+        directory: for the copy of the IMA list.
     """
 
     def __init__(self, ima: Path, uefi: Path, *, directory: Path | None = None) -> None:
@@ -49,7 +49,7 @@ class HostLogFiles:
             return (None,) * len(requests)
         if not ima:
             return await trio.to_thread.run_sync(self._without_ima, requests, uefi)
-        needed = self._begun + 1  # one that begins now or later
+        needed = self._begun + 1  # a reading that starts now or later
         async with self._turn:
             if self._done < needed:
                 self._begun += 1
@@ -94,9 +94,9 @@ class HostLogFiles:
 
     def _no_uefi(self, missing: str, why: str | None) -> None:
         if self._uefi_missing != missing:
-            log.warning("cannot read %s, answers go without it: %s", self._uefi, why)
+            log.warning("cannot read %s; answers do not contain it: %s", self._uefi, why)
         self._uefi_missing = missing
 
     def close(self) -> None:
-        """Close the list, and give the room of its copy back."""
+        """Close the list and remove its copy."""
         self._list.close()

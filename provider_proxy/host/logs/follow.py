@@ -1,8 +1,8 @@
-"""Follows the kernel's IMA list: reads on from where it stopped, into a copy.
+"""Follows the kernel's IMA list: continues reading where it stopped, into a copy.
 
 The file stays open: the kernel walks its list from the head at each read(), and formats all of it again
-for a reader that opens it again and seeks. A list that is not the continuation of the one before is read
-from its beginning; where the kernel has given up its first entries, the copy still has them.
+for a reader that reopens it and seeks. A list that does not continue the earlier one is read from its
+beginning; if the kernel has dropped its first entries, the copy still has them.
 Runs in worker threads, one at a time.
 """
 
@@ -16,8 +16,8 @@ from provider_proxy.host.logs.ima_list import ImaList, TooLongError
 
 log = logging.getLogger(__name__)
 
-READ_BYTES = 1024 * 1024  # securityfs gives a page at a time, whatever is asked for
-HEAD_BYTES = 4096  # what a list is known again by
+READ_BYTES = 1024 * 1024  # securityfs returns a page at a time, whatever the size of the read
+HEAD_BYTES = 4096  # by which a list is recognised
 TAIL_BYTES = 1024
 ABSENT, UNREADABLE, TOO_LONG = "absent", "unreadable", "too long"
 
@@ -27,11 +27,11 @@ class FollowedList:
 
     Args:
         path: the kernel's file.
-        directory: where the copy is made.
+        directory: for the copy.
 
     Attributes:
         list: the copy; None before the first reading.
-        missing: why there is no list; None where there is one.
+        missing: why there is no list; None if there is one.
     """
 
     def __init__(self, path: Path, directory: Path | None) -> None:
@@ -39,20 +39,20 @@ class FollowedList:
         self._directory = directory
         self._fd: int | None = None
         self._offset = 0  # in the file
-        self._base = 0  # in the copy: where the file begins
-        self._too_long: bytes | None = None  # how a list that is not kept begins
+        self._base = 0  # in the copy: the position where the file begins
+        self._too_long: bytes | None = None  # the beginning of a list that is too long to keep
         self._begins_late = False
         self.list: ImaList | None = None
         self.missing: str | None = None
 
     def read_on(self) -> None:
-        """Take what has come since the last time; `missing` says how it went."""
+        """Read the new entries; sets `missing`."""
         try:
             self._read_on()
         except TooLongError:
             if self.list is not None:
                 self._too_long = self.list.bytes_at(0, HEAD_BYTES)
-            self._fail(TOO_LONG, "it is longer than is kept")
+            self._fail(TOO_LONG, "it is longer than the daemon keeps")
         except FileNotFoundError as exc:
             self._fail(ABSENT, exc.strerror or str(exc))
         except OSError as exc:
@@ -62,12 +62,12 @@ class FollowedList:
 
     def _fail(self, missing: str, why: str) -> None:
         if self.missing != missing:
-            log.warning("cannot read %s, answers go without it: %s", self._path, why)
+            log.warning("cannot read %s; answers do not contain it: %s", self._path, why)
         self.missing = missing
         self.close()
 
     def close(self) -> None:
-        """Close the file, and forget the copy."""
+        """Close the file and remove the copy."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -77,7 +77,7 @@ class FollowedList:
 
     def _read_on(self) -> None:
         if self._too_long is not None and self._fresh_head() == self._too_long:
-            raise TooLongError  # it is not read all over again
+            raise TooLongError  # do not read all of it again
         self._too_long = None
         if self.list is None:
             self.list = ImaList(self._directory)
@@ -89,7 +89,7 @@ class FollowedList:
             self.list.append(data)
 
     def _goes_on(self, fd: int, known: ImaList) -> bool:
-        """Whether the file is the one that is open, grown or not."""
+        """Whether the path is still the open file, grown or not."""
         now, then = os.stat(self._path), os.fstat(fd)
         if (now.st_dev, now.st_ino) != (then.st_dev, then.st_ino):
             return False
@@ -99,7 +99,7 @@ class FollowedList:
             length = min(len(head), len(fresh))
             if not length or head[:length] != fresh[:length]:
                 return False
-        if now.st_size == 0:  # securityfs says so of all its files
+        if now.st_size == 0:  # as for all files of securityfs
             return True
         if now.st_size < self._offset:
             return False
@@ -114,7 +114,7 @@ class FollowedList:
             os.close(fd)
 
     def _begin(self, known: ImaList) -> None:
-        """Open the file; its lines follow those of the copy where it begins within them."""
+        """Open the file; its lines continue the copy if its beginning is in the copy."""
         fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         if self._fd is not None:
             os.close(self._fd)
@@ -122,7 +122,7 @@ class FollowedList:
         first, feed, _ = self._fresh_head().partition(b"\n")
         at = known.find_line(first + feed) if feed else None
         if at and self._repeats(fd, known, at):
-            log.warning("%s has lost its first entries: they come from the copy", self._path)
+            log.warning("%s has lost its first entries; they are sent from the copy", self._path)
             self._offset, self._base = known.size - at, at
             return
         os.lseek(fd, 0, os.SEEK_SET)
@@ -130,15 +130,15 @@ class FollowedList:
         begins_late = bool(feed) and b" boot_aggregate" not in first
         if begins_late and not self._begins_late:
             log.warning(
-                "%s does not begin with boot_aggregate: a tenant who has not seen its beginning cannot "
-                "judge it before the host boots again",
+                "%s does not begin with boot_aggregate: a tenant without its first entries cannot "
+                "verify it until the host reboots",
                 self._path,
             )
         self._begins_late = begins_late
 
     @staticmethod
     def _repeats(fd: int, known: ImaList, at: int) -> bool:
-        """Whether the file begins with what the copy has from a place on."""
+        """Whether the file begins with the copy's content from a position on."""
         while at < known.size:
             data = os.read(fd, min(READ_BYTES, known.size - at))
             if not data or data != known.bytes_at(at, len(data)):

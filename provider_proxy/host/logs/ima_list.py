@@ -1,7 +1,7 @@
 """A copy of the host's IMA list, of any length: appended to, and handed out in parts.
 
-The copy is a file that has no name, so that the list takes no memory of the daemon's and is gone with it.
-Marks every 64 kB lead to any line. Runs in worker threads, one at a time; knows neither trio nor the
+The copy is a file without a name, so that it takes none of the daemon's memory and disappears with it.
+Marks every 64 kB serve to find any line. Runs in worker threads, one at a time; uses neither trio nor the
 kernel's file.
 """
 
@@ -18,9 +18,9 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
-MAX_LIST_BYTES = 1024 * 1024 * 1024  # six million lines; bounds the room that the copy may take
+MAX_LIST_BYTES = 1024 * 1024 * 1024  # six million lines; bounds the disk space of the copy
 MARK_BYTES = 64 * 1024
-MAX_ENTRY_BYTES = 64 * 1024  # longer ones are nobody's
+MAX_ENTRY_BYTES = 64 * 1024  # no real entry is longer
 _ENTRY_RE = re.compile(rb"\n(?= ?[0-9]{1,2} [0-9a-f]{40})")
 
 
@@ -39,7 +39,7 @@ class ImaList:
         size: their bytes.
 
     Raises:
-        OSError: there is no room for the file.
+        OSError: there is no space for the file.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -51,20 +51,20 @@ class ImaList:
     def clear(self) -> None:
         """Forget the list."""
         os.ftruncate(self._fd, 0)
-        self._rest = b""  # the beginning of a line whose end has not come
+        self._rest = b""  # an incomplete line
         self._mark_lines, self._mark_offsets = array("Q", (0,)), array("Q", (0,))
         self.lines = self.size = 0
 
     def close(self) -> None:
-        """Give the room back."""
+        """Remove the copy."""
         self._close()
 
     def append(self, data: bytes) -> None:
-        """Add what comes next.
+        """Append more of the list.
 
         Raises:
-            TooLongError: that is more than is kept.
-            OSError: there is no room for it.
+            TooLongError: the list becomes longer than the limit.
+            OSError: there is no space for it.
         """
         whole, feed, rest = data.rpartition(b"\n")
         if not feed:
@@ -92,7 +92,7 @@ class ImaList:
             at = end
 
     def bytes_at(self, at: int, count: int) -> bytes:
-        """Some bytes of it; fewer at its end."""
+        """Some bytes of the list; fewer at its end."""
         return os.pread(self._fd, min(count, max(0, self.size - at)), at)
 
     def ends_with(self, tail: bytes) -> bool:
@@ -101,7 +101,7 @@ class ImaList:
         return (known + self._rest).endswith(tail)
 
     def find_line(self, line: bytes) -> int | None:
-        """Where a line, its line feed included, is in the list; None where it is not."""
+        """The position of a line, including its line feed; None if it is not in the list."""
         if not self.size:
             return None
         with mmap.mmap(self._fd, self.size, prot=mmap.PROT_READ) as data:
@@ -114,8 +114,8 @@ class ImaList:
         """The list from an entry on, in pieces of whole entries.
 
         Returns:
-            The entry that it begins with, and the pieces. All of it from 0 where the entry is beyond
-            the end, as Keylime's agent does: the host has booted since the tenant counted.
+            The first entry, and the pieces. If the entry is beyond the end, the whole list from 0,
+            as Keylime's agent does: the host has rebooted since the tenant counted.
         """
         start = entry if entry <= self.lines else 0
         mark = bisect.bisect_right(self._mark_lines, start) - 1
@@ -132,7 +132,7 @@ class ImaList:
 
     def _pieces_from(self, at: int, end: int, size: int) -> Iterator[bytes]:
         while at < end:
-            # So much more than a piece that the beginning of the next entry is in it.
+            # Enough beyond a piece to contain the beginning of the next entry.
             data = self.bytes_at(at, min(end - at, size + MAX_ENTRY_BYTES))
             cut = len(data) if at + len(data) == end <= at + size else entry_after(data, size)
             yield data[:cut]
@@ -140,9 +140,9 @@ class ImaList:
 
 
 def entry_after(data: bytes, at: int) -> int:
-    """Where the next entry begins, behind the line that a place is in; the end where none does.
+    """The start of the next entry after the line at a position, or the end of the data.
 
-    A name with line feeds in it makes several lines of one entry, and a tenant cannot read half of it.
+    A file name with line feeds makes an entry of several lines, which must not be split.
     """
     found = _ENTRY_RE.search(data, at, at + MAX_ENTRY_BYTES)
     if found:

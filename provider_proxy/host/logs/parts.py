@@ -1,7 +1,7 @@
-"""What each request of a batch gets of the host's logs, written as JSON once for all who get the same.
+"""The part of the host's logs for each request of a batch; equal parts are encoded once.
 
-Runs in worker threads: a part of an IMA list has megabytes, and to write it on the event loop would keep
-everybody waiting.
+Runs in worker threads: a part of an IMA list has megabytes, and encoding it on the event loop would delay
+all tenants.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from provider_proxy.evidence.wire import LogsPart, encode_logs, escape_text
 from provider_proxy.host.logs.ima_list import ImaList, entry_after
 
 MAX_IMA_BYTES = 7 * 1024 * 1024  # as JSON, in one answer; some 40,000 lines
-PIECE_BYTES = 64 * 1024  # 0.2 ms of work, between which other threads have their turn
+PIECE_BYTES = 64 * 1024  # 0.2 ms of work, after which other threads may run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logs:
-    """The host's logs, as far as they are there.
+    """The host's logs, as far as they exist.
 
     Attributes:
-        ima: None where there is no list; `ima_missing` says why, None where nobody would expect one.
-        uefi: the same of the firmware's log.
+        ima: None without a list; `ima_missing` says why, None if a list is not expected.
+        uefi: the same for the firmware's log.
     """
 
     ima: ImaList | None = None
@@ -62,7 +62,7 @@ def _encoded(entry: int, logs: Logs, *, with_uefi: bool) -> LogsPart | None:
 
 
 def _escaped(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines as a JSON text without its quotes, within the limit; bytes that are no UTF-8 as \\xNN."""
+    """Lines as a JSON text without its quotes, within the limit; bytes that are not UTF-8 as \\xNN."""
     room = MAX_IMA_BYTES
     for lines in pieces:
         piece = _escape(lines)
@@ -71,7 +71,7 @@ def _escaped(pieces: Iterator[bytes]) -> Iterator[bytes]:
             return
         yield piece
         room -= len(piece)
-        time.sleep(0)  # the event loop waits for the interpreter's lock: let it have it
+        time.sleep(0)  # releases the interpreter's lock for the event loop
 
 
 def _escape(lines: bytes) -> bytes:
@@ -79,7 +79,7 @@ def _escape(lines: bytes) -> bytes:
 
 
 def _fitting(lines: bytes, room: int) -> bytes:
-    """As many whole entries as there is room for."""
+    """As many whole entries as fit."""
     at = size = 0
     while at < len(lines):
         end = entry_after(lines, at)

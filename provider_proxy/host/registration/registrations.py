@@ -1,8 +1,8 @@
-"""All registrations of a host: made from the configuration, started, replaced at a reload, told of.
+"""All registrations of a host: made from the configuration, started, replaced at a reload, reported.
 
-A task a registrar, in the nursery that `start` is given. A reload replaces them all, so that each looks
-at its registrar at once and with the certificates as they are now; what was known of those whose table
-has not changed is kept.
+One task for each registrar, in the nursery given to `start`. A reload replaces them all, so that each
+checks its registrar at once with the present certificates; the state of those whose table has not changed
+is kept.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def make_registration(
     host_uuid: uuid.UUID,
     state_dir: Path,
 ) -> HostRegistration:
-    """The registration that a table says. Reads files: not for trio's thread.
+    """The registration that a table describes. Reads files: not for trio's thread.
 
     Raises:
         HostError: a certificate or key cannot be used.
@@ -64,8 +64,8 @@ class Registrations:
     """The host's registrations, by the registrars' names.
 
     Args:
-        tpm: what is registered; None where somebody else's agent owns the chip, and registers it.
-        state_dir: where the locks among this host's processes are.
+        tpm: the TPM to register; None where a Keylime agent owns the chip and registers it.
+        state_dir: for the locks among this host's processes.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Registrations:
         self._scopes: list[trio.CancelScope] = []
 
     def make(self, tables: Mapping[str, RegistrarTable]) -> tuple[HostRegistration, ...]:
-        """Registrations as a configuration wants them; none is running yet, nothing is replaced.
+        """Registrations for a configuration; not started, and nothing is replaced yet.
 
         Raises:
             HostError: a certificate or key cannot be used.
@@ -125,7 +125,7 @@ class Registrations:
     def _start(self, nursery: trio.Nursery, registration: HostRegistration) -> None:
         if registration.table.insecure_plaintext:
             log.warning(
-                "registrars.%s.insecure_plaintext: nothing says who answers there",
+                "registrars.%s.insecure_plaintext: the registrar is not authenticated",
                 registration.name,
             )
         scope = trio.CancelScope()

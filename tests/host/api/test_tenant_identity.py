@@ -304,7 +304,7 @@ def test_a_crl_that_has_run_out_stops_the_start_where_that_is_wanted(
     if not strict:
         load_tenant_directory(listen, TenantRules(), {})
         return
-    with pytest.raises(HostError, match=r"has run out, and listen\.crl_strict is set"):
+    with pytest.raises(HostError, match=r"has expired, and listen\.crl_strict is set"):
         load_tenant_directory(listen, TenantRules(), {})
 
 
@@ -314,7 +314,7 @@ def test_what_is_no_crl_is_refused(tmp_path: Path) -> None:
         b"": "is empty",
         b"-----BEGIN X509 CRL-----\n": "holds no X509 CRL",
         ca.read_bytes(): "holds no X509 CRL",
-        os.urandom(100): "is no CRL",
+        os.urandom(100): "is not a CRL",
     }
     for data, words in wrong.items():
         crl.write_bytes(data)
@@ -336,7 +336,7 @@ def test_a_delta_list_is_not_a_whole_one(tmp_path: Path) -> None:
         .sign(CA_KEY, hashes.SHA256())
     )
     (tmp_path / "crl").write_bytes(delta.public_bytes(Encoding.PEM))
-    with pytest.raises(HostError, match="of a kind that is not read"):
+    with pytest.raises(HostError, match="of a kind that is not supported"):
         read_crls(tmp_path / "crl", ca)
 
 

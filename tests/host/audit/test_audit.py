@@ -495,7 +495,7 @@ async def test_no_nonce_is_written_or_logged(
     assert len(collect(path)[0]) == 10
     list(read_records(path))  # warns
     assert_no_nonce(path.read_bytes())
-    assert "audit.jsonl:11 is skipped" in caplog.text
+    assert f"skipping {path}:11: " in caplog.text
     assert "records are lost" in caplog.text
     assert_no_nonce(caplog.text)
     for record in SCENE.records:
@@ -759,7 +759,7 @@ async def test_a_directory_that_vanished_and_came_back(
     assert numbers(collect(path)[0]) == [3, 4]
     assert log.failures == 2
     assert levels(caplog) == ["ERROR", "WARNING"]
-    assert "batches not in it: 2" in caplog.text
+    assert "2 batches are missing from it" in caplog.text
     path.unlink()
     path.mkdir()  # a second streak is told again
     await log.write([of_time(5)])
@@ -911,7 +911,7 @@ async def test_a_disk_that_hangs_holds_nobody_up(
 
 
 def test_no_log_is_an_error_of_the_host_s(tmp_path: Path) -> None:
-    with pytest.raises(HostError, match="no such file"):
+    with pytest.raises(HostError, match="No such file"):
         list(read_records(tmp_path / "audit.jsonl"))
     with pytest.raises(HostError, match="cannot read"):
         list(read_records(tmp_path))
@@ -1172,17 +1172,17 @@ def test_the_command_finds_nothing_with_exit_1(
         file.write(b"damage\n")
     code, out, _ = folder.run(*other)
     assert (code, out) == (1, "not in this log (skipped 1 damaged lines)\n")
-    assert "audit.jsonl:4 is skipped" in caplog.text
+    assert "skipping audit.jsonl:4" in caplog.text
 
 
 def test_the_command_refuses_a_changed_record_with_exit_1(folder: Folder) -> None:
     folder.log.write_bytes(mutated(SCENE.lines[2], "root", flip))
     code, values = folder.prove(2)
     assert (code, values["found"], values["proven"]) == (1, True, False)
-    assert "the record does not hold together" in values["problem"]
+    assert "the record is not consistent" in values["problem"]
     code, out, _ = folder.run("prove", "--nonce", NONCES[2].decode())
     assert code == 1
-    assert out.startswith("recorded, but not proven: the record does not hold together: the path")
+    assert out.startswith("recorded, but not proven: the record is not consistent: the path")
 
 
 def test_the_command_refuses_evidence_over_another_root_with_exit_1(folder: Folder) -> None:
@@ -1324,7 +1324,7 @@ def test_what_the_command_says_is_documented(folder: Folder) -> None:
     for words, row in (
         ((NONCES[0],), "in batch … under root … at index … | 0 | `true` | `true` |"),
         ((NONCES[0], "--evidence", "other.json"), "root | 1 | `true` | `false` |"),
-        ((NONCES[2],), "does not hold together | 1 | `true` | `false` |"),
+        ((NONCES[2],), "is not consistent | 1 | `true` | `false` |"),
         ((NONCES[3],), "the request ended with an error | 1 | `true` | `false` |"),
         ((b"n" * 16,), "not in this log | 1 | `false` | `false` |"),
     ):

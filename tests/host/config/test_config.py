@@ -581,7 +581,7 @@ def test_forms_of_an_identity(identity: str) -> None:
         (f'[tenants.{"a" * 64}]\nidentities = ["uid:1"]', f"tenants.{'a' * 64} must be a name"),
         (
             ALICE + ALICE.replace("tenants.alice", "tenants.bob"),
-            "tenants.bob.identities: dns:alice.example.org belongs to alice already",
+            "tenants.bob.identities: dns:alice.example.org is already in alice",
         ),
         (
             '[tenant_defaults]\nidentities = ["uid:1"]',
@@ -620,7 +620,7 @@ PLAIN_ONE = '[registrars.one]\nurl = "http://registrar.example:8890"\n'
         ),
         (
             ONE + "insecure_plaintext = true",
-            "registrars.one.insecure_plaintext must not stand beside an https:// URL",
+            "registrars.one.insecure_plaintext must not be set with an https:// URL",
         ),
         (ONE + "client_cert = '/c'", "registrars.one.client_cert and client_key belong together"),
         (ONE + "client_key = '/k'", "registrars.one.client_cert and client_key belong together"),
@@ -777,7 +777,7 @@ def test_an_agent_that_is_only_half_described(old: str, new: str, message: str) 
 
 def test_sha_1_needs_the_word_insecure() -> None:
     text = PLAIN + '[tpm]\nbanks = ["sha256", "sha1"]\n'
-    with pytest.raises(ConfigError, match=r"tpm\.banks: sha1 proves nothing"):
+    with pytest.raises(ConfigError, match=r"tpm\.banks: sha1 values can be forged"):
         parse_config(tomllib.loads(text))
     config = parse_config(tomllib.loads(text + "insecure_sha1_bank = true\n"))
     assert config.tpm.banks == (HashAlg.SHA256, HashAlg.SHA1)

@@ -570,7 +570,7 @@ async def test_the_registrar_says_whose_ak_it_is(
     assert quoter.identity.software
     assert quoter.identity.host_uuid == uuid_of_ek(quoter.identity.ek_public)
     await quote(settings)  # pinned now
-    with pytest.raises(HostError, match=r"quotes the bank sha256 alone"):
+    with pytest.raises(HostError, match=r"quotes the bank sha256 only"):
         await quote(settings, (HashAlg.SHA384,))
     with pytest.raises(HostError, match="no active record"):
         await quote(replace(settings, agent_id="nobody"))

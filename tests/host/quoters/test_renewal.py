@@ -153,7 +153,7 @@ async def test_what_a_thief_has_is_worth_nothing_and_the_ak_is_the_same(
     thief.leaves_a_copy()
     assert thief.signs() == {"authValue", "private part", "copy"}
     name = await host.serves()
-    assert f"handle {COPY_HANDLE:#x} holds the same AK" in caplog.text
+    assert f"handle {COPY_HANDLE:#x} holds a copy of the AK" in caplog.text
     done = host.renew(FIRST)
     assert done == Renewed(ak_name=name, copies=(COPY_HANDLE,), ca_key=False)
     assert thief.signs() == set()
@@ -236,7 +236,7 @@ async def test_one_that_is_interrupted_goes_on(
 async def test_one_that_ended_before_the_configuration_knew_may_be_run_again(host: Host) -> None:
     host.renew(FIRST)
     assert host.renew(FIRST).ak_name
-    with pytest.raises(HostError, match="has another authValue"):
+    with pytest.raises(HostError, match="authValue is not the one in"):
         host.renew(SECOND)
     host.configure(FIRST)
     await host.serves()

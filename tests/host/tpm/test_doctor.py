@@ -154,7 +154,7 @@ def test_taken_object_slots_are_seen(patient: Patient) -> None:
         patient.other.flush_context(slot)
     assert report.limits["transient_free"] == 0
     assert report.quote_ms == {}
-    assert any("Every object slot is taken" in line for line in report.consequences)
+    assert any("Every object slot is in use" in line for line in report.consequences)
     assert not any("ak_algorithm" in line for line in report.consequences)
 
 

@@ -152,7 +152,7 @@ PASSED_OVER = {
     ),
     "zeros": (
         f"{NO_LOW}head -c 900 /dev/zero > p.der\n{write_index(LOW_RSA, 'p.der')}",
-        "nothing was written",
+        "no certificate was written",
     ),
     "garbage": (
         f"{NO_LOW}printf 'no certificate' > p.der\n{write_index(LOW_RSA, 'p.der')}",
@@ -346,7 +346,9 @@ def test_the_operator_s_certificate_and_chain(way: Way) -> None:
     other = ek_certificate(chip_ca, rsa_ek(2))
     with pytest.raises(HostError, match=r"tpm\.ek_cert_file is for another key"):
         way.find(files=OwnFiles(cert=other))
-    with pytest.raises(HostError, match=r"tpm\.ek_cert_file is no certificate: it begins"):
+    with pytest.raises(
+        HostError, match=r"tpm\.ek_cert_file does not hold a certificate: it begins"
+    ):
         way.find(files=OwnFiles(cert=b"garbage"))
 
 
