@@ -41,7 +41,7 @@ async def test_idle_connections_leave_files_for_all_else(tmp_path: Path) -> None
     toml = plain_toml(tmp_path, tables=tables)
     async with serving(tmp_path, toml, launcher=FEW) as serve:
         address, admin = serve.addresses[0], serve.admin
-        found = re.search(r"limits\.max_connections is 4000, .* leaves room for (\d+)", serve.log)
+        found = re.search(r"limits\.max_connections is 4000, .* allows only (\d+)", serve.log)
         assert found is not None
         assert 4 <= int(found[1]) <= 60
 
