@@ -373,7 +373,7 @@ def test_register_by_hand_says_each_step(registrar: Registrar, tmp_path: Path) -
     ("toml", "words", "code", "message"),
     [
         ("", ["register"], 2, "the configuration has no [registrars.NAME]"),
-        ("", ["registrations"], 2, "has no admin.address"),
+        ("", ["registrations"], 2, "does not set admin.address"),
         (
             '[admin]\naddress = "unix:/nonexistent/admin"\n',
             ["registrations"],

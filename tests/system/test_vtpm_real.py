@@ -169,7 +169,7 @@ async def test_from_the_first_start_to_the_tenant_s_leaf(host: Host) -> None:
                 await refused_while_it_runs(host, in_vm)
             await until_stopped(host)
             assert await ask_with_vm(host, VM) == nowhere
-        assert f"user {pwd.getpwnam('nobody').pw_uid} may not connect" in serve.log
+        assert f"uid {pwd.getpwnam('nobody').pw_uid} may not connect" in serve.log
         assert "-----" not in serve.log
 
 

@@ -134,7 +134,7 @@ async def test_an_encrypted_state_is_read_where_libvirt_gives_its_secret(
         (PRIVATE, "private"),
         (SHAREABLE.replace("vtpm", "ceph"), "not for a vTPM"),
         (SHAREABLE.replace(USAGE, ""), "not for a vTPM"),
-        (None, "does not have it"),
+        (None, "does not have the secret"),
         ("no XML", "cannot be read"),
         (SHAREABLE.replace("'no'><", "'maybe'><"), "private"),
     ],

@@ -688,7 +688,7 @@ async def test_the_ca_s_key_outlives_faults_and_is_never_overwritten(tmp_path: P
             with pytest.raises(HostError, match="no longer holds the vTPM CA's key"):
                 await open_ca_signer(quoter, Tpm(tcti=made.tcti), state, CA_HANDLE)
         (state / ca_signer.KEY_FILE).unlink()
-        for handle, words in ((AK_HANDLE, "is no CA's"), (EK_HANDLE, "is no CA's")):
+        for handle, words in ((AK_HANDLE, "is not a vTPM CA's"), (EK_HANDLE, "is not a vTPM CA's")):
             (state / ca_signer.KEY_FILE).write_text(json.dumps({"auth": "00" * 32}))
             (state / ca_signer.KEY_FILE).chmod(0o600)
             async with open_quoter(made.tcti, state) as quoter:

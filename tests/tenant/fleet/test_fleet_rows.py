@@ -164,7 +164,7 @@ def test_reports_wait_in_order_for_each_host(connection: psycopg.Connection[Any]
 def test_a_silence_is_about_hosts_that_are_there(connection: psycopg.Connection[Any]) -> None:
     with pytest.raises(UsageError, match="no host matches"):
         views.silence(connection, "x%", minutes=1, why="none")
-    with pytest.raises(UsageError, match="no member 'x' lives"):
+    with pytest.raises(UsageError, match="no live member 'x'"):
         views.drain(connection, "x")
 
 
