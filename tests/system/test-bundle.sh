@@ -28,7 +28,7 @@ cp -r "$folder" /tmp/bad
 echo x >>/tmp/bad/LICENSE
 refused "a damaged archive" "damaged" /tmp/bad/install.sh
 refused "not as root" "as root" setpriv --reuid=65534 --regid=65534 --clear-groups "$folder/install.sh"
-refused "another Python" "this archive is for Python" env PYTHON=/bin/true "$folder/install.sh"
+refused "another Python" "this archive needs Python" env PYTHON=/bin/true "$folder/install.sh"
 
 check "installed" "$folder/install.sh" </dev/null
 is "the configuration is its group's" "$(owner $CONFIG)" "644 root:root"

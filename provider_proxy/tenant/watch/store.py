@@ -98,9 +98,14 @@ class HostRecords:
         self.is_dirty = False
 
     def touch(self, name: str) -> None:
-        """Note that a host's record has changed."""
-        self._touched.add(name)
-        self.is_dirty = True
+        """Note that a host's record has changed.
+
+        A round that was under way when its host was forgotten may still end: another process has the
+        host then, and nothing of it is saved here.
+        """
+        if name in self._histories:
+            self._touched.add(name)
+            self.is_dirty = True
 
     def put(self, name: str, record: HostRecord | None) -> None:
         """Begin with the saved record of a host; forget what was known of it before."""

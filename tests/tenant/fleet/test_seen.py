@@ -42,6 +42,16 @@ def test_a_newer_database_counts() -> None:
     assert records.take_changed() == {}
 
 
+def test_a_round_that_ends_after_its_host_was_forgotten_saves_nothing() -> None:
+    records = SeenRecords()
+    records.begin("h", record(1))
+    late = records.history("h", AK, None)
+    records.forget("h")
+    late.accept(clock(900))
+    records.trust_first_use("h", AK, {0: b"\2"})
+    assert records.take_changed() == {}
+
+
 def test_another_chip_has_another_clock() -> None:
     records = watched(900)
     assert not records.begin("h", record(5, OTHER))
