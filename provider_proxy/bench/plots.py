@@ -158,7 +158,7 @@ def _by_tenants(sweeps: Sweeps) -> Figure:
     bold: dict[str, Any] = {"fontweight": "bold", "ha": "right"}
     axes.text(27, 12_500, "one quote per request", color=ORANGE, **bold)
     axes.text(1000, 1400, f"one batch every {TICK_S:g} s, by the clock", color=GREEN, **bold)
-    axes.text(1000, 465, "provider-proxy: batch while the chip is busy", color=BLUE, **bold)
+    axes.text(1000, 680, "provider-proxy: batch while the chip is busy", color=BLUE, **bold)
     _key(axes, "lower right")
     _heading(
         figure,
@@ -188,7 +188,7 @@ def _by_window(sweeps: Sweeps) -> Figure:
     top.set_ylim(150, 2700)
     _numbers(top.yaxis, (200, 300, 500, 1000, 2000))
     top.set_ylabel("latency in ms (log. axis)")
-    top.text(sweeps.window_ms * 1.05, 1900, "default", fontsize=8, color=GREY)
+    top.text(sweeps.window_ms * 1.05, 165, "default", fontsize=8, color=GREY)
     _key(top, "upper left")
     top.text(0.5, 625, "p99, the same for both", fontsize=8, color=GREY)
     middle.set_ylim(0, 0.62)
