@@ -290,14 +290,12 @@ def sending_bodies(daemon: Daemon, end: threading.Event) -> None:
 def leaving(daemon: Daemon, end: threading.Event) -> None:
     """A tenant that asks for a quote and resets the connection."""
     while not end.is_set():
-        with contextlib.suppress(OSError):
-            tls = daemon.tenant(1)
+        with contextlib.suppress(OSError), daemon.tenant(1) as tls:
             nonce = secrets.token_hex(16)
             tls.sendall(
                 f"GET /verifier/quote?nonce={nonce}&mask=0x1 HTTP/1.1\r\nHost: l\r\n\r\n".encode()
             )
             tls.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            tls.close()
         end.wait(SLOW_S)
 
 
