@@ -62,7 +62,7 @@ def test_a_credential_is_there_only_while_the_unit_runs(
         ("/usr/lib/provider-proxy/bin/python3 /usr/bin/provider-proxy serve", True),
         ("/usr/bin/provider-proxy serve --config x", True),
         ("python3 -m provider_proxy serve", True),
-        ("/root/provider-proxy/.venv/bin/python other.py", False),
+        ("/home/admin/provider-proxy/.venv/bin/python other.py", False),
         ("nginx: master process /etc/provider-proxy/nginx.conf", False),
         ("", False),
     ],
