@@ -205,10 +205,15 @@ class VtpmService:
 
     def _is_there(self, vm: uuid.UUID) -> bool:
         """Whether a VM's vTPM has its directory; True where that cannot be seen."""
+        root = self._settings.state_root
         try:
-            (self._settings.state_root / str(vm)).lstat()
+            root.stat()
+        except OSError:
+            return True  # a root that is missing or cannot be read proves nothing
+        try:
+            (root / str(vm)).lstat()
         except FileNotFoundError:
-            return not self._settings.state_root.is_dir()  # an unmounted one proves nothing
+            return False
         except OSError:
             return True
         return True
